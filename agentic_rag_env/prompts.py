@@ -1,0 +1,67 @@
+"""Every word that the environment writes to the model (protocol of Search-R1, identical in DGPO).
+
+The passage block and the hint follow the reference implementation to the letter, so that published checkpoints work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.types import Passage
+
+#: Prompt templates by name. `search_r1` instructs a real model; `bare` is for models that were made for the protocol.
+PROMPTS = {
+    "search_r1": (
+        "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get "
+        "new information. After reasoning, if you find you lack some knowledge, you can call a search engine by "
+        "<search> query </search> and it will return the top searched results between <information> and "
+        "</information>. You can search as many times as your want. If you find no further external knowledge "
+        "needed, you can directly provide the answer inside <answer> and </answer>, without detailed illustrations. "
+        "For example, <answer> Beijing </answer>. Question: {question}\n"
+    ),
+    "bare": "{question}\n",
+}
+
+#: What the agent reads after a turn without a valid action.
+MALFORMED_HINT = (
+    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. "
+    "If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
+)
+
+INFORMATION_OPEN = "\n\n<information>"
+INFORMATION_CLOSE = "</information>\n\n"
+
+
+def render_prompt(template: str, question: str) -> str:
+    """The first observation of an episode.
+
+    Args:
+        template: A name in `PROMPTS`, or a template of one's own that contains `{question}`.
+        question: The question; a question mark is added where none ends it.
+
+    Raises:
+        ConfigurationError: The template is neither a known name nor contains `{question}`.
+    """
+    if template in PROMPTS:
+        template = PROMPTS[template]
+    elif "{question}" not in template:
+        raise ConfigurationError(
+            f"prompt {template!r} is neither a named template nor contains '{{question}}'."
+            f"{did_you_mean(template, PROMPTS)}"
+        )
+    question = question.strip()
+    return template.replace("{question}", question if question.endswith("?") else question + "?")
+
+
+def format_passages(passages: Iterable[Passage]) -> str:
+    """Passages as the agent reads them: `Doc 1(Title: ...) text`, a line each, best first, outer blanks stripped."""
+    return "\n".join(
+        f"Doc {rank}(Title: {passage.title}) {passage.text}" for rank, passage in enumerate(passages, 1)
+    ).strip()
+
+
+def information_block(text: str) -> str:
+    """Wrap passage text in the tags that announce retrieved information."""
+    return f"{INFORMATION_OPEN}{text}{INFORMATION_CLOSE}"

@@ -1,0 +1,70 @@
+"""The records that cross module borders: a question, a passage and what a step reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One item of a dataset.
+
+    Attributes:
+        id: Unique within its dataset.
+        text: The question as the agent reads it.
+        golden_answers: Accepted answers, the canonical one first; never empty.
+        metadata: Whatever the source knows. Used by name here: `hops` (int) and `supporting` (gold passage ids).
+    """
+
+    id: str
+    text: str
+    golden_answers: tuple[str, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A retrievable unit of text, in the form of the Search-R1 corpora.
+
+    Attributes:
+        id: Unique within its corpus.
+        contents: Title on the first line, text on the lines after it.
+        score: Similarity to the query, higher is better; 0.0 outside a search result.
+    """
+
+    id: str
+    contents: str
+    score: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """The first line of the contents."""
+        return self.contents.partition("\n")[0]
+
+    @property
+    def text(self) -> str:
+        """Everything after the first line."""
+        return self.contents.partition("\n")[2]
+
+
+class StepInfo(TypedDict):
+    """What `step` reports beside the reward; the same keys every time, so that vector environments can stack them.
+
+    `action` is None in the info of `reset`. `query` and `passages` belong to an executed search, `answer`,
+    `exact_match` and `f1` to an answer. `correct` is True only once an answer has matched exactly. `error` holds the
+    message of a failed retrieval.
+    """
+
+    question_id: str
+    turn: int
+    action: Literal["search", "answer", "malformed"] | None
+    query: str | None
+    passages: tuple[Passage, ...]
+    answer: str | None
+    exact_match: float
+    f1: float
+    num_searches: int
+    correct: bool
+    error: str | None

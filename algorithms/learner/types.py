@@ -1,0 +1,174 @@
+"""The records of training. B trajectories, T tokens, N model-written tokens, V vocabulary.
+
+Column t always describes token t itself: `old_logprobs[b, t]` is the log-probability of `input_ids[b, t]` given
+everything before it, `values[b, t]` the value of the state just before it. The shift between a position and the one
+that predicts it happens in `collate.predicting_positions` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agentic_rag_env.types import StepInfo
+
+
+@dataclass(slots=True)
+class Turn:
+    """One action of the model and the reply of the environment.
+
+    Attributes:
+        action_ids: [n] int64, exactly as sampled, the end-of-text token included if it was sampled.
+        action_logprobs: [n] float32, nats, under the full distribution at the sampling temperature.
+        observation_ids: [m] int64, the environment's reply, tokenized once; empty at the end of an episode.
+        info: The environment's report of this step.
+    """
+
+    action_ids: np.ndarray
+    action_logprobs: np.ndarray
+    observation_ids: np.ndarray
+    info: StepInfo
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """One whole episode; append-only, each turn extends the last.
+
+    Attributes:
+        prompt_ids: [p] int64.
+        turns: At least one.
+        group_id: Equal for trajectories of the same prompt instance, unique otherwise.
+        source: Who wrote the actions: "policy" or "teacher".
+        reward: Sum of the environment's rewards.
+        correct: The answer matched exactly.
+        terminated: The agent answered.
+        truncated: It ran out of turns or tokens, or the retriever failed.
+    """
+
+    prompt_ids: np.ndarray
+    turns: list[Turn]
+    group_id: int
+    source: str
+    reward: float
+    correct: bool
+    terminated: bool
+    truncated: bool
+
+    @property
+    def num_action_tokens(self) -> int:
+        """Model-written tokens of all turns."""
+        return sum(len(turn.action_ids) for turn in self.turns)
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens: prompt, actions and observations."""
+        return len(self.prompt_ids) + sum(len(turn.action_ids) + len(turn.observation_ids) for turn in self.turns)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Trajectories side by side, padded on the right.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        attention_mask: [B, T] bool, False on padding; never inferred from ids.
+        response_mask: [B, T] bool, True where the acting model wrote.
+        old_logprobs: [B, T] float32, nats, of the policy that sampled; 0 elsewhere.
+        rewards: [B] float32, episode return.
+        correct: [B] bool, exact match.
+        group_ids: [B] int64, same number for the same prompt instance.
+        values: [B, T] float32, critic's value before token t; None unless "values" is needed.
+        ref_logprobs: [B, T] float32, nats; None unless "ref_logprobs" is needed.
+        teacher_logprobs: [B, T] float32, nats; None unless "teacher_logprobs" is needed.
+        token_rewards: [B, T] float32, filled by `Algorithm.shape_rewards`.
+        advantages: [B, T] float32, filled by `Algorithm.estimate_advantages`.
+        returns: [B, T] float32, likewise; the critic's target.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    old_logprobs: Tensor
+    rewards: Tensor
+    correct: Tensor
+    group_ids: Tensor
+    values: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    token_rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def select(self, rows: Tensor | Sequence[int]) -> Batch:
+        """The given trajectories, padding that none of them needs cut off.
+
+        Args:
+            rows: Row indices.
+        """
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
+        length = int(self.attention_mask[rows].sum(dim=1).max())
+        picked: dict[str, Tensor | None] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value is not None:
+                value = value[rows] if value.dim() == 1 else value[rows, :length]
+            picked[name] = value
+        return Batch(**picked)
+
+
+@dataclass(slots=True)
+class Tokens:
+    """A chunk of n model-written tokens, as an algorithm's losses see it.
+
+    Attributes:
+        ids: [n] int64.
+        sequence_ids: [n] int64, row of the trajectory in the batch.
+        correct: [n] bool, of the trajectory.
+        old_logprobs: [n] float32, nats, of the policy that sampled.
+        logprobs: [n] float32, nats, of the policy being trained; carries gradient.
+        values: [n] float32, the critic's values now; carries gradient; only in `value_loss`.
+        old_values: [n] float32, the critic's values before the update.
+        advantages, returns: [n] float32.
+        ref_logprobs, teacher_logprobs: [n] float32, nats.
+        entropy: [n] float32, nats, of the policy's distribution; carries gradient; if needed.
+        logits, teacher_logits: [n, V] float32, over the shared vocabulary, temperature applied; if needed.
+    """
+
+    ids: Tensor
+    sequence_ids: Tensor
+    correct: Tensor
+    old_logprobs: Tensor
+    logprobs: Tensor | None = None
+    values: Tensor | None = None
+    old_values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    logits: Tensor | None = None
+    teacher_logits: Tensor | None = None
+
+
+@dataclass(slots=True)
+class RolloutStats:
+    """What one rollout cost.
+
+    Attributes:
+        seconds: Wall-clock time.
+        sampled_tokens: Model-written tokens.
+        computed_tokens: Tokens that went through the network, prompt and observations included, each once.
+        retriever_errors: Episodes ended by a failed search.
+    """
+
+    seconds: float = 0.0
+    sampled_tokens: int = 0
+    computed_tokens: int = 0
+    retriever_errors: int = 0
