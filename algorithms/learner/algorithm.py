@@ -6,7 +6,7 @@ all it takes; the training step calls the hooks in the order of their definition
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +21,25 @@ ALGORITHMS = Registry("algo")
 
 #: What `Algorithm.needs` may name. "values" brings a critic, the log-probabilities a frozen network each.
 NEEDS = frozenset({"values", "ref_logprobs", "teacher_logprobs", "entropy", "logits", "teacher_logits"})
+
+LOSS_REDUCTIONS = ("token-mean", "seq-mean")
+
+
+def check_settings(config: Any, allowed: str, test: Callable[[Any], bool], *names: str) -> None:
+    """Refuse settings outside their range; for the `__post_init__` of a config.
+
+    Args:
+        config: The dataclass of settings.
+        allowed: The range in words, as it follows "must be".
+        test: Whether one value is in that range.
+        *names: Fields to look at.
+
+    Raises:
+        ConfigurationError: A value fails the test; the message says the field, the range and the value.
+    """
+    for name in names:
+        if not test(value := getattr(config, name)):
+            raise ConfigurationError(f"{name} must be {allowed}, got {value!r}.")
 
 
 @dataclass(kw_only=True)
@@ -44,12 +63,12 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ConfigurationError(f"learning_rate must be above 0, got {self.learning_rate}.")
-        if not 0 <= self.warmup_fraction <= 1:
-            raise ConfigurationError(f"warmup_fraction must be in [0, 1], got {self.warmup_fraction}.")
-        if self.schedule not in ("constant", "cosine"):
-            raise ConfigurationError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}.")
+        check_settings(self, "above 0", lambda value: value > 0, "learning_rate", "max_grad_norm")
+        check_settings(self, "at least 0", lambda value: value >= 0, "weight_decay")
+        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "warmup_fraction")
+        check_settings(self, "'constant' or 'cosine'", lambda value: value in ("constant", "cosine"), "schedule")
+        check_settings(self, "two numbers in [0, 1)", lambda value: len(value) == 2 and min(value) >= 0, "betas")
+        check_settings(self, "two numbers in [0, 1)", lambda value: max(value) < 1, "betas")
 
 
 @dataclass(kw_only=True)
@@ -72,6 +91,12 @@ class AlgorithmConfig:
     loss_reduction: str = "token-mean"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warm_start: Any = None
+
+    def __post_init__(self) -> None:
+        check_settings(self, "at least 1", lambda value: value >= 1, "batch_size", "num_minibatches", "num_epochs")
+        limit = self.batch_size
+        check_settings(self, f"at most batch_size ({limit})", lambda value: value <= limit, "num_minibatches")
+        check_settings(self, f"one of {', '.join(LOSS_REDUCTIONS)}", LOSS_REDUCTIONS.__contains__, "loss_reduction")
 
 
 class Algorithm:

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from agentic_rag_env.types import StepInfo
+
+#: A tensor, or None unless it was asked for. Not `Tensor | None`: a hook reads only what its algorithm needs, and
+#: should not have to assert it.
+OnDemand = Tensor | Any
 
 
 @dataclass(slots=True)
@@ -96,12 +101,12 @@ class Batch:
     rewards: Tensor
     correct: Tensor
     group_ids: Tensor
-    values: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    teacher_logprobs: Tensor | None = None
-    token_rewards: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
+    values: OnDemand = None
+    ref_logprobs: OnDemand = None
+    teacher_logprobs: OnDemand = None
+    token_rewards: OnDemand = None
+    advantages: OnDemand = None
+    returns: OnDemand = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -114,7 +119,7 @@ class Batch:
         """
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
         length = int(self.attention_mask[rows].sum(dim=1).max())
-        picked: dict[str, Tensor | None] = {}
+        picked: dict[str, Any] = {}
         for name in self.__slots__:
             value = getattr(self, name)
             if value is not None:
@@ -145,16 +150,16 @@ class Tokens:
     sequence_ids: Tensor
     correct: Tensor
     old_logprobs: Tensor
-    logprobs: Tensor | None = None
-    values: Tensor | None = None
-    old_values: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    teacher_logprobs: Tensor | None = None
-    entropy: Tensor | None = None
-    logits: Tensor | None = None
-    teacher_logits: Tensor | None = None
+    logprobs: OnDemand = None
+    values: OnDemand = None
+    old_values: OnDemand = None
+    advantages: OnDemand = None
+    returns: OnDemand = None
+    ref_logprobs: OnDemand = None
+    teacher_logprobs: OnDemand = None
+    entropy: OnDemand = None
+    logits: OnDemand = None
+    teacher_logits: OnDemand = None
 
 
 @dataclass(slots=True)

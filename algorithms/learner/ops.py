@@ -1,0 +1,374 @@
+"""The mathematics of the zoo as pure tensor functions.
+
+Everything is computed in log space and in the dtype that comes in, so float64 stays float64. All quantities are in
+nats. A logit of minus infinity is a vocabulary entry that cannot be chosen: it has probability 0 and contributes 0,
+and no function here answers NaN because of it, neither as a value nor as a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from agentic_rag_env.errors import ConfigurationError
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+REWARD_SCALES = ("group", "batch", "none")
+
+#: Bound of |log ratio| in the surrogate: exp(20) is far outside every clip range, and times 0 it is still a number.
+MAX_LOG_RATIO = 20.0
+
+
+# --- distributions ---------------------------------------------------------------------------------------------------
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities over the last dimension; minus infinity throughout a row without a finite logit.
+
+    Args:
+        logits: [..., V].
+    """
+    empty = logits.amax(dim=-1, keepdim=True) == -math.inf
+    if not empty.any():
+        return torch.log_softmax(logits, dim=-1)
+    return torch.log_softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, -math.inf)
+
+
+def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability of the given token in each row.
+
+    Args:
+        logits: [..., V].
+        ids: [...] int64.
+
+    Returns:
+        [...] nats.
+    """
+    empty = logits.amax(dim=-1, keepdim=True) == -math.inf
+    if empty.any():
+        return log_softmax(logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    # Without the table of all log-probabilities, which autograd would keep for the backward pass.
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of each row, [..., V] to [...] nats; 0 for a row without a finite logit."""
+    log_p = log_softmax(logits)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(dim=-1)
+
+
+# --- divergences: (student_logits, teacher_logits) [..., V] -> [...] nats --------------------------------------------
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student): the student must cover whatever the teacher does.
+
+    Where the second distribution rules out what the first allows, this and every KL below is plus infinity and sends
+    back no gradient.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V], same shape.
+
+    Returns:
+        [...] nats, at least 0.
+
+    Raises:
+        ConfigurationError: The shapes differ.
+    """
+    log_q, log_p = _log_probs(student_logits, teacher_logits)
+    return _kl(log_p, log_q)
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(student || teacher): the student seeks a mode of the teacher. Arguments as in `forward_kl`."""
+    log_q, log_p = _log_probs(student_logits, teacher_logits)
+    return _kl(log_q, log_p)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
+    """Generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649, eq. 1).
+
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, teacher p, student q. That formula tends to
+    0 at both ends, so these are the divergences that it tends to when divided by beta or 1 - beta.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V], same shape.
+        beta: Weight of the teacher, in [0, 1]; 0 is `forward_kl`, 1 is `reverse_kl`.
+
+    Raises:
+        ConfigurationError: beta is outside [0, 1], or the shapes differ.
+    """
+    _check_fraction("beta", beta)
+    log_q, log_p = _log_probs(student_logits, teacher_logits)
+    if beta == 0:
+        return _kl(log_p, log_q)
+    if beta == 1:
+        return _kl(log_q, log_p)
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
+    """KL(p || alpha p + (1 - alpha) q), teacher p, student q (DistiLLM, arXiv:2402.03898); at most -log(alpha).
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V], same shape.
+        alpha: Share of the teacher in the mixture, in [0, 1]; 0 is `forward_kl`.
+
+    Raises:
+        ConfigurationError: alpha is outside [0, 1], or the shapes differ.
+    """
+    _check_fraction("alpha", alpha)
+    log_q, log_p = _log_probs(student_logits, teacher_logits)
+    return _kl(log_p, _log_mixture(log_p, log_q, alpha))
+
+
+def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
+    """KL(q || alpha q + (1 - alpha) p), teacher p, student q (DistiLLM, arXiv:2402.03898); at most -log(alpha).
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V], same shape.
+        alpha: Share of the student in the mixture, in [0, 1]; 0 is `reverse_kl`.
+
+    Raises:
+        ConfigurationError: alpha is outside [0, 1], or the shapes differ.
+    """
+    _check_fraction("alpha", alpha)
+    log_q, log_p = _log_probs(student_logits, teacher_logits)
+    return _kl(log_q, _log_mixture(log_q, log_p, alpha))
+
+
+def taid_kl(student_logits: Tensor, teacher_logits: Tensor, t: float) -> Tensor:
+    """KL(p_t || q) with p_t = softmax((1 - t) s + t z), s held constant in it (TAID, arXiv:2501.16937).
+
+    Args:
+        student_logits: s, [..., V].
+        teacher_logits: z, [..., V], same shape.
+        t: Place of the target between student (0) and teacher (1), in [0, 1].
+
+    Raises:
+        ConfigurationError: t is outside [0, 1], or the shapes differ.
+    """
+    _check_fraction("t", t)
+    if t == 0:  # 0 times minus infinity would be NaN
+        target = student_logits.detach()
+    elif t == 1:
+        target = teacher_logits
+    else:
+        target = (1 - t) * student_logits.detach() + t * teacher_logits
+    return forward_kl(student_logits, target)
+
+
+def _log_probs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    if student_logits.shape != teacher_logits.shape:
+        raise ConfigurationError(
+            f"student_logits and teacher_logits must have the same shape [..., V], got {tuple(student_logits.shape)} "
+            f"and {tuple(teacher_logits.shape)}; cut both to the shared vocabulary first."
+        )
+    return log_softmax(student_logits), log_softmax(teacher_logits)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    ruled_out = log_q == -math.inf
+    log_ratio = (log_p - log_q).masked_fill(ruled_out | (p == 0), 0.0)
+    infinite = (ruled_out & (p > 0)).any(dim=-1)
+    return (p * log_ratio).sum(dim=-1).masked_fill(infinite, math.inf)
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
+    """log(weight p + (1 - weight) q)."""
+    if weight == 0:
+        return log_q
+    if weight == 1:
+        return log_p
+    # The gradient of logaddexp(-inf, -inf) is NaN.
+    neither = (log_p == -math.inf) & (log_q == -math.inf)
+    log_p, log_q = log_p.masked_fill(neither, 0.0), log_q.masked_fill(neither, 0.0)
+    return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight)).masked_fill(neither, -math.inf)
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigurationError(f"{name} must be in [0, 1], got {value}.")
+
+
+# --- policy gradients ------------------------------------------------------------------------------------------------
+
+
+def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str) -> Tensor:
+    """Estimate KL(policy || other) from one token that the policy sampled (Schulman, joschu.net/blog/kl-approx.html).
+
+    With k1 = log policy - log other, k2 = k1^2 / 2 and k3 = exp(-k1) - 1 + k1. k1 and k3 are unbiased; k1 has a sign,
+    k2 and k3 are at least 0. Nothing is clamped. As a loss on fresh samples k1 has no gradient on average, k2 has that
+    of KL(policy || other), and k3 that of KL(other || policy).
+
+    Args:
+        logprobs: [...] nats.
+        other_logprobs: [...] nats, of the same tokens.
+        estimator: "k1", "k2" or "k3".
+
+    Raises:
+        ConfigurationError: The estimator has another name.
+    """
+    k1 = _difference(logprobs, other_logprobs)
+    if estimator == "k1":
+        return k1
+    if estimator == "k2":
+        return k1.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-k1) + k1
+    raise ConfigurationError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}.")
+
+
+def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's pessimistic policy loss per token, to be minimized (arXiv:1707.06347, eq. 7, with the sign turned).
+
+    Args:
+        logprobs: [...] nats, of the policy now.
+        old_logprobs: [...] nats, of the policy that sampled.
+        advantages: [...].
+        clip_range: The ratio earns nothing outside [1 - clip_range, 1 + clip_range].
+    """
+    ratio = _difference(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    """Half the squared error per token, taken as the larger of the error of the value and of the clipped value.
+
+    Args:
+        values: [...], of the critic now.
+        old_values: [...], of the critic before the update.
+        returns: [...], the target.
+        clip_range: The clipped value stays this near to the old one; infinity: plain squared error.
+    """
+    clipped = values.clamp(old_values - clip_range, old_values + clip_range)
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
+def _difference(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+    """0, and no NaN, where both are minus infinity."""
+    both = (logprobs == -math.inf) & (other_logprobs == -math.inf)
+    return logprobs.masked_fill(both, 0.0) - other_logprobs.masked_fill(both, 0.0)
+
+
+# --- credit ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def gae(
+    token_rewards: Tensor, values: Tensor, response_mask: Tensor, discount: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation over the model-written tokens only (arXiv:1506.02438, eq. 16).
+
+    Time passes from one model-written token to the next, whatever the environment wrote between them; the value after
+    the last one is 0.
+
+    Args:
+        token_rewards: [B, T].
+        values: [B, T], of the state before each token.
+        response_mask: [B, T] bool, True where the model wrote; whatever the others hold elsewhere is not read.
+        discount: Per model-written token, in [0, 1].
+        gae_lambda: 1 is return minus value, 0 the one-step temporal difference.
+
+    Returns:
+        Advantages and returns (advantages + values), both [B, T] and 0 where the model did not write.
+
+    Raises:
+        ConfigurationError: The shapes differ, or discount or gae_lambda is outside [0, 1].
+    """
+    _check_fraction("discount", discount)
+    _check_fraction("gae_lambda", gae_lambda)
+    if not token_rewards.shape == values.shape == response_mask.shape:
+        raise ConfigurationError(
+            "token_rewards, values and response_mask must have the same shape [B, T], got "
+            f"{tuple(token_rewards.shape)}, {tuple(values.shape)} and {tuple(response_mask.shape)}."
+        )
+    # Model-written tokens to the front of each row, in their order; zeros behind them change nothing.
+    order = (~response_mask).to(torch.uint8).argsort(dim=1, stable=True)
+    order = order[:, : int(response_mask.sum(dim=1).max()) if len(response_mask) else 0]
+    present = response_mask.gather(1, order)
+    reward = token_rewards.gather(1, order).masked_fill(~present, 0.0)
+    value = values.gather(1, order).masked_fill(~present, 0.0)
+    next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], dim=1)
+    advantage = reward + discount * next_value - value
+    # A_t = sum_k (discount * gae_lambda)^k delta_{t+k}, doubling the number of summed terms in each pass.
+    reach = 1
+    while reach < advantage.shape[1]:
+        further = (discount * gae_lambda) ** reach * advantage[:, reach:]
+        advantage = advantage + torch.nn.functional.pad(further, (0, reach))
+        reach *= 2
+    empty = torch.zeros(response_mask.shape, dtype=advantage.dtype, device=advantage.device)
+    return empty.scatter(1, order, advantage), empty.scatter(1, order, advantage + value)
+
+
+@torch.no_grad()
+def standardize(x: Tensor, mask: Tensor) -> Tensor:
+    """Shift and scale to mean 0 and variance 1 (Bessel's correction) over the entries that count.
+
+    Args:
+        x: Any shape.
+        mask: Same shape, bool; whatever x holds where it is False is not read.
+
+    Returns:
+        (x - mean) / sqrt(variance + 1e-8), and 0 where mask is False. A single entry has no variance and becomes 0.
+    """
+    num_entries = mask.sum()
+    centred = x.masked_fill(~mask, 0.0)
+    centred = (centred - centred.sum() / num_entries.clamp(min=1)).masked_fill(~mask, 0.0)
+    if num_entries < 2:
+        return centred
+    return centred * torch.rsqrt(centred.square().sum() / (num_entries - 1) + 1e-8)
+
+
+@torch.no_grad()
+def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "group") -> Tensor:
+    """How much better each trajectory did than its siblings (GRPO, arXiv:2402.03300, section 4.1.2).
+
+    Args:
+        rewards: [B].
+        group_ids: [B] int64, equal for trajectories of the same prompt instance.
+        scale: What the distance to the group's mean is divided by: "group", the group's standard deviation (Bessel's
+            correction) plus 1e-6; "batch", the same of all rewards; "none", nothing.
+
+    Returns:
+        [B], exactly 0 in a group whose rewards are equal. Statistics are float64 whatever the dtype.
+
+    Raises:
+        ConfigurationError: A group has one member only, or the scale has another name.
+    """
+    if scale not in REWARD_SCALES:
+        raise ConfigurationError(f"scale must be one of {', '.join(REWARD_SCALES)}, got {scale!r}.")
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    # On the CPU because some accelerators have no float64.
+    reward = rewards.detach().to("cpu", torch.float64)
+    groups, index, sizes = group_ids.cpu().unique(return_inverse=True, return_counts=True)
+    if (sizes == 1).any():
+        lonely = groups[sizes == 1].tolist()
+        raise ConfigurationError(
+            f"Every group needs at least 2 trajectories, but {len(lonely)} of {len(groups)} have 1 (group_ids "
+            f"{lonely[:5]}): without siblings there is no baseline, and the advantage would be the bare reward. "
+            "Roll out every question at least twice and give its trajectories one group id."
+        )
+    mean = _group_sum(reward, index, len(groups)) / sizes
+    centred = reward - mean[index]
+    # Rounding noise in a constant group must not be blown up to unit size.
+    spread = torch.zeros_like(mean).scatter_reduce(0, index, centred.abs(), "amax")
+    centred = centred.masked_fill(torch.isclose(mean + spread, mean, rtol=1e-6, atol=1e-9)[index], 0.0)
+    if scale == "group":
+        centred = centred / (torch.sqrt(_group_sum(centred.square(), index, len(groups)) / (sizes - 1)) + 1e-6)[index]
+    elif scale == "batch" and len(reward):
+        centred = centred / (reward.std() + 1e-6)
+    return centred.to(rewards.device, dtype)
+
+
+def _group_sum(x: Tensor, index: Tensor, num_groups: int) -> Tensor:
+    return x.new_zeros(num_groups).index_add(0, index, x)

@@ -1,0 +1,69 @@
+"""Supervised fine-tuning on the teacher's own trajectories, which is sequence-level distillation.
+
+Paper: Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947 (SeqKD).
+Sampled: by the teacher, once, before training; only trajectories with the right answer are kept.
+Needed: nothing beyond them.
+Credit: every token that the teacher wrote, equally; prompt and passages are context only.
+Loss: cross-entropy, -log q(y_t).
+
+Differs from the paper: the teacher's trajectories are samples instead of modes found by beam search, and they are
+whole episodes with searches in them, filtered by exact match.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, AlgorithmConfig, OptimizerConfig, check_settings
+from algorithms.learner.types import Tokens
+
+
+@dataclass(kw_only=True)
+class SFTConfig(AlgorithmConfig):
+    """Settings of `SFT`; the defaults are those measured on the bundled tiny world.
+
+    Attributes:
+        num_demonstrations: Correct trajectories to collect from the teacher.
+        epochs: Passes over all of them.
+        hand_over_exact_match: Stop as soon as exact match on the development questions reaches this; None: never.
+    """
+
+    batch_size: int = 16
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=3e-3, schedule="cosine", betas=(0.9, 0.999))
+    )
+    num_demonstrations: int = 200
+    epochs: int = 25
+    hand_over_exact_match: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, "at least 1", lambda value: value >= 1, "num_demonstrations", "epochs")
+        if self.num_epochs != 1:
+            raise ConfigurationError(
+                f"num_epochs must be 1 where batches are drawn from stored trajectories, got {self.num_epochs}; "
+                "set epochs, the number of passes over all of them."
+            )
+        check_settings(
+            self, "in (0, 1] or null", lambda value: value is None or 0 < value <= 1, "hand_over_exact_match"
+        )
+
+
+@ALGORITHMS.register("sft", SFTConfig)
+class SFT(Algorithm):
+    """Cross-entropy on correct trajectories of the teacher."""
+
+    trains_on = "teacher"
+    config: SFTConfig
+
+    def num_steps(self, num_demonstrations: int) -> int:
+        """`epochs` passes over the stored trajectories, the last batch of each pass possibly smaller."""
+        return self.config.epochs * math.ceil(num_demonstrations / self.config.batch_size)
+
+    def token_loss(self, tokens: Tokens) -> Tensor:
+        """Cross-entropy of the teacher's token, [n] nats."""
+        return -tokens.logprobs
