@@ -1,0 +1,7 @@
+"""Datasets; importing this package registers the built-in ones."""
+
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.datasets.jsonl import JsonlConfig
+from agentic_rag_env.datasets.tiny import TinyConfig
+
+__all__ = ["JsonlConfig", "QuestionSet", "TinyConfig"]

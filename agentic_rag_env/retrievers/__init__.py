@@ -1,0 +1,33 @@
+"""Retrievers; importing this package registers the built-in ones. Their libraries load when one is made."""
+
+from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
+from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever
+from agentic_rag_env.retrievers.encoders import (
+    ENCODERS,
+    Encoder,
+    HashedNgramConfig,
+    HashedNgramEncoder,
+    HuggingFaceConfig,
+    HuggingFaceEncoder,
+)
+from agentic_rag_env.retrievers.http import HttpConfig, HttpRetriever
+from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
+
+__all__ = [
+    "ENCODERS",
+    "BM25Config",
+    "BM25Retriever",
+    "DenseConfig",
+    "DenseRetriever",
+    "Encoder",
+    "HashedNgramConfig",
+    "HashedNgramEncoder",
+    "HttpConfig",
+    "HttpRetriever",
+    "HuggingFaceConfig",
+    "HuggingFaceEncoder",
+    "Retriever",
+    "StaticConfig",
+    "StaticRetriever",
+]

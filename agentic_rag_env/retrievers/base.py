@@ -1,10 +1,11 @@
-"""What every retriever is."""
+"""What every retriever is, and the checks they share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.types import Passage
 
 
@@ -16,7 +17,7 @@ class Retriever(Protocol):
         """Search.
 
         Args:
-            queries: One or more query texts.
+            queries: Any number of query texts, in any characters a model may write.
             top_k: Most passages per query, at least 1.
 
         Returns:
@@ -24,6 +25,43 @@ class Retriever(Protocol):
             query does not depend on the other queries.
 
         Raises:
+            ConfigurationError: `top_k` is below 1.
             RetrieverError: The search failed; an empty list only ever means that nothing matched.
         """
         ...
+
+
+def check_search(queries: Sequence[str], top_k: int) -> None:
+    """Refuse the two arguments of `search` that a caller gets wrong.
+
+    Raises:
+        ConfigurationError: `top_k` is below 1, or `queries` is one string (whose characters would be searched).
+    """
+    if isinstance(queries, str):
+        raise ConfigurationError(f"search takes a list of queries, got one string; pass [{queries[:40]!r}].")
+    if top_k < 1:
+        raise ConfigurationError(f"top_k must be at least 1, got {top_k}.")
+
+
+def require_corpus(name: str, corpus: Sequence[Passage] | None) -> Sequence[Passage]:
+    """The corpus of a retriever that cannot do without one.
+
+    Raises:
+        ConfigurationError: There is no corpus, or it is empty.
+    """
+    if corpus is None:
+        raise ConfigurationError(
+            f"retriever {name!r} searches a corpus, but got none; give the dataset a corpus "
+            "(dataset.corpus=<file.jsonl>) or choose a retriever that brings its own, such as 'http'."
+        )
+    if not len(corpus):
+        raise ConfigurationError(f"retriever {name!r} got an empty corpus; it needs at least one passage.")
+    return corpus
+
+
+def encodable(text: str) -> str:
+    """The text with what UTF-8 cannot express (lone surrogates) replaced by `?`.
+
+    Tokenizers and JSON parsers refuse such characters, and a model can be made to write them.
+    """
+    return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")

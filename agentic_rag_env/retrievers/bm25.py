@@ -9,6 +9,7 @@ import numpy as np
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import RETRIEVERS
+from agentic_rag_env.retrievers.base import check_search, require_corpus
 from agentic_rag_env.types import Passage
 
 
@@ -29,27 +30,32 @@ class BM25Config:
 class BM25Retriever:
     """Searches a corpus held in memory, title and text together.
 
+    A text is its lower-cased words, with neither stemming nor stop words. Memory is about 8 bytes per distinct word of
+    each passage beside the corpus itself.
+
     Args:
         config: The BM25 parameters.
         corpus: The passages; their order decides ties.
 
     Raises:
-        ConfigurationError: The corpus is empty or a parameter is out of range.
+        ConfigurationError: There is no corpus, it holds no words, or a parameter is out of range.
     """
 
-    def __init__(self, config: BM25Config, corpus: Sequence[Passage]) -> None:
+    def __init__(self, config: BM25Config, corpus: Sequence[Passage] | None = None) -> None:
         import bm25s
 
-        if not len(corpus):
-            raise ConfigurationError("retriever 'bm25' got an empty corpus; it needs at least one passage.")
+        self._corpus = require_corpus("bm25", corpus)
         if config.k1 < 0 or not 0 <= config.b <= 1:
             raise ConfigurationError(f"bm25 needs k1 >= 0 and b in [0, 1], got k1={config.k1}, b={config.b}.")
-        self._corpus = corpus
+        words = self._tokenize([passage.contents for passage in self._corpus])
+        if not any(words):
+            raise ConfigurationError(f"retriever 'bm25' found no words in the {len(words)} passages of the corpus.")
         self._index = bm25s.BM25(k1=config.k1, b=config.b)
-        self._index.index(self._tokenize([passage.contents for passage in corpus]), show_progress=False)
+        self._index.index(words, show_progress=False)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """See `Retriever.search`. A query without a known word matches nothing."""
+        check_search(queries, top_k)
         return [self._best(words, top_k) for words in self._tokenize(queries)]
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:

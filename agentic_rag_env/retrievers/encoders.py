@@ -1,0 +1,247 @@
+"""Text encoders for dense search: one without a model, and any encoder of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import Registry
+from agentic_rag_env.retrievers.base import encodable
+
+ENCODERS = Registry("encoder")
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Turns texts into vectors whose inner product measures relevance."""
+
+    def fit(self, passages: Sequence[str]) -> None:
+        """Learn what there is to learn from the corpus, before anything is encoded; a pretrained model does nothing."""
+        ...
+
+    def encode_passages(self, passages: Sequence[str]) -> NDArray[np.float32]:
+        """Passages as rows [n, dim] of length 1, or 0 where a text has no features."""
+        ...
+
+    def encode_queries(self, queries: Sequence[str]) -> NDArray[np.float32]:
+        """Queries as rows [n, dim] of length 1, or 0 where a text has no features."""
+        ...
+
+
+@dataclass
+class HashedNgramConfig:
+    """Settings of the hashed n-gram encoder.
+
+    Attributes:
+        dim: Width of the vectors; chance similarity of unrelated texts falls as 1 / sqrt(dim).
+        min_n: Shortest character n-gram.
+        max_n: Longest character n-gram.
+    """
+
+    dim: int = 1024
+    min_n: int = 3
+    max_n: int = 5
+
+
+@ENCODERS.register("hashed_ngram", HashedNgramConfig)
+class HashedNgramEncoder:
+    """TF-IDF over words, each word the signed sum of its hashed character n-grams: no download and no torch.
+
+    A text is sum over its words w of (1 + ln tf_w) idf_w v_w, where idf_w = ln((1 + N) / (1 + df_w)) + 1 over the N
+    passages of the corpus and v_w adds +1 or -1, as a hash decides, at the hashed place of `<w>` and of each of its
+    n-grams, scaled to length 1 (feature hashing, Weinberger et al. 2009). Misspelt and inflected words stay close. The
+    same text gives the same bits in every process.
+
+    Args:
+        config: Width and n-gram lengths.
+
+    Raises:
+        ConfigurationError: A setting is out of range.
+    """
+
+    def __init__(self, config: HashedNgramConfig | None = None) -> None:
+        self.config = config or HashedNgramConfig()
+        if self.config.dim < 1 or not 1 <= self.config.min_n <= self.config.max_n:
+            raise ConfigurationError(f"hashed_ngram needs dim >= 1 and 1 <= min_n <= max_n, got {self.config}.")
+        self._num_passages = 0
+        self._document_frequency: Counter[str] = Counter()
+
+    def fit(self, passages: Sequence[str]) -> None:
+        """Count in how many passages each word occurs."""
+        self._num_passages = len(passages)
+        self._document_frequency = Counter()
+        for passage in passages:
+            self._document_frequency.update(set(_words(passage)))
+
+    def encode_passages(self, passages: Sequence[str]) -> NDArray[np.float32]:
+        """See `Encoder`."""
+        rows = np.zeros((len(passages), self.config.dim), np.float32)
+        for row, passage in zip(rows, passages, strict=True):
+            self._encode(passage, row)
+        return rows
+
+    def encode_queries(self, queries: Sequence[str]) -> NDArray[np.float32]:
+        """See `Encoder`."""
+        return self.encode_passages(queries)
+
+    def _encode(self, text: str, row: NDArray[np.float32]) -> None:
+        counts = Counter(_words(text))
+        if not counts:
+            return
+        vectors = [_word_vector(word, self.config.dim, self.config.min_n, self.config.max_n) for word in counts]
+        weights = [
+            (1 + np.log(count)) * self._idf(word) / np.sqrt(len(places))
+            for (word, count), (places, _) in zip(counts.items(), vectors, strict=True)
+        ]
+        places = np.concatenate([places for places, _ in vectors])
+        signs = np.concatenate([signs for _, signs in vectors])
+        weight = np.repeat(weights, [len(places) for places, _ in vectors])
+        dense = np.bincount(places, weights=signs * weight, minlength=self.config.dim)
+        norm = np.sqrt(np.square(dense).sum())
+        if norm > 0:
+            row[:] = dense / norm
+
+    def _idf(self, word: str) -> float:
+        return np.log((1 + self._num_passages) / (1 + self._document_frequency[word])) + 1
+
+
+def _words(text: str) -> list[str]:
+    # Words beyond 64 characters are split: the number of n-grams to remember per word stays bounded.
+    return re.findall(r"\w{1,64}", encodable(text).lower())
+
+
+@lru_cache(maxsize=2**18)
+def _word_vector(word: str, dim: int, min_n: int, max_n: int) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
+    """Places [m] in [0, dim) and signs [m] of a word and its n-grams; CRC-32 is the same in every process."""
+    marked = f"<{word}>"
+    grams = [marked]
+    for n in range(min_n, min(max_n, len(marked) - 1) + 1):
+        grams += [marked[start : start + n] for start in range(len(marked) - n + 1)]
+    hashes = np.array([zlib.crc32(gram.encode()) for gram in grams], np.uint32)
+    return (hashes % np.uint32(dim)).astype(np.int32), np.where(hashes >> 31, 1, -1).astype(np.int8)
+
+
+@dataclass
+class HuggingFaceConfig:
+    """Settings of an encoder of Hugging Face transformers; the defaults are those of E5 as Search-R1 uses it.
+
+    Attributes:
+        model: Folder or hub id, such as `intfloat/e5-base-v2`.
+        pooling: `mean` over the tokens, or `cls` for the first token.
+        query_prefix: Put before each query.
+        passage_prefix: Put before each passage.
+        max_length: Tokens kept of each text, prefix included.
+        batch_size: Texts encoded at once.
+        device: Such as `cpu` or `cuda:0`; None chooses a GPU if there is one.
+        dtype: `float32`, `float16` or `bfloat16`; None chooses float16 on a GPU and float32 elsewhere.
+    """
+
+    model: str
+    pooling: str = "mean"
+    query_prefix: str = "query: "
+    passage_prefix: str = "passage: "
+    max_length: int = 256
+    batch_size: int = 64
+    device: str | None = None
+    dtype: str | None = None
+
+
+@ENCODERS.register("huggingface", HuggingFaceConfig)
+class HuggingFaceEncoder:
+    """Encodes with the last hidden states of a transformer, pooled and scaled to length 1.
+
+    Args:
+        config: Model and the way it wants to be used.
+
+    Raises:
+        ConfigurationError: A setting is out of range, torch or transformers is missing, or the model cannot be loaded.
+    """
+
+    def __init__(self, config: HuggingFaceConfig) -> None:
+        self.config = config
+        if config.pooling not in ("mean", "cls"):
+            raise ConfigurationError(f"encoder pooling must be 'mean' or 'cls', got {config.pooling!r}.")
+        if config.dtype not in (None, "float32", "float16", "bfloat16"):
+            raise ConfigurationError(
+                f"encoder dtype must be float32, float16, bfloat16 or None, got {config.dtype!r}."
+            )
+        if config.max_length < 1 or config.batch_size < 1:
+            raise ConfigurationError(f"encoder needs max_length and batch_size of at least 1, got {config}.")
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise ConfigurationError(
+                f"encoder {config.model!r} needs torch and transformers (pip install torch transformers); "
+                "encoder=hashed_ngram needs neither."
+            ) from error
+        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = getattr(torch, config.dtype or ("float16" if self._device.type == "cuda" else "float32"))
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.model, padding_side="right")
+            model = transformers.AutoModel.from_pretrained(config.model, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"encoder model {config.model!r} cannot be loaded; give a folder made by save_pretrained or a hub id. "
+                f"{error}"
+            ) from error
+        self._model: Any = model.to(self._device).eval()
+        if self._tokenizer.pad_token is None:
+            # Padding is masked below, so any token does.
+            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)
+
+    def fit(self, passages: Sequence[str]) -> None:
+        """Nothing to learn: the model is pretrained."""
+
+    def encode_passages(self, passages: Sequence[str]) -> NDArray[np.float32]:
+        """See `Encoder`."""
+        return self._encode([self.config.passage_prefix + encodable(text) for text in passages])
+
+    def encode_queries(self, queries: Sequence[str]) -> NDArray[np.float32]:
+        """See `Encoder`."""
+        return self._encode([self.config.query_prefix + encodable(text) for text in queries])
+
+    def _encode(self, texts: list[str]) -> NDArray[np.float32]:
+        # Texts of similar length share a batch, so that little is spent on padding.
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        rows = np.zeros((len(texts), self._model.config.hidden_size), np.float32)
+        for start in range(0, len(order), self.config.batch_size):
+            chosen = order[start : start + self.config.batch_size]
+            rows[chosen] = self._encode_batch([texts[index] for index in chosen])
+        return rows
+
+    def _encode_batch(self, texts: list[str]) -> NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            inputs = self._tokenizer(
+                texts, padding=True, truncation=True, max_length=self.config.max_length, return_tensors="pt"
+            ).to(self._device)
+            hidden = self._model(**inputs).last_hidden_state.float()
+            mask = inputs["attention_mask"].unsqueeze(-1).float()
+            pooled = hidden[:, 0] if self.config.pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+            return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
+
+
+def build_encoder(spec: Any) -> Encoder:
+    """Make an encoder from a registered name, a mapping with `name` or `model`, or a model's folder or hub id.
+
+    Raises:
+        UnknownNameError: A word that is neither a registered name nor a folder nor a hub id.
+        ConfigurationError: The settings do not fit.
+    """
+    if isinstance(spec, Mapping) and "name" not in spec and "model" in spec:
+        spec = {"name": "huggingface", **spec}
+    if isinstance(spec, str) and spec not in ENCODERS.names() and ("/" in spec or Path(spec).is_dir()):
+        spec = {"name": "huggingface", "model": spec}
+    return ENCODERS.build(spec)
