@@ -1,0 +1,262 @@
+"""The environment: a question, a search engine, and an agent that writes text."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import gymnasium
+
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.episode import Episode, FinalTurn, Found, Rules, StepResult, search
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import DATASETS, RETRIEVERS, REWARDS, did_you_mean
+from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.rewards import Reward
+from agentic_rag_env.spaces import FreeText
+from agentic_rag_env.types import StepInfo
+
+
+class AgenticRAGEnv(gymnasium.Env[str, str]):
+    """The agent answers a question. Turn by turn it writes text, and may search a corpus before it answers.
+
+    ## Description
+    Each turn the agent writes a text that ends in one action. `<search> query </search>` retrieves passages, which it
+    reads between `<information>` and `</information>` before it writes its next turn. `<answer> text </answer>` ends
+    the episode. Whatever else it writes, such as its thoughts, has no effect. This is the protocol of Search-R1 [1],
+    which DGPO [2] shares.
+
+    ## Action Space
+    `FreeText()`: any string, the text of one turn. It is cut at its earliest `</search>` or `</answer>`; the action is
+    what lies between that tag and the first matching opening tag. A turn without such a span, or with an empty query,
+    is malformed: it costs a turn and is answered with a hint. Actions are read from this text alone; tags in a
+    question or a passage have no effect.
+
+    ## Observation Space
+    `FreeText()`: only what the environment appends to the transcript. `reset` observes the whole prompt, a search
+    observes its passages, a malformed turn the hint, and the end of an episode the empty string.
+
+    ## Starting State
+    The prompt with a question drawn uniformly from the dataset, or with question number i of it:
+    `reset(options={"question_index": i})`.
+
+    ## Rewards
+    0 in every step but the last. An answer earns what the reward function makes of it and the golden answers: by
+    default 1 for an exact match after normalization, else 0. An episode without an answer earns 0.
+
+    ## Episode End
+    - Termination: the agent answers.
+    - Truncation: it is out of turns. There are `max_turns` turns that may search. Then, by `final_turn`:
+        - `"none"`: the episode is over.
+        - `"no_search"`: one more turn, in which an answer counts and a search is reported but not executed.
+        - `"forced"`: one more turn like that. The observation before it ends with `<answer>`, and the text is read as
+          its continuation.
+    - Truncation: the search failed (the retriever raised `RetrieverError`); `info["error"]` holds the message.
+
+    ## Information
+    `reset` and `step` return the same keys, see `StepInfo`:
+
+    | key | type | meaning |
+    | --- | --- | --- |
+    | `question_id` | str | of the dataset |
+    | `turn` | int | turns taken, 0 after `reset` |
+    | `action` | str or None | "search", "answer", "malformed"; None after `reset` |
+    | `query` | str or None | of a search |
+    | `passages` | tuple of `Passage` | found by the search, uncut; empty if it was not executed |
+    | `answer` | str or None | of an answer |
+    | `exact_match`, `f1` | float | of the answer; 0.0 without one |
+    | `num_searches` | int | searches executed in this episode |
+    | `correct` | bool | an answer matched exactly |
+    | `error` | str or None | why the search failed |
+
+    ## Arguments
+    ```python
+    import gymnasium
+    import agentic_rag_env
+
+    env = gymnasium.make("AgenticRAG-v0", dataset="tiny", retriever="bm25", max_turns=4, top_k=3)
+    prompt, info = env.reset(seed=0)
+    observation, reward, terminated, truncated, info = env.step("<search> who founded it </search>")
+    ```
+
+    Args:
+        dataset: A registered name, a mapping (`{"name": "jsonl", ...}`), a `QuestionSet`, or an iterable of `Question`.
+        retriever: A registered name, a mapping (`{"name": "bm25", "k1": 1.2}`), or an object with the method `search`.
+            By name or mapping it is built over the corpus of the dataset.
+        reward: A registered name, or a function `(answer, golden_answers) -> float`.
+        prompt: Name of a template in `prompts.PROMPTS`, or a template that contains `{question}`.
+        max_turns: Turns that may search, malformed ones included; at least 1.
+        top_k: Most passages per search; at least 1.
+        final_turn: "none", "no_search" or "forced", see above.
+        max_observation_chars: Most characters of a passage observation, tags included; longer passage text is cut, the
+            tags never are. None: unbounded. The hint is never cut.
+        max_observation_tokens: The same in tokens; not together with `max_observation_chars`.
+        tokenizer: Counts tokens; an object with `encode(text, add_special_tokens=False)`, such as those of
+            transformers and tokenizers.
+        render_mode: "ansi": `render` returns the transcript so far. "human": it is printed as it grows.
+
+    Raises:
+        ConfigurationError: A setting can't work; the message says what is allowed.
+        UnknownNameError: A registered name is unknown.
+
+    ## References
+    [1] B. Jin et al., "Search-R1: Training LLMs to Reason and Leverage Search Engines with Reinforcement Learning",
+    2025. https://arxiv.org/abs/2503.09516
+
+    [2] Distillation-Guided Policy Optimization. https://github.com/omron-sinicx/dgpo
+
+    ## Version History
+    * v0: Initial version
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
+
+    def __init__(
+        self,
+        dataset: str | Mapping[str, Any] | Iterable[Any] = "tiny",
+        retriever: str | Mapping[str, Any] | Retriever = "bm25",
+        reward: str | Mapping[str, Any] | Reward = "exact_match",
+        prompt: str = "bare",
+        max_turns: int = 4,
+        top_k: int = 3,
+        final_turn: FinalTurn = "no_search",
+        max_observation_chars: int | None = None,
+        max_observation_tokens: int | None = None,
+        tokenizer: Any = None,
+        render_mode: str | None = None,
+    ) -> None:
+        self.rules = Rules(
+            reward=REWARDS.build(reward),
+            prompt=prompt,
+            max_turns=max_turns,
+            final_turn=final_turn,
+            max_observation_chars=max_observation_chars,
+            max_observation_tokens=max_observation_tokens,
+            tokenizer=tokenizer,
+        )
+        if top_k < 1:
+            raise ConfigurationError(f"top_k must be at least 1, got {top_k}.")
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            hint = did_you_mean(render_mode, self.metadata["render_modes"])
+            raise ConfigurationError(f"render_mode {render_mode!r} does not exist.{hint}")
+        self.dataset = _build_dataset(dataset)
+        self.retriever = _build_retriever(retriever, self.dataset)
+        self.top_k = top_k
+        self.render_mode = render_mode
+        self.action_space = FreeText()
+        self.observation_space = FreeText()
+        self._episode = Episode(self.rules)
+        self._num_printed = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, StepInfo]:  # type: ignore[override]
+        """Begin an episode.
+
+        Args:
+            seed: Seeds the generator that draws questions; None leaves it as it is.
+            options: `{"question_index": i}` asks question i of the dataset instead of a drawn one.
+
+        Returns:
+            The prompt, and the info.
+
+        Raises:
+            ConfigurationError: There is no such option or question.
+        """
+        super().reset(seed=seed)
+        index = (options or {}).get("question_index")
+        check_options(options, ("question_index",))
+        if index is None:
+            index = self.np_random.integers(len(self.dataset))
+        elif not 0 <= index < len(self.dataset):
+            raise ConfigurationError(
+                f"question_index must be in [0, {len(self.dataset)}) for dataset {self.dataset.name!r}, got {index}."
+            )
+        prompt = self._episode.begin(self.dataset[operator.index(index)])
+        self._num_printed = 0
+        self._print_news()
+        return prompt, self._episode.report()
+
+    def step(self, action: str) -> StepResult:  # type: ignore[override]
+        """Take one turn.
+
+        Args:
+            action: What the agent writes.
+
+        Returns:
+            Observation, reward, terminated, truncated, info.
+
+        Raises:
+            ResetNeededError: No episode is running.
+            TypeError: The action is no string.
+            Exception: Whatever the retriever or the reward raises, with a note naming the question. A `RetrieverError`
+                alone is not raised; it truncates the episode.
+        """
+        query = self._episode.act(action)
+        found: Found | None = None
+        if query is not None:
+            question = self._episode.question
+            assert question is not None
+            (found,) = search(self.retriever, [query], self.top_k, [question.id])
+        result = self._episode.observe(found)
+        self._print_news()
+        return result
+
+    def render(self) -> str | None:
+        """The transcript of the current episode in mode "ansi"; None in the others."""
+        if self.render_mode is None:
+            gymnasium.logger.warn('render was called without a render mode; pass render_mode="ansi" or "human".')
+        return "".join(self._episode.transcript) if self.render_mode == "ansi" else None
+
+    def _print_news(self) -> None:
+        if self.render_mode == "human":
+            news = "".join(self._episode.transcript[self._num_printed :])
+            print(printable(news, sys.stdout.encoding), end="" if self._episode.running else "\n", flush=True)
+            self._num_printed = len(self._episode.transcript)
+
+
+def printable(text: str, encoding: str | None = None) -> str:
+    """Text that a terminal can show and that can't steer it: control characters and the like are escaped.
+
+    Args:
+        text: From a model or a corpus.
+        encoding: Of the terminal; what it lacks is escaped.
+    """
+    shown = "".join(
+        char if char.isprintable() or char == "\n" or unicodedata.category(char) == "Zs" else ascii(char)[1:-1]
+        for char in text
+    )
+    encoding = encoding or "utf-8"
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def check_options(options: Mapping[str, Any] | None, allowed: Iterable[str]) -> None:
+    """Refuse an option of `reset` that does not exist.
+
+    Raises:
+        ConfigurationError: Naming it and the ones that do.
+    """
+    for given in options or {}:
+        if given not in allowed:
+            raise ConfigurationError(f"reset has no option {given!r}.{did_you_mean(str(given), allowed)}")
+
+
+def _build_dataset(spec: Any) -> QuestionSet:
+    dataset = DATASETS.build(spec)
+    if isinstance(dataset, QuestionSet):
+        return dataset
+    if not isinstance(dataset, Iterable):
+        raise ConfigurationError(
+            f"dataset must be a name, a mapping, a QuestionSet or an iterable of Question, got {dataset!r}."
+        )
+    return QuestionSet("questions", tuple(dataset))
+
+
+def _build_retriever(spec: Any, dataset: QuestionSet) -> Retriever:
+    retriever = RETRIEVERS.build(spec, corpus=dataset.corpus)
+    if not isinstance(retriever, Retriever):
+        raise ConfigurationError(
+            f"retriever must be a name, a mapping or an object with search(queries, top_k), got {retriever!r}."
+        )
+    return retriever

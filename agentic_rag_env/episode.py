@@ -1,0 +1,298 @@
+"""One episode as a state machine without input or output, shared by the single and the vector environment.
+
+The search itself happens outside, between `Episode.act` and `Episode.observe`, so that many episodes can share one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from agentic_rag_env.actions import ANSWER_OPEN, Action, Answer, Malformed, Search, parse_action
+from agentic_rag_env.errors import ConfigurationError, ResetNeededError, RetrieverError
+from agentic_rag_env.prompts import MALFORMED_HINT, format_passages, information_block, render_prompt
+from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.rewards import Reward, exact_match, f1_score
+from agentic_rag_env.types import Passage, Question, StepInfo
+
+#: What happens after the last turn that may search; `Rules` explains them.
+FinalTurn: TypeAlias = Literal["none", "no_search", "forced"]
+FINAL_TURNS: tuple[str, ...] = get_args(FinalTurn)
+
+#: What a search brings for one query.
+Found: TypeAlias = Sequence[Passage] | RetrieverError
+
+
+class StepResult(NamedTuple):
+    """What `step` returns, in Gymnasium's order."""
+
+    observation: str
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: StepInfo
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The settings of an episode.
+
+    Attributes:
+        reward: Scores the parsed answer.
+        prompt: Template name, or a template with `{question}`.
+        max_turns: Turns that may search, malformed ones included.
+        final_turn: "none": the episode is truncated after these turns. "no_search": one more turn, in which an answer
+            counts and a search is not executed. "forced": likewise, and the last observation ends with `<answer>`, as
+            whose continuation the text is read.
+        max_observation_chars: Bound of a passage block, tags included; None: unbounded.
+        max_observation_tokens: The same in tokens of the tokenizer; None: unbounded.
+        tokenizer: Has `encode(text, add_special_tokens=False)`; read only with `max_observation_tokens`.
+
+    Raises:
+        ConfigurationError: A setting is out of range, or leaves no room for the empty block.
+    """
+
+    reward: Reward
+    prompt: str
+    max_turns: int
+    final_turn: FinalTurn
+    max_observation_chars: int | None
+    max_observation_tokens: int | None
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        if not callable(self.reward):
+            raise ConfigurationError(
+                f"reward must be a name or a function (answer, golden_answers) -> float, got {self.reward!r}."
+            )
+        render_prompt(self.prompt, "")
+        if self.max_turns < 1:
+            raise ConfigurationError(f"max_turns must be at least 1, got {self.max_turns}.")
+        if self.final_turn not in FINAL_TURNS:
+            hint = did_you_mean(str(self.final_turn), FINAL_TURNS)
+            raise ConfigurationError(f"final_turn {self.final_turn!r} does not exist.{hint}")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.max_observation_chars is not None and self.max_observation_tokens is not None:
+            raise ConfigurationError(
+                f"max_observation_chars={self.max_observation_chars} and max_observation_tokens="
+                f"{self.max_observation_tokens} are both set; set one of them."
+            )
+        if self.max_observation_tokens is not None and self.tokenizer is None:
+            raise ConfigurationError(
+                f"max_observation_tokens={self.max_observation_tokens} needs a tokenizer to count with; pass "
+                "tokenizer=..., or use max_observation_chars."
+            )
+        empty = information_block("") + (ANSWER_OPEN if self.final_turn == "forced" else "")
+        if not self._fits(empty):
+            unit = "tokens" if self.max_observation_chars is None else "chars"
+            raise ConfigurationError(
+                f"max_observation_{unit} must be at least {self._length(empty)}, the length of an observation without "
+                f"passages, got {self._budget}."
+            )
+
+    @property
+    def num_calls(self) -> int:
+        """Most turns of an episode, the final one included."""
+        return self.max_turns + (self.final_turn != "none")
+
+    def parse(self, text: str, turn: int) -> Action:
+        """The action in the text of a turn, counted from 1."""
+        forced = self.final_turn == "forced" and turn == self.num_calls
+        return parse_action(ANSWER_OPEN + text if forced else text)
+
+    def reply(self, passages: Sequence[Passage] | None, turn: int) -> str:
+        """The observation after a turn that did not end the episode.
+
+        Args:
+            passages: What the search found; None after a malformed turn.
+            turn: Number of the turn, counted from 1.
+
+        Returns:
+            Passages in their tags, their text cut to the budget, or the hint; `<answer>` at the end where an answer is
+            forced next.
+        """
+        suffix = ANSWER_OPEN if self.final_turn == "forced" and turn == self.max_turns else ""
+        if passages is None:
+            return MALFORMED_HINT + suffix
+        text = format_passages(passages)
+        whole = information_block(text) + suffix
+        if self._fits(whole):
+            return whole
+        fitting, excess = 0, len(text)  # lengths of a prefix that fits and of one that does not
+        while excess - fitting > 1:
+            middle = (fitting + excess) // 2
+            if self._fits(information_block(text[:middle]) + suffix):
+                fitting = middle
+            else:
+                excess = middle
+        return information_block(text[:fitting]) + suffix
+
+    @property
+    def _budget(self) -> int | None:
+        return self.max_observation_tokens if self.max_observation_chars is None else self.max_observation_chars
+
+    def _length(self, observation: str) -> int:
+        if self.max_observation_tokens is None:
+            return len(observation)
+        return len(self.tokenizer.encode(observation, add_special_tokens=False))
+
+    def _fits(self, observation: str) -> bool:
+        return self._budget is None or self._length(observation) <= self._budget
+
+
+class Episode:
+    """One question, from the prompt to the end; can be begun again and again.
+
+    Args:
+        rules: The settings.
+
+    Attributes:
+        question: The question asked, None before the first one.
+        running: Whether `act` may be called.
+        turn: Turns taken.
+        transcript: All texts so far: prompt, model, environment, model, ...
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.question: Question | None = None
+        self.running = False
+        self.turn = 0
+        self.transcript: list[str] = []
+        self._rules = rules
+        self._num_searches = 0
+        self._action: Action | None = None
+
+    def begin(self, question: Question) -> str:
+        """Start over with a question; returns the prompt."""
+        prompt = render_prompt(self._rules.prompt, question.text)
+        self.question = question
+        self.running = True
+        self.turn = 0
+        self.transcript = [prompt]
+        self._num_searches = 0
+        self._action = None
+        return prompt
+
+    def act(self, text: str) -> str | None:
+        """Read the model's turn.
+
+        Args:
+            text: What the model wrote.
+
+        Returns:
+            The query to search for, None where there is nothing to search. Either way `observe` comes next.
+
+        Raises:
+            ResetNeededError: No episode is running.
+            TypeError: The text is no string.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"An action is the text of one turn (str), got {type(text).__name__}: {text!r}")
+        if not self.running:
+            state = "was called before reset" if self.question is None else "was called after the end of the episode"
+            raise ResetNeededError(f"step {state}; call reset to begin an episode.")
+        self.running = False  # until `observe`: an episode whose search blew up can't go on
+        self.turn += 1
+        self.transcript.append(text)
+        self._action = self._rules.parse(text, self.turn)
+        if isinstance(self._action, Search) and self.turn <= self._rules.max_turns:
+            return self._action.query
+        return None
+
+    def observe(self, found: Found | None) -> StepResult:
+        """Complete the turn that `act` began.
+
+        Args:
+            found: Result of the search, or its failure; None where `act` asked for no search.
+        """
+        action = self._action
+        assert action is not None, "observe comes after act"
+        self._action = None
+        if isinstance(action, Answer):
+            return self._score(action.text)
+        if isinstance(action, Malformed):
+            return self._continue(None, self.report(action="malformed"))
+        if isinstance(found, RetrieverError):
+            message = str(found) or type(found).__name__
+            return StepResult("", 0.0, False, True, self.report(action="search", query=action.query, error=message))
+        self._num_searches += found is not None
+        passages = tuple(found or ())
+        return self._continue(passages, self.report(action="search", query=action.query, passages=passages))
+
+    def report(self, **changes: Any) -> StepInfo:
+        """The info of a turn; what is not given has the value of a turn in which it did not happen."""
+        assert self.question is not None
+        info: dict[str, Any] = {
+            "question_id": self.question.id,
+            "turn": self.turn,
+            "action": None,
+            "query": None,
+            "passages": (),
+            "answer": None,
+            "exact_match": 0.0,
+            "f1": 0.0,
+            "num_searches": self._num_searches,
+            "correct": False,
+            "error": None,
+        }
+        return StepInfo(**(info | changes))  # type: ignore[typeddict-item]
+
+    def _continue(self, passages: Sequence[Passage] | None, info: StepInfo) -> StepResult:
+        if self.turn == self._rules.num_calls:
+            return StepResult("", 0.0, False, True, info)
+        observation = self._rules.reply(passages, self.turn)
+        self.transcript.append(observation)
+        self.running = True
+        return StepResult(observation, 0.0, False, False, info)
+
+    def _score(self, answer: str) -> StepResult:
+        assert self.question is not None
+        golden_answers = self.question.golden_answers
+        try:
+            reward = float(self._rules.reward(answer, golden_answers))
+            if not math.isfinite(reward):
+                raise ValueError(f"The reward of an answer must be a finite number, got {reward}.")
+        except Exception as error:
+            error.add_note(f"While scoring the answer to question {self.question.id!r}: {answer!r}")
+            raise
+        match = exact_match(answer, golden_answers)
+        info = self.report(
+            action="answer", answer=answer, exact_match=match, f1=f1_score(answer, golden_answers), correct=match == 1.0
+        )
+        return StepResult("", reward, True, False, info)
+
+
+def search(retriever: Retriever, queries: Sequence[str], top_k: int, question_ids: Sequence[str]) -> Sequence[Found]:
+    """Search for the queries of one or more episodes at once.
+
+    Args:
+        retriever: Where to search.
+        queries: At least one.
+        top_k: Most passages per query.
+        question_ids: Of the episodes, for error messages.
+
+    Returns:
+        Passages for each query; the same `RetrieverError` for each if the search failed.
+
+    Raises:
+        ValueError: The retriever broke its contract.
+        Exception: Whatever else the retriever raises, with a note naming the questions.
+    """
+    try:
+        found = retriever.search(queries, top_k)
+        if len(found) != len(queries):
+            raise ValueError(
+                f"{type(retriever).__name__}.search returned {len(found)} results for {len(queries)} queries; it must "
+                "return one list of passages per query."
+            )
+    except RetrieverError as error:
+        return [error] * len(queries)
+    except Exception as error:
+        error.add_note(f"While searching for question {', '.join(map(repr, question_ids))}: {list(queries)!r}")
+        raise
+    return found

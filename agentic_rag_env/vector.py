@@ -1,0 +1,246 @@
+"""Many episodes in lockstep, with one search for all of them in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from agentic_rag_env.env import AgenticRAGEnv, check_options
+from agentic_rag_env.episode import Episode, Found, search
+from agentic_rag_env.errors import ConfigurationError, ResetNeededError
+from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.types import StepInfo
+
+_Batch = tuple[str, ...]
+
+
+class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
+    """N episodes of `AgenticRAGEnv` in lockstep; all searches of a step go to the retriever in one call.
+
+    Observations are tuples of N strings, rewards [N] float64, terminations and truncations [N] bool. Everything equals
+    what N single environments return, with one exception: a search that fails ends every episode that took part in it.
+
+    Args:
+        num_envs: N, at least 1.
+        autoreset_mode: Gymnasium's modes. NEXT_STEP: the step after the end of an episode ignores the action and
+            begins the next one. SAME_STEP: the next one begins at once; `infos["final_obs"]` and `infos["final_info"]`
+            hold the end of the last. DISABLED: an episode ends for good until `reset` with a `reset_mask`, and the
+            action None leaves a row alone.
+        **settings: Those of `AgenticRAGEnv`. The only render mode is "ansi".
+
+    Raises:
+        ConfigurationError: As for `AgenticRAGEnv`, or `num_envs` or `autoreset_mode` can't work.
+
+    Attributes:
+        dataset: The questions, shared by all rows.
+        retriever: Likewise.
+        rules: The settings of the episodes.
+        top_k: Most passages per search.
+    """
+
+    def __init__(
+        self, num_envs: int, *, autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP, **settings: Any
+    ) -> None:
+        if num_envs < 1:
+            raise ConfigurationError(f"num_envs must be at least 1, got {num_envs}.")
+        if settings.get("render_mode") not in (None, "ansi"):
+            raise ConfigurationError(
+                f"render_mode of the vector environment must be None or 'ansi', got {settings['render_mode']!r}."
+            )
+        parts = AgenticRAGEnv(**settings)
+        self.num_envs = num_envs
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
+        self.metadata = {"render_modes": ["ansi"], "render_fps": 4, "autoreset_mode": self.autoreset_mode}
+        self.render_mode = parts.render_mode
+        self.dataset = parts.dataset
+        self.retriever = parts.retriever
+        self.rules = parts.rules
+        self.top_k = parts.top_k
+        self.single_action_space = parts.action_space
+        self.single_observation_space = parts.observation_space
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._episodes = [Episode(self.rules) for _ in range(num_envs)]
+        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._seeds: list[int | None] = [None] * num_envs
+        self._observations = [""] * num_envs
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[_Batch, dict[str, Any]]:
+        """Begin episodes.
+
+        Args:
+            seed: An int seeds row i with `seed + i`; a sequence seeds every row with its own; None seeds nothing.
+            options: `reset_mask` [N] bool: rows to reset, the others stay as they are; default all.
+                `question_index` [N] int: question of each row, -1 draws one; default all -1. An int stands for N.
+
+        Returns:
+            The prompts (for rows left alone their last observation), and the infos of the rows that were reset.
+
+        Raises:
+            ConfigurationError: An option or the number of seeds does not fit.
+        """
+        if seed is None:
+            seed = [None] * self.num_envs
+        seeds = seed if isinstance(seed, Sequence) else range(seed, seed + self.num_envs)
+        if len(seeds) != self.num_envs:
+            raise ConfigurationError(f"seed needs one value per row, {self.num_envs}, got {len(seeds)}.")
+        mask, indices = self._read_options(options or {})
+        infos: dict[str, Any] = {}
+        for row in np.flatnonzero(mask).tolist():
+            if seeds[row] is not None:
+                self._generators[row], self._seeds[row] = seeding.np_random(seeds[row])
+            infos = self._add_info(infos, dict(self._begin(row, int(indices[row]))), row)
+        return tuple(self._observations), infos
+
+    def step(self, actions: Sequence[str | None]) -> tuple[_Batch, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Take one turn in every row.
+
+        Args:
+            actions: N texts; None leaves a row alone (mode DISABLED only).
+
+        Returns:
+            Observations, rewards, terminations, truncations and infos. A row left alone observes "", earns 0, has no
+            flag set and is False in the masks of the infos.
+
+        Raises:
+            ResetNeededError: A row without a running episode got a text.
+            ConfigurationError: The number of actions does not fit, or an action is None in another mode.
+            Exception: Whatever the retriever or the reward raises, with a note naming the questions.
+        """
+        acting = self._acting_rows(actions)
+        queries: dict[int, str] = {}
+        for row in acting:
+            query = self._episodes[row].act(actions[row])  # type: ignore[arg-type]
+            if query is not None:
+                queries[row] = query
+        found = self._search(queries)
+        rewards = np.zeros(self.num_envs, dtype=np.float64)
+        terminations = np.zeros(self.num_envs, dtype=np.bool_)
+        truncations = np.zeros(self.num_envs, dtype=np.bool_)
+        infos: dict[str, Any] = {}
+        for row in range(self.num_envs):
+            if row in acting:
+                result = self._episodes[row].observe(found.get(row))
+                self._observations[row], rewards[row], terminations[row], truncations[row], info = result
+                if self.autoreset_mode is AutoresetMode.SAME_STEP and (result.terminated or result.truncated):
+                    infos = self._add_info(infos, {"final_obs": result.observation, "final_info": info}, row)
+                    info = self._begin(row)
+            elif self.autoreset_mode is AutoresetMode.NEXT_STEP:
+                info = self._begin(row)
+            else:
+                self._observations[row] = ""
+                continue
+            infos = self._add_info(infos, dict(info), row)
+        return tuple(self._observations), rewards, terminations, truncations, infos
+
+    def render(self) -> tuple[str, ...] | None:
+        """The transcripts of all rows in mode "ansi", else None."""
+        if self.render_mode is None:
+            return None
+        return tuple("".join(episode.transcript) for episode in self._episodes)
+
+    @property  # type: ignore[misc]
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
+        """The generators of the rows."""
+        return tuple(self._generator(row) for row in range(self.num_envs))
+
+    @property
+    def np_random_seed(self) -> tuple[int | None, ...]:  # type: ignore[override]
+        """The seeds of the rows; drawn from the system where none was given."""
+        for row in range(self.num_envs):
+            self._generator(row)
+        return tuple(self._seeds)
+
+    def _generator(self, row: int) -> np.random.Generator:
+        generator = self._generators[row]
+        if generator is None:
+            generator, self._seeds[row] = seeding.np_random()
+            self._generators[row] = generator
+        return generator
+
+    def _begin(self, row: int, index: int = -1) -> StepInfo:
+        if index < 0:
+            index = int(self._generator(row).integers(len(self.dataset)))
+        self._observations[row] = self._episodes[row].begin(self.dataset[index])
+        return self._episodes[row].report()
+
+    def _search(self, queries: Mapping[int, str]) -> dict[int, Found]:
+        if not queries:
+            return {}
+        ids = [question.id for row in queries if (question := self._episodes[row].question)]
+        return dict(zip(queries, search(self.retriever, list(queries.values()), self.top_k, ids), strict=True))
+
+    def _acting_rows(self, actions: Sequence[str | None]) -> set[int]:
+        """Rows whose action counts in this step, all checked before the first one moves."""
+        if isinstance(actions, str) or len(actions) != self.num_envs:
+            raise ConfigurationError(f"step needs one text per row, {self.num_envs}, got {actions!r}.")
+        acting = set()
+        for row, (action, episode) in enumerate(zip(actions, self._episodes, strict=True)):
+            if self.autoreset_mode is AutoresetMode.DISABLED:
+                if action is None:
+                    continue
+            elif self.autoreset_mode is AutoresetMode.NEXT_STEP and not episode.running and episode.question:
+                continue
+            elif action is None:
+                raise ConfigurationError(
+                    f"The action of row {row} is None, which only autoreset_mode DISABLED allows; pass a text."
+                )
+            if not isinstance(action, str):
+                raise TypeError(f"The action of row {row} must be a text, got {type(action).__name__}: {action!r}")
+            if not episode.running:
+                raise ResetNeededError(
+                    f"Row {row} has no running episode; reset it (options={{'reset_mask': ...}}), or pass None in mode "
+                    "DISABLED to leave it alone."
+                )
+            acting.add(row)
+        return acting
+
+    def _read_options(self, options: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        check_options(options, ("reset_mask", "question_index"))
+        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
+            raise ConfigurationError(
+                f"reset_mask must be an array of {self.num_envs} bools with at least one True, got {mask!r}."
+            )
+        indices = np.asarray(options.get("question_index", -1))
+        if indices.shape not in ((), (self.num_envs,)) or not np.issubdtype(indices.dtype, np.integer):
+            raise ConfigurationError(f"question_index must be an int or {self.num_envs} of them, got {indices!r}.")
+        indices = np.broadcast_to(indices, (self.num_envs,))
+        bad = indices[mask & ((indices < -1) | (indices >= len(self.dataset)))]
+        if len(bad):
+            raise ConfigurationError(
+                f"question_index must be in [0, {len(self.dataset)}) for dataset {self.dataset.name!r}, or -1 to draw "
+                f"one, got {bad[0]}."
+            )
+        return mask, indices
+
+
+def info_at(infos: Mapping[str, Any], row: int) -> StepInfo:
+    """One row of the infos of a vector environment, as the single environment would report it.
+
+    Args:
+        infos: What `reset` or `step` returned, or its `"final_info"`.
+        row: Which row.
+
+    Raises:
+        ValueError: The row has no info, because it was left alone.
+    """
+    if "question_id" not in infos or not infos["_question_id"][row]:
+        raise ValueError(f"Row {row} has no info here: it was left alone in this step.")
+    values = {key: infos[key][row] for key in StepInfo.__annotations__}
+    return StepInfo(**{key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()})  # type: ignore[typeddict-item]
+
+
+def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
+    try:
+        return AutoresetMode(mode)
+    except ValueError:
+        allowed = [member.value for member in AutoresetMode]
+        raise ConfigurationError(f"autoreset_mode {mode!r} does not exist.{did_you_mean(str(mode), allowed)}") from None
