@@ -17,7 +17,7 @@ from agentic_rag_env.registry import DATASETS, RETRIEVERS, REWARDS, did_you_mean
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import Reward
 from agentic_rag_env.spaces import FreeText
-from agentic_rag_env.types import StepInfo
+from agentic_rag_env.types import Question, StepInfo
 
 
 class AgenticRAGEnv(gymnasium.Env[str, str]):
@@ -165,8 +165,8 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
             ConfigurationError: There is no such option or question.
         """
         super().reset(seed=seed)
-        index = (options or {}).get("question_index")
         check_options(options, ("question_index",))
+        index = (options or {}).get("question_index")
         if index is None:
             index = self.np_random.integers(len(self.dataset))
         elif not 0 <= index < len(self.dataset):
@@ -177,6 +177,11 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
         self._num_printed = 0
         self._print_news()
         return prompt, self._episode.report()
+
+    @property
+    def question(self) -> Question | None:
+        """The question of the current episode, None before the first."""
+        return self._episode.question
 
     def step(self, action: str) -> StepResult:  # type: ignore[override]
         """Take one turn.
@@ -196,9 +201,8 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
         query = self._episode.act(action)
         found: Found | None = None
         if query is not None:
-            question = self._episode.question
-            assert question is not None
-            (found,) = search(self.retriever, [query], self.top_k, [question.id])
+            assert self.question is not None
+            (found,) = search(self.retriever, [query], self.top_k, [self.question.id])
         result = self._episode.observe(found)
         self._print_news()
         return result

@@ -52,9 +52,9 @@ class Passage:
 class StepInfo(TypedDict):
     """What `step` reports beside the reward; the same keys every time, so that vector environments can stack them.
 
-    `action` is None in the info of `reset`. `query` and `passages` belong to an executed search, `answer`,
-    `exact_match` and `f1` to an answer. `correct` is True only once an answer has matched exactly. `error` holds the
-    message of a failed retrieval.
+    `action` is None in the info of `reset`. `query` belongs to a search, `passages` to one that was executed,
+    `answer`, `exact_match` and `f1` to an answer. `correct` is True only once an answer has matched exactly. `error`
+    holds the message of a failed retrieval.
     """
 
     question_id: str
