@@ -1,0 +1,436 @@
+"""The training step: score a batch, let the algorithm turn it into losses per token, and apply them.
+
+The learner never asks which algorithm it serves. Of the backbone's output it keeps the hidden states of the positions
+that predict model-written tokens and takes them through the LM head in chunks, forward and backward at once, so that
+one chunk of logits exists at a time and never a [B, T, V] tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner import ops
+from algorithms.learner.algorithm import Algorithm
+from algorithms.learner.collate import micro_batches, predicting_positions
+from algorithms.learner.models import Critic, backbone_hidden, lm_logits
+from algorithms.learner.optimizer import Optimizer
+from algorithms.learner.types import Batch, Tokens
+
+PRECISIONS = ("float32", "bfloat16")
+CRITICS = ("separate", "shared")
+REDUCTIONS = ("token-mean", "seq-mean")
+
+_Losses = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class LearnerConfig:
+    """How the training step uses the machine, and where the critic lives.
+
+    Attributes:
+        precision: Of the computation: "float32", or "bfloat16" under autocast. Weights and optimizer are float32.
+        micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
+        chunk_tokens: Model-written tokens that go through the LM head at once; a chunk of logits is this times the
+            vocabulary times 4 bytes, and about four of them exist at the peak.
+        gradient_checkpointing: Keep one activation per layer and compute the others again in the backward pass.
+        critic: "separate": a network of its own; "shared": a head on the policy's backbone.
+        value_coef: Weight of the value loss in the gradient of a shared backbone.
+    """
+
+    precision: str = "float32"
+    micro_batch_tokens: int = 16384
+    chunk_tokens: int = 1024
+    gradient_checkpointing: bool = False
+    critic: str = "separate"
+    value_coef: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigurationError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
+        if self.critic not in CRITICS:
+            raise ConfigurationError(f"critic must be one of {', '.join(CRITICS)}, got {self.critic!r}.")
+        for name in ("micro_batch_tokens", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.value_coef < 0:
+            raise ConfigurationError(f"value_coef must be at least 0, got {self.value_coef}.")
+
+
+class Learner:
+    """Trains a policy, and a critic if there is one, by the hooks of an algorithm.
+
+    Args:
+        algorithm: What is to be learned from a batch.
+        policy: The network being trained.
+        critic: Needed by algorithms that read "values".
+        reference: Frozen; needed by those that read "ref_logprobs".
+        teacher: Frozen; needed by those that read "teacher_logprobs" or "teacher_logits".
+        config: How to use the machine.
+        total_steps: Training steps of the whole run, for the schedules.
+        vocab_size: Logits beyond it are cut off, in every network, before any softmax.
+        temperature: Of the rollouts; logits of every network are divided by it.
+
+    Raises:
+        ConfigurationError: A network that the algorithm needs is missing, or a setting can't work.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        policy: PreTrainedModel,
+        *,
+        critic: Critic | None = None,
+        reference: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | None = None,
+        config: LearnerConfig,
+        total_steps: int,
+        vocab_size: int,
+        temperature: float = 1.0,
+    ) -> None:
+        self.algorithm, self.policy, self.critic = algorithm, policy, critic
+        self.reference, self.teacher = reference, teacher
+        self.config, self.vocab_size, self.temperature = config, vocab_size, temperature
+        self._check_settings()
+        self.shared_critic = critic is not None and critic.shared
+        self.step = 0
+        self.policy_optimizer = Optimizer("policy", policy.parameters(), algorithm.config.optimizer, total_steps)
+        self.critic_optimizer: Optimizer | None = None
+        if critic is not None:
+            settings = algorithm.config.critic_optimizer
+            self.critic_optimizer = Optimizer("critic", critic.parameters(), settings, total_steps)
+        if config.gradient_checkpointing:
+            for network in self._trained():
+                _enable_checkpointing(network)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> None:
+        """Fill in `values`, `ref_logprobs` and `teacher_logprobs`, each only if the algorithm needs it."""
+        needs = self.algorithm.needs
+        if "values" in needs:
+            batch.values = self._at_model_tokens(batch, self._values)
+        for name, network in (("ref_logprobs", self.reference), ("teacher_logprobs", self.teacher)):
+            if name in needs:
+                setattr(batch, name, self._at_model_tokens(batch, lambda *at, net=network: self._logprobs(net, *at)))
+
+    def update(self, batch: Batch, rng: np.random.Generator) -> dict[str, float]:
+        """One training step on a scored batch, from its rewards to the optimizer.
+
+        Args:
+            batch: As `score` left it; `token_rewards`, `advantages` and `returns` are filled in.
+            rng: Draws the minibatches.
+
+        Returns:
+            Figures by name, without prefix; of the losses the mean over minibatches, of tokens the mean over tokens.
+
+        Raises:
+            FloatingPointError: A loss or a gradient is not finite; the weights are those before that minibatch.
+            ConfigurationError: The batch can't be split as configured.
+        """
+        config = self.algorithm.config
+        self._check_batch(batch)
+        batch.token_rewards = self.algorithm.shape_rewards(batch)
+        if (estimate := self.algorithm.estimate_advantages(batch)) is not None:
+            batch.advantages, batch.returns = estimate
+        figures = _Figures()
+        trains_policy = self.critic is None or self.step >= config.critic_warmup_steps
+        with _checkpointing(self._trained() if self.config.gradient_checkpointing else []):
+            for _ in range(config.num_epochs):
+                for rows in np.array_split(rng.permutation(len(batch)), config.num_minibatches):
+                    self._step_minibatch(batch, torch.from_numpy(np.sort(rows)), trains_policy, figures)
+        metrics = {**figures.means(), "learning_rate": self.policy_optimizer.learning_rate(self.step)}
+        metrics.update(self.algorithm.step_metrics(batch))
+        self.step += 1
+        self.algorithm.after_step(metrics)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later `update` depends on beside the networks' weights."""
+        critic = None if self.critic_optimizer is None else self.critic_optimizer.state_dict()
+        return {
+            "step": self.step,
+            "policy_optimizer": self.policy_optimizer.state_dict(),
+            "critic_optimizer": critic,
+            "algorithm": self.algorithm.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo of `state_dict`."""
+        if (state["critic_optimizer"] is None) != (self.critic_optimizer is None):
+            raise ConfigurationError("The saved state and this run must both have a critic or both have none.")
+        self.step = state["step"]
+        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.algorithm.load_state_dict(state["algorithm"])
+
+    # --- one minibatch -----------------------------------------------------------------------------------------------
+
+    def _step_minibatch(self, batch: Batch, rows: Tensor, trains_policy: bool, figures: _Figures) -> None:
+        """Accumulate the gradients of all its micro-batches, critic first, and step."""
+        minibatch = batch.select(rows)
+        num_tokens = minibatch.response_mask.sum(dim=1)
+        if not num_tokens.any():
+            raise ConfigurationError(
+                f"A minibatch of {len(minibatch)} trajectories has no model-written token; lower num_minibatches."
+            )
+        if self.algorithm.config.loss_reduction == "seq-mean":
+            weights = 1.0 / (len(minibatch) * num_tokens.clamp(min=1))
+        else:
+            weights = (1.0 / num_tokens.sum()).expand(len(minibatch))
+        if self.critic_optimizer is not None and not (self.shared_critic and trains_policy):
+            self._zero_grad()
+            losses = self._accumulate(minibatch, rows, weights, self._critic_backward, figures)
+            figures.add("critic_grad_norm", self.critic_optimizer.apply(losses["value_loss"], self.step))
+        if trains_policy:
+            self._zero_grad()
+            losses = self._accumulate(minibatch, rows, weights, self._policy_backward, figures)
+            figures.add("grad_norm", self.policy_optimizer.apply(losses["loss"], self.step))
+            if self.critic_optimizer is not None and self.shared_critic:
+                figures.add("critic_grad_norm", self.critic_optimizer.apply(losses["value_loss"], self.step))
+        figures.first_minibatch = False
+
+    def _zero_grad(self) -> None:
+        self.policy_optimizer.zero_grad()
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.zero_grad()
+
+    def _accumulate(
+        self, minibatch: Batch, rows: Tensor, weights: Tensor, backward: Callable[..., _Losses], figures: _Figures
+    ) -> _Losses:
+        """Run a backward pass per micro-batch; returns the losses of the whole minibatch."""
+        totals: _Losses = {}
+        for picked in micro_batches(minibatch.attention_mask.sum(dim=1).tolist(), self.config.micro_batch_tokens):
+            micro = minibatch.select(picked)
+            at = predicting_positions(micro.response_mask)
+            if len(at[0]):
+                tokens = _gather_tokens(micro, rows[picked].to(weights.device), *at)
+                for name, loss in backward(micro, at, tokens, weights[picked][at[0]], figures).items():
+                    totals[name] = totals.get(name, 0) + loss
+        for name, total in totals.items():
+            figures.add(name, total)
+        return totals
+
+    def _critic_backward(
+        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: _Figures
+    ) -> _Losses:
+        tokens.values = self._values(micro, *at)
+        loss = (self.algorithm.value_loss(tokens) * weights).sum()
+        loss.backward()
+        return {"value_loss": loss.detach()}
+
+    def _policy_backward(
+        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: _Figures
+    ) -> _Losses:
+        """The backbone once, then forward and backward through the head chunk by chunk, then back through it."""
+        with self._autocast():
+            hidden = self._hidden(self.policy, micro, *at)
+        teacher_hidden = None
+        if "teacher_logits" in self.algorithm.needs:
+            with torch.no_grad(), self._autocast():
+                teacher_hidden = self._hidden(self.teacher, micro, *at)
+        losses: _Losses = {}
+        gradients = []
+        for start in range(0, len(hidden), self.config.chunk_tokens):
+            chunk = slice(start, start + self.config.chunk_tokens)
+            leaf = hidden[chunk].detach().requires_grad_()
+            part = _select_tokens(tokens, chunk)
+            self._fill_in_logits(part, leaf, None if teacher_hidden is None else teacher_hidden[chunk])
+            of_chunk = {"loss": (self.algorithm.token_loss(part) * weights[chunk]).sum()}
+            objective = of_chunk["loss"]
+            if self.shared_critic:
+                part.values = self._head_values(leaf)
+                of_chunk["value_loss"] = (self.algorithm.value_loss(part) * weights[chunk]).sum()
+                objective = objective + self.config.value_coef * of_chunk["value_loss"]
+            objective.backward()
+            gradients.append(leaf.grad)
+            for name, loss in of_chunk.items():
+                losses[name] = losses.get(name, 0) + loss.detach()
+            self._measure(part, figures)
+        hidden.backward(torch.cat(gradients))
+        return losses
+
+    def _fill_in_logits(self, tokens: Tokens, hidden: Tensor, teacher_hidden: Tensor | None) -> None:
+        needs = self.algorithm.needs
+        logits = self._logits(self.policy, hidden)
+        tokens.logprobs = ops.gather_logprobs(logits, tokens.ids)
+        if "logits" in needs:
+            tokens.logits = logits
+        with torch.set_grad_enabled("entropy" in needs):
+            tokens.entropy = ops.token_entropy(logits)
+        if teacher_hidden is not None:
+            with torch.no_grad():
+                tokens.teacher_logits = self._logits(self.teacher, teacher_hidden)
+
+    @torch.no_grad()
+    def _measure(self, tokens: Tokens, figures: _Figures) -> None:
+        """Figures over tokens; those that compare with the sampling policy only where it was this policy."""
+        assert tokens.logprobs is not None and tokens.entropy is not None
+        figures.add("entropy", tokens.entropy)
+        if self.algorithm.trains_on != "policy":
+            return
+        difference = tokens.logprobs - tokens.old_logprobs
+        if figures.first_minibatch:
+            figures.add("sampler_drift", difference.abs())
+        figures.add("approx_kl", ops.kl_estimate(tokens.old_logprobs, tokens.logprobs, "k3"))
+        clip_range = getattr(self.algorithm.config, "clip_range", None)
+        if clip_range is not None:
+            ratio = difference.exp()
+            figures.add("ratio", ratio)
+            figures.add("clip_fraction", ((ratio - 1).abs() > clip_range).float())
+
+    # --- forward passes ----------------------------------------------------------------------------------------------
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def _hidden(self, network: Any, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        """[n, d], of the positions that predict the model-written tokens."""
+        return backbone_hidden(network, micro.input_ids, micro.attention_mask)[rows, columns]
+
+    def _logits(self, network: Any, hidden: Tensor) -> Tensor:
+        """[n, V] over the shared vocabulary, temperature applied."""
+        with self._autocast():
+            logits = lm_logits(network, hidden, self.vocab_size)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def _values(self, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        assert self.critic is not None
+        with self._autocast():
+            hidden = self._hidden(self.policy if self.shared_critic else self.critic.backbone, micro, rows, columns)
+        return self._head_values(hidden)
+
+    def _head_values(self, hidden: Tensor) -> Tensor:
+        """[n] float32 from [n, d]; outside autocast, as a value of 16 bits would be too coarse a target."""
+        assert self.critic is not None
+        return self.critic.head(hidden.float()).squeeze(-1)
+
+    def _logprobs(self, network: Any, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        with self._autocast():
+            hidden = self._hidden(network, micro, rows, columns)
+        ids = micro.input_ids[rows, columns + 1]
+        chunks = zip(hidden.split(self.config.chunk_tokens), ids.split(self.config.chunk_tokens), strict=True)
+        return torch.cat([ops.gather_logprobs(self._logits(network, part), of) for part, of in chunks])
+
+    def _at_model_tokens(self, batch: Batch, compute: Callable[..., Tensor]) -> Tensor:
+        """[B, T] float32 with `compute` at the model-written tokens and 0 elsewhere."""
+        result = torch.zeros_like(batch.old_logprobs)
+        for picked in micro_batches(batch.attention_mask.sum(dim=1).tolist(), self.config.micro_batch_tokens):
+            micro = batch.select(picked)
+            rows, columns = predicting_positions(micro.response_mask)
+            if len(rows):
+                whole_rows = torch.tensor(picked, device=rows.device)[rows]
+                result[whole_rows, columns + 1] = compute(micro, rows, columns).to(result.dtype)
+        return result
+
+    def _trained(self) -> list[nn.Module]:
+        return [self.policy] if self.critic is None or self.shared_critic else [self.policy, self.critic]
+
+    # --- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_settings(self) -> None:
+        name, needs = type(self.algorithm).__name__, self.algorithm.needs
+        given = {
+            "values": ("critic", self.critic),
+            "ref_logprobs": ("reference", self.reference),
+            "teacher_logprobs": ("teacher", self.teacher),
+            "teacher_logits": ("teacher", self.teacher),
+        }
+        for need, (role, network) in given.items():
+            if need in needs and network is None:
+                raise ConfigurationError(f"{name} needs {need}, so the learner needs a {role}; none was given.")
+        if self.critic is not None and "values" not in needs:
+            raise ConfigurationError(f"{name} does not read values, but a critic was given; leave it out.")
+        if self.critic is not None and not hasattr(self.algorithm.config, "critic_optimizer"):
+            raise ConfigurationError(
+                f"{name} needs values, so its config must have critic_optimizer and critic_warmup_steps."
+            )
+        if not self.temperature > 0:
+            raise ConfigurationError(f"The temperature of training must be above 0, got {self.temperature}.")
+        reduction = self.algorithm.config.loss_reduction
+        if reduction not in REDUCTIONS:
+            raise ConfigurationError(f"loss_reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
+
+    def _check_batch(self, batch: Batch) -> None:
+        num_minibatches = self.algorithm.config.num_minibatches
+        if len(batch) < num_minibatches:
+            raise ConfigurationError(
+                f"A batch of {len(batch)} trajectories can't be split into num_minibatches={num_minibatches}; raise"
+                " batch_size or lower num_minibatches."
+            )
+        written = batch.input_ids[batch.response_mask]
+        if written.numel() and int(written.max()) >= self.vocab_size:
+            raise ConfigurationError(
+                f"The batch holds token id {int(written.max())}, written by a model, but the vocabulary shared by all"
+                f" networks has {self.vocab_size} entries; check that policy and teacher have the same tokenizer."
+            )
+
+
+class _Figures:
+    """Means of what happened during one update; everything stays on the device until the end."""
+
+    def __init__(self) -> None:
+        self.first_minibatch = True
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count each entry of `values` as one."""
+        self._sums[name] = self._sums.get(name, 0) + values.detach().sum()
+        self._counts[name] = self._counts.get(name, 0) + values.numel()
+
+    def means(self) -> dict[str, float]:
+        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+
+
+def _gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Tensor) -> Tokens:
+    """The model-written tokens of a micro-batch; the position that predicts token t is column t - 1."""
+
+    def pick(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[rows, columns + 1]
+
+    return Tokens(
+        ids=micro.input_ids[rows, columns + 1],
+        sequence_ids=sequence_ids[rows],
+        correct=micro.correct[rows],
+        old_logprobs=micro.old_logprobs[rows, columns + 1],
+        old_values=pick(micro.values),
+        advantages=pick(micro.advantages),
+        returns=pick(micro.returns),
+        ref_logprobs=pick(micro.ref_logprobs),
+        teacher_logprobs=pick(micro.teacher_logprobs),
+    )
+
+
+def _select_tokens(tokens: Tokens, picked: slice) -> Tokens:
+    values = {field.name: getattr(tokens, field.name) for field in fields(Tokens)}
+    return Tokens(**{name: None if value is None else value[picked] for name, value in values.items()})
+
+
+def _enable_checkpointing(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, PreTrainedModel):
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            return
+
+
+@contextmanager
+def _checkpointing(networks: list[nn.Module]) -> Iterator[None]:
+    """Put the layers, and nothing inside them, in training mode: they recompute only then, and dropout stays off."""
+    layers = [m for network in networks for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False

@@ -1,0 +1,83 @@
+"""AdamW with its schedule, its gradient clipping, and the refusal to step on a gradient that is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.learner.algorithm import OptimizerConfig
+
+
+class Optimizer:
+    """Applies the accumulated gradients of one network.
+
+    Args:
+        name: Of the network, for error messages.
+        parameters: Those that require a gradient are trained; vectors (biases, norms) without weight decay.
+        config: Settings.
+        total_steps: Training steps of the whole run, for the schedule.
+    """
+
+    def __init__(
+        self, name: str, parameters: Iterable[nn.Parameter], config: OptimizerConfig, total_steps: int
+    ) -> None:
+        self.name, self.config, self.total_steps = name, config, total_steps
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=config.learning_rate, betas=tuple(config.betas)
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a training step, counted from 0: linear warm-up, then constant or a cosine down to zero."""
+        warmup_steps = round(self.config.warmup_fraction * self.total_steps)
+        if step < warmup_steps:
+            return self.config.learning_rate * (step + 1) / warmup_steps
+        if self.config.schedule == "constant":
+            return self.config.learning_rate
+        progress = min(1.0, (step - warmup_steps) / max(1, self.total_steps - warmup_steps))
+        return self.config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+    def zero_grad(self) -> None:
+        """Forget the accumulated gradients."""
+        self.adamw.zero_grad()
+
+    def apply(self, loss: Tensor, step: int) -> Tensor:
+        """Clip the gradients and step.
+
+        Args:
+            loss: [], what the gradients are of.
+            step: The training step, counted from 0.
+
+        Returns:
+            [], the norm of the gradient before clipping.
+
+        Raises:
+            FloatingPointError: Loss or gradient is not finite; nothing has been changed.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if not torch.isfinite(loss) or not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"Training step {step + 1}: the loss of the {self.name} is {float(loss)} and the norm of its gradient"
+                f" {float(norm)}. The weights are those before this step; resume from the last checkpoint with a lower"
+                f" learning rate (now {self.learning_rate(step):.3g}), a longer warm-up, or precision=float32."
+            )
+        for group in self.adamw.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.adamw.step()
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running averages."""
+        return self.adamw.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo of `state_dict`."""
+        self.adamw.load_state_dict(dict(state))
