@@ -1,0 +1,238 @@
+"""Loading networks and tokenizers, reading hidden states and logits, the critic, and checks that catch bad pairs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from agentic_rag_env.errors import ConfigurationError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or of a model on the Hugging Face hub.
+
+    Args:
+        path: A folder, or a hub id such as `Qwen/Qwen2.5-0.5B`.
+
+    Raises:
+        ConfigurationError: The folder holds no tokenizer, or the hub id cannot be loaded.
+    """
+    if folder := _as_folder(path):
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise ConfigurationError(
+                f"{str(path)!r} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there. Copy these files "
+                "from the model that the weights come from, or save them there with tokenizer.save_pretrained."
+            )
+    return _from_pretrained(AutoTokenizer, path)
+
+
+def load_model(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = "float32"
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode.
+
+    Args:
+        path: A folder written by `save_pretrained`, or a hub id such as `Qwen/Qwen2.5-0.5B`.
+        device: Where the weights go.
+        dtype: Their type, such as `torch.bfloat16` or its name; "auto" keeps what the files hold.
+
+    Raises:
+        ConfigurationError: The folder is no model, the hub id cannot be loaded, or the model's family cannot be
+            trained here (see `check_lm_head`).
+    """
+    if (folder := _as_folder(path)) and not (folder / "config.json").is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        raise ConfigurationError(
+            f"{str(path)!r} is no Hugging Face model: config.json is missing (found: {found or 'nothing'}). Give a "
+            "folder written by save_pretrained, such as checkpoints/<step> of a run, or a hub id."
+        )
+    model = _from_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(device).eval()
+    check_lm_head(model)
+    return model
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Take a network out of training: evaluation mode, no gradients. Returns the same network."""
+    return model.eval().requires_grad_(False)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id that may fill padding; not necessarily a dedicated one, so no mask can be read off it."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
+
+
+def shared_vocab_size(
+    policy_tokenizer: PreTrainedTokenizerBase, other_tokenizer: PreTrainedTokenizerBase, *widths: int
+) -> int:
+    """How many leading ids two models have in common, so that their distributions can be compared.
+
+    Models of one family may differ in the width of their logits by padding alone (Qwen2.5: 151936 and 152064).
+
+    Args:
+        policy_tokenizer, other_tokenizer: The two tokenizers.
+        *widths: Width of each model's logits.
+
+    Returns:
+        The smallest width; less where one tokenizer goes on with tokens that the other does not have.
+
+    Raises:
+        ConfigurationError: An id that both tokenizers know stands for different strings.
+    """
+    policy_tokens, other_tokens = (
+        {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+        for tokenizer in (policy_tokenizer, other_tokenizer)
+    )
+    sizes = [max(tokens) + 1 for tokens in (policy_tokens, other_tokens)]
+    shared = min(*sizes, *widths)
+    for token_id in range(shared):
+        mine, theirs = policy_tokens.get(token_id), other_tokens.get(token_id)
+        if mine != theirs:
+            raise ConfigurationError(
+                f"The two tokenizers ({sizes[0]} and {sizes[1]} ids, logits of {' and '.join(map(str, widths))}) differ "
+                f"from id {token_id} on: {mine!r} for the policy, {theirs!r} for the other model. Their probabilities "
+                "cannot be compared token by token. Choose two models of one family, or an algorithm that needs no "
+                "second model's probabilities, such as sft or grpo with kl_coef=0."
+            )
+    return min(widths) if sizes[0] == sizes[1] else shared
+
+
+def logit_width(model: PreTrainedModel) -> int:
+    """Width of the model's logits; may exceed the number of tokens."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def backbone_hidden(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """Last hidden states, final norm included, of a model or of its backbone.
+
+    Args:
+        model: A causal language model, or its `base_model`.
+        input_ids: [B, T] int64.
+        attention_mask: [B, T] bool.
+        position_ids: [B, T] int64; None: each row counts its real tokens from 0.
+
+    Returns:
+        [B, T, d] in the model's dtype; meaningless on padding.
+    """
+    if position_ids is None:
+        position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_(min=0)
+    # Causality already hides padding on the right, and without a mask attention takes its fast causal path.
+    padded_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+    return model.base_model(
+        input_ids=input_ids,
+        attention_mask=None if padded_right else attention_mask.long(),
+        position_ids=position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def lm_logits(model: PreTrainedModel, hidden: Tensor, vocab_size: int) -> Tensor:
+    """Logits over the first `vocab_size` ids, so that softmax renormalizes over them alone.
+
+    Args:
+        model: A causal language model.
+        hidden: [n, d] from `backbone_hidden`.
+        vocab_size: V, at most the width of the model's logits.
+
+    Returns:
+        [n, V] float32.
+    """
+    return model.get_output_embeddings()(hidden)[..., :vocab_size].float()
+
+
+@torch.no_grad()
+def check_lm_head(model: PreTrainedModel) -> None:
+    """Make sure that backbone plus output embedding is all that the model's own forward does.
+
+    Raises:
+        ConfigurationError: It is not: the family caps or scales its logits, and would be trained wrongly.
+    """
+    width = logit_width(model)
+    input_ids = (torch.arange(6, device=model.device) * 7919 % width)[None]
+    attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+    own = model(input_ids=input_ids).logits[0].float().log_softmax(dim=-1)
+    ours = lm_logits(model, backbone_hidden(model, input_ids, attention_mask)[0], width).log_softmax(dim=-1)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    if (difference := float((own - ours).abs().max())) > tolerance:
+        raise ConfigurationError(
+            f"Models of type {model.config.model_type!r} do more to their logits than one matrix product (log-probs "
+            f"differ by {difference:.3g}, allowed is {tolerance}), for instance soft-capping or scaling. Such a family "
+            "is not supported; Qwen, Llama and Mistral are."
+        )
+
+
+class Critic(nn.Module):
+    """Estimates the value of the state before each token.
+
+    Args:
+        model: The policy at the start of training.
+        shared: Read the policy's own hidden states, through which the value loss then also trains the policy, and own
+            a value head only; otherwise own a copy of the policy's backbone as well.
+
+    The head starts at zero, so every value is 0 at first.
+    """
+
+    def __init__(self, model: PreTrainedModel, shared: bool = False) -> None:
+        super().__init__()
+        embedding = model.get_input_embeddings().weight
+        hidden_size = model.get_output_embeddings().weight.shape[1]
+        self.backbone = None if shared else copy.deepcopy(model.base_model).requires_grad_(True)
+        # In a tuple, the policy's parameters stay the policy's: `parameters` and `state_dict` leave them out.
+        self._policy = (model,) if shared else ()
+        self.head = nn.Linear(hidden_size, 1, device=embedding.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the trunk is the policy's."""
+        return bool(self._policy)
+
+    def values(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Values read at given positions.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T] bool.
+            rows, columns: [N] int64, as `collate.predicting_positions` gives them: the state before token t is read at
+                column t - 1.
+
+        Returns:
+            [N] float32.
+        """
+        trunk = self._policy[0] if self.shared else self.backbone
+        hidden = backbone_hidden(trunk, input_ids, attention_mask)
+        return self.head(hidden[rows, columns].float()).squeeze(-1)
+
+
+def _as_folder(path: str | Path) -> Path | None:
+    """The path as a folder if it is meant as one; None for a hub id, which is `name` or `owner/name`."""
+    folder = Path(path).expanduser()
+    text = str(path)
+    looks_local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    return folder if looks_local or folder.exists() else None
+
+
+def _from_pretrained(factory: Any, path: str | Path, **settings: Any) -> Any:
+    folder = _as_folder(path)
+    try:
+        return factory.from_pretrained(str(folder or path), **settings)
+    except (OSError, ValueError, ImportError) as error:
+        hint = (
+            "The files there are incomplete or of an unknown kind."
+            if folder
+            else "It is neither a folder here nor reachable on the Hugging Face hub. Check the spelling and the "
+            "network, or download it once with `hf download` and give the folder."
+        )
+        raise ConfigurationError(f"Cannot load {str(path)!r} with {factory.__name__}. {hint} ({error})") from error
