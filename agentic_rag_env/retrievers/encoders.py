@@ -188,17 +188,19 @@ class HuggingFaceEncoder:
         self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = getattr(torch, config.dtype or ("float16" if self._device.type == "cuda" else "float32"))
         try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.model, padding_side="right")
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.model)
             model = transformers.AutoModel.from_pretrained(config.model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"encoder model {config.model!r} cannot be loaded; give a folder made by save_pretrained or a hub id. "
                 f"{error}"
             ) from error
+        longest = getattr(model.config, "max_position_embeddings", config.max_length)
+        if config.max_length > longest:
+            raise ConfigurationError(
+                f"encoder max_length={config.max_length}, but {config.model!r} has {longest} positions; lower it."
+            )
         self._model: Any = model.to(self._device).eval()
-        if self._tokenizer.pad_token is None:
-            # Padding is masked below, so any token does.
-            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)
 
     def fit(self, passages: Sequence[str]) -> None:
         """Nothing to learn: the model is pretrained."""
@@ -212,24 +214,36 @@ class HuggingFaceEncoder:
         return self._encode([self.config.query_prefix + encodable(text) for text in queries])
 
     def _encode(self, texts: list[str]) -> NDArray[np.float32]:
-        # Texts of similar length share a batch, so that little is spent on padding.
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         rows = np.zeros((len(texts), self._model.config.hidden_size), np.float32)
-        for start in range(0, len(order), self.config.batch_size):
-            chosen = order[start : start + self.config.batch_size]
-            rows[chosen] = self._encode_batch([texts[index] for index in chosen])
+        span = 64 * self.config.batch_size
+        for first in range(0, len(texts), span):
+            ids = self._tokenizer(
+                texts[first : first + span], truncation=True, max_length=self.config.max_length
+            )["input_ids"]
+            # Texts of similar length share a batch, so that little is spent on padding; a text may have no token.
+            order = sorted((index for index in range(len(ids)) if ids[index]), key=lambda index: len(ids[index]))
+            for start in range(0, len(order), self.config.batch_size):
+                chosen = order[start : start + self.config.batch_size]
+                rows[[first + index for index in chosen]] = self._pool([ids[index] for index in chosen])
         return rows
 
-    def _encode_batch(self, texts: list[str]) -> NDArray[np.float32]:
+    def _pool(self, token_ids: list[list[int]]) -> NDArray[np.float32]:
+        """One vector of length 1 per list of tokens, [n, dim]."""
         import torch
 
         with torch.inference_mode():
-            inputs = self._tokenizer(
-                texts, padding=True, truncation=True, max_length=self.config.max_length, return_tensors="pt"
-            ).to(self._device)
-            hidden = self._model(**inputs).last_hidden_state.float()
-            mask = inputs["attention_mask"].unsqueeze(-1).float()
-            pooled = hidden[:, 0] if self.config.pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+            padded = torch.zeros(len(token_ids), len(token_ids[-1]), dtype=torch.long)
+            mask = torch.zeros_like(padded)
+            for row, ids in enumerate(token_ids):
+                padded[row, : len(ids)] = torch.tensor(ids)
+                mask[row, : len(ids)] = 1
+            padded, mask = padded.to(self._device), mask.to(self._device)
+            hidden = self._model(input_ids=padded, attention_mask=mask).last_hidden_state.float()
+            if self.config.pooling == "cls":
+                pooled = hidden[:, 0]
+            else:
+                weight = mask.unsqueeze(-1).float()
+                pooled = (hidden * weight).sum(1) / weight.sum(1)
             return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
 

@@ -9,8 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
@@ -89,13 +88,13 @@ class HttpRetriever:
                     return body, attempt
                 problem = f"status {status}: {body[:200].decode('utf-8', errors='replace')}"
                 if status < 500:
-                    self._fail(problem, attempt)
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error or 'no details'}"
+                    raise self._failure(problem, attempt)
+            except httpx.RequestError as error:
+                problem = f"{type(error).__name__}: {error}. Is the service running and reachable from here?"
             if attempt <= self.config.max_retries:
                 time.sleep(pause_s)
                 pause_s *= 2
-        self._fail(f"{problem}. Is the service running and reachable from here?", self.config.max_retries + 1)
+        raise self._failure(problem, self.config.max_retries + 1)
 
     def _exchange(self, payload: dict[str, Any]) -> tuple[int, bytes]:
         import httpx
@@ -121,37 +120,43 @@ class HttpRetriever:
     def _parse(self, body: bytes, attempt: int, *, num_queries: int, top_k: int) -> list[list[Passage]]:
         try:
             reply = json.loads(body)
-        except (ValueError, RecursionError):
-            self._fail(f"the reply is not JSON: {body[:200].decode('utf-8', errors='replace')!r}", attempt)
+        except (ValueError, RecursionError) as error:
+            start = body[:200].decode("utf-8", errors="replace")
+            raise self._failure(f"the reply is not JSON: {start!r}", attempt) from error
         if not isinstance(reply, dict) or not isinstance(reply.get("result"), list):
-            self._fail(f"the reply has no list 'result': {str(reply)[:200]}", attempt)
+            raise self._failure(f"the reply has no list 'result': {str(reply)[:200]}", attempt)
         result = reply["result"]
         if len(result) != num_queries:
-            self._fail(f"the reply has {len(result)} result lists for {num_queries} queries", attempt)
+            raise self._failure(f"the reply has {len(result)} result lists for {num_queries} queries", attempt)
         for number, found in enumerate(result):
             if not isinstance(found, list):
-                self._fail(f"result {number} is no list but {type(found).__name__}", attempt)
+                raise self._failure(f"result {number} is no list but {type(found).__name__}", attempt)
         try:
             return [[_passage(item) for item in found[:top_k]] for found in result]
         except ValueError as error:
-            self._fail(str(error), attempt)
+            raise self._failure(str(error), attempt) from error
 
-    def _fail(self, problem: str, attempt: int) -> NoReturn:
+    def _failure(self, problem: str, attempt: int) -> RetrieverError:
         tries = f"{attempt} {'try' if attempt == 1 else 'tries'}"
-        raise RetrieverError(f"retriever at {self.url} failed after {tries}: {problem}")
+        return RetrieverError(f"retriever at {self.url} failed after {tries}: {problem}")
 
 
 def _check(config: HttpConfig) -> str:
     """The complete address, if all settings are in range."""
-    parts = urlsplit(config.url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    import httpx
+
+    try:
+        url = httpx.URL(config.url)
+    except httpx.InvalidURL as error:
+        raise ConfigurationError(f"http url {config.url!r} is invalid: {error}.") from error
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 80) > 65535:
         raise ConfigurationError(f"http url must look like http://host:8000/retrieve, got {config.url!r}.")
     if not (config.timeout_s > 0 and config.max_retries >= 0 and config.backoff_s >= 0):
         raise ConfigurationError(
             "http needs timeout_s > 0, max_retries >= 0 and backoff_s >= 0, got "
             f"timeout_s={config.timeout_s}, max_retries={config.max_retries}, backoff_s={config.backoff_s}."
         )
-    return parts._replace(path="/retrieve").geturl() if parts.path in ("", "/") else config.url
+    return str(url.copy_with(path="/retrieve")) if url.path in ("", "/") else config.url
 
 
 def _passage(item: Any) -> Passage:

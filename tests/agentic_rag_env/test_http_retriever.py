@@ -1,0 +1,266 @@
+"""The HTTP retriever against a real server on this machine that misbehaves on request."""
+
+from __future__ import annotations
+
+import copy
+import http.server
+import json
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from agentic_rag_env.errors import ConfigurationError, RetrieverError
+from agentic_rag_env.registry import RETRIEVERS
+from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.retrievers.http import HttpConfig, HttpRetriever
+from agentic_rag_env.types import Passage
+
+
+def scored(identifier: str, contents: str, score: float) -> dict[str, Any]:
+    return {"document": {"id": identifier, "contents": contents}, "score": score}
+
+
+class Service:
+    """A server whose next replies are scripted: a status and a body each; the last one is repeated."""
+
+    def __init__(self) -> None:
+        self.replies: list[tuple[int, bytes]] = []
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.clients: set[Any] = set()
+        self.delay_s = 0.0
+        self.piece_delay_s = 0.0
+        self.stop = threading.Event()
+        service = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                service.requests.append((self.path, json.loads(body)))
+                service.clients.add(self.client_address)
+                status, reply = service.replies.pop(0) if len(service.replies) > 1 else service.replies[0]
+                service.stop.wait(service.delay_s)
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(reply)))
+                    self.end_headers()
+                    pieces = [reply] if not service.piece_delay_s else [reply[i : i + 1] for i in range(len(reply))]
+                    for piece in pieces:
+                        self.wfile.write(piece)
+                        self.wfile.flush()
+                        service.stop.wait(service.piece_delay_s)
+                except OSError:  # the client has given up
+                    self.close_connection = True
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/retrieve"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, result: Any, status: int = 200) -> None:
+        self.replies.append((status, json.dumps({"result": result}).encode()))
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    service = Service()
+    yield service
+    service.stop.set()
+    service.server.shutdown()
+    service.server.server_close()
+
+
+def retriever(service: Service, **settings: Any) -> HttpRetriever:
+    return HttpRetriever(HttpConfig(service.url, **{"timeout_s": 5.0, "backoff_s": 0.001, **settings}))
+
+
+def test_request_and_reply_follow_the_protocol(service: Service) -> None:
+    service.answer([[scored("a", '"A"\nalpha', 2.5), scored("b", '"B"\nbeta', 1)], []])
+    found = retriever(service).search(["first", "second"], 3)
+    assert service.requests == [("/retrieve", {"queries": ["first", "second"], "topk": 3, "return_scores": True})]
+    assert found == [[Passage("a", '"A"\nalpha', 2.5), Passage("b", '"B"\nbeta', 1.0)], []]
+
+
+def test_registered_and_built_without_a_corpus(service: Service) -> None:
+    built = RETRIEVERS.build({"name": "http", "url": service.url}, corpus=None)
+    assert isinstance(built, HttpRetriever)
+    assert isinstance(built, Retriever)
+
+
+def test_url_without_a_path_gets_the_usual_one() -> None:
+    assert HttpRetriever(HttpConfig("http://localhost:8000")).url == "http://localhost:8000/retrieve"
+    assert HttpRetriever(HttpConfig("http://localhost:8000/")).url == "http://localhost:8000/retrieve"
+    assert HttpRetriever(HttpConfig("https://host/api/search")).url == "https://host/api/search"
+
+
+def test_no_queries_no_request(service: Service) -> None:
+    assert retriever(service).search([], 3) == []
+    assert service.requests == []
+
+
+def test_bare_documents_of_a_service_without_scores(service: Service) -> None:
+    service.answer([[{"id": "a", "contents": "x"}, {"id": 7, "contents": "y"}]])
+    assert retriever(service).search(["q"], 3) == [[Passage("a", "x", 0.0), Passage("7", "y", 0.0)]]
+
+
+def test_documents_without_id_get_one_from_their_contents(service: Service) -> None:
+    service.answer([[{"document": {"contents": "x"}, "score": 2}, {"document": {"contents": "y"}, "score": 1}]])
+    first, second = retriever(service).search(["q"], 3)[0]
+    again = retriever(service).search(["q"], 3)[0][0]
+    assert first.id == again.id != second.id
+
+
+def test_more_passages_than_asked_for_are_cut(service: Service) -> None:
+    service.answer([[scored("a", "x", 2), scored("b", "y", 1)]])
+    assert [passage.id for passage in retriever(service).search(["q"], 1)[0]] == ["a"]
+
+
+def test_connection_is_kept_open(service: Service) -> None:
+    service.answer([[]])
+    client = retriever(service)
+    for _ in range(3):
+        client.search(["q"], 1)
+    assert len(service.clients) == 1
+    client.close()
+    client.search(["q"], 1)
+    assert len(service.clients) == 2
+
+
+def test_hostile_queries_arrive_as_valid_text(service: Service) -> None:
+    service.answer([[], [], [], []])
+    queries = ["a\ud800b", "\x00\x1b\u2028", "日本\U0001f600", "x" * 100_000]
+    assert retriever(service).search(queries, 1) == [[], [], [], []]
+    assert service.requests[0][1]["queries"] == ["a?b", *queries[1:]]
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda item: pickle.loads(pickle.dumps(item))])
+def test_a_copy_opens_its_own_connection(service: Service, copier: Any) -> None:
+    service.answer([[scored("a", "x", 1)]])
+    original = retriever(service)
+    original.search(["q"], 1)
+    assert copier(original).search(["q"], 1) == original.search(["q"], 1)
+    assert len(service.clients) == 2
+
+
+def test_server_error_is_repeated(service: Service) -> None:
+    service.replies += [(500, b"out of memory"), (503, b"busy")]
+    service.answer([[scored("a", "x", 1)]])
+    assert retriever(service, max_retries=2).search(["q"], 1) == [[Passage("a", "x", 1.0)]]
+    assert len(service.requests) == 3
+
+
+def test_server_error_without_end(service: Service) -> None:
+    service.replies.append((500, b"out of memory"))
+    with pytest.raises(RetrieverError) as caught:
+        retriever(service, max_retries=2).search(["q"], 1)
+    assert str(caught.value) == f"retriever at {service.url} failed after 3 tries: status 500: out of memory"
+    assert len(service.requests) == 3
+
+
+def test_client_error_is_not_repeated(service: Service) -> None:
+    service.replies.append((422, b"topk must be below 10"))
+    with pytest.raises(RetrieverError, match="failed after 1 try: status 422: topk must be below 10"):
+        retriever(service).search(["q"], 11)
+    assert len(service.requests) == 1
+
+
+def test_redirect_is_an_error(service: Service) -> None:
+    service.replies.append((307, b""))
+    with pytest.raises(RetrieverError, match="status 307"):
+        retriever(service).search(["q"], 1)
+
+
+def test_pauses_double(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    service.replies.append((500, b""))
+    client = retriever(service, max_retries=3, backoff_s=0.5)
+    monkeypatch.setattr("agentic_rag_env.retrievers.http.time.sleep", pauses.append)
+    with pytest.raises(RetrieverError):
+        client.search(["q"], 1)
+    assert pauses == [0.5, 1.0, 2.0]
+
+
+def test_connection_refused() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    client = HttpRetriever(HttpConfig(f"http://127.0.0.1:{port}/retrieve", max_retries=1, backoff_s=0.001))
+    with pytest.raises(RetrieverError, match=rf"127\.0\.0\.1:{port}/retrieve failed after 2 tries: ConnectError") as error:
+        client.search(["q"], 1)
+    assert "Is the service running" in str(error.value)
+
+
+def test_silent_server_times_out_and_is_asked_again(service: Service) -> None:
+    service.answer([[]])
+    service.delay_s = 30.0
+    start = time.monotonic()
+    with pytest.raises(RetrieverError, match="failed after 2 tries: ReadTimeout"):
+        retriever(service, timeout_s=0.1, max_retries=1).search(["q"], 1)
+    assert time.monotonic() - start < 5
+    assert len(service.requests) == 2
+
+
+def test_trickling_reply_times_out(service: Service) -> None:
+    service.replies.append((200, b" " * 1000))
+    service.piece_delay_s = 0.05
+    start = time.monotonic()
+    with pytest.raises(RetrieverError, match=r"ReadTimeout: the reply took longer than 0\.2 s"):
+        retriever(service, timeout_s=0.2, max_retries=0).search(["q"], 1)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (b"<html>gateway</html>", "the reply is not JSON: '<html>gateway</html>'"),
+        (b"\xff\xfe", "the reply is not JSON"),
+        (b"", "the reply is not JSON: ''"),
+        (b"[]", "the reply has no list 'result'"),
+        (b'{"results": []}', "the reply has no list 'result'"),
+        (b'{"result": {}}', "the reply has no list 'result'"),
+        (b'{"result": []}', "0 result lists for 1 queries"),
+        (b'{"result": [[], []]}', "2 result lists for 1 queries"),
+        (b'{"result": [null]}', "result 0 is no list but NoneType"),
+        (b'{"result": [[null]]}', "no text 'contents': None"),
+        (b'{"result": [["text"]]}', "no text 'contents': text"),
+        (b'{"result": [[{"document": null, "score": 1}]]}', "no text 'contents'"),
+        (b'{"result": [[{"document": {"id": "a"}, "score": 1}]]}', "no text 'contents'"),
+        (b'{"result": [[{"document": {"id": "a", "contents": 5}, "score": 1}]]}', "no text 'contents'"),
+        (b'{"result": [[{"document": {"id": [], "contents": "x"}, "score": 1}]]}', "id is no string"),
+        (b'{"result": [[{"document": {"id": "a", "contents": "x"}, "score": "1"}]]}', "score is no finite number"),
+        (b'{"result": [[{"document": {"id": "a", "contents": "x"}, "score": NaN}]]}', "score is no finite number"),
+    ],
+)
+def test_malformed_reply(service: Service, body: bytes, problem: str) -> None:
+    service.replies.append((200, body))
+    with pytest.raises(RetrieverError, match="failed after 1 try") as caught:
+        retriever(service).search(["q"], 1)
+    assert problem in str(caught.value)
+    assert service.url in str(caught.value)
+    assert len(service.requests) == 1
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/", "http://", "", "http://host:99999/"])
+def test_impossible_address(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="http url"):
+        HttpRetriever(HttpConfig(url))
+
+
+@pytest.mark.parametrize("setting", [{"timeout_s": 0.0}, {"max_retries": -1}, {"backoff_s": -1.0}])
+def test_impossible_patience(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(setting))):
+        HttpRetriever(HttpConfig("http://localhost", **setting))
+
+
+def test_top_k_below_one(service: Service) -> None:
+    with pytest.raises(ConfigurationError, match="top_k must be at least 1, got 0"):
+        retriever(service).search(["q"], 0)

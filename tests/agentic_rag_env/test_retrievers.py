@@ -1,0 +1,443 @@
+"""The contract of every local retriever, and the ranking of each against an oracle of its own."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import math
+import pickle
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import agentic_rag_env  # noqa: F401
+from agentic_rag_env.errors import ConfigurationError, RetrieverError, UnknownNameError
+from agentic_rag_env.registry import RETRIEVERS
+from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
+from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever
+from agentic_rag_env.retrievers.encoders import HashedNgramConfig, HashedNgramEncoder, HuggingFaceEncoder, build_encoder
+from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
+from agentic_rag_env.types import Passage
+
+LOCAL = sorted(set(RETRIEVERS.names()) - {"http"})
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven"]
+
+
+def corpus_of(*contents: str) -> tuple[Passage, ...]:
+    return tuple(Passage(f"p{row}", text) for row, text in enumerate(contents))
+
+
+def random_corpus(size: int, seed: int = 0) -> tuple[Passage, ...]:
+    rng = np.random.default_rng(seed)
+    return corpus_of(*(" ".join(rng.choice(WORDS, rng.integers(1, 12))) for _ in range(size)))
+
+
+CORPUS = random_corpus(60)
+QUERIES = ["amber cedar", "fjord", "haven grove delta birch ember", "amber amber fjord", "zebra", "", "amber cedar"]
+
+
+@pytest.fixture(scope="module", params=LOCAL)
+def retriever(request: pytest.FixtureRequest) -> Retriever:
+    return RETRIEVERS.build(request.param, corpus=CORPUS)
+
+
+class TestContract:
+    """What every retriever over a corpus promises."""
+
+    def test_is_a_retriever(self, retriever: Retriever) -> None:
+        assert isinstance(retriever, Retriever)
+
+    @pytest.mark.parametrize("top_k", [1, 3, 59, 60, 1000])
+    def test_one_ranked_list_per_query(self, retriever: Retriever, top_k: int) -> None:
+        found = retriever.search(QUERIES, top_k)
+        assert len(found) == len(QUERIES)
+        for passages in found:
+            scores = [passage.score for passage in passages]
+            assert len(passages) <= top_k
+            assert scores == sorted(scores, reverse=True)
+            assert len({passage.id for passage in passages}) == len(passages)
+            assert all(CORPUS[int(passage.id[1:])].contents == passage.contents for passage in passages)
+        assert found[0]
+
+    def test_a_query_does_not_depend_on_the_others(self, retriever: Retriever) -> None:
+        # More than 20 queries at once, where FAISS changes its way of computing.
+        many = QUERIES * 10
+        together = retriever.search(many, 5)
+        assert together == [retriever.search([query], 5)[0] for query in many]
+        assert together == retriever.search(many[::-1], 5)[::-1]
+
+    def test_fewer_passages_are_a_beginning_of_more(self, retriever: Retriever) -> None:
+        assert [found[:3] for found in retriever.search(QUERIES, 10)] == retriever.search(QUERIES, 3)
+
+    def test_searching_changes_nothing(self, retriever: Retriever) -> None:
+        before, queries = copy.deepcopy(CORPUS), list(QUERIES)
+        first = retriever.search(queries, 4)
+        expected = copy.deepcopy(first)
+        first[0].clear()
+        assert retriever.search(queries, 4) == expected
+        assert queries == QUERIES
+        assert before == CORPUS
+
+    def test_two_retrievers_agree(self, retriever: Retriever, request: pytest.FixtureRequest) -> None:
+        other = RETRIEVERS.build(request.node.callspec.params["retriever"], corpus=list(CORPUS))
+        assert other.search(QUERIES, 7) == retriever.search(QUERIES, 7)
+
+    def test_survives_copying(self, retriever: Retriever) -> None:
+        expected = retriever.search(QUERIES, 3)
+        assert copy.deepcopy(retriever).search(QUERIES, 3) == expected
+        assert pickle.loads(pickle.dumps(retriever)).search(QUERIES, 3) == expected
+
+    def test_no_queries(self, retriever: Retriever) -> None:
+        assert retriever.search([], 3) == []
+        assert retriever.search((), 3) == []
+
+    @pytest.mark.parametrize(
+        "query",
+        ["\ud800 amber", "amber \udfff", "\x00\x1b[31m\u202e", "\n\t ", "👩‍👩‍👧", "東京", "x" * 100_000, "amber " * 20_000, "<answer>"],
+        ids=lambda query: ascii(query)[:20],
+    )
+    def test_any_characters(self, retriever: Retriever, query: str) -> None:
+        (passages,) = retriever.search([query], 3)
+        assert len(passages) <= 3
+
+    @pytest.mark.parametrize("top_k", [0, -1])
+    def test_top_k_below_one(self, retriever: Retriever, top_k: int) -> None:
+        for queries in (["amber"], []):
+            with pytest.raises(ConfigurationError, match=f"top_k must be at least 1, got {top_k}"):
+                retriever.search(queries, top_k)
+
+    def test_one_string_is_no_list_of_queries(self, retriever: Retriever) -> None:
+        with pytest.raises(ConfigurationError, match="takes a list of queries"):
+            retriever.search("amber", 3)
+
+    @pytest.mark.parametrize("name", LOCAL)
+    def test_needs_a_corpus(self, name: str) -> None:
+        with pytest.raises(ConfigurationError, match=f"retriever '{name}' searches a corpus, but got none"):
+            RETRIEVERS.build(name, corpus=None)
+        with pytest.raises(ConfigurationError, match=f"retriever '{name}' got an empty corpus"):
+            RETRIEVERS.build(name, corpus=[])
+
+    @pytest.mark.parametrize("name", LOCAL)
+    @pytest.mark.filterwarnings("ignore:.*The environment is being checked:UserWarning")
+    def test_in_the_environment(self, name: str) -> None:
+        check_env(gymnasium.make("AgenticRAG-v0", retriever=name).unwrapped, skip_render_check=True)
+
+
+# BM25
+
+
+def bm25_by_hand(texts: list[str], query: str, k1: float, b: float) -> list[float]:
+    """Lucene's BM25: sum over query words of ln(1 + (N - df + 1/2) / (df + 1/2)) tf / (tf + k1 (1 - b + b l / avg l))."""
+    documents = [re.findall(r"\w+", text.lower()) for text in texts]
+    average = sum(map(len, documents)) / len(documents)
+    scores = []
+    for document in documents:
+        score = 0.0
+        for word in re.findall(r"\w+", query.lower()):
+            frequency = sum(word in other for other in documents)
+            idf = math.log(1 + (len(documents) - frequency + 0.5) / (frequency + 0.5))
+            count = document.count(word)
+            score += idf * count / (count + k1 * (1 - b + b * len(document) / average))
+        scores.append(score)
+    return scores
+
+
+TEXTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join), min_size=1, max_size=8)
+
+
+@settings(deadline=None, max_examples=50)
+@given(TEXTS, st.lists(st.sampled_from([*WORDS, "zebra"]), max_size=4).map(" ".join), st.sampled_from([0.0, 0.4, 1.0]))
+def test_bm25_scores(texts: list[str], query: str, b: float) -> None:
+    (found,) = BM25Retriever(BM25Config(k1=0.9, b=b), corpus_of(*texts)).search([query], len(texts))
+    expected = bm25_by_hand(texts, query, 0.9, b)
+    assert {passage.id for passage in found} == {f"p{row}" for row, score in enumerate(expected) if score > 0}
+    for passage in found:
+        assert passage.score == pytest.approx(expected[int(passage.id[1:])], rel=1e-5)
+
+
+def test_bm25_ties_follow_the_corpus() -> None:
+    corpus = corpus_of(*["birch"] * 5, "amber", *["birch"] * 5, "amber", "amber amber")
+    (found,) = BM25Retriever(BM25Config(k1=0.9, b=0.0), corpus).search(["amber birch"], 5)
+    assert [passage.id for passage in found] == ["p12", "p5", "p11", "p0", "p1"]
+
+
+def test_bm25_reads_title_and_text_and_ignores_case() -> None:
+    corpus = corpus_of('"Amber Road"\nnothing', '"Other"\nalso NOTHING, but\tÉtude')
+    bm25 = BM25Retriever(BM25Config(), corpus)
+    assert [[passage.id for passage in found] for found in bm25.search(["ROAD", "étude!", "the"], 5)] == [["p0"], ["p1"], []]
+
+
+@pytest.mark.parametrize("texts", [["", "amber"], ["!?", "amber"], ["amber", ""]])
+def test_bm25_with_a_passage_without_words(texts: list[str]) -> None:
+    (found,) = BM25Retriever(BM25Config(), corpus_of(*texts)).search(["amber"], 5)
+    assert [passage.contents for passage in found] == ["amber"]
+
+
+def test_bm25_settings_out_of_range() -> None:
+    with pytest.raises(ConfigurationError, match="found no words in the 2 passages"):
+        BM25Retriever(BM25Config(), corpus_of("", "!?"))
+    for config in (BM25Config(k1=-0.1), BM25Config(b=-0.1), BM25Config(b=1.1)):
+        with pytest.raises(ConfigurationError, match="bm25 needs k1 >= 0 and b in"):
+            BM25Retriever(config, CORPUS)
+
+
+# Static
+
+
+def test_static_results_by_query() -> None:
+    listed = {"who": [{"id": "a", "contents": "x", "score": 2}, {"id": "b", "contents": "y"}], "what": [Passage("c", "z")]}
+    static = RETRIEVERS.build({"name": "static", "passages": listed}, corpus=None)
+    assert static.search(["what", "who", "else"], 3) == [[Passage("c", "z")], [Passage("a", "x", 2.0), Passage("b", "y")], []]
+    assert static.search(["who"], 1) == [[Passage("a", "x", 2.0)]]
+
+
+def test_static_results_for_every_query() -> None:
+    static = StaticRetriever(StaticConfig([Passage("c", "z")]), CORPUS)
+    assert static.search(["one", "two"], 3) == [[Passage("c", "z")]] * 2
+    assert StaticRetriever(StaticConfig([])).search(["one"], 3) == [[]]
+    assert StaticRetriever(StaticConfig(), CORPUS).search(["one"], 2) == [list(CORPUS[:2])]
+
+
+@pytest.mark.parametrize("passages", ["text", 5, ["text"], [{"id": "a"}], [{"id": "a", "contents": "x", "url": ""}], {"q": "text"}])
+def test_static_passages_of_another_form(passages: Any) -> None:
+    with pytest.raises(ConfigurationError, match="static passage"):
+        StaticRetriever(StaticConfig(passages))
+
+
+# Hashed n-grams
+
+
+def ngram_by_hand(text: str, passages: list[str], config: HashedNgramConfig) -> np.ndarray:
+    words = re.findall(r"\w+", text.lower())
+    vector = np.zeros(config.dim)
+    for word, count in collections.Counter(words).items():
+        frequency = sum(word in re.findall(r"\w+", passage.lower()) for passage in passages)
+        idf = math.log((1 + len(passages)) / (1 + frequency)) + 1
+        marked = "<" + word + ">"
+        grams = [marked]
+        for n in range(config.min_n, config.max_n + 1):
+            if n < len(marked):
+                grams += ["".join(gram) for gram in zip(*(marked[start:] for start in range(n)), strict=False)]
+        for gram in grams:
+            crc = zlib.crc32(gram.encode())
+            sign = 1 if crc >= 2**31 else -1
+            vector[crc % config.dim] += sign * (1 + math.log(count)) * idf / math.sqrt(len(grams))
+    return vector / (np.linalg.norm(vector) or 1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.sampled_from([(64, 3, 5), (7, 1, 2), (1024, 3, 3)]))
+def test_hashed_ngram_follows_its_formula(texts: list[str], sizes: tuple[int, int, int]) -> None:
+    config = HashedNgramConfig(*sizes)
+    encoder = HashedNgramEncoder(config)
+    encoder.fit(texts)
+    rows = encoder.encode_passages([*texts, "unseen amber"])
+    assert rows.dtype == np.float32
+    for text, row in zip([*texts, "unseen amber"], rows, strict=True):
+        np.testing.assert_allclose(row, ngram_by_hand(text, texts, config), atol=1e-6)
+
+
+def test_hashed_ngram_finds_misspelt_and_inflected_words() -> None:
+    corpus = corpus_of("The capital of Freedonia is Fredville.", "Rivers flow into seas.", "A list of mountain climbers.")
+    (typo, inflected) = DenseRetriever(DenseConfig(), corpus).search(["Freedomia capitol", "mountains climber"], 1)
+    assert (typo[0].id, inflected[0].id) == ("p0", "p2")
+
+
+def test_same_bits_in_every_process() -> None:
+    script = (
+        "import hashlib\n"
+        "from agentic_rag_env.types import Passage\n"
+        "from agentic_rag_env.retrievers import *\n"
+        "corpus = [Passage(str(i), f'word{i % 7} other{i % 3} third{i}') for i in range(50)]\n"
+        "for retriever in (DenseRetriever(DenseConfig(), corpus), BM25Retriever(BM25Config(), corpus)):\n"
+        "    print(hashlib.sha256(repr(retriever.search(['word1 other2', 'third4'], 10)).encode()).hexdigest())\n"
+    )
+    root = str(Path(__file__).parents[2])
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", script], env={"PYTHONHASHSEED": seed, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+
+
+def test_hashed_ngram_settings_out_of_range() -> None:
+    for config in (HashedNgramConfig(dim=0), HashedNgramConfig(min_n=0), HashedNgramConfig(min_n=4, max_n=3)):
+        with pytest.raises(ConfigurationError, match="hashed_ngram needs dim"):
+            HashedNgramEncoder(config)
+
+
+# Dense
+
+
+class TableEncoder:
+    """Looks vectors up: a text is the number of its row."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows.astype(np.float32)
+
+    def fit(self, passages: Any) -> None:
+        pass
+
+    def encode_passages(self, passages: Any) -> np.ndarray:
+        return self.rows[[int(text) for text in passages]]
+
+    encode_queries = encode_passages
+
+
+def test_dense_ranking_against_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(300, 16))
+    rows[100:200] = rows[:100]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    dense = DenseRetriever(DenseConfig(TableEncoder(rows)), corpus_of(*map(str, range(300))))
+    found = dense.search([str(row) for row in range(300)], 20)
+    scores = np.round(rows.astype(np.float32).astype(float) @ rows.astype(np.float32).astype(float).T, 5)
+    for query, passages in enumerate(found):
+        expected = sorted(range(300), key=lambda row: (-scores[query, row], row))[:20]
+        assert [int(passage.contents) for passage in passages] == expected
+        np.testing.assert_allclose([passage.score for passage in passages], scores[query, expected], atol=1e-9)
+
+
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_dense_ties_follow_the_corpus(num_queries: int) -> None:
+    rows = np.tile(np.eye(3)[0], (500, 1))
+    rows[250] = [0.8, 0.6, 0]
+    dense = DenseRetriever(DenseConfig(TableEncoder(rows)), corpus_of(*map(str, range(500))))
+    for found in dense.search(["0"] * num_queries, 4):
+        assert [passage.id for passage in found] == ["p0", "p1", "p2", "p3"]
+    for found in dense.search(["250"] * num_queries, 3):
+        assert [(passage.id, passage.score) for passage in found] == [("p250", 1.0), ("p0", 0.8), ("p1", 0.8)]
+
+
+def test_dense_query_without_features_matches_nothing() -> None:
+    assert DenseRetriever(DenseConfig(), CORPUS).search(["?!", "amber"], 2)[0] == []
+
+
+def test_dense_numbers_that_are_not_finite() -> None:
+    rows = np.eye(3)
+    rows[1, 1] = np.nan
+    with pytest.raises(ConfigurationError, match="NaN or infinity for passage 'p1'"):
+        DenseRetriever(DenseConfig(TableEncoder(rows)), corpus_of("0", "1", "2"))
+    dense = DenseRetriever(DenseConfig(TableEncoder(rows)), corpus_of("0", "2"))
+    with pytest.raises(RetrieverError, match="NaN or infinity for the query '1'"):
+        dense.search(["0", "1"], 1)
+
+
+def test_dense_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigurationError, match="pip install faiss-cpu"):
+        DenseRetriever(DenseConfig(), CORPUS)
+
+
+def test_encoders_by_name_mapping_and_object() -> None:
+    assert isinstance(build_encoder("hashed_ngram"), HashedNgramEncoder)
+    built = build_encoder({"name": "hashed_ngram", "dim": 64})
+    assert isinstance(built, HashedNgramEncoder)
+    assert built.config.dim == 64
+    assert build_encoder(built) is built
+    with pytest.raises(UnknownNameError, match="Unknown encoder 'hashed_ngrm'. Did you mean 'hashed_ngram'"):
+        build_encoder("hashed_ngrm")
+    with pytest.raises(ConfigurationError, match="cannot be loaded; give a folder"):
+        build_encoder("./no/such/folder")
+
+
+# Hugging Face encoders
+
+
+@pytest.fixture(scope="module", params=["bert", "qwen2"])
+def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model of two layers, with a tokenizer of whole words (BERT) or of bytes (Qwen2)."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    if request.param == "bert":
+        vocabulary = {word: index for index, word in enumerate(["[UNK]", "query", "passage", ":", *WORDS])}
+        inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+        inner.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=len(vocabulary), **sizes))
+    else:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = transformers.Qwen2Tokenizer({byte: index for index, byte in enumerate(alphabet)}, [])
+        model = transformers.Qwen2Model(
+            transformers.Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)
+        )
+    folder = str(tmp_path_factory.mktemp(request.param))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_hugging_face_pooling(model_folder: str, pooling: str) -> None:
+    """Batched and padded equals the plain forward pass of each text alone."""
+    import torch
+    import transformers
+
+    encoder = build_encoder({"model": model_folder, "pooling": pooling, "batch_size": 2, "device": "cpu"})
+    texts = ["amber", "birch cedar delta ember fjord", "unknown words here", "grove haven"]
+    model, tokenizer = (cls.from_pretrained(model_folder) for cls in (transformers.AutoModel, transformers.AutoTokenizer))
+    for prefix, rows in (("query: ", encoder.encode_queries(texts)), ("passage: ", encoder.encode_passages(texts))):
+        assert rows.dtype == np.float32
+        for text, row in zip(texts, rows, strict=True):
+            with torch.no_grad():
+                hidden = model.eval()(**tokenizer(prefix + text, return_tensors="pt")).last_hidden_state[0]
+            expected = (hidden.mean(0) if pooling == "mean" else hidden[0]).numpy()
+            np.testing.assert_allclose(row, expected / np.linalg.norm(expected), atol=2e-6)
+
+
+def test_hugging_face_length_limit_and_hostile_texts(model_folder: str) -> None:
+    encoder = build_encoder({"model": model_folder, "max_length": 4, "passage_prefix": "", "device": "cpu"})
+    long, short = encoder.encode_passages(["amber birch cedar delta " * 100, "amber birch cedar delta"])
+    np.testing.assert_allclose(long, short, atol=1e-6)
+    rows = encoder.encode_passages(["", "\ud800", "\x00", "x" * 100_000])
+    assert rows.shape == (4, 16)
+    # A text without a token has no features; among others it stays so.
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [0, 1, rows[2].any(), 1], atol=1e-6)
+
+
+def test_hugging_face_in_dense_search(model_folder: str) -> None:
+    dense = DenseRetriever(DenseConfig({"model": model_folder, "query_prefix": "", "passage_prefix": ""}), CORPUS)
+    texts = [CORPUS[row].contents for row in (5, 40, 17)]
+    together = dense.search(texts, 3)
+    assert [found[0].contents for found in together] == texts
+    assert all(found[0].score == pytest.approx(1, abs=1e-3) for found in together)
+    assert [[passage.id for passage in found] for found in together] == [
+        [passage.id for passage in dense.search([text], 3)[0]] for text in texts
+    ]
+    assert isinstance(build_encoder(model_folder), HuggingFaceEncoder)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"pooling": "max"}, {"dtype": "int8"}, {"max_length": 0}, {"batch_size": 0}, {"poling": "mean"}]
+)
+def test_hugging_face_settings_out_of_range(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        build_encoder({"model": "some/model", **setting})
+
+
+def test_hugging_face_length_beyond_the_model(model_folder: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"max_length=100000, but .* has \d+ positions"):
+        build_encoder({"model": model_folder, "max_length": 100_000})
+
+
+def test_hugging_face_folder_that_holds_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be loaded; give a folder made by save_pretrained"):
+        build_encoder(str(tmp_path))
