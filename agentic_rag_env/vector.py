@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from gymnasium.vector.utils import batch_space
 from agentic_rag_env.env import AgenticRAGEnv, check_options
 from agentic_rag_env.episode import Episode, Found, search
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError
-from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.registry import ENVS, did_you_mean
 from agentic_rag_env.types import StepInfo
 
 _Batch = tuple[str, ...]
@@ -244,3 +245,27 @@ def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     except ValueError:
         allowed = [member.value for member in AutoresetMode]
         raise ConfigurationError(f"autoreset_mode {mode!r} does not exist.{did_you_mean(str(mode), allowed)}") from None
+
+
+@dataclass
+class AgenticRAGConfig:
+    """Settings of the environment that are neither data nor retriever; see `AgenticRAGEnv`."""
+
+    prompt: str = "bare"
+    max_turns: int = 4
+    top_k: int = 3
+    final_turn: str = "no_search"
+    max_observation_chars: int | None = None
+    max_observation_tokens: int | None = None
+
+
+@ENVS.register("agentic_rag", AgenticRAGConfig)
+def make_agentic_rag(config: AgenticRAGConfig, num_envs: int, **parts: Any) -> AgenticRAGVectorEnv:
+    """The environments of a training run.
+
+    Args:
+        config: The rules.
+        num_envs: Rows.
+        **parts: `dataset`, `retriever`, `reward`, `tokenizer` and `autoreset_mode`.
+    """
+    return AgenticRAGVectorEnv(num_envs, **vars(config), **parts)

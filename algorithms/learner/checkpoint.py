@@ -156,6 +156,16 @@ def load(path: str | os.PathLike[str], *, policy: PreTrainedModel, critic: nn.Mo
     return TrainingState(step, state["learner"], state["trainer"])
 
 
+def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the trainer put into a checkpoint, without any weights.
+
+    Args:
+        path: A checkpoint's folder, as `latest` gives it.
+    """
+    state = torch.load(Path(path) / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)
+    return state["trainer"]
+
+
 def find_problem(path: Path, checksums: bool = True) -> str | None:
     """What is wrong with a checkpoint, None if it is complete.
 
@@ -196,7 +206,7 @@ def _put_back(root: Path) -> None:
         if final.exists():
             shutil.rmtree(replaced)
         else:
-            os.replace(replaced, final)
+            replaced.replace(final)
 
 
 def _clean_up(root: Path) -> None:
@@ -265,11 +275,11 @@ def _put_in_place(unfinished: Path, final: Path) -> None:
     """Rename; a checkpoint of that step that is already there steps aside first, since a folder can't be replaced."""
     if final.exists():
         replaced = final.with_name(final.name + _REPLACED)
-        os.replace(final, replaced)
-        os.replace(unfinished, final)
+        final.replace(replaced)
+        unfinished.replace(final)
         shutil.rmtree(replaced)
     else:
-        os.replace(unfinished, final)
+        unfinished.replace(final)
     _sync_one(final.parent)
 
 
@@ -283,7 +293,7 @@ def _prune(root: Path, step: int, keep_last: int | None, keep_steps: Collection[
         superfluous += [path for path in earlier if path not in kept and int(path.name) not in keep_steps]
     for path in superfluous:
         doomed = path.with_name(f"{path.name}{_UNFINISHED}")
-        os.replace(path, doomed)
+        path.replace(doomed)
         shutil.rmtree(doomed)
 
 
