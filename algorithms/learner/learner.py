@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import ops
 from algorithms.learner.algorithm import Algorithm
-from algorithms.learner.collate import micro_batches, predicting_positions
-from algorithms.learner.models import Critic, backbone_hidden, lm_logits
+from algorithms.learner.models import Critic
 from algorithms.learner.optimizer import Optimizer
+from algorithms.learner.scoring import Scorer, gather_tokens, slice_tokens
 from algorithms.learner.types import Batch, Tokens
 
 PRECISIONS = ("float32", "bfloat16")
@@ -99,7 +99,14 @@ class Learner:
     ) -> None:
         self.algorithm, self.policy, self.critic = algorithm, policy, critic
         self.reference, self.teacher = reference, teacher
-        self.config, self.vocab_size, self.temperature = config, vocab_size, temperature
+        self.config = config
+        self.scorer = Scorer(
+            vocab_size=vocab_size,
+            temperature=temperature,
+            precision=config.precision,
+            micro_batch_tokens=config.micro_batch_tokens,
+            chunk_tokens=config.chunk_tokens,
+        )
         self._check_settings()
         self.shared_critic = critic is not None and critic.shared
         self.step = 0
@@ -112,15 +119,15 @@ class Learner:
             for network in self._trained():
                 _enable_checkpointing(network)
 
-    @torch.no_grad()
     def score(self, batch: Batch) -> None:
         """Fill in `values`, `ref_logprobs` and `teacher_logprobs`, each only if the algorithm needs it."""
         needs = self.algorithm.needs
         if "values" in needs:
-            batch.values = self._at_model_tokens(batch, self._values)
-        for name, network in (("ref_logprobs", self.reference), ("teacher_logprobs", self.teacher)):
-            if name in needs:
-                setattr(batch, name, self._at_model_tokens(batch, lambda *at, net=network: self._logprobs(net, *at)))
+            batch.values = self.scorer.values(self.critic, batch)
+        if "ref_logprobs" in needs:
+            batch.ref_logprobs = self.scorer.logprobs(self.reference, batch)
+        if "teacher_logprobs" in needs:
+            batch.teacher_logprobs = self.scorer.logprobs(self.teacher, batch)
 
     def update(self, batch: Batch, rng: np.random.Generator) -> dict[str, float]:
         """One training step on a scored batch, from its rewards to the optimizer.
@@ -141,6 +148,7 @@ class Learner:
         batch.token_rewards = self.algorithm.shape_rewards(batch)
         if (estimate := self.algorithm.estimate_advantages(batch)) is not None:
             batch.advantages, batch.returns = estimate
+        self._zero_grad()
         figures = _Figures()
         trains_policy = self.critic is None or self.step >= config.critic_warmup_steps
         with _checkpointing(self._trained() if self.config.gradient_checkpointing else []):
@@ -188,15 +196,15 @@ class Learner:
         else:
             weights = (1.0 / num_tokens.sum()).expand(len(minibatch))
         if self.critic_optimizer is not None and not (self.shared_critic and trains_policy):
-            self._zero_grad()
             losses = self._accumulate(minibatch, rows, weights, self._critic_backward, figures)
             figures.add("critic_grad_norm", self.critic_optimizer.apply(losses["value_loss"], self.step))
-        if trains_policy:
             self._zero_grad()
+        if trains_policy:
             losses = self._accumulate(minibatch, rows, weights, self._policy_backward, figures)
             figures.add("grad_norm", self.policy_optimizer.apply(losses["loss"], self.step))
             if self.critic_optimizer is not None and self.shared_critic:
                 figures.add("critic_grad_norm", self.critic_optimizer.apply(losses["value_loss"], self.step))
+            self._zero_grad()
         figures.first_minibatch = False
 
     def _zero_grad(self) -> None:
@@ -209,13 +217,10 @@ class Learner:
     ) -> _Losses:
         """Run a backward pass per micro-batch; returns the losses of the whole minibatch."""
         totals: _Losses = {}
-        for picked in micro_batches(minibatch.attention_mask.sum(dim=1).tolist(), self.config.micro_batch_tokens):
-            micro = minibatch.select(picked)
-            at = predicting_positions(micro.response_mask)
-            if len(at[0]):
-                tokens = _gather_tokens(micro, rows[picked].to(weights.device), *at)
-                for name, loss in backward(micro, at, tokens, weights[picked][at[0]], figures).items():
-                    totals[name] = totals.get(name, 0) + loss
+        for picked, micro, at in self.scorer.split(minibatch):
+            tokens = gather_tokens(micro, rows[picked].to(weights.device), *at)
+            for name, loss in backward(micro, at, tokens, weights[picked][at[0]], figures).items():
+                totals[name] = totals.get(name, 0) + loss
         for name, total in totals.items():
             figures.add(name, total)
         return totals
@@ -223,7 +228,7 @@ class Learner:
     def _critic_backward(
         self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: _Figures
     ) -> _Losses:
-        tokens.values = self._values(micro, *at)
+        tokens.values = self.scorer.values_at(self.critic, micro, *at)
         loss = (self.algorithm.value_loss(tokens) * weights).sum()
         loss.backward()
         return {"value_loss": loss.detach()}
@@ -232,23 +237,22 @@ class Learner:
         self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: _Figures
     ) -> _Losses:
         """The backbone once, then forward and backward through the head chunk by chunk, then back through it."""
-        with self._autocast():
-            hidden = self._hidden(self.policy, micro, *at)
+        hidden = self.scorer.hidden(self.policy, micro, *at)
         teacher_hidden = None
         if "teacher_logits" in self.algorithm.needs:
-            with torch.no_grad(), self._autocast():
-                teacher_hidden = self._hidden(self.teacher, micro, *at)
+            with torch.no_grad():
+                teacher_hidden = self.scorer.hidden(self.teacher, micro, *at)
         losses: _Losses = {}
         gradients = []
         for start in range(0, len(hidden), self.config.chunk_tokens):
             chunk = slice(start, start + self.config.chunk_tokens)
             leaf = hidden[chunk].detach().requires_grad_()
-            part = _select_tokens(tokens, chunk)
+            part = slice_tokens(tokens, chunk)
             self._fill_in_logits(part, leaf, None if teacher_hidden is None else teacher_hidden[chunk])
             of_chunk = {"loss": (self.algorithm.token_loss(part) * weights[chunk]).sum()}
             objective = of_chunk["loss"]
             if self.shared_critic:
-                part.values = self._head_values(leaf)
+                part.values = self.critic.read(leaf)
                 of_chunk["value_loss"] = (self.algorithm.value_loss(part) * weights[chunk]).sum()
                 objective = objective + self.config.value_coef * of_chunk["value_loss"]
             objective.backward()
@@ -261,7 +265,7 @@ class Learner:
 
     def _fill_in_logits(self, tokens: Tokens, hidden: Tensor, teacher_hidden: Tensor | None) -> None:
         needs = self.algorithm.needs
-        logits = self._logits(self.policy, hidden)
+        logits = self.scorer.logits(self.policy, hidden)
         tokens.logprobs = ops.gather_logprobs(logits, tokens.ids)
         if "logits" in needs:
             tokens.logits = logits
@@ -269,12 +273,13 @@ class Learner:
             tokens.entropy = ops.token_entropy(logits)
         if teacher_hidden is not None:
             with torch.no_grad():
-                tokens.teacher_logits = self._logits(self.teacher, teacher_hidden)
+                tokens.teacher_logits = self.scorer.logits(self.teacher, teacher_hidden)
 
     @torch.no_grad()
     def _measure(self, tokens: Tokens, figures: _Figures) -> None:
         """Figures over tokens; those that compare with the sampling policy only where it was this policy."""
-        assert tokens.logprobs is not None and tokens.entropy is not None
+        assert tokens.logprobs is not None
+        assert tokens.entropy is not None
         figures.add("entropy", tokens.entropy)
         if self.algorithm.trains_on != "policy":
             return
@@ -287,50 +292,6 @@ class Learner:
             ratio = difference.exp()
             figures.add("ratio", ratio)
             figures.add("clip_fraction", ((ratio - 1).abs() > clip_range).float())
-
-    # --- forward passes ----------------------------------------------------------------------------------------------
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-
-    def _hidden(self, network: Any, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-        """[n, d], of the positions that predict the model-written tokens."""
-        return backbone_hidden(network, micro.input_ids, micro.attention_mask)[rows, columns]
-
-    def _logits(self, network: Any, hidden: Tensor) -> Tensor:
-        """[n, V] over the shared vocabulary, temperature applied."""
-        with self._autocast():
-            logits = lm_logits(network, hidden, self.vocab_size)
-        return logits if self.temperature == 1 else logits / self.temperature
-
-    def _values(self, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-        assert self.critic is not None
-        with self._autocast():
-            hidden = self._hidden(self.policy if self.shared_critic else self.critic.backbone, micro, rows, columns)
-        return self._head_values(hidden)
-
-    def _head_values(self, hidden: Tensor) -> Tensor:
-        """[n] float32 from [n, d]; outside autocast, as a value of 16 bits would be too coarse a target."""
-        assert self.critic is not None
-        return self.critic.head(hidden.float()).squeeze(-1)
-
-    def _logprobs(self, network: Any, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-        with self._autocast():
-            hidden = self._hidden(network, micro, rows, columns)
-        ids = micro.input_ids[rows, columns + 1]
-        chunks = zip(hidden.split(self.config.chunk_tokens), ids.split(self.config.chunk_tokens), strict=True)
-        return torch.cat([ops.gather_logprobs(self._logits(network, part), of) for part, of in chunks])
-
-    def _at_model_tokens(self, batch: Batch, compute: Callable[..., Tensor]) -> Tensor:
-        """[B, T] float32 with `compute` at the model-written tokens and 0 elsewhere."""
-        result = torch.zeros_like(batch.old_logprobs)
-        for picked in micro_batches(batch.attention_mask.sum(dim=1).tolist(), self.config.micro_batch_tokens):
-            micro = batch.select(picked)
-            rows, columns = predicting_positions(micro.response_mask)
-            if len(rows):
-                whole_rows = torch.tensor(picked, device=rows.device)[rows]
-                result[whole_rows, columns + 1] = compute(micro, rows, columns).to(result.dtype)
-        return result
 
     def _trained(self) -> list[nn.Module]:
         return [self.policy] if self.critic is None or self.shared_critic else [self.policy, self.critic]
@@ -354,8 +315,8 @@ class Learner:
             raise ConfigurationError(
                 f"{name} needs values, so its config must have critic_optimizer and critic_warmup_steps."
             )
-        if not self.temperature > 0:
-            raise ConfigurationError(f"The temperature of training must be above 0, got {self.temperature}.")
+        if not self.scorer.temperature > 0:
+            raise ConfigurationError(f"The temperature of training must be above 0, got {self.scorer.temperature}.")
         reduction = self.algorithm.config.loss_reduction
         if reduction not in REDUCTIONS:
             raise ConfigurationError(f"loss_reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
@@ -368,10 +329,10 @@ class Learner:
                 " batch_size or lower num_minibatches."
             )
         written = batch.input_ids[batch.response_mask]
-        if written.numel() and int(written.max()) >= self.vocab_size:
+        if written.numel() and int(written.max()) >= self.scorer.vocab_size:
             raise ConfigurationError(
                 f"The batch holds token id {int(written.max())}, written by a model, but the vocabulary shared by all"
-                f" networks has {self.vocab_size} entries; check that policy and teacher have the same tokenizer."
+                f" networks has {self.scorer.vocab_size} entries; check that all have the same tokenizer."
             )
 
 
@@ -392,34 +353,12 @@ class _Figures:
         return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
 
 
-def _gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Tensor) -> Tokens:
-    """The model-written tokens of a micro-batch; the position that predicts token t is column t - 1."""
-
-    def pick(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[rows, columns + 1]
-
-    return Tokens(
-        ids=micro.input_ids[rows, columns + 1],
-        sequence_ids=sequence_ids[rows],
-        correct=micro.correct[rows],
-        old_logprobs=micro.old_logprobs[rows, columns + 1],
-        old_values=pick(micro.values),
-        advantages=pick(micro.advantages),
-        returns=pick(micro.returns),
-        ref_logprobs=pick(micro.ref_logprobs),
-        teacher_logprobs=pick(micro.teacher_logprobs),
-    )
-
-
-def _select_tokens(tokens: Tokens, picked: slice) -> Tokens:
-    values = {field.name: getattr(tokens, field.name) for field in fields(Tokens)}
-    return Tokens(**{name: None if value is None else value[picked] for name, value in values.items()})
-
-
 def _enable_checkpointing(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, PreTrainedModel):
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The second name is that of transformers before 5.20 or so.
+            enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             return
 
 

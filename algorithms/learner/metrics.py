@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -20,9 +20,6 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from agentic_rag_env.errors import DataError
-
-if TYPE_CHECKING:
-    from typing import Self
 
 _RATE_WINDOW = 20
 _PLAIN_INTERVAL_S = 10.0
@@ -105,7 +102,7 @@ class RunLogger:
 
 
 def printable(text: str) -> str:
-    """Text with halves of surrogate pairs, which no file can hold, written out as `\\udc80`."""
+    r"""Text with halves of surrogate pairs, which no file can hold, written out as `\udc80`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -138,7 +135,7 @@ def truncate_metrics(path: Path, last_step: int) -> None:
         return
     replacement = path.with_name(path.name + ".new")
     replacement.write_bytes(b"".join(kept))
-    os.replace(replacement, path)
+    replacement.replace(path)
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:

@@ -213,7 +213,12 @@ class Critic(nn.Module):
         """
         trunk = self._policy[0] if self.shared else self.backbone
         hidden = backbone_hidden(trunk, input_ids, attention_mask)
-        return self.head(hidden[rows, columns].float()).squeeze(-1)
+        return self.read(hidden[rows, columns])
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """Values [n] float32 from hidden states [n, d]; in float32 under autocast too, as targets are compared."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.float()).squeeze(-1)
 
 
 def _as_folder(path: str | Path) -> Path | None:

@@ -1,0 +1,122 @@
+"""What networks say about the tokens that a model wrote: hidden states, logits, log-probabilities and values.
+
+Prompt, observations and padding go through the backbone only; the LM head sees the positions that predict
+model-written tokens, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from algorithms.learner import ops
+from algorithms.learner.collate import micro_batches, predicting_positions
+from algorithms.learner.models import Critic, backbone_hidden, lm_logits
+from algorithms.learner.types import Batch, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Forward passes over the model-written tokens, alike for every network.
+
+    Attributes:
+        vocab_size: V; logits beyond it are cut off before any softmax.
+        temperature: Logits are divided by it.
+        precision: Of the computation: "float32", or "bfloat16" under autocast.
+        micro_batch_tokens: Tokens, padding included, that go through a backbone at once.
+        chunk_tokens: Model-written tokens that go through an LM head at once.
+    """
+
+    vocab_size: int
+    temperature: float = 1.0
+    precision: str = "float32"
+    micro_batch_tokens: int = 16384
+    chunk_tokens: int = 1024
+
+    @torch.no_grad()
+    def logprobs(self, network: PreTrainedModel, batch: Batch) -> Tensor:
+        """Log-probabilities of the model-written tokens, [B, T] float32 in nats, 0 elsewhere."""
+
+        def compute(micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+            hidden = self.hidden(network, micro, rows, columns).split(self.chunk_tokens)
+            ids = micro.input_ids[rows, columns + 1].split(self.chunk_tokens)
+            chunks = zip(hidden, ids, strict=True)
+            return torch.cat([ops.gather_logprobs(self.logits(network, part), part_ids) for part, part_ids in chunks])
+
+        return self._at_model_tokens(batch, compute)
+
+    @torch.no_grad()
+    def values(self, critic: Critic, batch: Batch) -> Tensor:
+        """The critic's values before the model-written tokens, [B, T] float32, 0 elsewhere."""
+        return self._at_model_tokens(batch, lambda micro, *at: self.values_at(critic, micro, *at))
+
+    def values_at(self, critic: Critic, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        """[n] float32, of the states at the given positions; carries gradient."""
+        with self._autocast(micro):
+            return critic.values(micro.input_ids, micro.attention_mask, rows, columns).float()
+
+    def hidden(self, network: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        """[n, d], the backbone's output at the given positions."""
+        with self._autocast(micro):
+            return backbone_hidden(network, micro.input_ids, micro.attention_mask)[rows, columns]
+
+    def logits(self, network: PreTrainedModel, hidden: Tensor) -> Tensor:
+        """[n, V] float32 from [n, d], temperature applied."""
+        with self._autocast(hidden):
+            logits = lm_logits(network, hidden, self.vocab_size)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def split(self, batch: Batch) -> Iterator[tuple[list[int], Batch, tuple[Tensor, Tensor]]]:
+        """Micro-batches that hold model-written tokens: rows of the batch, the micro-batch, predicting positions."""
+        for rows in micro_batches(batch.attention_mask.sum(dim=1).tolist(), self.micro_batch_tokens):
+            micro = batch.select(rows)
+            at = predicting_positions(micro.response_mask)
+            if len(at[0]):
+                yield rows, micro, at
+
+    def _at_model_tokens(self, batch: Batch, compute: Callable[[Batch, Tensor, Tensor], Tensor]) -> Tensor:
+        result = torch.zeros_like(batch.old_logprobs)
+        for picked, micro, (rows, columns) in self.split(batch):
+            whole_rows = torch.tensor(picked, device=rows.device)[rows]
+            result[whole_rows, columns + 1] = compute(micro, rows, columns).to(result.dtype)
+        return result
+
+    def _autocast(self, like: Tensor | Batch) -> torch.autocast:
+        device = (like if isinstance(like, Tensor) else like.input_ids).device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+def gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Tensor) -> Tokens:
+    """The model-written tokens of a micro-batch.
+
+    Args:
+        micro: b trajectories.
+        sequence_ids: [b] int64.
+        rows: [n] int64, of the positions that predict the tokens.
+        columns: [n] int64, likewise.
+    """
+
+    def pick(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[rows, columns + 1]
+
+    return Tokens(
+        ids=micro.input_ids[rows, columns + 1],
+        sequence_ids=sequence_ids[rows],
+        correct=micro.correct[rows],
+        old_logprobs=micro.old_logprobs[rows, columns + 1],
+        old_values=pick(micro.values),
+        advantages=pick(micro.advantages),
+        returns=pick(micro.returns),
+        ref_logprobs=pick(micro.ref_logprobs),
+        teacher_logprobs=pick(micro.teacher_logprobs),
+    )
+
+
+def slice_tokens(tokens: Tokens, part: slice) -> Tokens:
+    """Consecutive tokens of a micro-batch."""
+    values = {field.name: getattr(tokens, field.name) for field in fields(Tokens)}
+    return Tokens(**{name: None if value is None else value[part] for name, value in values.items()})
