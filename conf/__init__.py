@@ -1,0 +1,1 @@
+"""Hydra's configuration folder, importable so that an installed package finds it."""

@@ -1,0 +1,78 @@
+"""What a policy is worth: exact match and its companions on questions it was not trained on, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from agentic_rag_env.datasets.base import QuestionSet
+from algorithms.learner.types import Trajectory
+
+RESAMPLES = 2000
+
+
+def measure(trajectories: Sequence[Trajectory], dataset: QuestionSet, seed: int = 0) -> dict[str, Any]:
+    """Figures of an evaluation.
+
+    Args:
+        trajectories: Of the first questions of the dataset, in its order.
+        dataset: Groups the figures by the "dataset" of a question's metadata.
+        seed: Of the bootstrap.
+
+    Returns:
+        `all` and one entry per group, each with n, exact_match, exact_match_interval (95 %, bootstrap over questions), f1,
+        num_searches, malformed_fraction (of turns), answered_fraction and tokens, all means over episodes.
+    """
+    groups: dict[str, list[Trajectory]] = {"all": list(trajectories)}
+    for trajectory, question in zip(trajectories, dataset, strict=False):
+        groups.setdefault(str(question.metadata.get("dataset", dataset.name)), []).append(trajectory)
+    if len(groups) == 2:
+        del groups[next(name for name in groups if name != "all")]
+    return {name: _figures(members, seed) for name, members in groups.items()}
+
+
+def _figures(trajectories: Sequence[Trajectory], seed: int) -> dict[str, Any]:
+    correct = np.array([trajectory.correct for trajectory in trajectories], dtype=float)
+    last = [trajectory.turns[-1].info for trajectory in trajectories]
+    actions = [turn.info["action"] for trajectory in trajectories for turn in trajectory.turns]
+    return {
+        "n": len(trajectories),
+        "exact_match": float(correct.mean()),
+        "exact_match_interval": interval(correct, seed),
+        "f1": float(np.mean([info["f1"] for info in last])),
+        "num_searches": float(np.mean([info["num_searches"] for info in last])),
+        "malformed_fraction": actions.count("malformed") / len(actions),
+        "answered_fraction": float(np.mean([trajectory.terminated for trajectory in trajectories])),
+        "tokens": float(np.mean([trajectory.num_action_tokens for trajectory in trajectories])),
+    }
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap percentile interval of a mean; a point where all values are equal.
+
+    Args:
+        values: [n].
+        seed: Of the resampling.
+    """
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    result = stats.bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def gain(
+    after: Sequence[Trajectory], before: Sequence[Trajectory], seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Gain in exact match on the same questions, and its 95 % interval over questions (paired bootstrap).
+
+    Args:
+        after, before: Trajectories of the same questions in the same order.
+        seed: Of the resampling.
+    """
+    difference = np.array([float(a.correct) - float(b.correct) for a, b in zip(after, before, strict=True)])
+    return float(difference.mean()), interval(difference, seed)

@@ -1,0 +1,163 @@
+"""From a configuration to the parts of a run: environments, networks and the chain of algorithms."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from gymnasium.vector import AutoresetMode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
+from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.assets import ASSETS
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
+from algorithms.learner.models import freeze, load_model, load_tokenizer, logit_width, shared_vocab_size
+from algorithms.learner.rollout import RolloutEngine
+from algorithms.learner.schemas import RunConfig
+
+
+def build_stages(spec: Any) -> list[Algorithm]:
+    """An algorithm and those it starts from, the first to be trained first.
+
+    Args:
+        spec: A name, or a mapping with `name` and settings; its `warm_start` is such a spec or None.
+
+    Raises:
+        ConfigurationError: A warm start leads back to itself.
+    """
+    stages: list[Algorithm] = []
+    while spec is not None:
+        algorithm = ALGORITHMS.build(_with_nested(spec))
+        if len(stages) > 8:
+            raise ConfigurationError(f"warm_start of {spec!r} goes on without end; set warm_start=null somewhere.")
+        stages.append(algorithm)
+        spec = algorithm.config.warm_start
+    return stages[::-1]
+
+
+def stage_name(algorithm: Algorithm) -> str:
+    """The registered name of an algorithm."""
+    return next(name for name in ALGORITHMS.names() if ALGORITHMS.get(name).factory is type(algorithm))
+
+
+class Environments:
+    """The environments of a run, made when first asked for; splits over one corpus share one retriever.
+
+    Args:
+        config: The run's.
+        tokenizer: For observation budgets in tokens.
+    """
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._made: dict[str, AgenticRAGVectorEnv] = {}
+        self._datasets: dict[str, QuestionSet] = {}
+        self._retrievers: dict[int, Any] = {}
+
+    def dataset(self, split: str) -> QuestionSet:
+        """The questions of a split."""
+        if split not in self._datasets:
+            self._datasets[split] = DATASETS.build({**self._config.dataset, "split": split})
+        return self._datasets[split]
+
+    def envs(self, split: str) -> AgenticRAGVectorEnv:
+        """The vector environment of a split."""
+        if split not in self._made:
+            dataset = self.dataset(split)
+            corpus = id(dataset.corpus)
+            if corpus not in self._retrievers:
+                self._retrievers[corpus] = RETRIEVERS.build(self._config.retriever, corpus=dataset.corpus)
+            self._made[split] = ENVS.build(
+                self._config.env,
+                num_envs=self._config.num_envs,
+                autoreset_mode=AutoresetMode.DISABLED,
+                dataset=dataset,
+                retriever=self._retrievers[corpus],
+                reward=self._config.reward,
+                tokenizer=self._tokenizer,
+            )
+        return self._made[split]
+
+
+class Networks:
+    """The networks of a run: the policy always, the teacher only while somebody needs it.
+
+    Args:
+        config: The run's.
+
+    Attributes:
+        device: Where they live: the first GPU if there is one.
+        tokenizer: The policy's.
+        policy: The network being trained, float32.
+        vocab_size: Ids that policy and teacher have in common.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = load_tokenizer(resolve_model(config.model.policy))
+        self.policy = load_model(resolve_model(config.model.policy), device=self.device)
+        self.vocab_size = logit_width(self.policy)
+        self._teacher: PreTrainedModel | None = None
+        self._teacher_ever: weakref.ref[PreTrainedModel] | None = None
+
+    def teacher(self) -> PreTrainedModel:
+        """The frozen teacher, loaded if it is not in memory; bfloat16 on a GPU.
+
+        Raises:
+            ConfigurationError: No teacher is configured, or its vocabulary is not the policy's.
+        """
+        if self._teacher is None:
+            if self._config.model.teacher is None:
+                raise ConfigurationError("This algorithm needs a teacher, and model.teacher is null; name a model.")
+            path = resolve_model(self._config.model.teacher)
+            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+            self._teacher = freeze(load_model(path, device=self.device, dtype=dtype))
+            self._teacher_ever = weakref.ref(self._teacher)
+            widths = (logit_width(self.policy), logit_width(self._teacher))
+            self.vocab_size = shared_vocab_size(self.tokenizer, load_tokenizer(path), *widths)
+        return self._teacher
+
+    def release_teacher(self) -> None:
+        """Take the teacher out of memory."""
+        self._teacher = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def teacher_in_memory(self) -> bool:
+        """Whether any teacher that was ever loaded still exists, whoever holds it."""
+        return self._teacher_ever is not None and self._teacher_ever() is not None
+
+    def engine(
+        self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float | None = None
+    ) -> RolloutEngine:
+        """A rollout engine for a network; at the run's temperature, or at another one."""
+        rollout = self._config.rollout
+        if temperature is not None:
+            rollout = dataclasses.replace(rollout, temperature=temperature)
+        return RolloutEngine(model, self.tokenizer, envs, rollout, vocab_size=self.vocab_size)
+
+
+def resolve_model(name: str) -> str:
+    """The folder of a bundled model; any other name as it is."""
+    bundled = ASSETS / name
+    return str(bundled) if "/" not in name and (bundled / "config.json").is_file() else name
+
+
+def _with_nested(spec: Any) -> Any:
+    """Optimizer settings as dataclasses, where a configuration has mappings."""
+    if not isinstance(spec, Mapping):
+        return spec
+    return {
+        key: OptimizerConfig(**value) if key.endswith("optimizer") and isinstance(value, Mapping) else value
+        for key, value in spec.items()
+    }

@@ -1,0 +1,109 @@
+"""Where a training step gets its trajectories: the policy's fresh rollouts, or the teacher's stored demonstrations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from agentic_rag_env.errors import RetrieverError
+from algorithms.learner import demonstrations, seeding
+from algorithms.learner.algorithm import Algorithm
+from algorithms.learner.parts import Environments, Networks, resolve_model
+from algorithms.learner.schemas import RunConfig
+from algorithms.learner.types import RolloutStats, Trajectory
+
+
+class Sources:
+    """Trajectories of a run, the same for the same seed, stage and step, so that a resumed run draws them again.
+
+    Args:
+        config: The run's.
+        networks, environments: Who plays, and where.
+        stages: The algorithms of the run; the most demonstrations that any of them wants are collected at once.
+
+    Attributes:
+        demonstrations: The teacher's, empty if no algorithm trains on them.
+        demonstrations_s: Seconds that collecting or reading them took.
+    """
+
+    def __init__(
+        self, config: RunConfig, networks: Networks, environments: Environments, stages: Sequence[Algorithm]
+    ) -> None:
+        self._config, self._networks, self._environments = config, networks, environments
+        wanted = [stage.config.num_demonstrations for stage in stages if stage.trains_on == "teacher"]
+        started = time.perf_counter()
+        self.demonstrations = self._demonstrate(max(wanted)) if wanted else []
+        self.demonstrations_s = time.perf_counter() - started
+
+    def demonstrated(self, algorithm: Algorithm, stage: int, step: int) -> list[Trajectory]:
+        """A batch of the step-th training step from passes over the demonstrations, each in an order of its own."""
+        size = algorithm.config.batch_size
+        stored = self.demonstrations[: algorithm.config.num_demonstrations]
+        epoch, batch = divmod(step, -(-len(stored) // size))
+        order = seeding.rng(self._config.seed, stage, "demonstrations", epoch).permutation(len(stored))
+        return [stored[row] for row in order[batch * size :][:size]]
+
+    def played(self, algorithm: Algorithm, stage: int, step: int) -> tuple[list[Trajectory], RolloutStats]:
+        """Fresh rollouts of the policy on training questions, as many as a batch holds.
+
+        Raises:
+            RetrieverError: More episodes than the configured share ended in a failed search.
+        """
+        envs = self._environments.envs("train")
+        size = algorithm.config.batch_size
+        questions = draw_questions(self._config.seed, stage, step * size, size, len(envs.dataset))
+        engine = self._networks.engine(self._networks.policy, envs)
+        trajectories, stats = engine.rollout(questions, seed=(self._config.seed, stage, step))
+        allowed = self._config.max_retriever_error_fraction
+        if stats.retriever_errors > allowed * len(trajectories):
+            messages = [trajectory.turns[-1].info["error"] for trajectory in trajectories]
+            raise RetrieverError(
+                f"{stats.retriever_errors} of {len(trajectories)} episodes ended in a failed search, more than "
+                f"max_retriever_error_fraction={allowed} allows; the last one: {[m for m in messages if m][-1]} "
+                "Checkpoints are intact: mend the retriever and go on with resume=<run dir>."
+            )
+        return trajectories, stats
+
+    def _demonstrate(self, count: int) -> list[Trajectory]:
+        config, envs = self._config, self._environments.envs("train")
+        settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "seed", "num_envs")}
+        settings |= {"rollout": vars(config.rollout), "count": count}
+        key = demonstrations.cache_key(settings, resolve_model(str(config.model.teacher)), envs.dataset)
+        path = Path(config.cache_dir).expanduser() / "demonstrations" / f"{key}.jsonl.gz"
+
+        def make() -> list[Trajectory]:
+            engine = self._networks.engine(self._networks.teacher(), envs)
+            rounds = demonstrations.collect(engine, count, seed=config.seed)
+            return list(track(rounds, "demonstrations", total=count, transient=True))
+
+        return demonstrations.cached(path, make, self._networks.tokenizer)
+
+
+def draw_questions(seed: int, stage: int, start: int, count: int, num_questions: int) -> list[int]:
+    """Questions number `start` to `start + count` of an endless series of passes over the dataset, each shuffled."""
+    questions: list[int] = []
+    while len(questions) < count:
+        epoch, offset = divmod(start + len(questions), num_questions)
+        order = seeding.rng(seed, stage, "questions", epoch).permutation(num_questions)
+        questions += order[offset : offset + count - len(questions)].tolist()
+    return questions
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory], stats: RolloutStats) -> dict[str, float]:
+    """Means over the episodes of one rollout, named as they are logged."""
+    last = [trajectory.turns[-1].info for trajectory in trajectories]
+    actions = [turn.info["action"] for trajectory in trajectories for turn in trajectory.turns]
+    return {
+        "rollout/exact_match": float(np.mean([info["correct"] for info in last])),
+        "rollout/reward": float(np.mean([trajectory.reward for trajectory in trajectories])),
+        "rollout/num_searches": float(np.mean([info["num_searches"] for info in last])),
+        "rollout/malformed_fraction": actions.count("malformed") / len(actions),
+        "rollout/truncated_fraction": float(np.mean([trajectory.truncated for trajectory in trajectories])),
+        "rollout/tokens_per_episode": float(np.mean([trajectory.num_action_tokens for trajectory in trajectories])),
+        "rollout/retriever_errors": float(stats.retriever_errors),
+        "time/rollout_s": stats.seconds,
+    }

@@ -1,0 +1,211 @@
+"""A run from beginning to end: stage after stage of training, checkpoints on the way, and resuming from any of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from algorithms.learner import checkpoint, evaluation, seeding
+from algorithms.learner.algorithm import Algorithm
+from algorithms.learner.collate import collate
+from algorithms.learner.learner import Learner
+from algorithms.learner.metrics import RunLogger
+from algorithms.learner.models import Critic, freeze, load_model, pad_id
+from algorithms.learner.parts import Environments, Networks, build_stages, resolve_model, stage_name
+from algorithms.learner.schemas import RunConfig
+from algorithms.learner.sources import Sources, rollout_metrics
+from algorithms.learner.trajectories import transcript, write_trajectories
+from algorithms.learner.types import Trajectory
+
+KEEP_CHECKPOINTS = 2
+_SAVED_TRANSCRIPTS = 16
+
+
+@dataclass
+class Position:
+    """Where a run stands; with the weights and the learner's state, all that a resumed run needs.
+
+    Attributes:
+        stage: Index of the stage being trained.
+        stage_step: Steps done in it.
+        stage_starts: Step of the whole run at which each stage so far began.
+        dev_exact_match: Last check on the dev split in this stage, None before the first.
+        costs: Seconds and tokens so far, by name.
+    """
+
+    stage: int = 0
+    stage_step: int = 0
+    stage_starts: list[int] = field(default_factory=lambda: [0])
+    dev_exact_match: float | None = None
+    costs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Training steps of the whole run."""
+        return self.stage_starts[-1] + self.stage_step
+
+    def next_stage(self) -> None:
+        """Go to the beginning of the next stage."""
+        self.stage_starts.append(self.step)
+        self.stage += 1
+        self.stage_step = 0
+        self.dev_exact_match = None
+
+    def spend(self, **costs: float) -> None:
+        """Add to the costs."""
+        for name, cost in costs.items():
+            self.costs[name] = self.costs.get(name, 0.0) + cost
+
+
+class Trainer:
+    """Trains the chain of algorithms of a configuration.
+
+    Args:
+        config: The run's.
+        run_dir: Where everything is written. If it holds checkpoints, training goes on after the newest.
+
+    Attributes:
+        stages: The algorithms, first to last.
+        position: Where the run stands.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.stages = build_stages(config.algo)
+        self.networks = Networks(config)
+        self.environments = Environments(config, self.networks.tokenizer)
+        self.position = Position()
+        self._resume_from = checkpoint.latest(run_dir)
+        if any(need.startswith("teacher") for stage in self.stages for need in stage.needs):
+            self.networks.teacher()
+        self.sources = Sources(config, self.networks, self.environments, self.stages)
+
+    def num_steps(self, stage: Algorithm) -> int:
+        """Training steps of a stage, if it is not ended early."""
+        wanted = getattr(stage.config, "num_demonstrations", 0)
+        return stage.num_steps(min(wanted, len(self.sources.demonstrations)))
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Folder of a checkpoint."""
+        return self.run_dir / "checkpoints" / f"{step:06d}"
+
+    def train(self) -> None:
+        """Train all stages to their end. The teacher is out of memory afterwards."""
+        total = sum(self.num_steps(stage) for stage in self.stages)
+        if self._resume_from is not None:
+            self.position = Position(**checkpoint.read_trainer_state(self._resume_from))
+        with RunLogger(self.run_dir, total, start_step=self.position.step) as logger:
+            if self._resume_from is not None:
+                logger.message(f"resuming after step {self.position.step} of {total}")
+            while self.position.stage < len(self.stages):
+                self._train_stage(self.stages[self.position.stage], logger)
+                self.position.next_stage()
+        self.networks.release_teacher()
+
+    def _train_stage(self, algorithm: Algorithm, logger: RunLogger) -> None:
+        total = self.num_steps(algorithm)
+        learner = self._make_learner(algorithm, total)
+        if self._resume_from is not None:
+            saved = checkpoint.load(self._resume_from, policy=self.networks.policy, critic=learner.critic)
+            learner.load_state_dict(saved.learner)
+            self._resume_from = None
+        while not self._stage_is_over(algorithm, total):
+            trajectories, metrics = self._next_trajectories(algorithm)
+            metrics |= self._train_step(learner, trajectories)
+            self.position.stage_step += 1
+            every = self.config.evaluation.every
+            if every and (self.position.stage_step % every == 0 or self.position.stage_step == total):
+                metrics |= self._check_on_dev(logger)
+            logger.write(self.position.step, metrics, stage_name(algorithm))
+            if self.position.stage_step % self.config.checkpoint_every == 0 or self._stage_is_over(algorithm, total):
+                self._save(learner)
+
+    def _stage_is_over(self, algorithm: Algorithm, total_steps: int) -> bool:
+        if self.position.stage_step >= total_steps:
+            return True
+        threshold = getattr(algorithm.config, "hand_over_exact_match", None)
+        reached = self.position.dev_exact_match
+        return threshold is not None and reached is not None and reached >= threshold
+
+    def _make_learner(self, algorithm: Algorithm, total_steps: int) -> Learner:
+        """The learner of a stage, with the networks that its algorithm needs as they are when the stage begins."""
+        needs, policy = algorithm.needs, self.networks.policy
+        return Learner(
+            algorithm,
+            policy,
+            critic=Critic(policy, shared=self.config.learner.critic == "shared") if "values" in needs else None,
+            reference=self._policy_at_stage_start() if "ref_logprobs" in needs else None,
+            teacher=self.networks.teacher() if any(need.startswith("teacher") for need in needs) else None,
+            config=self.config.learner,
+            total_steps=total_steps,
+            vocab_size=self.networks.vocab_size,
+            temperature=self.config.rollout.temperature,
+        )
+
+    def _policy_at_stage_start(self) -> PreTrainedModel:
+        start = self.position.stage_starts[-1]
+        path = str(self.checkpoint_path(start)) if start else resolve_model(self.config.model.policy)
+        return freeze(load_model(path, device=self.networks.device))
+
+    def _next_trajectories(self, algorithm: Algorithm) -> tuple[list[Trajectory], dict[str, float]]:
+        stage, step = self.position.stage, self.position.stage_step
+        if algorithm.trains_on == "teacher":
+            return self.sources.demonstrated(algorithm, stage, step), {}
+        trajectories, stats = self.sources.played(algorithm, stage, step)
+        self.position.spend(
+            rollout_s=stats.seconds,
+            sampled_tokens=stats.sampled_tokens,
+            episodes=len(trajectories),
+            env_steps=sum(len(trajectory.turns) for trajectory in trajectories),
+        )
+        return trajectories, rollout_metrics(trajectories, stats)
+
+    def _train_step(self, learner: Learner, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        started = time.perf_counter()
+        batch = collate(trajectories, pad_id(self.networks.tokenizer), self.networks.device)
+        learner.score(batch)
+        scored = time.perf_counter()
+        figures = learner.update(batch, seeding.rng(self.config.seed, "minibatches", self.position.step))
+        ended = time.perf_counter()
+        tokens = float(batch.attention_mask.sum())
+        self.position.spend(score_s=scored - started, update_s=ended - scored, trained_tokens=tokens)
+        if learner.teacher is not None:
+            self.position.spend(teacher_scored_tokens=tokens)
+        metrics = {f"train/{name}": value for name, value in figures.items()}
+        return metrics | {"time/score_s": scored - started, "time/update_s": ended - scored}
+
+    def _check_on_dev(self, logger: RunLogger) -> dict[str, float]:
+        """Greedy figures on a few questions of the dev split; some of the transcripts are kept."""
+        started = time.perf_counter()
+        envs, step = self.environments.envs("dev"), self.position.step
+        count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))
+        engine = self.networks.engine(self.networks.policy, envs, temperature=0.0)
+        trajectories, _ = engine.rollout(range(count), seed=(0,))
+        figures = evaluation.measure(trajectories, envs.dataset)["all"]
+        self.position.dev_exact_match = figures["exact_match"]
+        logger.text("transcripts/dev", transcript(trajectories[step % count], self.networks.tokenizer), step)
+        path = self.run_dir / "trajectories" / f"dev-{step:06d}.jsonl.gz"
+        write_trajectories(path, trajectories[:_SAVED_TRANSCRIPTS], self.networks.tokenizer)
+        seconds = time.perf_counter() - started
+        self.position.spend(dev_s=seconds)
+        names = ("exact_match", "num_searches", "malformed_fraction")
+        return {f"dev/{name}": figures[name] for name in names} | {"time/dev_s": seconds}
+
+    def _save(self, learner: Learner) -> None:
+        started = time.perf_counter()
+        checkpoint.save(
+            self.run_dir,
+            self.position.step,
+            policy=self.networks.policy,
+            tokenizer=self.networks.tokenizer,
+            critic=learner.critic,
+            learner_state=learner.state_dict(),
+            trainer_state=asdict(self.position),
+            keep_last=KEEP_CHECKPOINTS,
+            keep_steps=self.position.stage_starts,
+        )
+        self.position.spend(checkpoint_s=time.perf_counter() - started)

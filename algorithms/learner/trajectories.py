@@ -1,0 +1,115 @@
+"""Trajectories on disk: gzipped JSON lines, readable by a person and restored bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentic_rag_env.errors import DataError
+from agentic_rag_env.types import Passage
+from algorithms.learner.types import Trajectory, Turn
+
+
+def write_trajectories(path: Path, trajectories: Iterable[Trajectory], tokenizer: Any) -> None:
+    """Write trajectories with their text; the file appears whole or not at all.
+
+    Args:
+        path: Ends in `.jsonl.gz`; its folder is made.
+        trajectories: What to write.
+        tokenizer: For the text beside the ids.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with gzip.open(partial, "wt", encoding="utf-8") as file:
+            for trajectory in trajectories:
+                file.write(json.dumps(_to_json(trajectory, tokenizer)) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_trajectories(path: Path) -> list[Trajectory]:
+    """Read what `write_trajectories` wrote.
+
+    Raises:
+        DataError: The file is no such file; the message names it and the line.
+    """
+    trajectories = []
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    trajectories.append(_from_json(json.loads(line)))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(f"{path}, line {number}: no trajectory ({error}).") from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is not a whole gzip file ({error}); delete it, and it will be made again.") from error
+    return trajectories
+
+
+def transcript(trajectory: Trajectory, tokenizer: Any) -> str:
+    """The whole episode as text: what was read and written, in order."""
+    ids = [trajectory.prompt_ids]
+    for turn in trajectory.turns:
+        ids += [turn.action_ids, turn.observation_ids]
+    return tokenizer.decode(np.concatenate(ids).tolist(), clean_up_tokenization_spaces=False)
+
+
+def _to_json(trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:
+    def text(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+
+    return {
+        "question_id": trajectory.turns[-1].info["question_id"],
+        "correct": trajectory.correct,
+        "reward": trajectory.reward,
+        "terminated": trajectory.terminated,
+        "truncated": trajectory.truncated,
+        "source": trajectory.source,
+        "group_id": trajectory.group_id,
+        "prompt": text(trajectory.prompt_ids),
+        "prompt_ids": trajectory.prompt_ids.tolist(),
+        "turns": [
+            {
+                "action": text(turn.action_ids),
+                "observation": text(turn.observation_ids),
+                "action_ids": turn.action_ids.tolist(),
+                "action_logprobs": turn.action_logprobs.astype(float).tolist(),
+                "observation_ids": turn.observation_ids.tolist(),
+                "info": {**turn.info, "passages": [dataclasses.asdict(passage) for passage in turn.info["passages"]]},
+            }
+            for turn in trajectory.turns
+        ],
+    }
+
+
+def _from_json(row: dict[str, Any]) -> Trajectory:
+    return Trajectory(
+        prompt_ids=np.array(row["prompt_ids"], dtype=np.int64),
+        turns=[
+            Turn(
+                action_ids=np.array(turn["action_ids"], dtype=np.int64),
+                action_logprobs=np.array(turn["action_logprobs"], dtype=np.float32),
+                observation_ids=np.array(turn["observation_ids"], dtype=np.int64),
+                info={
+                    **turn["info"],
+                    "passages": tuple(Passage(**passage) for passage in turn["info"]["passages"]),
+                },
+            )
+            for turn in row["turns"]
+        ],
+        group_id=row["group_id"],
+        source=row["source"],
+        reward=row["reward"],
+        correct=row["correct"],
+        terminated=row["terminated"],
+        truncated=row["truncated"],
+    )
