@@ -31,6 +31,8 @@ class DGPOConfig(PPOConfig):
     """Settings of `DGPO`; the defaults are those measured on the bundled tiny world.
 
     Attributes:
+        kl_coef: Weight of the KL penalty in the reward. The penalty is a sum over tokens, so a large weight makes
+            giving up early cheaper than searching on: on the tiny world 0.1 does harm and 0.02 does not.
         selective: Penalize wrong trajectories only; False: all of them (the paper's ablation "uniform KL").
     """
 

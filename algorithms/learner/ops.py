@@ -292,6 +292,7 @@ def gae(
             "token_rewards, values and response_mask must have the same shape [B, T], got "
             f"{tuple(token_rewards.shape)}, {tuple(values.shape)} and {tuple(response_mask.shape)}."
         )
+    response_mask = response_mask.bool()
     # Model-written tokens to the front of each row, in their order; zeros behind them change nothing.
     order = (~response_mask).to(torch.uint8).argsort(dim=1, stable=True)
     order = order[:, : int(response_mask.sum(dim=1).max()) if len(response_mask) else 0]
@@ -321,6 +322,7 @@ def standardize(x: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (x - mean) / sqrt(variance + 1e-8), and 0 where mask is False. A single entry has no variance and becomes 0.
     """
+    mask = mask.bool()
     num_entries = mask.sum()
     centred = x.masked_fill(~mask, 0.0)
     centred = (centred - centred.sum() / num_entries.clamp(min=1)).masked_fill(~mask, 0.0)

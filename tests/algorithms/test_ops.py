@@ -473,3 +473,11 @@ def test_group_advantages_of_nothing_and_of_whole_numbers(scale):
     whole = ops.group_advantages(torch.tensor([1, 0]), torch.tensor([0, 0]), scale)
     assert whole.dtype == torch.float32
     assert whole[0].item() > 0.4
+
+
+def test_masks_of_zeros_and_ones_mean_the_same_as_bools():
+    x, mask = normal(2, 6, seed=30), torch.tensor([[1, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]])
+    for other in (mask, mask.double()):
+        assert torch.equal(ops.standardize(x, other), ops.standardize(x, mask.bool()))
+        for one, two in zip(ops.gae(x, x, other, 0.9, 0.9), ops.gae(x, x, mask.bool(), 0.9, 0.9), strict=True):
+            assert torch.equal(one, two)
