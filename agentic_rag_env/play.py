@@ -85,7 +85,7 @@ def play_episode(
         EOFError: The player left.
     """
     prompt, info = env.reset(seed=seed)
-    _show(console, f"\nQuestion {info['question_id']}: {prompt}", "bold cyan")
+    _show(console, f"\nQuestion: {prompt}", "bold cyan")
     over = False
     while not over:
         last = info["turn"] == env.rules.max_turns
