@@ -61,9 +61,7 @@ class BM25Retriever:
     def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:
         import bm25s
 
-        return bm25s.tokenize(
-            list(texts), token_pattern=r"\w+", stopwords=None, return_ids=False, show_progress=False
-        )
+        return bm25s.tokenize(list(texts), token_pattern=r"\w+", stopwords=None, return_ids=False, show_progress=False)
 
     def _best(self, words: list[str], top_k: int) -> list[Passage]:
         ids = self._index.get_tokens_ids(words)

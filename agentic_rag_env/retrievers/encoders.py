@@ -172,9 +172,7 @@ class HuggingFaceEncoder:
         if config.pooling not in ("mean", "cls"):
             raise ConfigurationError(f"encoder pooling must be 'mean' or 'cls', got {config.pooling!r}.")
         if config.dtype not in (None, "float32", "float16", "bfloat16"):
-            raise ConfigurationError(
-                f"encoder dtype must be float32, float16, bfloat16 or None, got {config.dtype!r}."
-            )
+            raise ConfigurationError(f"encoder dtype must be float32, float16, bfloat16 or None, got {config.dtype!r}.")
         if config.max_length < 1 or config.batch_size < 1:
             raise ConfigurationError(f"encoder needs max_length and batch_size of at least 1, got {config}.")
         try:
@@ -217,9 +215,8 @@ class HuggingFaceEncoder:
         rows = np.zeros((len(texts), self._model.config.hidden_size), np.float32)
         span = 64 * self.config.batch_size
         for first in range(0, len(texts), span):
-            ids = self._tokenizer(
-                texts[first : first + span], truncation=True, max_length=self.config.max_length
-            )["input_ids"]
+            part = texts[first : first + span]
+            ids = self._tokenizer(part, truncation=True, max_length=self.config.max_length)["input_ids"]
             # Texts of similar length share a batch, so that little is spent on padding; a text may have no token.
             order = sorted((index for index in range(len(ids)) if ids[index]), key=lambda index: len(ids[index]))
             for start in range(0, len(order), self.config.batch_size):

@@ -77,7 +77,10 @@ def test_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ([{"id": "a", "title": "T"}], "line 1: needs 'contents', or 'title' and 'text'; the row has id, title."),
         ([{"id": "a", "text": "t"}], "line 1: no field 'title'; the row has id, text."),
         ([{"id": "a", "title": True, "text": "t"}], "line 1, field 'title': expected a string, got bool."),
-        ([{"id": "a", "contents": "x"}, "", {"id": "a", "contents": "y"}], "line 3: id 'a' is already the id of line 1."),
+        (
+            [{"id": "a", "contents": "x"}, "", {"id": "a", "contents": "y"}],
+            "line 3: id 'a' is already the id of line 1.",
+        ),
         (['{"id": "a", "contents": "x\\ud800"}'], "field 'contents': lone surrogate '\\ud800' at character 1."),
         ([], "is empty; a corpus needs at least one passage."),
         (["", " "], "is empty; a corpus needs at least one passage."),
@@ -112,7 +115,9 @@ def test_folder_instead_of_a_file(tmp_path: Path) -> None:
         read_corpus(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"plain text", lambda data: data[:-12], lambda data: data[:40] + b"?" * 40])
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"plain text", lambda data: data[:-12], lambda data: data[:40] + b"?" * 40]
+)
 def test_damaged_gzip(tmp_path: Path, damage: Any) -> None:
     rows = "".join(json.dumps({"id": str(i), "contents": str(i**7)}) + "\n" for i in range(100))
     file = tmp_path / "c.jsonl.gz"

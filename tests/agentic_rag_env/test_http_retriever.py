@@ -194,7 +194,9 @@ def test_connection_refused() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     client = HttpRetriever(HttpConfig(f"http://127.0.0.1:{port}/retrieve", max_retries=1, backoff_s=0.001))
-    with pytest.raises(RetrieverError, match=rf"127\.0\.0\.1:{port}/retrieve failed after 2 tries: ConnectError") as error:
+    with pytest.raises(
+        RetrieverError, match=rf"127\.0\.0\.1:{port}/retrieve failed after 2 tries: ConnectError"
+    ) as error:
         client.search(["q"], 1)
     assert "Is the service running" in str(error.value)
 

@@ -45,7 +45,12 @@ def test_complete_row(tmp_path: Path) -> None:
 
 
 def test_minimal_rows(tmp_path: Path) -> None:
-    file = write(tmp_path / "mine.jsonl", {"question": "Who?", "golden_answers": "Ann"}, "", {"question": "x", "golden_answers": ["y"]})
+    file = write(
+        tmp_path / "mine.jsonl",
+        {"question": "Who?", "golden_answers": "Ann"},
+        "",
+        {"question": "x", "golden_answers": ["y"]},
+    )
     first, second = load(file)
     assert first == Question("mine-1", "Who?", ("Ann",), {"dataset": "mine"})
     assert second.id == "mine-3"
@@ -85,7 +90,10 @@ def test_splits_divide_the_file(tmp_path: Path) -> None:
 
 
 def test_separate_test_file(tmp_path: Path) -> None:
-    file, other = numbered(tmp_path / "q.jsonl", 500), write(tmp_path / "t.jsonl", {"question": "t", "golden_answers": "t"})
+    file, other = (
+        numbered(tmp_path / "q.jsonl", 500),
+        write(tmp_path / "t.jsonl", {"question": "t", "golden_answers": "t"}),
+    )
     settings = {"test_questions": str(other)}
     train, dev, test = (ids(load(file, split=split, **settings)) for split in ("train", "dev", "test"))
     assert test == ["t-1"]
@@ -97,15 +105,21 @@ def test_separate_test_file(tmp_path: Path) -> None:
 def test_split_depends_on_the_id_alone(tmp_path: Path) -> None:
     """The same division in a process with another hash seed and from a file with other rows."""
     expected = ids(load(numbered(tmp_path / "q.jsonl", 100), split="dev"))
-    assert [question for question in ids(load(numbered(tmp_path / "more.jsonl", 300), split="dev")) if
-            int(question[1:]) < 100] == expected
+    assert [
+        question
+        for question in ids(load(numbered(tmp_path / "more.jsonl", 300), split="dev"))
+        if int(question[1:]) < 100
+    ] == expected
     script = (
         "from agentic_rag_env.datasets.jsonl import JsonlConfig, jsonl_dataset\n"
         f"print(*(q.id for q in jsonl_dataset(JsonlConfig({str(tmp_path / 'q.jsonl')!r}, split='dev'))))"
     )
     printed = subprocess.run(
-        [sys.executable, "-c", script], env={"PYTHONHASHSEED": "5", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True, text=True, check=True,
+        [sys.executable, "-c", script],
+        env={"PYTHONHASHSEED": "5", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert printed.split() == expected
     # Pinned (by `printf q5 | b2sum -l 64`): another division would silently mix train and test questions of old runs.
@@ -142,7 +156,10 @@ def test_splits_share_one_corpus_object(tmp_path: Path) -> None:
         ({"question": "?"}, "line 2: no field 'golden_answers' (nor 'reward_model.ground_truth.target')"),
         ({"question": "?", "golden_answers": []}, "line 2, field 'golden_answers': is empty"),
         ({"question": "?", "golden_answers": None}, "line 2, field 'golden_answers': expected a string or a list"),
-        ({"question": "?", "golden_answers": ["a", 5]}, "line 2, field 'golden_answers'[1]: expected a string, got int."),
+        (
+            {"question": "?", "golden_answers": ["a", 5]},
+            "line 2, field 'golden_answers'[1]: expected a string, got int.",
+        ),
         ({"question": "?", "golden_answers": ["a", " "]}, "line 2, field 'golden_answers'[1]: is blank"),
         ({"question": "?", "golden_answers": ""}, "line 2, field 'golden_answers'[0]: is blank"),
         ({"question": "?", "reward_model": {"ground_truth": ["a"]}}, "line 2: no field 'golden_answers'"),
@@ -151,7 +168,10 @@ def test_splits_share_one_corpus_object(tmp_path: Path) -> None:
             "line 2, field 'reward_model.ground_truth.target': expected a string or a list of strings, got int.",
         ),
         ({"id": 7, "question": "?", "golden_answers": "a"}, "line 2, field 'id': expected a string, got int."),
-        ({"question": "?", "golden_answers": "a", "metadata": []}, "line 2, field 'metadata': expected an object, got list."),
+        (
+            {"question": "?", "golden_answers": "a", "metadata": []},
+            "line 2, field 'metadata': expected an object, got list.",
+        ),
         ({"id": "q0", "question": "?", "golden_answers": "a"}, "line 2: id 'q0' is already the id of line 1."),
         ("{", "line 2: invalid JSON"),
     ],
@@ -175,9 +195,9 @@ def test_empty_and_missing_files(tmp_path: Path) -> None:
 
 def test_settings_out_of_range(tmp_path: Path) -> None:
     file = numbered(tmp_path / "q.jsonl", 3)
-    with pytest.raises(ConfigurationError, match="no split 'tets'. Did you mean 'test'"):
+    with pytest.raises(ConfigurationError, match=r"no split 'tets'\. Did you mean 'test'"):
         load(file, split="tets")
-    with pytest.raises(ConfigurationError, match="num_questions=4, but split 'all' of .* has 3; give 1 to 3"):
+    with pytest.raises(ConfigurationError, match=r"num_questions=4, but split 'all' of .* has 3; give 1 to 3"):
         load(file, num_questions=4)
     with pytest.raises(ConfigurationError, match="num_questions=0"):
         load(file, num_questions=0)

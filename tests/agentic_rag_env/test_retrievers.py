@@ -104,7 +104,17 @@ class TestContract:
 
     @pytest.mark.parametrize(
         "query",
-        ["\ud800 amber", "amber \udfff", "\x00\x1b[31m\u202e", "\n\t ", "👩‍👩‍👧", "東京", "x" * 100_000, "amber " * 20_000, "<answer>"],
+        [
+            "\ud800 amber",
+            "amber \udfff",
+            "\x00\x1b[31m\u202e",
+            "\n\t ",
+            "👩‍👩‍👧",
+            "東京",
+            "x" * 100_000,
+            "amber " * 20_000,
+            "<answer>",
+        ],
         ids=lambda query: ascii(query)[:20],
     )
     def test_any_characters(self, retriever: Retriever, query: str) -> None:
@@ -138,7 +148,7 @@ class TestContract:
 
 
 def bm25_by_hand(texts: list[str], query: str, k1: float, b: float) -> list[float]:
-    """Lucene's BM25: sum over query words of ln(1 + (N - df + 1/2) / (df + 1/2)) tf / (tf + k1 (1 - b + b l / avg l))."""
+    """Lucene's BM25: sum over words of ln(1 + (N - df + 1/2) / (df + 1/2)) tf / (tf + k1 (1 - b + b l / avg l))."""
     documents = [re.findall(r"\w+", text.lower()) for text in texts]
     average = sum(map(len, documents)) / len(documents)
     scores = []
@@ -175,7 +185,11 @@ def test_bm25_ties_follow_the_corpus() -> None:
 def test_bm25_reads_title_and_text_and_ignores_case() -> None:
     corpus = corpus_of('"Amber Road"\nnothing', '"Other"\nalso NOTHING, but\tÉtude')
     bm25 = BM25Retriever(BM25Config(), corpus)
-    assert [[passage.id for passage in found] for found in bm25.search(["ROAD", "étude!", "the"], 5)] == [["p0"], ["p1"], []]
+    assert [[passage.id for passage in found] for found in bm25.search(["ROAD", "étude!", "the"], 5)] == [
+        ["p0"],
+        ["p1"],
+        [],
+    ]
 
 
 @pytest.mark.parametrize("texts", [["", "amber"], ["!?", "amber"], ["amber", ""]])
@@ -196,9 +210,16 @@ def test_bm25_settings_out_of_range() -> None:
 
 
 def test_static_results_by_query() -> None:
-    listed = {"who": [{"id": "a", "contents": "x", "score": 2}, {"id": "b", "contents": "y"}], "what": [Passage("c", "z")]}
+    listed = {
+        "who": [{"id": "a", "contents": "x", "score": 2}, {"id": "b", "contents": "y"}],
+        "what": [Passage("c", "z")],
+    }
     static = RETRIEVERS.build({"name": "static", "passages": listed}, corpus=None)
-    assert static.search(["what", "who", "else"], 3) == [[Passage("c", "z")], [Passage("a", "x", 2.0), Passage("b", "y")], []]
+    assert static.search(["what", "who", "else"], 3) == [
+        [Passage("c", "z")],
+        [Passage("a", "x", 2.0), Passage("b", "y")],
+        [],
+    ]
     assert static.search(["who"], 1) == [[Passage("a", "x", 2.0)]]
 
 
@@ -209,7 +230,9 @@ def test_static_results_for_every_query() -> None:
     assert StaticRetriever(StaticConfig(), CORPUS).search(["one"], 2) == [list(CORPUS[:2])]
 
 
-@pytest.mark.parametrize("passages", ["text", 5, ["text"], [{"id": "a"}], [{"id": "a", "contents": "x", "url": ""}], {"q": "text"}])
+@pytest.mark.parametrize(
+    "passages", ["text", 5, ["text"], [{"id": "a"}], [{"id": "a", "contents": "x", "url": ""}], {"q": "text"}]
+)
 def test_static_passages_of_another_form(passages: Any) -> None:
     with pytest.raises(ConfigurationError, match="static passage"):
         StaticRetriever(StaticConfig(passages))
@@ -249,7 +272,9 @@ def test_hashed_ngram_follows_its_formula(texts: list[str], sizes: tuple[int, in
 
 
 def test_hashed_ngram_finds_misspelt_and_inflected_words() -> None:
-    corpus = corpus_of("The capital of Freedonia is Fredville.", "Rivers flow into seas.", "A list of mountain climbers.")
+    corpus = corpus_of(
+        "The capital of Freedonia is Fredville.", "Rivers flow into seas.", "A list of mountain climbers."
+    )
     (typo, inflected) = DenseRetriever(DenseConfig(), corpus).search(["Freedomia capitol", "mountains climber"], 1)
     assert (typo[0].id, inflected[0].id) == ("p0", "p2")
 
@@ -266,8 +291,11 @@ def test_same_bits_in_every_process() -> None:
     root = str(Path(__file__).parents[2])
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", script], env={"PYTHONHASHSEED": seed, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", script],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
     }
@@ -349,7 +377,7 @@ def test_encoders_by_name_mapping_and_object() -> None:
     assert isinstance(built, HashedNgramEncoder)
     assert built.config.dim == 64
     assert build_encoder(built) is built
-    with pytest.raises(UnknownNameError, match="Unknown encoder 'hashed_ngrm'. Did you mean 'hashed_ngram'"):
+    with pytest.raises(UnknownNameError, match=r"Unknown encoder 'hashed_ngrm'\. Did you mean 'hashed_ngram'"):
         build_encoder("hashed_ngrm")
     with pytest.raises(ConfigurationError, match="cannot be loaded; give a folder"):
         build_encoder("./no/such/folder")
@@ -393,7 +421,9 @@ def test_hugging_face_pooling(model_folder: str, pooling: str) -> None:
 
     encoder = build_encoder({"model": model_folder, "pooling": pooling, "batch_size": 2, "device": "cpu"})
     texts = ["amber", "birch cedar delta ember fjord", "unknown words here", "grove haven"]
-    model, tokenizer = (cls.from_pretrained(model_folder) for cls in (transformers.AutoModel, transformers.AutoTokenizer))
+    model, tokenizer = (
+        cls.from_pretrained(model_folder) for cls in (transformers.AutoModel, transformers.AutoTokenizer)
+    )
     for prefix, rows in (("query: ", encoder.encode_queries(texts)), ("passage: ", encoder.encode_passages(texts))):
         assert rows.dtype == np.float32
         for text, row in zip(texts, rows, strict=True):
@@ -401,6 +431,16 @@ def test_hugging_face_pooling(model_folder: str, pooling: str) -> None:
                 hidden = model.eval()(**tokenizer(prefix + text, return_tensors="pt")).last_hidden_state[0]
             expected = (hidden.mean(0) if pooling == "mean" else hidden[0]).numpy()
             np.testing.assert_allclose(row, expected / np.linalg.norm(expected), atol=2e-6)
+
+
+def test_hugging_face_in_half_precision(model_folder: str) -> None:
+    texts = ["amber birch", "cedar"]
+    exact, half = (
+        build_encoder({"model": model_folder, "dtype": dtype, "device": "cpu"}).encode_passages(texts)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half.dtype == np.float32
+    assert 1e-6 < np.abs(exact - half).max() < 0.05
 
 
 def test_hugging_face_length_limit_and_hostile_texts(model_folder: str) -> None:
