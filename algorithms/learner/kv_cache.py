@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,13 +28,14 @@ class EpisodeCache(Cache):
     """
 
     def __init__(self, num_rows: int) -> None:
-        super().__init__(layers=[])
+        self._stored: list[_Layer] = []
+        super().__init__(layers=self._stored)  # type: ignore[arg-type]
         self.num_rows = num_rows
         self.rows = slice(0, num_rows)
         self.columns = torch.zeros(0, dtype=torch.long)
         self.length = 0
 
-    def forward(self, backbone: PreTrainedModel, input_ids: Tensor, positions: Tensor, first_row: int = 0) -> Tensor:
+    def forward(self, backbone: Any, input_ids: Tensor, positions: Tensor, first_row: int = 0) -> Tensor:
         """Append tokens to rows and compute their hidden states.
 
         Args:
@@ -62,11 +65,12 @@ class EpisodeCache(Cache):
         """Exchange rows pairwise.
 
         Args:
-            these, those: [k] int64, disjoint.
+            these: [k] int64.
+            those: [k] int64, none of them among `these`.
             length: Columns in use; the rest is not moved.
         """
         to, source = torch.cat((these, those)), torch.cat((those, these))
-        for layer in self.layers:
+        for layer in self._stored:
             for stored in (layer.keys, layer.values):
                 stored[to, :, :length] = stored[source, :, :length]
 
@@ -74,13 +78,16 @@ class EpisodeCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Called by the attention of each layer; see `Cache.update`."""
-        while len(self.layers) <= layer_idx:
-            self.layers.append(_Layer(self))
-        return self.layers[layer_idx].update(key_states, value_states)
+        while len(self._stored) <= layer_idx:
+            self._stored.append(_Layer(self))
+        return self._stored[layer_idx].update(key_states, value_states)
 
 
 class _Layer(CacheLayerMixin):
     """One layer's keys and values, each [R, heads, capacity, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, cache: EpisodeCache) -> None:
         super().__init__()
@@ -94,7 +101,7 @@ class _Layer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self.cache.length

@@ -24,12 +24,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ConfigurationError: The folder holds no tokenizer, or the hub id cannot be loaded.
     """
-    if folder := _as_folder(path):
-        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            raise ConfigurationError(
-                f"{str(path)!r} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there. Copy these files "
-                "from the model that the weights come from, or save them there with tokenizer.save_pretrained."
-            )
+    if (folder := _as_folder(path)) and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigurationError(
+            f"{str(path)!r} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there. Copy these files "
+            "from the model that the weights come from, or save them there with tokenizer.save_pretrained."
+        )
     return _from_pretrained(AutoTokenizer, path)
 
 
@@ -79,7 +78,8 @@ def shared_vocab_size(
     Models of one family may differ in the width of their logits by padding alone (Qwen2.5: 151936 and 152064).
 
     Args:
-        policy_tokenizer, other_tokenizer: The two tokenizers.
+        policy_tokenizer: That of the network being trained.
+        other_tokenizer: That of its teacher or reference.
         *widths: Width of each model's logits.
 
     Returns:
@@ -98,10 +98,10 @@ def shared_vocab_size(
         mine, theirs = policy_tokens.get(token_id), other_tokens.get(token_id)
         if mine != theirs:
             raise ConfigurationError(
-                f"The two tokenizers ({sizes[0]} and {sizes[1]} ids, logits of {' and '.join(map(str, widths))}) differ "
-                f"from id {token_id} on: {mine!r} for the policy, {theirs!r} for the other model. Their probabilities "
-                "cannot be compared token by token. Choose two models of one family, or an algorithm that needs no "
-                "second model's probabilities, such as sft or grpo with kl_coef=0."
+                f"The two tokenizers ({sizes[0]} and {sizes[1]} ids, logits of {' and '.join(map(str, widths))}) "
+                f"differ from id {token_id} on: {mine!r} for the policy, {theirs!r} for the other model. Their "
+                "probabilities cannot be compared token by token. Choose two models of one family, or an algorithm "
+                "that reads no second model's probabilities, such as sft."
             )
     return min(widths) if sizes[0] == sizes[1] else shared
 
@@ -112,7 +112,7 @@ def logit_width(model: PreTrainedModel) -> int:
 
 
 def backbone_hidden(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
     """Last hidden states, final norm included, of a model or of its backbone.
 
@@ -187,17 +187,15 @@ class Critic(nn.Module):
         super().__init__()
         embedding = model.get_input_embeddings().weight
         hidden_size = model.get_output_embeddings().weight.shape[1]
-        self.backbone = None if shared else copy.deepcopy(model.base_model).requires_grad_(True)
-        # In a tuple, the policy's parameters stay the policy's: `parameters` and `state_dict` leave them out.
-        self._policy = (model,) if shared else ()
+        self.shared = shared
+        trunk = model.base_model if shared else copy.deepcopy(model.base_model).requires_grad_(True)
+        if not shared:
+            self.backbone = trunk
+        # In a tuple a module is not registered: `parameters` and `state_dict` leave the policy's to the policy.
+        self._trunk: tuple[Any] = (trunk,)
         self.head = nn.Linear(hidden_size, 1, device=embedding.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-    @property
-    def shared(self) -> bool:
-        """Whether the trunk is the policy's."""
-        return bool(self._policy)
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Values read at given positions.
@@ -205,14 +203,13 @@ class Critic(nn.Module):
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T] bool.
-            rows, columns: [N] int64, as `collate.predicting_positions` gives them: the state before token t is read at
-                column t - 1.
+            rows: [N] int64, with `columns` as `collate.predicting_positions` gives them.
+            columns: [N] int64; the state before token t is read at column t - 1.
 
         Returns:
             [N] float32.
         """
-        trunk = self._policy[0] if self.shared else self.backbone
-        hidden = backbone_hidden(trunk, input_ids, attention_mask)
+        hidden = backbone_hidden(self._trunk[0], input_ids, attention_mask)
         return self.read(hidden[rows, columns])
 
     def read(self, hidden: Tensor) -> Tensor:

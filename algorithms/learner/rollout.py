@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.types import StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
+from algorithms.learner.codec import encode_plain, encode_prompts
 from algorithms.learner.kv_cache import EpisodeCache, check_cache
 from algorithms.learner.models import lm_logits, logit_width, pad_id
 from algorithms.learner.sampling import ActionEnd, RolloutConfig, sample
@@ -66,6 +67,7 @@ class RolloutEngine:
         _check_context(model, config)
         check_cache(model)
         self.model = model
+        self.backbone: Any = model.base_model
         self.tokenizer = tokenizer
         self.envs = envs
         self.config = config
@@ -106,23 +108,6 @@ class RolloutEngine:
         finally:
             self.model.train(was_training)
 
-    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Prompts as the model reads them: through the chat template, or raw behind a BOS token if it uses one."""
-        tokenizer = self.tokenizer
-        if tokenizer.chat_template:
-            chats = [[{"role": "user", "content": text}] for text in texts]
-            encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
-            return [np.array(ids, dtype=np.int64) for ids in encoded]
-        bos = [tokenizer.bos_token_id]
-        prefix = bos if bos[0] is not None and tokenizer("")["input_ids"][:1] == bos else []
-        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [np.array(prefix + ids, dtype=np.int64) for ids in encoded]
-
-    def encode_observations(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Observations as ids. A special token that stands in a passage becomes ordinary text."""
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [np.array(ids, dtype=np.int64) for ids in encoded]
-
 
 @dataclass(slots=True)
 class _Episode:
@@ -160,7 +145,7 @@ class _Rollout:
         self.envs_by_row = np.arange(num_envs)
         self.num_running = 0
         self.num_live = num_envs
-        self.episodes: list[_Episode | None] = [None] * num_envs
+        self.episodes: dict[int, _Episode] = {}
         self.num_started = 0
         self.num_finished = 0
         self.trajectories: list[Any] = [None] * len(self.questions)
@@ -197,10 +182,10 @@ class _Rollout:
 
     def _tick(self) -> None:
         """Let the waiting episodes take a step, fill the rows of finished ones, and start the next actions."""
-        waiting = self.envs_by_row[self.num_running : self.num_live]
-        pending = self._step([env for env in waiting if self.episodes[env]])
-        pending |= self._start([env for env in waiting if not self.episodes[env]])
-        goes_on = np.zeros(len(self.episodes), dtype=bool)
+        waiting = self.envs_by_row[self.num_running : self.num_live].tolist()
+        pending = self._step([env for env in waiting if env in self.episodes])
+        pending |= self._start([env for env in waiting if env not in self.episodes])
+        goes_on = np.zeros(len(self.envs_by_row), dtype=bool)
         goes_on[list(pending)] = True
         self.num_live = self._to_front(goes_on, self.num_running, self.num_live)
         if pending:
@@ -218,7 +203,7 @@ class _Rollout:
         for env in envs:
             actions[env] = self.engine.action_end.text(self.action_ids[env, : self.counts[env]])
         texts, rewards, terminations, truncations, infos = self.engine.envs.step(actions)
-        observations = self.engine.encode_observations([texts[env] for env in envs])
+        observations = encode_plain(self.engine.tokenizer, [texts[env] for env in envs])
         pending = {}
         for env, observation in zip(envs, observations, strict=True):
             terminated, truncated = bool(terminations[env]), bool(truncations[env])
@@ -249,7 +234,7 @@ class _Rollout:
         return turn
 
     def _finish(self, env: int, info: StepInfo, terminated: bool) -> None:
-        episode = self.episodes[env]
+        episode = self.episodes.pop(env)
         self.trajectories[episode.number] = Trajectory(
             prompt_ids=episode.prompt_ids,
             turns=episode.turns,
@@ -260,7 +245,6 @@ class _Rollout:
             terminated=terminated,
             truncated=not terminated,
         )
-        self.episodes[env] = None
         self.num_finished += 1
 
     def _start(self, envs: Sequence[int]) -> dict[int, np.ndarray]:
@@ -278,12 +262,12 @@ class _Rollout:
         indices = np.full(self.engine.envs.num_envs, -1, dtype=np.int64)
         indices[envs] = [self.questions[number] for number in numbers]
         texts, infos = self.engine.envs.reset(options={"reset_mask": mask, "question_index": indices})
-        prompts = self.engine.encode_prompts([texts[env] for env in envs])
+        prompts = encode_prompts(self.engine.tokenizer, [texts[env] for env in envs])
         for env, number, prompt in zip(envs, numbers, prompts, strict=True):
             if len(prompt) >= self.engine.config.max_tokens:
                 raise ConfigurationError(
-                    f"The prompt of question {info_at(infos, env)['question_id']!r} has {len(prompt)} tokens and leaves "
-                    f"no room for an action; raise max_tokens, which is {self.engine.config.max_tokens}."
+                    f"The prompt of question {info_at(infos, env)['question_id']!r} has {len(prompt)} tokens and "
+                    f"leaves no room for an action; raise max_tokens, which is {self.engine.config.max_tokens}."
                 )
             self.episodes[env] = _Episode(number, rng(*self.seed, "episode", number), prompt)
             self.lengths[env] = 0
@@ -305,7 +289,7 @@ class _Rollout:
         for row in range(0, len(waiting), rows):
             chunk = slice(row, row + rows)
             hidden = self._forward(input_ids[chunk], positions[chunk], self.num_running + row)
-            last.append(hidden[torch.arange(len(hidden)), self._tensor(widths[chunk] - 1)])
+            last.append(hidden[self._tensor(np.arange(len(hidden))), self._tensor(widths[chunk] - 1)])
         self.lengths[waiting] += widths
         self.counts[waiting] = 0
         self.limits[waiting] = np.minimum(config.max_new_tokens, config.max_tokens - self.lengths[waiting])
@@ -327,7 +311,7 @@ class _Rollout:
         for row in np.flatnonzero(end.may_close[tokens] & ~ended):
             ended[row] = end.closes(self.action_ids[envs[row], : counts[row] + 1])
         if ended.any():
-            goes_on = np.ones(len(self.episodes), dtype=bool)
+            goes_on = np.ones(len(self.envs_by_row), dtype=bool)
             goes_on[envs[ended]] = False
             self.num_running = self._to_front(goes_on, 0, self.num_running)
 
@@ -343,8 +327,7 @@ class _Rollout:
         return end
 
     def _forward(self, input_ids: np.ndarray, positions: np.ndarray, first_row: int) -> Tensor:
-        backbone = self.engine.model.base_model
-        return self.cache.forward(backbone, self._tensor(input_ids), self._tensor(positions), first_row)
+        return self.cache.forward(self.engine.backbone, self._tensor(input_ids), self._tensor(positions), first_row)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.engine.model.device)

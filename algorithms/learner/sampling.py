@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner.codec import decode
 
 
 @dataclass
@@ -102,8 +104,10 @@ class ActionEnd:
         self.tokenizer = tokenizer
         self.eos_ids = _eos_ids(model, tokenizer)
         self.is_eos = np.isin(np.arange(vocab_size), list(self.eos_ids))
-        self.pieces = [decode(tokenizer, [token_id]) for token_id in range(vocab_size)]
-        self.may_close = np.array([">" in piece for piece in self.pieces])
+        # In its vocabulary every tokenizer spells ">" as it is, or as "<0x3E>".
+        tokens = tokenizer.convert_ids_to_tokens(list(range(vocab_size)))
+        self.may_close = np.array([token is not None and ">" in token for token in tokens])
+        self._piece = lru_cache(maxsize=None)(lambda token_id: decode(tokenizer, [token_id]))
 
     def text(self, action_ids: np.ndarray) -> str:
         """The text of an action as the environment reads it, without the end-of-text token."""
@@ -113,13 +117,8 @@ class ActionEnd:
     def closes(self, action_ids: np.ndarray) -> bool:
         """Whether the last of these tokens completes a closing tag."""
         # Each token of a tag holds at least one of its characters, so a tag lies within as many tokens.
-        tail = "".join([self.pieces[token_id] for token_id in action_ids[-max(map(len, CLOSING_TAGS)) :].tolist()])
+        tail = "".join(map(self._piece, action_ids[-max(map(len, CLOSING_TAGS)) :].tolist()))
         return any(tag in tail for tag in CLOSING_TAGS) and any(tag in self.text(action_ids) for tag in CLOSING_TAGS)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Exactly the text that ids stand for: special tokens kept, blanks untouched."""
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -1,0 +1,46 @@
+"""Between text and ids: what the environment writes is encoded once, what the model writes is decoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """First observations as ids.
+
+    With a chat template the text becomes the message of a user and the template opens the reply; without one it is
+    taken as it is, behind a BOS token if the tokenizer puts one.
+
+    Returns:
+        For each text [p] int64.
+    """
+    if tokenizer.chat_template:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        rendered = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+        return [np.array(ids, dtype=np.int64) for ids in rendered]
+    bos = tokenizer.bos_token_id
+    prefix = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
+    return [np.concatenate((np.array(prefix, dtype=np.int64), ids)) for ids in encode_plain(tokenizer, texts)]
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """Texts as ids, nothing added, and special tokens not read out of them.
+
+    A passage that spells an end-of-text token thus stays text. Tags that are ordinary tokens of the vocabulary stay
+    whole.
+
+    Returns:
+        For each text [n] int64.
+    """
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
+    return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Exactly the text that ids stand for: special tokens kept, blanks untouched."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
