@@ -138,9 +138,7 @@ def load(path: str | os.PathLike[str], *, policy: PreTrainedModel, critic: nn.Mo
         DataError: The checkpoint is incomplete or damaged, or does not fit the networks.
     """
     path = Path(path)
-    if problem := find_problem(path):
-        raise DataError(f"Checkpoint {path} can't be loaded: {problem}. Choose another one of {path.parent}.")
-    state = torch.load(path / TRAINING_STATE, map_location="cpu", weights_only=True)
+    state = _read_state(path)
     if (state["critic"] is None) != (critic is None):
         saved, given = ("without a", "one was given") if critic is not None else ("with a", "none was given")
         raise DataError(f"Checkpoint {path} was saved {saved} critic and {given}; resume with the same algorithm.")
@@ -192,6 +190,12 @@ def find_problem(path: Path, checksums: bool = True) -> str | None:
         if checksums and _sha256(file) != digest:
             return f"{name} does not have the checksum it was saved with"
     return None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    if problem := find_problem(path):
+        raise DataError(f"Checkpoint {path} can't be loaded: {problem}. Choose another one of {path.parent}.")
+    return torch.load(path / TRAINING_STATE, map_location="cpu", weights_only=True)
 
 
 def _checkpoints(root: Path) -> list[Path]:

@@ -21,6 +21,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from agentic_rag_env.errors import DataError
 
+#: Metrics of the progress line, and what they are called there.
+_SHOWN = {"rollout/exact_match": "exact match", "dev/exact_match": "dev exact match", "train/loss": "loss"}
 _RATE_WINDOW = 20
 _PLAIN_INTERVAL_S = 10.0
 
@@ -172,9 +174,7 @@ class _ProgressLine:
             self._live.start()
 
     def update(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
-        for name, value in metrics.items():
-            if name == "train/loss" or name.endswith("/exact_match"):
-                self._latest["loss" if name == "train/loss" else "exact match"] = value
+        self._latest.update((_SHOWN[name], value) for name, value in metrics.items() if name in _SHOWN)
         now = time.monotonic()
         if step > self._step:
             self._step = step
@@ -206,7 +206,5 @@ class _ProgressLine:
             left = round(seconds * max(0, self._total - self._step))
             rate = f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s/step"
             parts += [rate, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"]
-        for name in ("exact match", "loss"):
-            if name in self._latest:
-                parts.append(f"{name} {self._latest[name]:.3f}")
+        parts += [f"{name} {self._latest[name]:.3f}" for name in _SHOWN.values() if name in self._latest]
         return "  ".join(parts)

@@ -221,7 +221,7 @@ def test_checkpointing_recomputes_layers_and_is_off_outside_the_update():
     for network in (learner.policy, learner.critic):
         for layer in network.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                layer.mlp.register_forward_hook(lambda module, *_: calls.append(module.training))
+                layer.mlp.register_forward_pre_hook(lambda module, *_: calls.append(module.training))
     learner.score(batch)
     calls.clear()
     learner.update(batch, np.random.default_rng(0))

@@ -1,0 +1,140 @@
+"""The chunked training step against a plain one that builds [B, T, V], at the vocabulary of a real model.
+
+Run with `pytest benchmarks/test_learner.py -s`; the last test prints the peak memory of each step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from algorithms.kd import KD, KDConfig
+from algorithms.learner.learner import Learner, LearnerConfig
+from algorithms.learner.models import freeze
+from algorithms.learner.types import Batch
+from algorithms.sft import SFT, SFTConfig
+
+VOCAB, ROWS, LENGTH, WRITTEN = 151_936, 4, 256, 96
+STEPS = ("chunked", "plain")
+LOSSES = ("sft", "kd")
+
+
+def make_model(seed: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def make_batch() -> Batch:
+    """Like an episode of a search agent: more than half of it is prompt and passages."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    mask[:, 64 : 64 + WRITTEN // 2] = True
+    mask[:, LENGTH - WRITTEN // 2 :] = True
+    return Batch(
+        input_ids=torch.randint(VOCAB, (ROWS, LENGTH), generator=generator),
+        attention_mask=torch.ones(ROWS, LENGTH, dtype=torch.bool),
+        response_mask=mask,
+        old_logprobs=torch.zeros(ROWS, LENGTH),
+        rewards=torch.ones(ROWS),
+        correct=torch.ones(ROWS, dtype=torch.bool),
+        group_ids=torch.arange(ROWS),
+    )
+
+
+def chunked_step(loss: str) -> Callable[[], object]:
+    algorithm = KD(KDConfig()) if loss == "kd" else SFT(SFTConfig())
+    learner = Learner(
+        algorithm,
+        make_model(0),
+        teacher=freeze(make_model(1)) if loss == "kd" else None,
+        config=LearnerConfig(chunk_tokens=64),
+        total_steps=1000,
+        vocab_size=VOCAB,
+    )
+    batch = make_batch()
+    return lambda: learner.update(batch, np.random.default_rng(0))
+
+
+def plain_step(loss: str) -> Callable[[], object]:
+    policy, batch = make_model(0), make_batch()
+    teacher = freeze(make_model(1)) if loss == "kd" else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+
+    def step() -> None:
+        log_q = policy(input_ids=batch.input_ids).logits[:, :-1].log_softmax(-1)
+        losses = -log_q.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        if teacher is not None:
+            with torch.no_grad():
+                log_p = teacher(input_ids=batch.input_ids).logits[:, :-1].log_softmax(-1)
+            losses = losses + (log_p.exp() * (log_p - log_q)).sum(-1)
+        optimizer.zero_grad()
+        losses[batch.response_mask[:, 1:]].mean().backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def make_step(kind: str, loss: str) -> Callable[[], object]:
+    return chunked_step(loss) if kind == "chunked" else plain_step(loss)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_step_time(benchmark, loss, kind):
+    benchmark.group = f"training step, {loss}, V={VOCAB}, {ROWS}x{LENGTH} tokens, {ROWS * WRITTEN} written by the model"
+    benchmark.pedantic(make_step(kind, loss), rounds=2, warmup_rounds=1)
+
+
+def _peak_growth(kind: str, loss: str, threads: int, result: multiprocessing.Queue) -> None:
+    """Peak resident memory of the second step beyond what weights, gradients and moments take."""
+    torch.set_num_threads(threads)
+    step = make_step(kind, loss)
+    weights = sum(p.numel() * 4 for p in make_model(0).parameters())
+    before = _peak_memory()
+    step()
+    step()
+    result.put((_peak_memory() - before - 3 * weights) / 2**20)
+
+
+def _peak_memory() -> int:
+    """Bytes. Not `getrusage`, whose peak a new process inherits from the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_step_memory(loss):
+    """The plain step grows with every token of the batch, the chunked one with the tokens of a chunk."""
+    context = multiprocessing.get_context("spawn")  # a fresh process each: the peak never comes down again
+    peaks = {}
+    for kind in STEPS:
+        result = context.Queue()
+        process = context.Process(target=_peak_growth, args=(kind, loss, torch.get_num_threads(), result))
+        process.start()
+        peaks[kind] = result.get(timeout=300)
+        process.join()
+    print(
+        f"\n{loss}: peak of a step beyond weights, gradients and moments: "
+        + ", ".join(f"{kind} {peak:.0f} MiB" for kind, peak in peaks.items())
+        + f", ratio {peaks['plain'] / peaks['chunked']:.1f}"
+    )
+    assert peaks["plain"] > 3 * peaks["chunked"]
