@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 
 from agentic_rag_env.datasets.base import QuestionSet
-from agentic_rag_env.episode import Episode, FinalTurn, Found, Rules, StepResult, search
+from agentic_rag_env.episode import Episode, FinalTurn, Found, Rules, StepResult, check_count, search
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, RETRIEVERS, REWARDS, did_you_mean
 from agentic_rag_env.retrievers.base import Retriever
@@ -137,8 +137,7 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
             max_observation_tokens=max_observation_tokens,
             tokenizer=tokenizer,
         )
-        if top_k < 1:
-            raise ConfigurationError(f"top_k must be at least 1, got {top_k}.")
+        check_count("top_k", top_k)
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             hint = did_you_mean(render_mode, self.metadata["render_modes"])
             raise ConfigurationError(f"render_mode {render_mode!r} does not exist.{hint}")

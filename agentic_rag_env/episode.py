@@ -26,6 +26,16 @@ FINAL_TURNS: tuple[str, ...] = get_args(FinalTurn)
 Found: TypeAlias = Sequence[Passage] | RetrieverError
 
 
+def check_count(name: str, value: Any) -> None:
+    """Refuse a setting that is no positive integer.
+
+    Raises:
+        ConfigurationError: Naming the setting and its value.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
 class StepResult(NamedTuple):
     """What `step` returns, in Gymnasium's order."""
 
@@ -69,8 +79,7 @@ class Rules:
                 f"reward must be a name or a function (answer, golden_answers) -> float, got {self.reward!r}."
             )
         render_prompt(self.prompt, "")
-        if self.max_turns < 1:
-            raise ConfigurationError(f"max_turns must be at least 1, got {self.max_turns}.")
+        check_count("max_turns", self.max_turns)
         if self.final_turn not in FINAL_TURNS:
             hint = did_you_mean(str(self.final_turn), FINAL_TURNS)
             raise ConfigurationError(f"final_turn {self.final_turn!r} does not exist.{hint}")

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from agentic_rag_env.env import AgenticRAGEnv, check_options
-from agentic_rag_env.episode import Episode, Found, search
+from agentic_rag_env.episode import Episode, Found, check_count, search
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError
 from agentic_rag_env.registry import ENVS, did_you_mean
 from agentic_rag_env.types import StepInfo
@@ -47,8 +47,7 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
     def __init__(
         self, num_envs: int, *, autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP, **settings: Any
     ) -> None:
-        if num_envs < 1:
-            raise ConfigurationError(f"num_envs must be at least 1, got {num_envs}.")
+        check_count("num_envs", num_envs)
         if settings.get("render_mode") not in (None, "ansi"):
             raise ConfigurationError(
                 f"render_mode of the vector environment must be None or 'ansi', got {settings['render_mode']!r}."

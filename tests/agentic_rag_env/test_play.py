@@ -108,7 +108,7 @@ def test_interrupt_leaves_politely(
     ("arguments", "message"),
     [
         (["--dataset", "tinny"], "Did you mean 'tiny'?"),
-        (["--max-turns", "0"], "max_turns must be at least 1, got 0."),
+        (["--max-turns", "0"], "max_turns must be an integer of at least 1, got 0."),
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,6 +66,7 @@ def test_exact_match(prediction: str | None, golden: list[str], score: float) ->
         ("Eiffel", ["Gustave Eiffel"], 2 * 0.5 * 1.0 / 1.5),
         ("the cat sat on the mat", ["a cat on a mat"], 6 / 7),  # cat sat on mat: precision 3/4, recall 1
         ("x x y", ["x y y"], 2 / 3),  # words count as often as they occur: x, y
+        ("x x y", ["x x z"], 2 / 3),  # here: x, x
         ("rome italy", ["paris", "rome", "italy rome"], 1.0),
         ("paris", ["london"], 0.0),
         ("", [""], 1.0),

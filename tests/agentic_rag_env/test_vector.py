@@ -177,7 +177,7 @@ def test_disabled_mode_leaves_rows_alone(world: QuestionSet) -> None:
     assert infos["turn"].tolist() == [0, 1, 2]
 
     mask = np.array([True, False, False])
-    options = {"reset_mask": mask, "question_index": np.array([3, 0, 0])}
+    options = {"reset_mask": mask, "question_index": np.array([3, 99, -9])}  # rows outside the mask don't matter
     observations, infos = envs.reset(options=options)
     assert options.keys() == {"reset_mask", "question_index"}  # the caller's mapping stays whole
     assert observations[0] == "Who sang Let It Be?\n"
@@ -275,7 +275,7 @@ def test_default_arguments() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
+        ({"num_envs": 0}, "num_envs must be an integer of at least 1, got 0"),
         ({"autoreset_mode": "NextStpe"}, "'NextStpe' does not exist. Did you mean 'NextStep'?"),
         ({"render_mode": "human"}, "must be None or 'ansi', got 'human'"),
         ({"retriever": "bm52"}, "Did you mean 'bm25'?"),
