@@ -43,7 +43,7 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(96, 3, 5000, {"traces": 75, "reading": 20, "copying": 5}, seed=1),
+    "teacher": Recipe(96, 3, 4000, {"traces": 75, "reading": 20, "copying": 5}, seed=1),
     "student": Recipe(64, 3, 7000, {"reading": 50, "copying": 10, "fragments": 40}, seed=2),
 }
 TOKENS_PER_STEP = 4096

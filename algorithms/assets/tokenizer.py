@@ -1,15 +1,16 @@
 """The tokenizer of the bundled models: one token per word of the tiny world, bytes for everything else.
 
-A byte-level BPE without merges: a word that is in the vocabulary is one token, any other text falls back to its UTF-8
-bytes, and decoding always gives back exactly what was encoded. Tags and fixed phrases of the protocol are single tokens.
+Qwen2's tokenizer with the 256 bytes as its vocabulary and no merges. Every word of the tiny world, with the blank before
+it, and every tag and fixed phrase of the protocol is an added token; any other text falls back to its UTF-8 bytes. It is
+Qwen2's because `AutoTokenizer` loads nothing else for a Qwen2 model, whatever class the folder names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, pre_tokenizers
+from transformers import Qwen2Tokenizer
 
 from agentic_rag_env.datasets import tiny, tiny_names
 from agentic_rag_env.prompts import INFORMATION_CLOSE, INFORMATION_OPEN, MALFORMED_HINT
@@ -40,22 +41,19 @@ def world_texts() -> Iterable[str]:
     yield " next done missing Title ) ). .\n ?\n ? . :\n\n\n"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Qwen2Tokenizer:
     """Make the tokenizer; the same one on every machine."""
-    splitter = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    splitter = pre_tokenizers.Split(Regex(_WORDS), "isolated")
     words = {piece for text in world_texts() for piece, _ in splitter.pre_tokenize_str(text)}
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces += sorted(words - set(pieces))
-    vocab = {piece: index for index, piece in enumerate([PAD, EOS, *pieces])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in _PROTOCOL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    words = sorted(word for word in words if len(word.encode()) > 1)
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate([PAD, EOS, *alphabet])},
+        merges=[],
+        unk_token=None,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
     )
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*words, *_PROTOCOL)])
+    return tokenizer

@@ -92,7 +92,7 @@ def reading_exercises(world: World, count: int, draw: random.Random) -> Iterator
         document: Document = [(facts.block(chosen), CONTEXT_WEIGHT)]
         for keyword, entity in draw.choices(chosen, k=draw.randint(2, 6)):
             phrase = draw.choice(RELATIONS[keyword].phrases).format(s=entity)
-            statement = draw.choice((f" {keyword} of {entity} is", f" {phrase} is", f" What is {phrase}?"))
+            statement = draw.choice((f" {keyword} of {entity} is", f" {phrase} is", f"What is {phrase}?"))
             document += [(statement, CONTEXT_WEIGHT), (f" {world.facts[keyword][entity]}", 1.0), (".\n", CONTEXT_WEIGHT)]
         yield document
 
