@@ -85,7 +85,7 @@ def save(
     """
     if keep_last is not None and keep_last < 1:
         raise ConfigurationError(f"keep_last must be at least 1, or null to keep all; got {keep_last}.")
-    state = {"learner": dict(learner_state), "trainer": dict(trainer_state)}
+    state: dict[str, Any] = {"learner": dict(learner_state), "trainer": dict(trainer_state)}
     _require_plain(state, "state")
     state["critic"] = None if critic is None else critic.state_dict()
     root = Path(run_dir) / "checkpoints"

@@ -97,8 +97,11 @@ class Learner:
         vocab_size: int,
         temperature: float = 1.0,
     ) -> None:
-        self.algorithm, self.policy, self.critic = algorithm, policy, critic
-        self.reference, self.teacher = reference, teacher
+        self.algorithm, self.policy = algorithm, policy
+        # Any: present exactly where the algorithm's `needs` let them be used, which `_check_settings` makes sure of.
+        self.critic: Any = critic
+        self.reference: Any = reference
+        self.teacher: Any = teacher
         self.config = config
         self.scorer = Scorer(
             vocab_size=vocab_size,
@@ -113,8 +116,8 @@ class Learner:
         self.policy_optimizer = Optimizer("policy", policy.parameters(), algorithm.config.optimizer, total_steps)
         self.critic_optimizer: Optimizer | None = None
         if critic is not None:
-            settings = algorithm.config.critic_optimizer
-            self.critic_optimizer = Optimizer("critic", critic.parameters(), settings, total_steps)
+            settings: Any = algorithm.config
+            self.critic_optimizer = Optimizer("critic", critic.parameters(), settings.critic_optimizer, total_steps)
         if config.gradient_checkpointing:
             for network in self._trained():
                 _enable_checkpointing(network)
@@ -143,7 +146,7 @@ class Learner:
             FloatingPointError: A loss or a gradient is not finite; the weights are those before that minibatch.
             ConfigurationError: The batch can't be split as configured.
         """
-        config = self.algorithm.config
+        config: Any = self.algorithm.config
         self._check_batch(batch)
         batch.token_rewards = self.algorithm.shape_rewards(batch)
         if (estimate := self.algorithm.estimate_advantages(batch)) is not None:
@@ -256,6 +259,7 @@ class Learner:
                 of_chunk["value_loss"] = (self.algorithm.value_loss(part) * weights[chunk]).sum()
                 objective = objective + self.config.value_coef * of_chunk["value_loss"]
             objective.backward()
+            assert leaf.grad is not None
             gradients.append(leaf.grad)
             for name, loss in of_chunk.items():
                 losses[name] = losses.get(name, 0) + loss.detach()

@@ -31,8 +31,9 @@ class Optimizer:
             {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
+        first, second = config.betas
         self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.learning_rate, betas=tuple(config.betas)
+            [group for group in groups if group["params"]], lr=config.learning_rate, betas=(first, second)
         )
 
     def learning_rate(self, step: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,5 +119,5 @@ def gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Ten
 
 def slice_tokens(tokens: Tokens, part: slice) -> Tokens:
     """Consecutive tokens of a micro-batch."""
-    values = {field.name: getattr(tokens, field.name) for field in fields(Tokens)}
+    values: dict[str, Any] = {field.name: getattr(tokens, field.name) for field in fields(Tokens)}
     return Tokens(**{name: None if value is None else value[part] for name, value in values.items()})
