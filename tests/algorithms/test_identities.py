@@ -484,6 +484,11 @@ def test_dgpo_without_penalty_is_ppo_without_penalty_to_the_bit():
         assert_same_credit(*batches)
 
 
+def test_without_penalty_even_a_teacher_that_rules_a_token_out_changes_nothing():
+    batch = make_batch(MIXED, teacher_logprobs=torch.full((5, 14), -INF, dtype=torch.float64))
+    assert DGPO(DGPOConfig(kl_coef=0.0)).shape_rewards(batch).sum(1).tolist() == [1, 0, 0, 1, 0]
+
+
 def test_dgpo_with_a_uniform_penalty_towards_the_initial_policy_is_ppo():
     uniform = DGPO(DGPOConfig(selective=False, kl_coef=0.001, gae_lambda=1.0))
     left, right = make_batch(MIXED), make_batch(MIXED)
