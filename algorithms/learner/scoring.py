@@ -119,5 +119,8 @@ def gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Ten
 
 def slice_tokens(tokens: Tokens, part: slice) -> Tokens:
     """Consecutive tokens of a micro-batch."""
-    values: dict[str, Any] = {field.name: getattr(tokens, field.name) for field in fields(Tokens)}
-    return Tokens(**{name: None if value is None else value[part] for name, value in values.items()})
+    sliced: dict[str, Any] = {}
+    for field in fields(Tokens):
+        value = getattr(tokens, field.name)
+        sliced[field.name] = None if value is None else value[part]
+    return Tokens(**sliced)
