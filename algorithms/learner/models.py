@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from agentic_rag_env.errors import ConfigurationError
 
@@ -29,7 +37,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"{str(path)!r} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there. Copy these files "
             "from the model that the weights come from, or save them there with tokenizer.save_pretrained."
         )
-    return _from_pretrained(AutoTokenizer, path)
+    # For some model types AutoTokenizer puts the family's own splitting rules in the place of those in tokenizer.json,
+    # even where the folder declares that the file is all there is to it.
+    declared = _load(get_tokenizer_config, path).get("tokenizer_class")
+    generic = declared in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return _load((PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained, path)
 
 
 def load_model(
@@ -52,7 +64,7 @@ def load_model(
             f"{str(path)!r} is no Hugging Face model: config.json is missing (found: {found or 'nothing'}). Give a "
             "folder written by save_pretrained, such as checkpoints/<step> of a run, or a hub id."
         )
-    model = _from_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(device).eval()
+    model = _load(AutoModelForCausalLM.from_pretrained, path, dtype=dtype).to(device).eval()
     check_lm_head(model)
     return model
 
@@ -226,10 +238,10 @@ def _as_folder(path: str | Path) -> Path | None:
     return folder if looks_local or folder.exists() else None
 
 
-def _from_pretrained(factory: Any, path: str | Path, **settings: Any) -> Any:
+def _load(loader: Callable[..., Any], path: str | Path, **settings: Any) -> Any:
     folder = _as_folder(path)
     try:
-        return factory.from_pretrained(str(folder or path), **settings)
+        return loader(str(folder or path), **settings)
     except (OSError, ValueError, ImportError) as error:
         hint = (
             "The files there are incomplete or of an unknown kind."
@@ -237,4 +249,4 @@ def _from_pretrained(factory: Any, path: str | Path, **settings: Any) -> Any:
             else "It is neither a folder here nor reachable on the Hugging Face hub. Check the spelling and the "
             "network, or download it once with `hf download` and give the folder."
         )
-        raise ConfigurationError(f"Cannot load {str(path)!r} with {factory.__name__}. {hint} ({error})") from error
+        raise ConfigurationError(f"Cannot load {str(path)!r}. {hint} ({error})") from error
