@@ -441,6 +441,9 @@ def test_metrics_follow_the_schedule():
     rates = [learner.policy_optimizer.learning_rate(step) for step in range(11)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[5:] == pytest.approx([(1 + np.cos(np.pi * k / 6)) / 2 for k in range(1, 7)], abs=1e-12)
+    assert learner.update(make_batch(), np.random.default_rng(0))["learning_rate"] == 0.25
+    assert learner.update(make_batch(), np.random.default_rng(0))["learning_rate"] == 0.5
+    assert {group["lr"] for group in learner.policy_optimizer.adamw.param_groups} == {0.5}
     learner.policy_optimizer.config.schedule = "constant"
     assert [learner.policy_optimizer.learning_rate(step) for step in (3, 4, 9)] == [1.0, 1.0, 1.0]
 
