@@ -135,6 +135,7 @@ class Registry:
             point.load()
 
 
+ENVS = Registry("env")
 DATASETS = Registry("dataset")
 RETRIEVERS = Registry("retriever")
 REWARDS = Registry("reward")

@@ -255,7 +255,7 @@ class AgenticRAGConfig:
     top_k: int = 3
     final_turn: str = "no_search"
     max_observation_chars: int | None = None
-    max_observation_tokens: int | None = None
+    max_observation_tokens: int | None = 500
 
 
 @ENVS.register("agentic_rag", AgenticRAGConfig)

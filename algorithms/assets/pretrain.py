@@ -44,7 +44,7 @@ class Recipe:
 
 RECIPES = {
     "teacher": Recipe(96, 3, 4000, {"traces": 75, "reading": 20, "copying": 5}, seed=1),
-    "student": Recipe(64, 3, 7000, {"reading": 50, "copying": 10, "fragments": 40}, seed=2),
+    "student": Recipe(64, 3, 6000, {"reading": 50, "copying": 15, "fragments": 35}, seed=2),
 }
 TOKENS_PER_STEP = 4096
 LEARNING_RATE, MUON_LEARNING_RATE, WARMUP_STEPS = 5e-3, 0.02, 100
@@ -88,7 +88,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForC
             num_hidden_layers=recipe.num_layers,
             num_attention_heads=4,
             num_key_value_heads=4,
-            max_position_embeddings=2048,
+            max_position_embeddings=8192,
             tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

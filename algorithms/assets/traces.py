@@ -98,11 +98,11 @@ def reading_exercises(world: World, count: int, draw: random.Random) -> Iterator
 
 
 def copying_exercises(world: World, count: int, draw: random.Random) -> Iterator[Document]:
-    """A random list of names and words, twice."""
+    """A short random list of names and words, over and over."""
     words = [*RELATIONS, *(name for names in world.entities.values() for name in names)]
     for _ in range(count):
-        text = "".join(f" {word}" for word in draw.choices(words, k=draw.randint(3, 16)))
-        yield [(text + "\n", 0.0), (text, 1.0), ("\n", 0.1)]
+        text = "".join(f" {word}" for word in draw.sample(words, draw.randint(2, 8))) + "\n"
+        yield [(text, 0.0), (text * draw.randint(1, 3), 1.0)]
 
 
 def fragments(world: World, count: int, draw: random.Random) -> Iterator[Document]:

@@ -30,8 +30,8 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    max_new_tokens: int = 64
-    max_tokens: int = 1024
+    max_new_tokens: int = 48
+    max_tokens: int = 4096
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
