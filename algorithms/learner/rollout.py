@@ -307,7 +307,7 @@ class _Rollout:
         self.action_logprobs[envs, counts] = logprobs.cpu().numpy()
         self.counts[envs] = counts + 1
         end = engine.action_end
-        ended = end.is_eos[tokens] | (counts >= self.limits[envs])
+        ended = end.is_eos[tokens] | (counts + 1 >= self.limits[envs])
         for row in np.flatnonzero(end.may_close[tokens] & ~ended):
             ended[row] = end.closes(self.action_ids[envs[row], : counts[row] + 1])
         if ended.any():
