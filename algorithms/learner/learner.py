@@ -26,7 +26,7 @@ from algorithms.learner.optimizer import Optimizer
 from algorithms.learner.scoring import Scorer, gather_tokens, slice_tokens
 from algorithms.learner.types import Batch, Tokens
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16")
 CRITICS = ("separate", "shared")
 REDUCTIONS = ("token-mean", "seq-mean")
 
@@ -38,7 +38,8 @@ class LearnerConfig:
     """How the training step uses the machine, and where the critic lives.
 
     Attributes:
-        precision: Of the computation: "float32", or "bfloat16" under autocast. Weights and optimizer are float32.
+        precision: Of the computation, rollouts included: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a GPU,
+            float32 elsewhere. Weights and optimizer are float32.
         micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
         chunk_tokens: Model-written tokens that go through the LM head at once; a chunk of logits is this times the
             vocabulary times 4 bytes, and about four of them exist at the peak.
@@ -47,7 +48,7 @@ class LearnerConfig:
         value_coef: Weight of the value loss in the gradient of a shared backbone.
     """
 
-    precision: str = "float32"
+    precision: str = "auto"
     micro_batch_tokens: int = 16384
     chunk_tokens: int = 1024
     gradient_checkpointing: bool = False

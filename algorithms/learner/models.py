@@ -69,6 +69,17 @@ def load_model(
     return model
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which networks compute.
+
+    Args:
+        device: Where they live.
+        precision: "float32", "bfloat16", or "auto": bfloat16 on a GPU.
+    """
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """Take a network out of training: evaluation mode, no gradients. Returns the same network."""
     return model.eval().requires_grad_(False)

@@ -144,7 +144,9 @@ class Networks:
         rollout = self._config.rollout
         if temperature is not None:
             rollout = dataclasses.replace(rollout, temperature=temperature)
-        return RolloutEngine(model, self.tokenizer, envs, rollout, vocab_size=self.vocab_size)
+        return RolloutEngine(
+            model, self.tokenizer, envs, rollout, vocab_size=self.vocab_size, precision=self._config.learner.precision
+        )
 
 
 def resolve_model(name: str) -> str:

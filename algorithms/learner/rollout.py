@@ -18,7 +18,7 @@ from agentic_rag_env.types import StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
 from algorithms.learner.codec import encode_plain, encode_prompts
 from algorithms.learner.kv_cache import EpisodeCache, check_cache
-from algorithms.learner.models import lm_logits, logit_width, pad_id
+from algorithms.learner.models import autocast, lm_logits, logit_width, pad_id
 from algorithms.learner.sampling import ActionEnd, RolloutConfig, sample
 from algorithms.learner.seeding import rng
 from algorithms.learner.types import RolloutStats, Trajectory, Turn
@@ -45,6 +45,7 @@ class RolloutEngine:
         envs: Environments with `AutoresetMode.DISABLED`; their number bounds the episodes played at once.
         config: How to write.
         vocab_size: Only ids below it are sampled, and probabilities are normalized over them; None: all.
+        precision: Of the computation, see `models.autocast`.
 
     Raises:
         ConfigurationError: The environments reset themselves, the model's context is too short, or the model's family
@@ -58,6 +59,7 @@ class RolloutEngine:
         envs: AgenticRAGVectorEnv,
         config: RolloutConfig,
         vocab_size: int | None = None,
+        precision: str = "float32",
     ) -> None:
         if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.DISABLED:
             raise ConfigurationError(
@@ -71,6 +73,7 @@ class RolloutEngine:
         self.tokenizer = tokenizer
         self.envs = envs
         self.config = config
+        self.precision = precision
         self.vocab_size = vocab_size or logit_width(model)
         self.action_end = ActionEnd(model, tokenizer, self.vocab_size)
         self.pad_id = pad_id(tokenizer)
@@ -103,7 +106,7 @@ class RolloutEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast(self.model.device, self.precision):
                 return _Rollout(self, question_indices, seed, group_ids, source, progress).run()
         finally:
             self.model.train(was_training)
@@ -276,26 +279,43 @@ class _Rollout:
 
     def _prefill(self, pending: dict[int, np.ndarray]) -> None:
         """Append tokens to all waiting rows and draw the first token of their actions."""
-        waiting = self.envs_by_row[self.num_running : self.num_live].copy()
         config = self.engine.config
-        widths = np.array([len(pending[env]) for env in waiting])
-        input_ids = np.full((len(waiting), widths.max()), self.engine.pad_id, dtype=np.int64)
-        for row, env in enumerate(waiting):
-            input_ids[row, : widths[row]] = pending[env]
+        longest = max(map(len, pending.values()))
+        is_long = np.zeros(len(self.envs_by_row), dtype=bool)
+        is_long[[env for env, ids in pending.items() if 2 * len(ids) > longest]] = True
+        # A hint of few tokens is not padded to the length of a passage.
+        middle = self._to_front(is_long, self.num_running, self.num_live)
+        hidden = self._append(pending, self.num_running, middle)
+        hidden += self._append(pending, middle, self.num_live)
+        waiting = self.envs_by_row[self.num_running : self.num_live].copy()
+        for env in waiting:
             self.uniforms[env] = self.episodes[env].rng.random(config.max_new_tokens)
-        positions = self.lengths[waiting][:, None] + np.arange(widths.max())
-        rows = max(1, _MAX_PREFILL_TOKENS // int(widths.max()))
-        last = []
-        for row in range(0, len(waiting), rows):
-            chunk = slice(row, row + rows)
-            hidden = self._forward(input_ids[chunk], positions[chunk], self.num_running + row)
-            last.append(hidden[self._tensor(np.arange(len(hidden))), self._tensor(widths[chunk] - 1)])
-        self.lengths[waiting] += widths
         self.counts[waiting] = 0
         self.limits[waiting] = np.minimum(config.max_new_tokens, config.max_tokens - self.lengths[waiting])
-        self.stats.computed_tokens += int(widths.sum())
         self.num_running = self.num_live
-        self._sample(waiting, torch.cat(last))
+        self._sample(waiting, torch.cat(hidden))
+
+    def _append(self, pending: dict[int, np.ndarray], start: int, stop: int) -> list[Tensor]:
+        """Append tokens to the rows between `start` and `stop`.
+
+        Returns:
+            The hidden states of the last tokens, [n, d] for each portion of the rows.
+        """
+        hidden = []
+        while start < stop:
+            width = max(len(pending[env]) for env in self.envs_by_row[start:stop])
+            envs = self.envs_by_row[start : min(stop, start + max(1, _MAX_PREFILL_TOKENS // width))]
+            input_ids = np.full((len(envs), width), self.engine.pad_id, dtype=np.int64)
+            for row, env in enumerate(envs):
+                input_ids[row, : len(pending[env])] = pending[env]
+            positions = self.lengths[envs][:, None] + np.arange(width)
+            widths = np.array([len(pending[env]) for env in envs])
+            states = self._forward(input_ids, positions, start)
+            hidden.append(states[self._tensor(np.arange(len(envs))), self._tensor(widths - 1)])
+            self.lengths[envs] += widths
+            self.stats.computed_tokens += int(widths.sum())
+            start += len(envs)
+        return hidden
 
     def _sample(self, envs: np.ndarray, hidden: Tensor) -> None:
         """Draw a token for each of these running episodes, and set those aside whose action it ends."""

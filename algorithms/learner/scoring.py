@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from algorithms.learner import ops
 from algorithms.learner.collate import micro_batches, predicting_positions
-from algorithms.learner.models import Critic, backbone_hidden, lm_logits
+from algorithms.learner.models import Critic, autocast, backbone_hidden, lm_logits
 from algorithms.learner.types import Batch, Tokens
 
 
@@ -27,7 +27,7 @@ class Scorer:
     Attributes:
         vocab_size: V; logits beyond it are cut off before any softmax.
         temperature: Logits are divided by it.
-        precision: Of the computation: "float32", or "bfloat16" under autocast.
+        precision: Of the computation, see `models.autocast`.
         micro_batch_tokens: Tokens, padding included, that go through a backbone at once.
         chunk_tokens: Model-written tokens that go through an LM head at once.
     """
@@ -57,17 +57,17 @@ class Scorer:
 
     def values_at(self, critic: Critic, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """[n] float32, of the states at the given positions; carries gradient."""
-        with self._autocast(micro):
+        with autocast(micro.input_ids.device, self.precision):
             return critic.values(micro.input_ids, micro.attention_mask, rows, columns).float()
 
     def hidden(self, network: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """[n, d], the backbone's output at the given positions."""
-        with self._autocast(micro):
+        with autocast(micro.input_ids.device, self.precision):
             return backbone_hidden(network, micro.input_ids, micro.attention_mask)[rows, columns]
 
     def logits(self, network: PreTrainedModel, hidden: Tensor) -> Tensor:
         """[n, V] float32 from [n, d], temperature applied."""
-        with self._autocast(hidden):
+        with autocast(hidden.device, self.precision):
             logits = lm_logits(network, hidden, self.vocab_size)
         return logits if self.temperature == 1 else logits / self.temperature
 
@@ -85,10 +85,6 @@ class Scorer:
             whole_rows = torch.tensor(picked, device=rows.device)[rows]
             result[whole_rows, columns + 1] = compute(micro, rows, columns).to(result.dtype)
         return result
-
-    def _autocast(self, like: Tensor | Batch) -> torch.autocast:
-        device = (like if isinstance(like, Tensor) else like.input_ids).device
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Tensor) -> Tokens:
