@@ -371,6 +371,20 @@ def test_an_episode_without_room_is_cut_off():
     assert any(len(trajectory.turns) == 1 and trajectory.truncated for trajectory in trajectories)
 
 
+def test_room_is_counted_to_the_token():
+    """Actions are one end-of-text token each; then either nothing fits behind the hint, or exactly one token does."""
+    model, tokenizer = make_policy("whole", eos_bias=50.0), make_tokenizer("whole")
+    (full,), _ = make_engine(model=model, max_tokens=512, env_settings={"max_turns": 2}).rollout([0], seed=(0,))
+    hint = full.turns[0].observation_ids
+    assert tokenizer.decode(hint).startswith("\nMy previous action is invalid.")
+    used = len(full.prompt_ids) + 1 + len(hint)
+    (tight,), _ = make_engine(model=model, max_tokens=used).rollout([0], seed=(0,))
+    assert [len(turn.observation_ids) for turn in tight.turns] == [0]
+    (roomy,), _ = make_engine(model=model, max_tokens=used + 1).rollout([0], seed=(0,))
+    assert [len(turn.observation_ids) for turn in roomy.turns] == [len(hint), 0]
+    assert (tight.num_tokens, roomy.num_tokens) == (len(full.prompt_ids) + 1, used + 1)
+
+
 def test_a_prompt_without_room_is_refused():
     with pytest.raises(ConfigurationError, match=r"question 't7' has \d+ tokens.*max_tokens, which is 5"):
         make_engine(max_tokens=5).rollout([7], seed=(0,))
