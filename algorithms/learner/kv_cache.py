@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.models import backbone_hidden, logit_width
@@ -28,8 +28,8 @@ class EpisodeCache(Cache):
     """
 
     def __init__(self, num_rows: int) -> None:
-        self._stored: list[_Layer] = []
-        super().__init__(layers=self._stored)  # type: ignore[arg-type]
+        self._layers: list[_Layer] = []
+        super().__init__(layers=self._layers)  # type: ignore[arg-type]
         self.num_rows = num_rows
         self.rows = slice(0, num_rows)
         self.columns = torch.zeros(0, dtype=torch.long)
@@ -70,56 +70,45 @@ class EpisodeCache(Cache):
             length: Columns in use; the rest is not moved.
         """
         to, source = torch.cat((these, those)), torch.cat((those, these))
-        for layer in self._stored:
+        for layer in self._layers:
             for stored in (layer.keys, layer.values):
                 stored[to, :, :length] = stored[source, :, :length]
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the attention of each layer; see `Cache.update`."""
-        while len(self._stored) <= layer_idx:
-            self._stored.append(_Layer(self))
-        return self._stored[layer_idx].update(key_states, value_states)
+        if layer_idx == len(self._layers):
+            self._layers.append(_Layer(self.num_rows, key_states, value_states))
+        return self._layers[layer_idx].update(self, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns in use."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns in use, and the first of them."""
+        return self.length, 0
 
 
-class _Layer(CacheLayerMixin):
+class _Layer:
     """One layer's keys and values, each [R, heads, capacity, head_dim]."""
 
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, cache: EpisodeCache) -> None:
-        super().__init__()
-        self.cache = cache
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def __init__(self, num_rows: int, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, because a masked column still takes part with weight 0, and 0 * NaN is NaN.
         self.keys, self.values = (
-            states.new_zeros(self.cache.num_rows, states.shape[1], _FIRST_CAPACITY, states.shape[3])
+            states.new_zeros(num_rows, states.shape[1], _FIRST_CAPACITY, states.shape[3])
             for states in (key_states, value_states)
         )
-        self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length = self.cache.length
-        if length > self.keys.shape[2]:
-            self.keys, self.values = (_grow(stored, length) for stored in (self.keys, self.values))
-        columns = self.cache.columns[:, None, :, None]
+    def update(self, cache: EpisodeCache, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write at the columns that the cache names, and return the rows as far as they are in use."""
+        if cache.length > self.keys.shape[2]:
+            self.keys, self.values = (_grow(stored, cache.length) for stored in (self.keys, self.values))
+        columns = cache.columns[:, None, :, None]
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            stored[self.cache.rows].scatter_(2, columns.expand_as(states), states)
-        return self.keys[self.cache.rows, :, :length], self.values[self.cache.rows, :, :length]
-
-    def get_seq_length(self) -> int:
-        return self.cache.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.length, 0
-
-    def get_max_length(self) -> int:
-        return -1
+            stored[cache.rows].scatter_(2, columns.expand_as(states), states)
+        return self.keys[cache.rows, :, : cache.length], self.values[cache.rows, :, : cache.length]
 
 
 def _grow(stored: Tensor, length: int) -> Tensor:
