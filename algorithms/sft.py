@@ -1,7 +1,8 @@
 """Supervised fine-tuning on the teacher's own trajectories, which is sequence-level distillation.
 
 Paper: Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947 (SeqKD).
-Sampled: by the teacher, once, before training; only trajectories with the right answer are kept.
+Sampled: by the teacher, once, before training; only trajectories with the right answer are kept, unless configured
+    otherwise.
 Needed: nothing beyond them.
 Credit: every token that the teacher wrote, equally; prompt and passages are context only.
 Loss: cross-entropy, -log q(y_t).
@@ -27,7 +28,11 @@ class SFTConfig(AlgorithmConfig):
     """Settings of `SFT`; the defaults are those measured on the bundled tiny world.
 
     Attributes:
-        num_demonstrations: Correct trajectories to collect from the teacher.
+        num_demonstrations: Trajectories to collect from the teacher.
+        max_questions_per_demonstration: The teacher is asked at most this many times `num_demonstrations` training
+            questions; with what it got right on them, training goes on.
+        correct_only: Keep correct trajectories only; False: all with an answer and no malformed turn (DGPO's ablation
+            "all TGO").
         epochs: Passes over all of them.
         hand_over_exact_match: Stop as soon as exact match on the development questions reaches this; None: never.
     """
@@ -37,12 +42,15 @@ class SFTConfig(AlgorithmConfig):
         default_factory=lambda: OptimizerConfig(learning_rate=3e-3, schedule="cosine", betas=(0.9, 0.999))
     )
     num_demonstrations: int = 200
+    max_questions_per_demonstration: int = 4
+    correct_only: bool = True
     epochs: int = 25
     hand_over_exact_match: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "at least 1", lambda value: value >= 1, "num_demonstrations", "epochs")
+        counts = ("num_demonstrations", "max_questions_per_demonstration", "epochs")
+        check_settings(self, "at least 1", lambda value: value >= 1, *counts)
         if self.num_epochs != 1:
             raise ConfigurationError(
                 f"num_epochs must be 1 where batches are drawn from stored trajectories, got {self.num_epochs}; "
@@ -55,7 +63,7 @@ class SFTConfig(AlgorithmConfig):
 
 @ALGORITHMS.register("sft", SFTConfig)
 class SFT(Algorithm):
-    """Cross-entropy on correct trajectories of the teacher."""
+    """Cross-entropy on trajectories of the teacher."""
 
     trains_on = "teacher"
     config: SFTConfig

@@ -1,28 +1,54 @@
-"""The teacher's correct trajectories: collected once, kept on disk, reused by every run that would collect the same."""
+"""The teacher's trajectories to imitate: collected once, kept on disk, reused by every run that would collect them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.progress import track
+
 from agentic_rag_env.datasets.base import QuestionSet
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import DataError
 from algorithms.learner import seeding
 from algorithms.learner.rollout import RolloutEngine
 from algorithms.learner.trajectories import read_trajectories, write_trajectories
 from algorithms.learner.types import Trajectory
 
-_FORMAT = 1
+_FORMAT = 2
+
+
+@dataclass
+class Demonstrations:
+    """What came of asking the teacher.
+
+    Attributes:
+        trajectories: Those to train on, in the order of asking; possibly fewer than wanted, or none.
+        num_wanted: Trajectories asked for.
+        num_asked: Training questions that the teacher was asked.
+        num_sampled_tokens: Tokens that it wrote on all of them.
+    """
+
+    trajectories: list[Trajectory]
+    num_wanted: int
+    num_asked: int
+    num_sampled_tokens: int
+
+    def counts(self) -> dict[str, int]:
+        """The numbers for the summary."""
+        return {"wanted": self.num_wanted, "found": len(self.trajectories), "asked": self.num_asked}
 
 
 def cache_key(settings: dict[str, Any], teacher_folder: str, dataset: QuestionSet) -> str:
     """A digest of everything that decides which trajectories are collected.
 
     Args:
-        settings: Of environment, retriever, reward, rollout and seed, as plain values.
+        settings: Of environment, retriever, reward, rollout, collecting and seed, as plain values.
         teacher_folder: Its weight files are read; a hub id counts by its name.
         dataset: Its questions are read.
     """
@@ -38,49 +64,68 @@ def cache_key(settings: dict[str, Any], teacher_folder: str, dataset: QuestionSe
     return digest.hexdigest()[:32]
 
 
-def collect(engine: RolloutEngine, count: int, *, seed: int) -> Iterator[Trajectory]:
-    """Let the teacher answer training questions until enough trajectories are right.
-
-    A trajectory counts if its answer matches exactly and no turn was malformed. Every question is asked once; the first
-    `count` right ones in the order of asking are yielded.
+def collect(
+    engine: RolloutEngine, count: int, *, max_questions: int, correct_only: bool = True, seed: int
+) -> Demonstrations:
+    """Let the teacher answer training questions, each at most once, until enough trajectories are worth imitating.
 
     Args:
         engine: Plays the teacher in the training environments.
         count: Trajectories wanted.
+        max_questions: Most questions to ask; where they do not bring enough, there are fewer trajectories.
+        correct_only: See `is_demonstration`.
         seed: Of the order of questions and of the teacher's draws.
-
-    Raises:
-        ConfigurationError: The teacher is right too seldom.
     """
-    order = seeding.rng(seed, "demonstrations").permutation(len(engine.envs.dataset))
-    num_found = num_asked = 0
-    while num_found < count:
-        questions = order[num_asked : num_asked + engine.envs.num_envs]
-        if not len(questions):
-            raise ConfigurationError(
-                f"The teacher was right on {num_found} of {num_asked} training questions, and {count} demonstrations "
-                "are wanted. Ask for fewer (num_demonstrations), give more training questions, or choose a teacher "
-                "that knows the task."
-            )
-        trajectories, _ = engine.rollout(questions, seed=(seed, num_asked), source="teacher")
-        num_asked += len(questions)
-        for trajectory in filter(is_demonstration, trajectories):
-            if num_found < count:
-                num_found += 1
-                yield trajectory
+    order = seeding.rng(seed, "demonstrations").permutation(len(engine.envs.dataset))[:max_questions]
+    result = Demonstrations([], count, 0, 0)
+    size = engine.envs.num_envs
+    quiet = not sys.stdout.isatty()
+    for start in track(range(0, len(order), size), "demonstrations", transient=True, disable=quiet):
+        trajectories, stats = engine.rollout(order[start : start + size], seed=(seed, start), source="teacher")
+        result.num_asked += len(trajectories)
+        result.num_sampled_tokens += stats.sampled_tokens
+        result.trajectories += [each for each in trajectories if is_demonstration(each, correct_only)]
+        if len(result.trajectories) >= count:
+            break
+    del result.trajectories[count:]
+    return result
 
 
-def is_demonstration(trajectory: Trajectory) -> bool:
-    """Whether a trajectory is worth imitating: the right answer, and no malformed turn on the way."""
+def is_demonstration(trajectory: Trajectory, correct_only: bool = True) -> bool:
+    """Whether a trajectory is worth imitating: answered, and no malformed turn on the way.
+
+    Args:
+        trajectory: The teacher's.
+        correct_only: The answer must also match exactly.
+    """
     return (
-        trajectory.correct
-        and trajectory.terminated
+        trajectory.terminated
+        and (trajectory.correct or not correct_only)
         and all(turn.info["action"] != "malformed" for turn in trajectory.turns)
     )
 
 
-def cached(path: Path, make: Callable[[], list[Trajectory]], tokenizer: Any) -> list[Trajectory]:
-    """The trajectories of a file, made and written first if it is not there."""
-    if not path.exists():
-        write_trajectories(path, make(), tokenizer)
-    return read_trajectories(path)
+def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> Demonstrations:
+    """What a file holds, made and written first if it is not there.
+
+    Args:
+        path: Ends in `.jsonl.gz`. The counts stand beside it in a `.json` file, which is written last.
+        make: Collects.
+        tokenizer: For the text in the file.
+
+    Raises:
+        DataError: The files are damaged; the message says what to delete.
+    """
+    counts = path.with_name(path.name.removesuffix(".jsonl.gz") + ".json")
+    if not counts.exists():
+        made = make()
+        write_trajectories(path, made.trajectories, tokenizer)
+        partial = counts.with_name(f".{counts.name}.{os.getpid()}.partial")
+        numbers = {name: value for name, value in vars(made).items() if name != "trajectories"}
+        partial.write_text(json.dumps(numbers), encoding="utf-8")
+        partial.replace(counts)
+    try:
+        numbers = json.loads(counts.read_text(encoding="utf-8"))
+        return Demonstrations(read_trajectories(path), **numbers)
+    except (json.JSONDecodeError, TypeError, FileNotFoundError) as error:
+        raise DataError(f"{counts} and {path.name} beside it are no pair ({error}); delete both.") from error

@@ -2,16 +2,89 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 from scipy import stats
+from transformers import PreTrainedModel
 
 from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.learner.parts import Networks
+from algorithms.learner.schemas import EvaluationConfig
+from algorithms.learner.trajectories import write_trajectories
 from algorithms.learner.types import Trajectory
 
 RESAMPLES = 2000
+
+
+@dataclass
+class Evaluated:
+    """A model on the questions of an evaluation.
+
+    Attributes:
+        name: What it is called in tables and files.
+        teacher_in_memory: Whether a teacher network existed at the time, beside or as the model measured.
+        trajectories: By temperature.
+        figures: `measure` by temperature.
+    """
+
+    name: str
+    teacher_in_memory: bool
+    trajectories: dict[float, list[Trajectory]] = field(default_factory=dict)
+    figures: dict[float, dict[str, Any]] = field(default_factory=dict)
+
+    def by_mode(self) -> dict[str, dict[str, Any]]:
+        """The figures by name of the mode of decoding, as `summary.json` holds them."""
+        return {mode_name(temperature): figures for temperature, figures in self.figures.items()}
+
+
+def evaluate_model(
+    name: str,
+    model: PreTrainedModel,
+    networks: Networks,
+    envs: AgenticRAGVectorEnv,
+    config: EvaluationConfig,
+    folder: Path,
+    split: str = "test",
+) -> Evaluated:
+    """Play the first questions of a dataset in every mode of decoding, and keep all transcripts.
+
+    Args:
+        name: Of the model.
+        model: Who plays.
+        networks: Makes the rollout engine.
+        envs: Where.
+        config: How many questions, and the modes.
+        folder: Where the transcripts go, to `<split>-<name>-<mode>.jsonl.gz`.
+        split: What part of the dataset the questions are.
+    """
+    count = min(config.num_questions or len(envs.dataset), len(envs.dataset))
+    result = Evaluated(name, networks.teacher_in_memory())
+    for temperature in config.temperatures:
+        mode = mode_name(temperature)
+        engine = networks.engine(model, envs, temperature=temperature)
+        with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+            task = bar.add_task(f"evaluating {name}, {mode}", total=count)
+            trajectories, _ = engine.rollout(
+                range(count),
+                seed=(config.seed, 1),
+                progress=lambda finished, _, task=task: bar.update(task, completed=finished),  # type: ignore[misc]
+            )
+        result.trajectories[temperature] = trajectories
+        result.figures[temperature] = measure(trajectories, envs.dataset, config.seed)
+        write_trajectories(folder / f"{split}-{name}-{mode}.jsonl.gz", trajectories, networks.tokenizer)
+    return result
+
+
+def mode_name(temperature: float) -> str:
+    """What a mode of decoding is called: `greedy`, or `T=` and the temperature."""
+    return "greedy" if temperature == 0 else f"T={temperature:g}"
 
 
 def measure(trajectories: Sequence[Trajectory], dataset: QuestionSet, seed: int = 0) -> dict[str, Any]:
@@ -23,8 +96,8 @@ def measure(trajectories: Sequence[Trajectory], dataset: QuestionSet, seed: int 
         seed: Of the bootstrap.
 
     Returns:
-        `all` and one entry per group, each with n, exact_match, exact_match_interval (95 %, bootstrap over questions), f1,
-        num_searches, malformed_fraction (of turns), answered_fraction and tokens, all means over episodes.
+        `all` and one entry per group, each with n, exact_match, exact_match_interval (95 %, bootstrap over questions),
+        f1, num_searches, malformed_fraction (of turns), answered_fraction and tokens, all means over episodes.
     """
     groups: dict[str, list[Trajectory]] = {"all": list(trajectories)}
     for trajectory, question in zip(trajectories, dataset, strict=False):
@@ -71,7 +144,8 @@ def gain(
     """Gain in exact match on the same questions, and its 95 % interval over questions (paired bootstrap).
 
     Args:
-        after, before: Trajectories of the same questions in the same order.
+        after: Trajectories of the better model, or so one hopes.
+        before: Of the other one, on the same questions in the same order.
         seed: Of the resampling.
     """
     difference = np.array([float(a.correct) - float(b.correct) for a, b in zip(after, before, strict=True)])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.progress import track
 
-from agentic_rag_env.errors import RetrieverError
+from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from algorithms.learner import demonstrations, seeding
 from algorithms.learner.algorithm import Algorithm
-from algorithms.learner.parts import Environments, Networks, resolve_model
+from algorithms.learner.demonstrations import Demonstrations
+from algorithms.learner.parts import Environments, Networks, resolve_model, stage_name
 from algorithms.learner.schemas import RunConfig
 from algorithms.learner.types import RolloutStats, Trajectory
 
@@ -23,26 +25,33 @@ class Sources:
     Args:
         config: The run's.
         networks, environments: Who plays, and where.
-        stages: The algorithms of the run; the most demonstrations that any of them wants are collected at once.
+        stages: The algorithms of the run.
 
     Attributes:
-        demonstrations: The teacher's, empty if no algorithm trains on them.
+        demonstrations: Of the teacher, for each algorithm that trains on them.
         demonstrations_s: Seconds that collecting or reading them took.
+
+    Raises:
+        ConfigurationError: There are none for the last algorithm. Another one is skipped in that case, with a warning.
     """
 
     def __init__(
         self, config: RunConfig, networks: Networks, environments: Environments, stages: Sequence[Algorithm]
     ) -> None:
         self._config, self._networks, self._environments = config, networks, environments
-        wanted = [stage.config.num_demonstrations for stage in stages if stage.trains_on == "teacher"]
         started = time.perf_counter()
-        self.demonstrations = self._demonstrate(max(wanted)) if wanted else []
+        self.demonstrations = {
+            stage: self._demonstrate(stage.config) for stage in stages if stage.trains_on == "teacher"
+        }
         self.demonstrations_s = time.perf_counter() - started
+        for stage, found in self.demonstrations.items():
+            if len(found.trajectories) < found.num_wanted:
+                _report_shortage(stages, stages.index(stage), found)
 
     def demonstrated(self, algorithm: Algorithm, stage: int, step: int) -> list[Trajectory]:
         """A batch of the step-th training step from passes over the demonstrations, each in an order of its own."""
         size = algorithm.config.batch_size
-        stored = self.demonstrations[: algorithm.config.num_demonstrations]
+        stored = self.demonstrations[algorithm].trajectories
         epoch, batch = divmod(step, -(-len(stored) // size))
         order = seeding.rng(self._config.seed, stage, "demonstrations", epoch).permutation(len(stored))
         return [stored[row] for row in order[batch * size :][:size]]
@@ -68,19 +77,48 @@ class Sources:
             )
         return trajectories, stats
 
-    def _demonstrate(self, count: int) -> list[Trajectory]:
+    def _demonstrate(self, wanted: Any) -> Demonstrations:
+        """What an algorithm's settings ask for."""
         config, envs = self._config, self._environments.envs("train")
         settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "seed", "num_envs")}
-        settings |= {"rollout": vars(config.rollout), "count": count}
-        key = demonstrations.cache_key(settings, resolve_model(str(config.model.teacher)), envs.dataset)
+        settings["rollout"] = vars(config.rollout)
+        asking = {
+            "count": wanted.num_demonstrations,
+            "max_questions": wanted.num_demonstrations * wanted.max_questions_per_demonstration,
+            "correct_only": wanted.correct_only,
+        }
+        key = demonstrations.cache_key({**settings, **asking}, resolve_model(str(config.model.teacher)), envs.dataset)
         path = Path(config.cache_dir).expanduser() / "demonstrations" / f"{key}.jsonl.gz"
 
-        def make() -> list[Trajectory]:
+        def make() -> Demonstrations:
             engine = self._networks.engine(self._networks.teacher(), envs)
-            rounds = demonstrations.collect(engine, count, seed=config.seed)
-            return list(track(rounds, "demonstrations", total=count, transient=True))
+            return demonstrations.collect(engine, **asking, seed=config.seed)
 
         return demonstrations.cached(path, make, self._networks.tokenizer)
+
+
+def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrations) -> None:
+    """Warn that an algorithm has fewer demonstrations than wanted.
+
+    Raises:
+        ConfigurationError: It has none, and nothing comes after it.
+    """
+    settings, count = stages[index].config, len(found.trajectories)
+    place = "algo" + ".warm_start" * (len(stages) - 1 - index)
+    name = stage_name(stages[index])
+    kept = "right" if settings.correct_only else "answered without a malformed turn"
+    message = f"the teacher's trajectories were {kept} on {count} of {found.num_asked} training questions"
+    message += f", and {found.num_wanted} demonstrations are wanted (num_demonstrations)"
+    remedy = f"ask more questions ({place}.max_questions_per_demonstration, now "
+    remedy += f"{settings.max_questions_per_demonstration}), or choose a teacher that knows the task"
+    if settings.correct_only:
+        remedy += f", or keep wrong answers too ({place}.correct_only=false)"
+    if count:
+        warnings.warn(f"{name}: {message}; training goes on with {count}. To have more, {remedy}.", stacklevel=3)
+    elif index < len(stages) - 1:
+        warnings.warn(f"{name} is SKIPPED: {message}. To have it, {remedy}.", stacklevel=3)
+    else:
+        raise ConfigurationError(f"{name} has nothing to train on: {message}. To have some, {remedy}.")
 
 
 def draw_questions(seed: int, stage: int, start: int, count: int, num_questions: int) -> list[int]:

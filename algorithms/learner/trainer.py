@@ -85,9 +85,9 @@ class Trainer:
         self.sources = Sources(config, self.networks, self.environments, self.stages)
 
     def num_steps(self, stage: Algorithm) -> int:
-        """Training steps of a stage, if it is not ended early."""
-        wanted = getattr(stage.config, "num_demonstrations", 0)
-        return stage.num_steps(min(wanted, len(self.sources.demonstrations)))
+        """Training steps of a stage, if it is not ended early; 0 if it has nothing to train on."""
+        stored = self.sources.demonstrations.get(stage)
+        return stage.num_steps(len(stored.trajectories) if stored else 0)
 
     def checkpoint_path(self, step: int) -> Path:
         """Folder of a checkpoint."""
@@ -108,6 +108,8 @@ class Trainer:
 
     def _train_stage(self, algorithm: Algorithm, logger: RunLogger) -> None:
         total = self.num_steps(algorithm)
+        if total == 0:
+            return
         learner = self._make_learner(algorithm, total)
         if self._resume_from is not None:
             saved = checkpoint.load(self._resume_from, policy=self.networks.policy, critic=learner.critic)
