@@ -18,6 +18,7 @@ _ENDINGS = {
     "work": "iad ody esta ora elia umen ine oth".split(),
     "country": "ia land istan avia".split(),
     "river": "ell ava isk onde".split(),
+    "nickname": "y ie oo ette".split(),
 }
 _ACCENTED = str.maketrans({"a": "á", "e": "ë", "i": "ï", "o": "ö", "u": "ü", "s": "š", "l": "ł", "n": "ñ"})
 _OTHER_SCRIPTS = {
@@ -53,7 +54,7 @@ def _make_pools() -> dict[str, tuple[str, ...]]:
     pools["instrument"] = tuple("violin piano flute drum harp cello oboe guitar horn banjo organ lute".split())
     pools["product"] = tuple("tea lamps boots paper clocks honey tiles rope soap maps glass bikes".split())
     pools["genre"] = tuple("satire romance mystery fantasy western drama horror poetry".split())
-    pools["nickname"] = tuple(_invent("city", 24, taken))
+    pools["nickname"] = tuple(_invent("nickname", 24, taken))
     return pools
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -50,6 +51,8 @@ class BM25Retriever:
         words = self._tokenize([passage.contents for passage in self._corpus])
         if not any(words):
             raise ConfigurationError(f"retriever 'bm25' found no words in the {len(words)} passages of the corpus.")
+        # The library switches its own debug messages on, which any program with a root handler would print.
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._index = bm25s.BM25(k1=config.k1, b=config.b)
         self._index.index(words, show_progress=False)
 
