@@ -13,8 +13,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from agentic_rag_env.errors import ConfigurationError, DataError
+from algorithms.learner.models import no_progress_bars
 
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state.pt"
@@ -95,7 +94,7 @@ def save(
     unfinished = root / f"{step:06d}{_UNFINISHED}"
     try:
         unfinished.mkdir()
-        with _no_progress_bars():
+        with no_progress_bars():
             policy.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
         torch.save(state, unfinished / TRAINING_STATE)
@@ -142,7 +141,7 @@ def load(path: str | os.PathLike[str], *, policy: PreTrainedModel, critic: nn.Mo
     if (state["critic"] is None) != (critic is None):
         saved, given = ("without a", "one was given") if critic is not None else ("with a", "none was given")
         raise DataError(f"Checkpoint {path} was saved {saved} critic and {given}; resume with the same algorithm.")
-    with _no_progress_bars():
+    with no_progress_bars():
         saved_policy = type(policy).from_pretrained(path, dtype=policy.dtype, local_files_only=True)
     try:
         policy.load_state_dict(saved_policy.state_dict())
@@ -217,18 +216,6 @@ def _clean_up(root: Path) -> None:
     _put_back(root)
     for leftover in root.glob(f"*{_UNFINISHED}"):
         shutil.rmtree(leftover)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing over the progress line of the run."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 def _require_plain(value: Any, where: str) -> None:

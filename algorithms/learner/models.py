@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -17,8 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging as hf_logging
 
 from agentic_rag_env.errors import ConfigurationError
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -58,15 +63,32 @@ def load_model(
         ConfigurationError: The folder is no model, the hub id cannot be loaded, or the model's family cannot be
             trained here (see `check_lm_head`).
     """
+    _require_config(path)
+    model = _load(AutoModelForCausalLM.from_pretrained, path, dtype=dtype).to(device).eval()
+    check_lm_head(model)
+    return model
+
+
+def declared_vocab_size(path: str | Path) -> int:
+    """Width of a model's logits as its configuration has it, without loading weights.
+
+    Args:
+        path: A folder or a hub id.
+
+    Raises:
+        ConfigurationError: It is no model, or can't be loaded.
+    """
+    _require_config(path)
+    return _load(AutoConfig.from_pretrained, path).get_text_config().vocab_size
+
+
+def _require_config(path: str | Path) -> None:
     if (folder := _as_folder(path)) and not (folder / "config.json").is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
         raise ConfigurationError(
             f"{str(path)!r} is no Hugging Face model: config.json is missing (found: {found or 'nothing'}). Give a "
             "folder written by save_pretrained, such as checkpoints/<step> of a run, or a hub id."
         )
-    model = _load(AutoModelForCausalLM.from_pretrained, path, dtype=dtype).to(device).eval()
-    check_lm_head(model)
-    return model
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -80,7 +102,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: Network) -> Network:
     """Take a network out of training: evaluation mode, no gradients. Returns the same network."""
     return model.eval().requires_grad_(False)
 
@@ -123,8 +145,8 @@ def shared_vocab_size(
             raise ConfigurationError(
                 f"The two tokenizers ({sizes[0]} and {sizes[1]} ids, logits of {' and '.join(map(str, widths))}) "
                 f"differ from id {token_id} on: {mine!r} for the policy, {theirs!r} for the other model. Their "
-                "probabilities cannot be compared token by token. Choose two models of one family, or an algorithm "
-                "that reads no second model's probabilities, such as sft."
+                "probabilities cannot be compared token by token. Choose two models of one family, or train "
+                "without a teacher: model.teacher=null."
             )
     return min(widths) if sizes[0] == sizes[1] else shared
 
@@ -241,6 +263,18 @@ class Critic(nn.Module):
             return self.head(hidden.float()).squeeze(-1)
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars of its own between the lines of a run."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
 def _as_folder(path: str | Path) -> Path | None:
     """The path as a folder if it is meant as one; None for a hub id, which is `name` or `owner/name`."""
     folder = Path(path).expanduser()
@@ -252,7 +286,8 @@ def _as_folder(path: str | Path) -> Path | None:
 def _load(loader: Callable[..., Any], path: str | Path, **settings: Any) -> Any:
     folder = _as_folder(path)
     try:
-        return loader(str(folder or path), **settings)
+        with no_progress_bars():
+            return loader(str(folder or path), **settings)
     except (OSError, ValueError, ImportError) as error:
         hint = (
             "The files there are incomplete or of an unknown kind."

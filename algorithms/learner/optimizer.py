@@ -67,8 +67,9 @@ class Optimizer:
         if not torch.isfinite(loss) or not torch.isfinite(norm):
             raise FloatingPointError(
                 f"Training step {step + 1}: the loss of the {self.name} is {float(loss)} and the norm of its gradient"
-                f" {float(norm)}. The weights are those before this step; resume from the last checkpoint with a lower"
-                f" learning rate (now {self.learning_rate(step):.3g}), a longer warm-up, or precision=float32."
+                f" {float(norm)}. Nothing was changed by this step. Begin again, from the last checkpoint if you like"
+                f" (model.policy=<run dir>/checkpoints/<step>), with a lower learning rate (now"
+                f" {self.learning_rate(step):.3g}), a longer warm-up, or precision=float32."
             )
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate(step)

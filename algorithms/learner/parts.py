@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import gc
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,19 @@ from gymnasium.vector import AutoresetMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.datasets.base import QuestionSet
-from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
+from agentic_rag_env.errors import ConfigurationError, UnknownNameError
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, did_you_mean
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets import ASSETS
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
-from algorithms.learner.models import freeze, load_model, load_tokenizer, logit_width, shared_vocab_size
+from algorithms.learner.models import (
+    declared_vocab_size,
+    freeze,
+    load_model,
+    load_tokenizer,
+    logit_width,
+    shared_vocab_size,
+)
 from algorithms.learner.rollout import RolloutEngine
 from algorithms.learner.schemas import RunConfig
 
@@ -93,6 +102,9 @@ class Networks:
     Args:
         config: The run's.
 
+    Raises:
+        ConfigurationError: A model is missing or broken, or the teacher's vocabulary is not the policy's.
+
     Attributes:
         device: Where they live: the first GPU if there is one.
         tokenizer: The policy's.
@@ -105,15 +117,15 @@ class Networks:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(resolve_model(config.model.policy))
         self.policy = load_model(resolve_model(config.model.policy), device=self.device)
-        self.vocab_size = logit_width(self.policy)
+        self.vocab_size = self._shared_vocab_size()
         self._teacher: PreTrainedModel | None = None
-        self._teacher_ever: weakref.ref[PreTrainedModel] | None = None
+        self._teachers: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
     def teacher(self) -> PreTrainedModel:
         """The frozen teacher, loaded if it is not in memory; bfloat16 on a GPU.
 
         Raises:
-            ConfigurationError: No teacher is configured, or its vocabulary is not the policy's.
+            ConfigurationError: No teacher is configured, or it can't be loaded.
         """
         if self._teacher is None:
             if self._config.model.teacher is None:
@@ -121,10 +133,16 @@ class Networks:
             path = resolve_model(self._config.model.teacher)
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
             self._teacher = freeze(load_model(path, device=self.device, dtype=dtype))
-            self._teacher_ever = weakref.ref(self._teacher)
-            widths = (logit_width(self.policy), logit_width(self._teacher))
-            self.vocab_size = shared_vocab_size(self.tokenizer, load_tokenizer(path), *widths)
+            self._teachers.add(self._teacher)
         return self._teacher
+
+    def _shared_vocab_size(self) -> int:
+        # The same whether or not this process ever loads the teacher: with demonstrations at hand it may not.
+        if self._config.model.teacher is None:
+            return logit_width(self.policy)
+        path = resolve_model(self._config.model.teacher)
+        widths = (logit_width(self.policy), declared_vocab_size(path))
+        return shared_vocab_size(self.tokenizer, load_tokenizer(path), *widths)
 
     def release_teacher(self) -> None:
         """Take the teacher out of memory."""
@@ -135,7 +153,7 @@ class Networks:
 
     def teacher_in_memory(self) -> bool:
         """Whether any teacher that was ever loaded still exists, whoever holds it."""
-        return self._teacher_ever is not None and self._teacher_ever() is not None
+        return len(self._teachers) > 0
 
     def engine(
         self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float | None = None
@@ -150,9 +168,17 @@ class Networks:
 
 
 def resolve_model(name: str) -> str:
-    """The folder of a bundled model; any other name as it is."""
-    bundled = ASSETS / name
-    return str(bundled) if "/" not in name and (bundled / "config.json").is_file() else name
+    """The folder of a bundled model; any other name as it is.
+
+    Raises:
+        UnknownNameError: The name is almost that of a bundled model.
+    """
+    bundled = sorted(file.parent.name for file in ASSETS.glob("*/config.json"))
+    if name in bundled:
+        return str(ASSETS / name)
+    if difflib.get_close_matches(name, bundled, cutoff=0.8) and not Path(name).exists():
+        raise UnknownNameError(f"There is no bundled model {name!r}.{did_you_mean(name, bundled)}")
+    return name
 
 
 def _with_nested(spec: Any) -> Any:

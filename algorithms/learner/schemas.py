@@ -14,11 +14,13 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import agentic_rag_env
 import algorithms
-from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, Registry
-from algorithms.learner.algorithm import ALGORITHMS
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, Registry, did_you_mean
+from algorithms.learner.algorithm import ALGORITHMS, check_settings
 from algorithms.learner.learner import LearnerConfig
 from algorithms.learner.rollout import RolloutConfig
 
@@ -54,6 +56,14 @@ class EvaluationConfig:
     num_dev_questions: int = 96
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_settings(self, "at least 1, or null for all", lambda value: value is None or value >= 1, "num_questions")
+        check_settings(
+            self, "one or more numbers of at least 0", lambda value: value and min(value) >= 0, "temperatures"
+        )
+        check_settings(self, "at least 0", lambda value: value >= 0, "every", "seed")
+        check_settings(self, "at least 1", lambda value: value >= 1, "num_dev_questions")
+
 
 @dataclass
 class RunConfig:
@@ -86,17 +96,47 @@ class RunConfig:
     checkpoint_every: int = 25
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        check_settings(self, "in [0, 2**32)", lambda value: 0 <= value < 2**32, "seed")
+        check_settings(self, "at least 1", lambda value: value >= 1, "num_envs", "checkpoint_every")
+        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "max_retriever_error_fraction")
+        check_settings(self, "at least 1, or null", lambda value: value is None or value >= 1, "threads")
+
 
 def run_config(composed: DictConfig) -> RunConfig:
     """A composed configuration as typed settings; the parts with a registry stay mappings with a `name`.
 
     Raises:
-        ConfigurationError: A value can't work.
+        ConfigurationError: A value can't work, is missing or unknown.
     """
-    settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    assert isinstance(settings, dict)
-    typed = {"model": ModelConfig, "learner": LearnerConfig, "rollout": RolloutConfig, "evaluation": EvaluationConfig}
-    return RunConfig(**{name: typed[name](**value) if name in typed else value for name, value in settings.items()})
+    try:
+        settings: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigurationError(f"{error.full_key} has no default and must be set: {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    sections = {
+        "model": ModelConfig,
+        "learner": LearnerConfig,
+        "rollout": RolloutConfig,
+        "evaluation": EvaluationConfig,
+    }
+    _check_names(RunConfig, "", settings)
+    for name, section in sections.items():
+        _check_names(section, f"{name}.", settings[name])
+        settings[name] = section(**settings[name])
+    return RunConfig(**settings)
+
+
+def _check_names(section: type, prefix: str, settings: dict[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(section)]
+    for given in settings:
+        if given not in known:
+            raise ConfigurationError(f"There is no setting {prefix}{given}.{did_you_mean(given, known)}")
+    if missing := [f"{prefix}{name}" for name in known if name not in settings]:
+        raise ConfigurationError(
+            f"The configuration lacks {', '.join(missing)}; it was cut off, or is of another version."
+        )
 
 
 def import_zoo() -> None:
@@ -114,6 +154,11 @@ def register_schemas() -> None:
     """
     assert agentic_rag_env.__name__
     import_zoo()
+    # For the place of a run in conf/config.yaml, which depends on whether it is resumed.
+    OmegaConf.register_new_resolver(
+        "first_given", lambda first, second: second if first is None else first, replace=True
+    )
+    OmegaConf.register_new_resolver("unless_given", lambda given, value: value if given is None else None, replace=True)
     store = ConfigStore.instance()
     store.store("run_schema", RunConfig)
     store.store("model", ModelConfig, group="schema/model")
