@@ -76,7 +76,7 @@ def collect(
         correct_only: See `is_demonstration`.
         seed: Of the order of questions and of the teacher's draws.
     """
-    order = seeding.rng(seed, "demonstrations").permutation(len(engine.envs.dataset))[:max_questions]
+    order = seeding.rng(seed, "demonstrations").permutation(len(engine.envs.dataset))[:max_questions].tolist()
     result = Demonstrations([], count, 0, 0)
     size = engine.envs.num_envs
     quiet = not sys.stdout.isatty()

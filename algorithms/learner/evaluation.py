@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner.parts import Networks
-from algorithms.learner.schemas import EvaluationConfig
+from algorithms.learner.schemas import ScoringConfig
 from algorithms.learner.trajectories import write_trajectories
 from algorithms.learner.types import Trajectory
 
@@ -49,7 +49,7 @@ def evaluate_model(
     model: PreTrainedModel,
     networks: Networks,
     envs: AgenticRAGVectorEnv,
-    config: EvaluationConfig,
+    config: ScoringConfig,
     folder: Path,
     split: str = "test",
 ) -> Evaluated:

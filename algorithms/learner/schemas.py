@@ -39,21 +39,17 @@ class ModelConfig:
 
 
 @dataclass
-class EvaluationConfig:
-    """What is measured, and when.
+class ScoringConfig:
+    """How a model is measured.
 
     Attributes:
-        num_questions: Test questions at the end; None takes all of them.
-        temperatures: Modes of decoding at the end; 0 is greedy.
-        every: Training steps between checks on the dev split; 0 for none.
-        num_dev_questions: Questions of such a check.
+        num_questions: The first so many questions of the split; None takes all of them.
+        temperatures: Modes of decoding; 0 is greedy.
         seed: Of the sampled modes and of the bootstrap.
     """
 
-    num_questions: int | None = 600
+    num_questions: int | None = None
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    every: int = 20
-    num_dev_questions: int = 96
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,7 +57,26 @@ class EvaluationConfig:
         check_settings(
             self, "one or more numbers of at least 0", lambda value: value and min(value) >= 0, "temperatures"
         )
-        check_settings(self, "at least 0", lambda value: value >= 0, "every", "seed")
+        check_settings(self, "at least 0", lambda value: value >= 0, "seed")
+
+
+@dataclass
+class EvaluationConfig(ScoringConfig):
+    """What a run measures at its end, and on the way.
+
+    Attributes:
+        num_questions: Test questions at the end; None takes all of them.
+        every: Training steps between checks on the dev split; 0 for none.
+        num_dev_questions: Questions of such a check.
+    """
+
+    num_questions: int | None = 600
+    every: int = 20
+    num_dev_questions: int = 96
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, "at least 0", lambda value: value >= 0, "every")
         check_settings(self, "at least 1", lambda value: value >= 1, "num_dev_questions")
 
 
@@ -103,18 +118,76 @@ class RunConfig:
         check_settings(self, "at least 1, or null", lambda value: value is None or value >= 1, "threads")
 
 
+@dataclass
+class EvaluateConfig:
+    """Settings of `algorithms.evaluate`.
+
+    `env`, `dataset`, `retriever`, `reward` and `rollout` are those of the run that the checkpoint comes from, else the
+    defaults of a run. A single setting changes one of them (`env.max_turns=2`), a name replaces all (`dataset=jsonl`).
+
+    Attributes:
+        checkpoint: A run directory, a Hugging Face folder, a bundled name or a hub id.
+        num_envs: Episodes played at once.
+        max_retriever_error_fraction: Share of the episodes that a failed search may end; past it the evaluation stops.
+        threads: CPU threads; None leaves PyTorch's choice.
+    """
+
+    checkpoint: str = MISSING
+    env: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    retriever: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = field(default_factory=dict)
+    rollout: dict[str, Any] = field(default_factory=dict)
+    evaluation: ScoringConfig = field(default_factory=ScoringConfig)
+    num_envs: int = 96
+    max_retriever_error_fraction: float = 0.2
+    threads: int | None = None
+
+
+#: The parts of a run where nothing else is said, as in conf/config.yaml.
+_DEFAULT_PARTS = {"env": "agentic_rag", "dataset": "tiny", "retriever": "bm25", "reward": "exact_match"}
+
+
+def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> RunConfig:
+    """The settings of an evaluation, in the form of a run's.
+
+    Args:
+        given: From the command line, shaped like `EvaluateConfig`; "???" stands for what is missing.
+        model: Folder or hub id of the model.
+        of_run: Settings of the run that it comes from; empty if there is none.
+
+    Raises:
+        ConfigurationError: A value can't work, is missing or unknown.
+    """
+    registries = {registry.group: registry for registry in (ENVS, DATASETS, RETRIEVERS, REWARDS)}
+    schemas: dict[str, Any] = {"rollout": RolloutConfig}
+    specs = {"rollout": {**of_run.get("rollout", {}), **given["rollout"]}}
+    for group, default in _DEFAULT_PARTS.items():
+        chosen = given[group]
+        specs[group] = chosen if "name" in chosen else {**of_run.get(group, {"name": default}), **chosen}
+        schemas[group] = named_config(registries[group], specs[group]["name"])
+    try:
+        typed = OmegaConf.merge({group: OmegaConf.structured(schema) for group, schema in schemas.items()}, specs)
+        parts = _plain(typed)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    return RunConfig(
+        algo=None,
+        model=ModelConfig(policy=model, teacher=None),
+        rollout=RolloutConfig(**parts.pop("rollout")),
+        evaluation=EvaluationConfig(**given["evaluation"]),
+        **{name: given[name] for name in ("num_envs", "max_retriever_error_fraction", "threads")},
+        **parts,
+    )
+
+
 def run_config(composed: DictConfig) -> RunConfig:
     """A composed configuration as typed settings; the parts with a registry stay mappings with a `name`.
 
     Raises:
         ConfigurationError: A value can't work, is missing or unknown.
     """
-    try:
-        settings: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigurationError(f"{error.full_key} has no default and must be set: {error.full_key}=...") from error
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
+    settings = _plain(composed)
     sections = {
         "model": ModelConfig,
         "learner": LearnerConfig,
@@ -126,6 +199,17 @@ def run_config(composed: DictConfig) -> RunConfig:
         _check_names(section, f"{name}.", settings[name])
         settings[name] = section(**settings[name])
     return RunConfig(**settings)
+
+
+def _plain(composed: Any) -> dict[str, Any]:
+    """A configuration as plain data, if nothing in it is missing."""
+    try:
+        settings: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigurationError(f"{error.full_key} has no default and must be set: {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    return settings
 
 
 def _check_names(section: type, prefix: str, settings: dict[str, Any]) -> None:
@@ -161,6 +245,10 @@ def register_schemas() -> None:
     OmegaConf.register_new_resolver("unless_given", lambda given, value: value if given is None else None, replace=True)
     store = ConfigStore.instance()
     store.store("run_schema", RunConfig)
+    evaluate_schema = OmegaConf.structured(EvaluateConfig)
+    for group in ("rollout", *_DEFAULT_PARTS):
+        OmegaConf.set_struct(evaluate_schema[group], False)  # single settings of what the checkpoint brings
+    store.store("evaluate_schema", evaluate_schema)
     store.store("model", ModelConfig, group="schema/model")
     registries: tuple[Registry, ...] = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
     for registry in registries:

@@ -103,7 +103,8 @@ def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrati
     Raises:
         ConfigurationError: It has none, and nothing comes after it.
     """
-    settings, count = stages[index].config, len(found.trajectories)
+    settings: Any = stages[index].config
+    count = len(found.trajectories)
     place = "algo" + ".warm_start" * (len(stages) - 1 - index)
     name = stage_name(stages[index])
     kept = "right" if settings.correct_only else "answered without a malformed turn"

@@ -1,0 +1,117 @@
+"""Score a checkpoint: `python -m algorithms.evaluate checkpoint=<run directory | Hugging Face folder | hub id>`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner import checkpoint, evaluation, report
+from algorithms.learner.cli import CONFIG_FILE, clear_errors
+from algorithms.learner.parts import Environments, Networks, resolve_model
+from algorithms.learner.schemas import RunConfig, evaluate_config, register_schemas
+
+register_schemas()
+
+
+@dataclass
+class Found:
+    """Where a checkpoint is, and the settings that it was trained with.
+
+    Attributes:
+        model: Folder in Hugging Face format, bundled name or hub id.
+        settings: Of the run that it comes from; empty if it comes from none.
+    """
+
+    model: str
+    settings: dict[str, Any]
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+def main(config: DictConfig) -> None:
+    """Entry point; Hydra composes the configuration."""
+    with clear_errors():
+        given: Any = OmegaConf.to_container(config, resolve=True)
+        found = find(given.pop("checkpoint"))
+        evaluate(evaluate_config(given, found.model, found.settings), Path(HydraConfig.get().runtime.output_dir))
+
+
+def find(name: str | None) -> Found:
+    """The model behind a name, and the run that it comes from.
+
+    Args:
+        name: A run directory, which stands for its newest complete checkpoint; a folder in Hugging Face format, be it
+            `checkpoints/<step>` of a run; a bundled name; or a hub id.
+
+    Raises:
+        ConfigurationError: The name is missing, or a folder or file that is none of these.
+    """
+    if not name or name == "???":
+        raise ConfigurationError("checkpoint=... is missing; give a run directory, a Hugging Face folder or a hub id.")
+    path = Path(name).expanduser()
+    if (path / CONFIG_FILE).is_file():
+        newest = checkpoint.latest(path)
+        if newest is None:
+            raise ConfigurationError(f"The run {name} has no complete checkpoint yet, under {path / 'checkpoints'}.")
+        return Found(str(newest), _saved_settings(path))
+    if path.exists() and not (path / "config.json").is_file():
+        listed = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "a file"
+        raise ConfigurationError(
+            f"checkpoint={name} is neither a run directory ({CONFIG_FILE} is missing) nor a Hugging Face model "
+            f"(config.json is missing); found: {listed or 'nothing'}. Give the folder that a run printed, a folder "
+            "written by save_pretrained, or a hub id."
+        )
+    run_dir = path.absolute().parent.parent
+    of_run = path.exists() and path.absolute().parent.name == "checkpoints" and (run_dir / CONFIG_FILE).is_file()
+    return Found(resolve_model(name), _saved_settings(run_dir) if of_run else {})
+
+
+def _saved_settings(run_dir: Path) -> dict[str, Any]:
+    settings: Any = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE), resolve=True)
+    return settings
+
+
+def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
+    """Let a model play a split in every mode of decoding; no teacher is ever loaded.
+
+    Args:
+        config: The settings; `model.policy` is the model, `dataset.split` what it plays.
+        output_dir: Where `summary.json` and `trajectories/` go.
+
+    Returns:
+        The summary, as `summary.json` holds it.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    started = time.perf_counter()
+    networks = Networks(config)
+    split = config.dataset["split"]
+    envs = Environments(config, networks.tokenizer).envs(split)
+    folder = output_dir / "trajectories"
+    result = evaluation.evaluate_model("checkpoint", networks.policy, networks, envs, config.evaluation, folder, split)
+    summary = {
+        "checkpoint": config.model.policy,
+        "split": split,
+        "evaluation": {result.name: result.by_mode()},
+        "teacher_in_memory_during_policy_evaluation": result.teacher_in_memory,
+        "costs": {"evaluation_s": round(time.perf_counter() - started, 3)},
+        "config": asdict(config),
+        **report.provenance(networks.device),
+    }
+    report.write_summary(output_dir, summary)
+    terminal = report.console()
+    terminal.print(report.results_table([result]))
+    report.show_episode(terminal, config.model.policy, next(iter(result.trajectories.values())), networks.tokenizer)
+    terminal.print(f"written to {output_dir}", soft_wrap=True)
+    return summary
+
+
+if __name__ == "__main__":
+    main()
