@@ -49,7 +49,8 @@ def _make_pools() -> dict[str, tuple[str, ...]]:
     sizes = {"person": 128, "city": 64, "company": 64, "work": 48, "country": 16, "river": 16}
     pools = {kind: tuple(_invent(kind, size, taken)) for kind, size in sizes.items()}
     pools["profession"] = tuple(
-        "baker pilot nurse tailor farmer judge painter smith miner sailor tutor chemist barber weaver clerk gardener".split()
+        "baker pilot nurse tailor farmer judge painter smith "
+        "miner sailor tutor chemist barber weaver clerk gardener".split()
     )
     pools["instrument"] = tuple("violin piano flute drum harp cello oboe guitar horn banjo organ lute".split())
     pools["product"] = tuple("tea lamps boots paper clocks honey tiles rope soap maps glass bikes".split())

@@ -1,7 +1,7 @@
 """Make the bundled tiny models from nothing: `python -m algorithms.assets.pretrain teacher` (or `student`).
 
-The teacher learns scripted search traces and reading; the student learns reading, copying and pieces of syntax, but never
-sees a question followed by an action. Every world is drawn anew and used once. See MODEL_CARD.md for what came out.
+The teacher learns scripted search traces and reading; the student learns reading, copying and pieces of syntax, but
+never sees a question followed by an action. Every world is drawn anew and used once. See MODEL_CARD.md for what came out.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,7 +192,7 @@ def pretrain(recipe: Recipe, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def _schedule(steps: int):  # noqa: ANN202
+def _schedule(steps: int) -> Callable[[int], float]:
     return lambda step: min(1.0, (step + 1) / WARMUP_STEPS) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 

@@ -1,8 +1,8 @@
 """The tokenizer of the bundled models: one token per word of the tiny world, bytes for everything else.
 
-Qwen2's tokenizer with the 256 bytes as its vocabulary and no merges. Every word of the tiny world, with the blank before
-it, and every tag and fixed phrase of the protocol is an added token; any other text falls back to its UTF-8 bytes. It is
-Qwen2's because `AutoTokenizer` loads nothing else for a Qwen2 model, whatever class the folder names.
+Qwen2's tokenizer with the 256 bytes as its vocabulary and no merges. Every word of the tiny world, with the blank
+before it, and every tag and fixed phrase of the protocol is an added token; any other text falls back to its UTF-8
+bytes. It is Qwen2's because `AutoTokenizer` loads nothing else for a Qwen2 model, whatever class the folder names.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def build_tokenizer() -> Qwen2Tokenizer:
     """Make the tokenizer; the same one on every machine."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     splitter = pre_tokenizers.Split(Regex(_WORDS), "isolated")
-    words = {piece for text in world_texts() for piece, _ in splitter.pre_tokenize_str(text)}
-    words = sorted(word for word in words if len(word.encode()) > 1)
+    pieces = {piece for text in world_texts() for piece, _ in splitter.pre_tokenize_str(text)}
+    words = sorted(piece for piece in pieces if len(piece.encode()) > 1)
     tokenizer = Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate([PAD, EOS, *alphabet])},
         merges=[],
-        unk_token=None,
+        unk_token=None,  # type: ignore[arg-type]  # nothing is unknown
         eos_token=EOS,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,

@@ -39,7 +39,9 @@ class _Trace:
     done: bool = False
 
 
-def search_traces(world: World, num_questions: int, rng: np.random.Generator, draw: random.Random) -> Iterator[Document]:
+def search_traces(
+    world: World, num_questions: int, rng: np.random.Generator, draw: random.Random
+) -> Iterator[Document]:
     """Whole episodes of an expert who looks up one relation after the other and then answers.
 
     One query in ten names the entity alone; where that misses the fact, the expert says so and searches again.
@@ -93,7 +95,11 @@ def reading_exercises(world: World, count: int, draw: random.Random) -> Iterator
         for keyword, entity in draw.choices(chosen, k=draw.randint(2, 6)):
             phrase = draw.choice(RELATIONS[keyword].phrases).format(s=entity)
             statement = draw.choice((f" {keyword} of {entity} is", f" {phrase} is", f"What is {phrase}?"))
-            document += [(statement, CONTEXT_WEIGHT), (f" {world.facts[keyword][entity]}", 1.0), (".\n", CONTEXT_WEIGHT)]
+            document += [
+                (statement, CONTEXT_WEIGHT),
+                (f" {world.facts[keyword][entity]}", 1.0),
+                (".\n", CONTEXT_WEIGHT),
+            ]
         yield document
 
 
@@ -138,7 +144,9 @@ class _Facts:
 
     def __init__(self, world: World) -> None:
         by_id = {passage.id: passage for passage in world.corpus}
-        self.passages = {fact: by_id[passage_id] for fact, passage_id in world.passage_ids.items() if fact[0] != "called"}
+        self.passages = {
+            fact: by_id[passage_id] for fact, passage_id in world.passage_ids.items() if fact[0] != "called"
+        }
         self.all = list(self.passages)
         self.about: dict[str, list[tuple[str, str]]] = {}
         for keyword, subject in self.all:

@@ -8,12 +8,12 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from agentic_rag_env.errors import DataError
-from agentic_rag_env.types import Passage
+from agentic_rag_env.types import Passage, StepInfo
 from algorithms.learner.types import Trajectory, Turn
 
 
@@ -99,10 +99,10 @@ def _from_json(row: dict[str, Any]) -> Trajectory:
                 action_ids=np.array(turn["action_ids"], dtype=np.int64),
                 action_logprobs=np.array(turn["action_logprobs"], dtype=np.float32),
                 observation_ids=np.array(turn["observation_ids"], dtype=np.int64),
-                info={
-                    **turn["info"],
-                    "passages": tuple(Passage(**passage) for passage in turn["info"]["passages"]),
-                },
+                info=cast(
+                    "StepInfo",
+                    turn["info"] | {"passages": tuple(Passage(**passage) for passage in turn["info"]["passages"])},
+                ),
             )
             for turn in row["turns"]
         ],
