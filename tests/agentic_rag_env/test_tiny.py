@@ -1,7 +1,8 @@
-"""The tiny world is what its documentation says: consistent, fresh for every split, and only to be solved by searching."""
+"""The tiny world is what its docstring says: consistent, fresh for every split, and solved by searching only."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 
@@ -155,7 +156,7 @@ def test_every_chain_fits_together():
     for hops, chains in CHAINS.items():
         for chain in chains:
             assert len(chain) == hops
-            for first, second in zip(chain, chain[1:], strict=False):
+            for first, second in itertools.pairwise(chain):
                 assert RELATIONS[first].value == RELATIONS[second].subject
 
 
