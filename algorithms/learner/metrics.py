@@ -78,14 +78,6 @@ class RunLogger:
         self._tensorboard.add_text(name, block, step)
         self._tensorboard.flush()
 
-    def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Put the settings and the final metrics of the run into TensorBoard's hyperparameter table."""
-        for summary in hparams(_flatten(config), {name: float(value) for name, value in metrics.items()}):
-            self._tensorboard._get_file_writer().add_summary(summary)
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, float(value))
-        self._tensorboard.flush()
-
     def message(self, text: str) -> None:
         """Print something for the person who watches, without tearing the progress line."""
         self._progress.message(printable(text))
@@ -101,6 +93,24 @@ class RunLogger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def write_results(
+    run_dir: str | os.PathLike[str], config: Mapping[str, Any], metrics: Mapping[str, float], step: int
+) -> None:
+    """Put the final metrics of a run into TensorBoard, and with its settings into the table of hyperparameters.
+
+    Args:
+        run_dir: The run directory.
+        config: Settings, nested.
+        metrics: Full names (`eval/tiny/exact_match`) to numbers.
+        step: Training steps done.
+    """
+    with SummaryWriter(str(Path(run_dir) / "tb")) as writer:
+        for summary in hparams(_flatten(config), {name: float(value) for name, value in metrics.items()}):
+            writer._get_file_writer().add_summary(summary)
+        for name, value in metrics.items():
+            writer.add_scalar(name, float(value), step)
 
 
 def printable(text: str) -> str:

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from algorithms.learner import evaluation
 from algorithms.learner.evaluation import Evaluated, mode_name
-from algorithms.learner.metrics import printable
+from algorithms.learner.metrics import printable, write_results
 from algorithms.learner.models import load_model
 from algorithms.learner.parts import resolve_model, stage_name
 from algorithms.learner.trainer import Trainer
@@ -55,8 +54,10 @@ def finish(trainer: Trainer) -> dict[str, Any]:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`."""
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
+    """Write `summary.json`, whole or not at all."""
+    partial = folder / "summary.json.partial"
+    partial.write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
+    partial.replace(folder / "summary.json")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def _version(package: str) -> str | None:
 
 
 def _log(trainer: Trainer, summary: Mapping[str, Any]) -> None:
-    """Put the final figures into TensorBoard."""
+    """Put the final figures and the settings into TensorBoard."""
     final = summary["stages"][-1]["name"]
     step = trainer.position.stage_starts[-1]
     with_groups = {
@@ -196,9 +197,7 @@ def _log(trainer: Trainer, summary: Mapping[str, Any]) -> None:
         for mode, groups in summary["evaluation"][final].items()
         for group, figures in groups.items()
     }
-    with SummaryWriter(str(trainer.run_dir / "tb")) as writer:
-        for name, value in with_groups.items():
-            writer.add_scalar(name, value, step)
+    write_results(trainer.run_dir, asdict(trainer.config), with_groups, step)
 
 
 def _show(terminal: Console, trainer: Trainer, evaluated: Sequence[Evaluated], summary: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import checkpoint, evaluation, seeding
 from algorithms.learner.algorithm import Algorithm
 from algorithms.learner.collate import collate
@@ -78,11 +79,25 @@ class Trainer:
         self.stages = build_stages(config.algo)
         self.networks = Networks(config)
         self.environments = Environments(config, self.networks.tokenizer)
+        self._refuse_what_fails_late()
         self.position = Position()
         self._resume_from = checkpoint.latest(run_dir)
         if any(need.startswith("teacher") for stage in self.stages for need in stage.needs):
             self.networks.teacher()
         self.sources = Sources(config, self.networks, self.environments, self.stages)
+
+    def _refuse_what_fails_late(self) -> None:
+        """Meet now the mistakes in settings and files that would otherwise end a run after hours."""
+        if not self.config.evaluation.every:
+            for stage in self.stages:
+                if getattr(stage.config, "hand_over_exact_match", None) is not None:
+                    raise ConfigurationError(
+                        f"hand_over_exact_match of {stage_name(stage)} looks at the checks on the dev split, and "
+                        "evaluation.every=0 switches them off; give the number of steps between them."
+                    )
+        for split in ("train", "dev", "test"):
+            self.environments.dataset(split)
+        self.networks.engine(self.networks.policy, self.environments.envs("train"))
 
     def num_steps(self, stage: Algorithm) -> int:
         """Training steps of a stage, if it is not ended early; 0 if it has nothing to train on."""
@@ -99,6 +114,8 @@ class Trainer:
         if self._resume_from is not None:
             self.position = Position(**checkpoint.read_trainer_state(self._resume_from))
         with RunLogger(self.run_dir, total, start_step=self.position.step) as logger:
+            stages = ", then ".join(f"{stage_name(stage)} ({self.num_steps(stage)} steps)" for stage in self.stages)
+            logger.message(f"training: {stages}; written to {self.run_dir}")
             if self._resume_from is not None:
                 logger.message(f"resuming after step {self.position.step} of {total}")
             while self.position.stage < len(self.stages):

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agentic_rag_env.errors import DataError
 from algorithms.learner import metrics
-from algorithms.learner.metrics import RunLogger, printable
+from algorithms.learner.metrics import RunLogger, printable, write_results
 
 
 class Terminal(io.StringIO):
@@ -93,14 +93,13 @@ def test_transcripts_are_shown_word_for_word(tmp_path):
 
 def test_hyperparameters_accept_any_configuration(tmp_path):
     config = {"algo": {"name": "dgpo", "kl_coef": 0.1, "betas": (0.9, 0.99)}, "resume": None, "path": "\udc80"}
-    with open_logger(tmp_path) as logger:
-        logger.hparams(config, {"eval/tiny/exact_match": 0.5})
+    write_results(tmp_path, config, {"eval/tiny/exact_match": 0.5}, step=7)
     content = events(tmp_path)
     assert "_hparams_/session_start_info" in content.summary_metadata
     start = content.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     for expected in (b"algo.kl_coef", b"(0.9, 0.99)", b"dgpo", b"\\udc80"):
         assert expected in start
-    assert [event.value for event in content.Scalars("eval/tiny/exact_match")] == [0.5]
+    assert [(event.step, event.value) for event in content.Scalars("eval/tiny/exact_match")] == [(7, 0.5)]
 
 
 def test_a_log_file_gets_plain_lines_now_and_then(tmp_path, monkeypatch):
