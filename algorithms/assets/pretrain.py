@@ -1,7 +1,7 @@
 """Make the bundled tiny models from nothing: `python -m algorithms.assets.pretrain teacher` (or `student`).
 
 The teacher learns scripted search traces and reading; the student learns reading, copying and pieces of syntax, but
-never sees a question followed by an action. Every world is drawn anew and used once. See MODEL_CARD.md for what came out.
+never sees a question followed by an action. Every world is drawn anew and used once. MODEL_CARD.md tells what came out.
 """
 
 from __future__ import annotations
