@@ -97,7 +97,8 @@ def measure(trajectories: Sequence[Trajectory], dataset: QuestionSet, seed: int 
 
     Returns:
         `all` and one entry per group, each with n, exact_match, exact_match_interval (95 %, bootstrap over questions),
-        f1, num_searches, malformed_fraction (of turns), answered_fraction and tokens, all means over episodes.
+        f1, num_searches, malformed_fraction (of turns), answered_fraction and tokens, all means over episodes, and
+        retriever_errors, the number of episodes that a failed search ended.
     """
     groups: dict[str, list[Trajectory]] = {"all": list(trajectories)}
     for trajectory, question in zip(trajectories, dataset, strict=False):
@@ -120,6 +121,7 @@ def _figures(trajectories: Sequence[Trajectory], seed: int) -> dict[str, Any]:
         "malformed_fraction": actions.count("malformed") / len(actions),
         "answered_fraction": float(np.mean([trajectory.terminated for trajectory in trajectories])),
         "tokens": float(np.mean([trajectory.num_action_tokens for trajectory in trajectories])),
+        "retriever_errors": sum(info["error"] is not None for info in last),
     }
 
 
@@ -138,9 +140,7 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def gain(
-    after: Sequence[Trajectory], before: Sequence[Trajectory], seed: int = 0
-) -> tuple[float, tuple[float, float]]:
+def gain(after: Sequence[Trajectory], before: Sequence[Trajectory], seed: int = 0) -> tuple[float, tuple[float, float]]:
     """Gain in exact match on the same questions, and its 95 % interval over questions (paired bootstrap).
 
     Args:

@@ -163,7 +163,13 @@ class Networks:
         if temperature is not None:
             rollout = dataclasses.replace(rollout, temperature=temperature)
         return RolloutEngine(
-            model, self.tokenizer, envs, rollout, vocab_size=self.vocab_size, precision=self._config.learner.precision
+            model,
+            self.tokenizer,
+            envs,
+            rollout,
+            vocab_size=self.vocab_size,
+            precision=self._config.learner.precision,
+            max_retriever_error_fraction=self._config.max_retriever_error_fraction,
         )
 
 

@@ -139,6 +139,7 @@ def _summary(trainer: Trainer, evaluated: Sequence[Evaluated]) -> dict[str, Any]
     config = trainer.config
     demonstrations = {stage_name(stage): found for stage, found in trainer.sources.demonstrations.items()}
     costs = {name: round(cost, 3) for name, cost in sorted(trainer.position.costs.items())}
+    costs["demonstrations_s"] = round(trainer.sources.demonstrations_s, 3)
     costs["teacher_sampled_tokens"] = sum(found.num_sampled_tokens for found in demonstrations.values())
     return {
         "algo": stage_name(trainer.stages[-1]),

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.types import StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
 from algorithms.learner.codec import encode_plain, encode_prompts
@@ -46,6 +46,7 @@ class RolloutEngine:
         config: How to write.
         vocab_size: Only ids below it are sampled, and probabilities are normalized over them; None: all.
         precision: Of the computation, see `models.autocast`.
+        max_retriever_error_fraction: Share of a rollout's episodes that a failed search may end.
 
     Raises:
         ConfigurationError: The environments reset themselves, the model's context is too short, or the model's family
@@ -60,6 +61,7 @@ class RolloutEngine:
         config: RolloutConfig,
         vocab_size: int | None = None,
         precision: str = "float32",
+        max_retriever_error_fraction: float = 1.0,
     ) -> None:
         if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.DISABLED:
             raise ConfigurationError(
@@ -74,6 +76,7 @@ class RolloutEngine:
         self.envs = envs
         self.config = config
         self.precision = precision
+        self.max_retriever_error_fraction = max_retriever_error_fraction
         self.vocab_size = vocab_size or logit_width(model)
         self.action_end = ActionEnd(model, tokenizer, self.vocab_size)
         self.pad_id = pad_id(tokenizer)
@@ -102,6 +105,7 @@ class RolloutEngine:
 
         Raises:
             ConfigurationError: A prompt leaves no room for an action within `max_tokens`.
+            RetrieverError: Too many searches fail.
         """
         was_training = self.model.training
         self.model.eval()
@@ -233,8 +237,19 @@ class _Rollout:
         )
         self.episodes[env].turns.append(turn)
         self.stats.sampled_tokens += int(count)
-        self.stats.retriever_errors += info["error"] is not None
+        if info["error"] is not None:
+            self._count_failed_search(info["error"])
         return turn
+
+    def _count_failed_search(self, message: str) -> None:
+        self.stats.retriever_errors += 1
+        failed, asked = self.stats.retriever_errors, len(self.questions)
+        allowed = self.engine.max_retriever_error_fraction
+        if failed > allowed * asked:
+            raise RetrieverError(
+                f"{failed} of {asked} episodes ended in a failed search, more than max_retriever_error_fraction="
+                f"{allowed} allows; the last one: {message}"
+            )
 
     def _finish(self, env: int, info: StepInfo, terminated: bool) -> None:
         episode = self.episodes.pop(env)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from agentic_rag_env.errors import ConfigurationError, RetrieverError
+from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import demonstrations, seeding
 from algorithms.learner.algorithm import Algorithm
 from algorithms.learner.demonstrations import Demonstrations
@@ -60,22 +60,13 @@ class Sources:
         """Fresh rollouts of the policy on training questions, as many as a batch holds.
 
         Raises:
-            RetrieverError: More episodes than the configured share ended in a failed search.
+            RetrieverError: More episodes than the configured share end in a failed search.
         """
         envs = self._environments.envs("train")
         size = algorithm.config.batch_size
         questions = draw_questions(self._config.seed, stage, step * size, size, len(envs.dataset))
         engine = self._networks.engine(self._networks.policy, envs)
-        trajectories, stats = engine.rollout(questions, seed=(self._config.seed, stage, step))
-        allowed = self._config.max_retriever_error_fraction
-        if stats.retriever_errors > allowed * len(trajectories):
-            messages = [trajectory.turns[-1].info["error"] for trajectory in trajectories]
-            raise RetrieverError(
-                f"{stats.retriever_errors} of {len(trajectories)} episodes ended in a failed search, more than "
-                f"max_retriever_error_fraction={allowed} allows; the last one: {[m for m in messages if m][-1]} "
-                "Checkpoints are intact: mend the retriever and go on with resume=<run dir>."
-            )
-        return trajectories, stats
+        return engine.rollout(questions, seed=(self._config.seed, stage, step))
 
     def _demonstrate(self, wanted: Any) -> Demonstrations:
         """What an algorithm's settings ask for."""
