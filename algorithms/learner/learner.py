@@ -49,7 +49,7 @@ class LearnerConfig:
     """
 
     precision: str = "auto"
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: int = 4096
     chunk_tokens: int = 1024
     gradient_checkpointing: bool = False
     critic: str = "separate"

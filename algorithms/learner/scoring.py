@@ -35,7 +35,7 @@ class Scorer:
     vocab_size: int
     temperature: float = 1.0
     precision: str = "float32"
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: int = 4096
     chunk_tokens: int = 1024
 
     @torch.no_grad()
