@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
     Args:
         run_dir: Named as the one to resume, if it holds checkpoints.
     """
+    shown_before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         yield
     except KeyboardInterrupt as error:
@@ -42,6 +44,12 @@ def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
             raise CompactHydraException(message) from error
         _print_message(message, run_dir)
         raise SystemExit(1) from error
+    finally:
+        warnings.formatwarning = shown_before
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *_: Any) -> str:
+    return f"{category.__name__.removeprefix('User')}: {message}\n"
 
 
 def _print_message(message: str, run_dir: Path | None) -> None:

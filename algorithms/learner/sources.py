@@ -78,14 +78,17 @@ class Sources:
             "max_questions": wanted.num_demonstrations * wanted.max_questions_per_demonstration,
             "correct_only": wanted.correct_only,
         }
-        key = demonstrations.cache_key({**settings, **asking}, resolve_model(str(config.model.teacher)), envs.dataset)
+        networks = self._networks
+        settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
+        teacher = resolve_model(str(config.model.teacher))
+        key = demonstrations.cache_key(settings, teacher, networks.tokenizer, envs.dataset)
         path = Path(config.cache_dir).expanduser() / "demonstrations" / f"{key}.jsonl.gz"
 
         def make() -> Demonstrations:
-            engine = self._networks.engine(self._networks.teacher(), envs)
+            engine = networks.engine(networks.teacher(), envs)
             return demonstrations.collect(engine, **asking, seed=config.seed)
 
-        return demonstrations.cached(path, make, self._networks.tokenizer)
+        return demonstrations.cached(path, make, networks.tokenizer)
 
 
 def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrations) -> None:

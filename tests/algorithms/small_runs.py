@@ -58,11 +58,16 @@ class Run:
         return load_file(self.path / "checkpoints" / f"{step:06d}" / "model.safetensors")
 
     def transcripts(self) -> dict[str, str]:
-        return {file.name: gzip.decompress(file.read_bytes()).decode() for file in (self.path / "trajectories").iterdir()}
+        files = (self.path / "trajectories").iterdir()
+        return {file.name: gzip.decompress(file.read_bytes()).decode() for file in files}
 
     def scalars(self) -> dict[str, list[tuple[int, float]]]:
+        """What TensorBoard shows; the final figures once, however often a finished run was measured."""
         events = EventAccumulator(str(self.path / "tb")).Reload()
-        return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+        shown = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+        return {
+            name: list(dict(points).items()) if name.startswith("eval/") else points for name, points in shown.items()
+        }
 
     def costs_without_times(self) -> dict[str, float]:
         return {name: cost for name, cost in self.summary["costs"].items() if not name.endswith("_s")}
