@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pretrain(RECIPES[arguments.model], arguments.out or ASSETS / arguments.model)
+    pretrain(RECIPES[arguments.model], arguments.out or ASSETS / f"tiny-{arguments.model}")
 
 
 if __name__ == "__main__":
