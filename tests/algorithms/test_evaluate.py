@@ -1,0 +1,193 @@
+"""Scoring a checkpoint: what is found behind its name, whose settings count, and what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from small_runs import DGPO_STEPS, KD_STEPS, TINY, Run
+
+from agentic_rag_env.errors import RetrieverError
+from algorithms import evaluate
+from algorithms.assets import ASSETS
+from algorithms.learner import parts
+from algorithms.learner.parts import Environments, Networks
+from algorithms.learner.schemas import EvaluateConfig, evaluate_config
+from algorithms.learner.trajectories import read_trajectories
+
+STEPS = KD_STEPS + DGPO_STEPS
+#: The small runs' world, for checkpoints that bring no settings.
+SMALL = [each for each in TINY if each.partition(".")[0] in ("threads=1", "num_envs=16", "dataset", "rollout", "env")]
+FEW = ["threads=1", "num_envs=16", "evaluation.num_questions=6", "evaluation.temperatures=[0]"]
+
+
+@pytest.fixture
+def scored(tmp_path, capsys):
+    """`python -m algorithms.evaluate ...` without a new process, into a directory of its own."""
+
+    def score(*overrides: str) -> Run:
+        path = tmp_path / f"scored-{len(list(tmp_path.glob('scored-*')))}"
+        code: int | str | None = 0
+        try:
+            with patch.object(sys, "argv", ["evaluate", *overrides, f"hydra.run.dir={path}"]):
+                evaluate.main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return Run(path, code, out, err)
+
+    return score
+
+
+def test_a_run_directory_scores_as_the_run_did(dgpo_run, scored, monkeypatch):
+    loaded = []
+    load_model = parts.load_model
+    monkeypatch.setattr(parts, "load_model", lambda path, **options: loaded.append(path) or load_model(path, **options))
+
+    score = scored(f"checkpoint={dgpo_run.path}", "evaluation.num_questions=32", "threads=1", "num_envs=16")
+
+    assert score.code == 0, score.err
+    newest = str(dgpo_run.path / "checkpoints" / f"{STEPS:06d}")
+    assert loaded == [newest], "the policy alone is loaded, never the teacher"
+    assert score.summary["checkpoint"] == newest
+    assert score.summary["evaluation"] == {"checkpoint": dgpo_run.summary["evaluation"]["dgpo"]}
+    assert score.summary["teacher_in_memory_during_policy_evaluation"] is False
+    assert score.summary["config"]["dataset"] == dgpo_run.summary["config"]["dataset"] | {"split": "test"}
+    for part in ("env", "retriever", "reward", "rollout"):
+        assert score.summary["config"][part] == dgpo_run.summary["config"][part], part
+    for mode in ("greedy", "T=1"):
+        theirs = dgpo_run.transcripts()[f"test-dgpo-{mode}.jsonl.gz"]
+        assert score.transcripts()[f"test-checkpoint-{mode}.jsonl.gz"] == theirs
+
+
+def test_the_table_shows_every_mode_with_all_figures(dgpo_run, scored):
+    score = scored(f"checkpoint={dgpo_run.path}", *FEW[:3])
+    figures = score.summary["evaluation"]["checkpoint"]["T=1"]["all"]
+    assert figures["n"] == 6
+    low, high = figures["exact_match_interval"]
+    assert low <= figures["exact_match"] <= high
+    for shown in ("greedy", "T=1", "F1", "searches", "malformed", f"{figures['num_searches']:.2f}"):
+        assert shown in score.out
+    assert "exact match on 6 questions" in score.out
+    assert str(score.path) in score.out
+
+
+def test_all_questions_of_the_test_split_unless_told_otherwise(dgpo_run, scored):
+    whole = scored(f"checkpoint={dgpo_run.path}", "evaluation.temperatures=[0]")
+    assert whole.summary["split"] == "test"
+    assert whole.summary["evaluation"]["checkpoint"]["greedy"]["all"]["n"] == 60
+    assert len(read_trajectories(whole.path / "trajectories" / "test-checkpoint-greedy.jsonl.gz")) == 60
+
+
+def test_single_settings_change_those_of_the_run_and_a_name_replaces_them(dgpo_run, scored):
+    changed = scored(f"checkpoint={dgpo_run.path}", *FEW, "dataset.split=dev", "env.max_turns=1", "retriever.k1=0.5")
+    config = changed.summary["config"]
+    assert config["env"] == dgpo_run.summary["config"]["env"] | {"max_turns": 1}
+    assert config["dataset"] == dgpo_run.summary["config"]["dataset"] | {"split": "dev"}
+    assert config["retriever"] == {"name": "bm25", "k1": 0.5, "b": 0.4}
+    assert config["rollout"]["max_new_tokens"] == 24
+    trajectories = read_trajectories(changed.path / "trajectories" / "dev-checkpoint-greedy.jsonl.gz")
+    assert max(len(trajectory.turns) for trajectory in trajectories) <= 2
+
+    replaced = scored(f"checkpoint={dgpo_run.path}", *FEW, "env=agentic_rag", "rollout.max_new_tokens=5")
+    assert replaced.summary["config"]["env"]["max_turns"] == 4
+    assert replaced.summary["config"]["dataset"]["num_passages"] == 150
+    trajectories = read_trajectories(replaced.path / "trajectories" / "test-checkpoint-greedy.jsonl.gz")
+    assert max(len(turn.action_ids) for trajectory in trajectories for turn in trajectory.turns) == 5
+
+
+def test_the_newest_complete_checkpoint_counts(dgpo_run, scored, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(dgpo_run.path, run)
+    (run / "checkpoints" / f"{STEPS:06d}" / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="is skipped"):
+        score = scored(f"checkpoint={run}", *FEW)
+    assert score.summary["checkpoint"] < str(run / "checkpoints" / f"{STEPS:06d}")
+    assert Path(score.summary["checkpoint"]).parent == run / "checkpoints"
+
+
+def test_a_checkpoint_folder_of_a_run_brings_the_settings_of_the_run(dgpo_run, scored):
+    step = dgpo_run.path / "checkpoints" / f"{KD_STEPS:06d}"
+    settings = ("evaluation.num_questions=32", "threads=1", "num_envs=16")
+    score = scored(f"checkpoint={step}", *settings)
+    assert score.summary["evaluation"]["checkpoint"] == dgpo_run.summary["evaluation"]["kd"]
+
+
+def test_a_hugging_face_folder_and_a_bundled_name_start_from_the_defaults(dgpo_run, scored, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(ASSETS / "tiny-student", folder)
+    named = ["evaluation.num_questions=32", *SMALL]
+    score = scored(f"checkpoint={folder}", *named)
+    assert score.summary["evaluation"]["checkpoint"] == dgpo_run.summary["evaluation"]["raw"]
+    assert scored("checkpoint=tiny-teacher", *FEW).summary["checkpoint"] == str(ASSETS / "tiny-teacher")
+
+
+def test_nothing_of_these_is_a_clear_error(scored, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("a")
+    (tmp_path / "young" / ".hydra").mkdir(parents=True)
+    (tmp_path / "young" / ".hydra" / "config.yaml").write_text("{}")
+    for given, said in (
+        ("", "checkpoint=... is missing"),
+        (f"checkpoint={tmp_path}/empty", "found: nothing"),
+        (f"checkpoint={tmp_path}/notes", "neither a run directory (.hydra/config.yaml is missing) nor a Hugging Face"),
+        (f"checkpoint={tmp_path}/notes", "found: a.txt"),
+        (f"checkpoint={tmp_path}/notes/a.txt", "found: a file"),
+        (f"checkpoint={tmp_path}/absent", "holds no tokenizer"),
+        (f"checkpoint={tmp_path}/young", "has no complete checkpoint yet"),
+        ("checkpoint=nobody/nothing-of-the-kind", "neither a folder here nor reachable on the Hugging Face hub"),
+    ):
+        score = scored(*filter(None, [given]))
+        assert score.code == 1
+        assert said in score.err, given
+        assert "Traceback" not in score.err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("env.max_turn=3", "Key 'max_turn' not in"),
+        ("retriever.k1=much", "could not be converted to Float"),
+        ("rollout.max_new_tokens=0", "max_new_tokens must be at least 1, got 0"),
+        ("dataset=jsonl", "dataset.questions has no default and must be set"),
+        ("dataset.split=tset", "Did you mean 'test'?"),
+        ("evaluation.temperatures=[]", "temperatures must be"),
+    ],
+)
+def test_settings_that_cannot_work_are_clear_errors(scored, override, said):
+    score = scored("checkpoint=tiny-student", override)
+    assert score.code == 1
+    assert said in score.err
+    assert not (score.path / "summary.json").exists()
+
+
+class Broken:
+    """A search engine that is down."""
+
+    def search(self, queries, top_k):
+        raise RetrieverError("connection refused")
+
+
+def test_a_retriever_that_is_down_ends_the_evaluation_instead_of_looking_like_wrong_answers(tmp_path):
+    given = vars(EvaluateConfig()) | {"evaluation": {}, "dataset": {"split": "test", "num_passages": 150}}
+    config = evaluate_config(given, str(ASSETS / "tiny-teacher"), {})
+    networks = Networks(config)
+    envs = Environments(config, networks.tokenizer).envs("test")
+    envs.retriever = Broken()
+    with pytest.raises(RetrieverError, match=r"5 of 20 episodes ended in a failed search.*=0\.2 .*connection refused"):
+        networks.engine(networks.policy, envs, temperature=0.0).rollout(range(20), seed=(0,))
+
+
+def test_the_summary_is_plain_json_with_versions_and_machine(dgpo_run, scored):
+    score = scored(f"checkpoint={dgpo_run.path}", *FEW)
+    summary = json.loads((score.path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["versions"]["torch"]
+    assert summary["machine"]["device"]
+    assert summary["costs"]["evaluation_s"] > 0
+    assert summary["peak_memory_mb"] > 0
