@@ -1,5 +1,6 @@
 # `make demo` and `make test` are all a new machine needs; both set up .venv first and are quick the second time.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -10,7 +11,7 @@ demo: $(READY)
 	$(BIN)/python -m algorithms.run algo=dgpo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -p no:benchmark
 
 nightly: $(READY)
 	$(BIN)/python -m pytest -m nightly

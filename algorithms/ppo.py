@@ -45,9 +45,11 @@ class PPOConfig(AlgorithmConfig):
     batch_size: int = 96
     num_minibatches: int = 3
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=7e-4, betas=(0.9, 0.99), warmup_fraction=0.05)
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=1e-3, betas=(0.9, 0.99), warmup_fraction=0.05, schedule="cosine"
+        )
     )
-    steps: int = 100
+    steps: int = 150
     kl_coef: float = 0.001
     kl_estimator: str = "k1"
     clip_range: float = 0.2

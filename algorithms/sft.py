@@ -41,10 +41,10 @@ class SFTConfig(AlgorithmConfig):
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=3e-3, schedule="cosine", betas=(0.9, 0.999))
     )
-    num_demonstrations: int = 300
+    num_demonstrations: int = 400
     max_questions_per_demonstration: int = 4
     correct_only: bool = True
-    epochs: int = 16
+    epochs: int = 12
     hand_over_exact_match: float | None = None
 
     def __post_init__(self) -> None:
