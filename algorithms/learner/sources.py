@@ -104,8 +104,11 @@ def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrati
     kept = "right" if settings.correct_only else "answered without a malformed turn"
     message = f"the teacher's trajectories were {kept} on {count} of {found.num_asked} training questions"
     message += f", and {found.num_wanted} demonstrations are wanted (num_demonstrations)"
-    remedy = f"ask more questions ({place}.max_questions_per_demonstration, now "
-    remedy += f"{settings.max_questions_per_demonstration}), or choose a teacher that knows the task"
+    limit = settings.num_demonstrations * settings.max_questions_per_demonstration
+    more = "give more training questions"
+    if found.num_asked >= limit:
+        more = f"ask more ({place}.max_questions_per_demonstration, now {settings.max_questions_per_demonstration})"
+    remedy = f"{more}, or choose a teacher that knows the task"
     if settings.correct_only:
         remedy += f", or keep wrong answers too ({place}.correct_only=false)"
     if count:
