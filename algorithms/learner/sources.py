@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from algorithms.learner import demonstrations, seeding
 from algorithms.learner.algorithm import Algorithm
 from algorithms.learner.demonstrations import Demonstrations
 from algorithms.learner.parts import Environments, Networks, resolve_model, stage_name
+from algorithms.learner.rollout import RolloutEngine
 from algorithms.learner.schemas import RunConfig
 from algorithms.learner.types import RolloutStats, Trajectory
 
@@ -62,11 +64,14 @@ class Sources:
         Raises:
             RetrieverError: More episodes than the configured share end in a failed search.
         """
-        envs = self._environments.envs("train")
-        size = algorithm.config.batch_size
-        questions = draw_questions(self._config.seed, stage, step * size, size, len(envs.dataset))
-        engine = self._networks.engine(self._networks.policy, envs)
-        return engine.rollout(questions, seed=(self._config.seed, stage, step))
+        size, num_questions = algorithm.config.batch_size, len(self._environments.dataset("train"))
+        questions = draw_questions(self._config.seed, stage, step * size, size, num_questions)
+        return self._player.rollout(questions, seed=(self._config.seed, stage, step))
+
+    @cached_property
+    def _player(self) -> RolloutEngine:
+        """The policy in the training environments; kept, because reading a large vocabulary takes a while."""
+        return self._networks.engine(self._networks.policy, self._environments.envs("train"))
 
     def _demonstrate(self, wanted: Any) -> Demonstrations:
         """What an algorithm's settings ask for."""
