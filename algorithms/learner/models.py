@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -64,7 +65,20 @@ def load_model(
             trained here (see `check_lm_head`).
     """
     _require_config(path)
-    model = _load(AutoModelForCausalLM.from_pretrained, path, dtype=dtype).to(device).eval()
+    # Weights of another shape are let through here only for them to be named below.
+    model, report = _load(
+        AutoModelForCausalLM.from_pretrained,
+        path,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    if lacking := sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]):
+        raise ConfigurationError(
+            f"The weights in {str(path)!r} do not fit its config.json: {len(lacking)} of them are missing or have "
+            f"another shape, among them {lacking[0]}. Copy config.json and weights from the same model."
+        )
+    model = model.to(device).eval()
     check_lm_head(model)
     return model
 
@@ -288,7 +302,7 @@ def _load(loader: Callable[..., Any], path: str | Path, **settings: Any) -> Any:
     try:
         with no_progress_bars():
             return loader(str(folder or path), **settings)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         hint = (
             "The files there are incomplete or of an unknown kind."
             if folder

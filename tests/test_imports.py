@@ -1,0 +1,159 @@
+"""Who may import whom, read from the source; and what an import brings and costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("agentic_rag_env", "algorithms", "conf", "benchmarks", "tests")
+ENTRY_POINTS = {"run", "evaluate", "compare", "show"}
+#: The only modules that know Hydra: the commands, and what they have in common.
+KNOW_HYDRA = {"algorithms.learner.schemas", "algorithms.learner.cli", *(f"algorithms.{name}" for name in ENTRY_POINTS)}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources(*folders: str) -> dict[str, Path]:
+    return {module_name(path): path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def imports(path: Path, at_top: bool = False) -> set[str]:
+    """Names of the modules that a file imports; with `at_top`, only those that importing the file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if at_top:
+        lazy = {
+            id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for node in ast.walk(f)
+        }
+    found = set()
+    for node in ast.walk(tree):
+        if at_top and id(node) in lazy:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import; write the whole name"
+            assert node.module
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def packages(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+MODULES = sources("agentic_rag_env", "algorithms", "conf")
+ENVIRONMENT = {name: path for name, path in MODULES.items() if name.startswith("agentic_rag_env")}
+ZOO = {
+    name: path
+    for name, path in MODULES.items()
+    if re.fullmatch(r"algorithms\.\w+", name) and name.partition(".")[2] not in ENTRY_POINTS | {"assets", "learner"}
+}
+
+
+def test_the_files_were_found():
+    assert {"agentic_rag_env.env", "agentic_rag_env.retrievers.bm25"} <= ENVIRONMENT.keys()
+    assert {"algorithms.dgpo", "algorithms.kd", "algorithms.ppo", "algorithms.sft"} <= ZOO.keys()
+    assert "algorithms.learner.cli" in MODULES
+    assert KNOW_HYDRA & MODULES.keys() >= {"algorithms.learner.schemas", "algorithms.run"}
+    assert imports(ENVIRONMENT["agentic_rag_env.registry"]) >= {"importlib.metadata", "agentic_rag_env.errors"}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_the_environment_stands_alone(name):
+    used = packages(imports(ENVIRONMENT[name]))
+    assert not used & {"algorithms", "conf", "benchmarks", "tests", "hydra", "omegaconf"}
+    allowed = {*sys.stdlib_module_names, "agentic_rag_env", "numpy", "gymnasium"}
+    if name == "agentic_rag_env.play":  # a program, which nothing imports
+        allowed |= {"rich"}
+    assert packages(imports(ENVIRONMENT[name], at_top=True)) <= allowed
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("algorithms")])
+def test_hydra_is_known_to_the_commands_only(name):
+    used = packages(imports(MODULES[name]))
+    assert not used & {"benchmarks", "tests"}
+    assert name in KNOW_HYDRA or not used & {"hydra", "omegaconf", "conf"}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_an_algorithm_imports_the_learner_and_at_most_one_parent(name):
+    ours = {module for module in imports(ZOO[name]) if module.startswith("algorithms.")}
+    parents = {".".join(module.split(".")[:2]) for module in ours} - {"algorithms.learner"}
+    assert len(parents) <= 1
+    assert parents <= ZOO.keys()
+    assert not packages(imports(ZOO[name])) & {"agentic_rag_env", "transformers"} or {
+        module for module in imports(ZOO[name]) if module.startswith("agentic_rag_env.")
+    } <= {"agentic_rag_env.errors", "agentic_rag_env.errors.ConfigurationError"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("algorithms.learner")])
+def test_the_learner_does_not_know_the_zoo(name):
+    assert not imports(MODULES[name]) & ZOO.keys()
+    assert not imports(MODULES[name]) & {f"algorithms.{entry_point}" for entry_point in ENTRY_POINTS}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_can_be_imported_and_says_what_it_is_for(name):
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", ()):
+        assert hasattr(module, public), public
+    source = MODULES[name].read_text(encoding="utf-8")
+    if source.strip():
+        assert ast.get_docstring(ast.parse(source))
+
+
+def test_the_environment_imports_light():
+    """Without torch, Hydra and the libraries behind retrievers, in a fresh process."""
+    code = (
+        "import sys, json, agentic_rag_env; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout))
+    assert {"agentic_rag_env", "gymnasium", "numpy"} <= loaded
+    heavy = {"torch", "transformers", "tokenizers", "hydra", "omegaconf", "bm25s", "faiss", "scipy", "httpx", "rich"}
+    assert not loaded & {*heavy, "algorithms"}
+
+
+# --- the tree --------------------------------------------------------------------------------------------------------
+
+
+def test_the_tree_holds_what_it_should_and_nothing_else():
+    tracked = _tracked()
+    if tracked is None:
+        pytest.skip("not a git checkout")
+    furniture = {"pyproject.toml", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
+    tops = {path.partition("/")[0] for path in tracked}
+    assert {top for top in tops if not top.startswith(".")} <= furniture | set(PACKAGES)
+
+
+def test_no_path_of_a_machine_stands_in_the_tree():
+    tracked = _tracked()
+    if tracked is None:
+        pytest.skip("not a git checkout")
+    # A home, a workplace or a temporary folder: the names are put together here so that this file is clean itself.
+    places = re.compile(
+        rb"(?<![\w.~$}/*-])/(?:" + b"|".join([b"home", b"Users", b"root", b"work", b"tmp"]) + rb")/[\w.-]+"
+    )
+    found = []
+    for path in tracked:
+        file = ROOT / path
+        if file.is_file() and file.suffix not in (".safetensors", ".gz"):
+            found += [f"{path}: {match.decode()}" for match in places.findall(file.read_bytes())]
+    assert found == []
+
+
+def _tracked() -> list[str] | None:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.splitlines() if done.returncode == 0 else None
