@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,17 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     """
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
     return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+
+
+@dataclass(frozen=True)
+class PlainEncoder:
+    """Counts tokens for the environment's observation budget, exactly as `encode_plain` will encode the observation."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """The ids; nothing is ever added."""
+        return encode_plain(self.tokenizer, [text])[0].tolist()
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

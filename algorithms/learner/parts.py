@@ -20,6 +20,7 @@ from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, did_you_mean
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets import ASSETS
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
+from algorithms.learner.codec import PlainEncoder
 from algorithms.learner.models import (
     declared_vocab_size,
     freeze,
@@ -91,7 +92,7 @@ class Environments:
                 dataset=dataset,
                 retriever=self._retrievers[corpus],
                 reward=self._config.reward,
-                tokenizer=self._tokenizer,
+                tokenizer=PlainEncoder(self._tokenizer),
             )
         return self._made[split]
 

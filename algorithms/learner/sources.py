@@ -106,8 +106,9 @@ def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrati
     count = len(found.trajectories)
     place = "algo" + ".warm_start" * (len(stages) - 1 - index)
     name = stage_name(stages[index])
-    kept = "right" if settings.correct_only else "answered without a malformed turn"
-    message = f"the teacher's trajectories were {kept} on {count} of {found.num_asked} training questions"
+    asked = f"{count} of {found.num_asked} training questions"
+    right = f"the teacher was right on {asked}"
+    message = right if settings.correct_only else f"the teacher answered {asked} without a malformed turn"
     message += f", and {found.num_wanted} demonstrations are wanted (num_demonstrations)"
     limit = settings.num_demonstrations * settings.max_questions_per_demonstration
     more = "give more training questions"

@@ -15,7 +15,7 @@ from algorithms.learner.schemas import EvaluateConfig, evaluate_config
 
 IGNORANT = "model.teacher=tiny-student"
 SKIPPED = (
-    r"kd is SKIPPED: the teacher's trajectories were right on 0 of 60 training questions, and 24 demonstrations are "
+    r"kd is SKIPPED: the teacher was right on 0 of 60 training questions, and 24 demonstrations are "
     r"wanted.*give more training questions.*algo\.warm_start\.correct_only=false"
 )
 
@@ -134,6 +134,6 @@ def test_a_run_without_its_first_stage_resumes_exactly(skipped, tmp_path):
 def test_nothing_to_train_on_at_all_is_an_error(algo, tmp_path, cache):
     run = command(*TINY, f"algo={algo}", *SFT, IGNORANT, f"hydra.run.dir={tmp_path}/run", f"cache_dir={cache}")
     assert run.code == 1
-    assert f"{algo} has nothing to train on: the teacher's trajectories were right on 0 of" in run.err
+    assert f"{algo} has nothing to train on: the teacher was right on 0 of" in run.err
     assert "algo.correct_only=false" in run.err
     assert not (tmp_path / "run" / "checkpoints").exists()
