@@ -303,5 +303,5 @@ def _disk_full_message(final: Path) -> str:
     free = shutil.disk_usage(final.parent).free / 2**20
     return (
         f"No space left to save checkpoint {final} ({free:.0f} MiB free once the attempt was removed). Earlier"
-        f" checkpoints are untouched: {resume}. Free some space or keep fewer checkpoints, then resume the run"
+        f" checkpoints are untouched: {resume}. Free some space, then resume the run"
     )
