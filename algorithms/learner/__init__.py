@@ -1,0 +1,1 @@
+"""What all algorithms share: hooks, the training step, rollouts, checkpoints and the run around them."""

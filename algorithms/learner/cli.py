@@ -30,7 +30,8 @@ def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
     Args:
         run_dir: Named as the one to resume, if it holds checkpoints.
     """
-    shown_before, warnings.formatwarning = warnings.formatwarning, _format_warning
+    shown_before = warnings.formatwarning
+    warnings.formatwarning = _format_warning  # type: ignore[assignment]
     try:
         yield
     except KeyboardInterrupt as error:
