@@ -107,6 +107,8 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
     }
     report.write_summary(output_dir, summary)
     terminal = report.console()
+    num_played = len(next(iter(result.trajectories.values())))
+    terminal.print(f"{num_played} of the {len(envs.dataset)} questions of {envs.dataset.name}, split {split}")
     terminal.print(report.results_table([result]))
     report.show_episode(terminal, config.model.policy, next(iter(result.trajectories.values())), networks.tokenizer)
     terminal.print(f"written to {output_dir}", soft_wrap=True)

@@ -73,6 +73,7 @@ def test_the_table_shows_every_mode_with_all_figures(dgpo_run, scored):
     for shown in ("greedy", "T=1", "F1", "searches", "malformed", f"{figures['num_searches']:.2f}"):
         assert shown in score.out
     assert "exact match on 6 questions" in score.out
+    assert "6 of the 60 questions of tiny, split test" in score.out
     assert str(score.path) in score.out
 
 
