@@ -86,8 +86,7 @@ class Killed:
     def at(self, place: str, count: int) -> bool:
         """Kill it at the `count`-th visit to a place; False if it ended before."""
         process = self.start(PLACES[place], count)
-        process.join()
-        return process.exitcode == -signal.SIGKILL
+        return self.was_killed(process)
 
     def after(self, num_lines: int, delay_s: float) -> bool:
         """Kill it some seconds after it has logged a step; False if it ended before."""
@@ -96,7 +95,12 @@ class Killed:
             time.sleep(0.005)
         process.join(delay_s)
         process.kill()
+        return self.was_killed(process)
+
+    @staticmethod
+    def was_killed(process) -> bool:
         process.join()
+        time.sleep(1)  # TensorBoard reads event files in the order of the second in which they were made
         return process.exitcode == -signal.SIGKILL
 
     def finish(self) -> Run:
