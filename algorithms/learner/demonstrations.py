@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import DataError
 from algorithms.learner import seeding
+from algorithms.learner.metrics import progress
 from algorithms.learner.rollout import RolloutEngine
 from algorithms.learner.trajectories import read_trajectories, write_trajectories
 from algorithms.learner.types import Trajectory
@@ -85,14 +83,15 @@ def collect(
     order = seeding.rng(seed, "demonstrations").permutation(len(engine.envs.dataset))[:max_questions].tolist()
     result = Demonstrations([], count, 0, 0)
     size = engine.envs.num_envs
-    quiet = not sys.stdout.isatty()
-    for start in track(range(0, len(order), size), "demonstrations", transient=True, disable=quiet):
-        trajectories, stats = engine.rollout(order[start : start + size], seed=(seed, start), source="teacher")
-        result.num_asked += len(trajectories)
-        result.num_sampled_tokens += stats.sampled_tokens
-        result.trajectories += [each for each in trajectories if is_demonstration(each, correct_only)]
-        if len(result.trajectories) >= count:
-            break
+    with progress("collecting demonstrations, most questions", len(order)) as show:
+        for start in range(0, len(order), size):
+            trajectories, stats = engine.rollout(order[start : start + size], seed=(seed, start), source="teacher")
+            result.num_asked += len(trajectories)
+            result.num_sampled_tokens += stats.sampled_tokens
+            result.trajectories += [each for each in trajectories if is_demonstration(each, correct_only)]
+            show(result.num_asked, len(order))
+            if len(result.trajectories) >= count:
+                break
     del result.trajectories[count:]
     return result
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 from scipy import stats
 from transformers import PreTrainedModel
 
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.learner.metrics import progress
 from algorithms.learner.parts import Networks
 from algorithms.learner.schemas import ScoringConfig
 from algorithms.learner.trajectories import write_trajectories
@@ -69,13 +68,8 @@ def evaluate_model(
     for temperature in config.temperatures:
         mode = mode_name(temperature)
         engine = networks.engine(model, envs, temperature=temperature)
-        with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
-            task = bar.add_task(f"evaluating {name}, {mode}", total=count)
-            trajectories, _ = engine.rollout(
-                range(count),
-                seed=(config.seed, 1),
-                progress=lambda finished, _, task=task: bar.update(task, completed=finished),  # type: ignore[misc]
-            )
+        with progress(f"evaluating {name}, {mode}", count) as show:
+            trajectories, _ = engine.rollout(range(count), seed=(config.seed, 1), progress=show)
         result.trajectories[temperature] = trajectories
         result.figures[temperature] = measure(trajectories, envs.dataset, config.seed)
         write_trajectories(folder / f"{split}-{name}-{mode}.jsonl.gz", trajectories, networks.tokenizer)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -111,6 +113,26 @@ def write_results(
             writer._get_file_writer().add_summary(summary)
         for name, value in metrics.items():
             writer.add_scalar(name, float(value), step)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something is that takes a while: in a terminal by a bar, elsewhere by a line that says it began.
+
+    Args:
+        description: What is done.
+        total: How many there are.
+
+    Yields:
+        To be called with how many are done, and anything.
+    """
+    if not sys.stdout.isatty():
+        print(f"{description} ({total})", flush=True)
+        yield lambda done, _: None
+        return
+    with Progress(transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done, _: bar.update(task, completed=done)
 
 
 def printable(text: str) -> str:
