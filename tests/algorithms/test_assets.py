@@ -120,5 +120,5 @@ def test_pretraining_learns_and_saves(tmp_path):
     pretrain.pretrain(recipe, tmp_path)
     with torch.no_grad():
         after = pretrain.language_model_loss(AutoModelForCausalLM.from_pretrained(tmp_path), ids, weights)
-    assert after < 0.6 * before
+    assert after < before - 0.4
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token == EOS
