@@ -85,6 +85,7 @@ class Trainer:
         if any(need.startswith("teacher") for stage in self.stages for need in stage.needs):
             self.networks.teacher()
         self.sources = Sources(config, self.networks, self.environments, self.stages)
+        self._check_last_batches()
 
     def _refuse_what_fails_late(self) -> None:
         """Meet now the mistakes in settings and files that would otherwise end a run after hours."""
@@ -98,6 +99,18 @@ class Trainer:
         for split in ("train", "dev", "test"):
             self.environments.dataset(split)
         self.networks.engine(self.networks.policy, self.environments.envs("train"))
+
+    def _check_last_batches(self) -> None:
+        """The last batch of a pass over stored trajectories may be small, but not smaller than its minibatches."""
+        for stage, found in self.sources.demonstrations.items():
+            count, config = len(found.trajectories), stage.config
+            last = count % config.batch_size or config.batch_size
+            if count and last < config.num_minibatches:
+                raise ConfigurationError(
+                    f"{stage_name(stage)}: {count} demonstrations in batches of {config.batch_size} leave {last} for "
+                    f"the last batch, which can't be split into num_minibatches={config.num_minibatches}; choose "
+                    "another batch_size or lower num_minibatches."
+                )
 
     def num_steps(self, stage: Algorithm) -> int:
         """Training steps of a stage, if it is not ended early; 0 if it has nothing to train on."""

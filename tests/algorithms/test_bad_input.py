@@ -204,6 +204,13 @@ def test_a_hand_over_that_nobody_would_look_for(fail):
     assert "evaluation.every=0" in message
 
 
+def test_a_last_batch_that_is_too_small_for_its_minibatches(fail):
+    sizes = ["algo.batch_size=8", "algo.num_minibatches=4", "algo.num_demonstrations=9"]
+    with patch.object(Trainer, "train", side_effect=AssertionError):
+        message = fail("algo=sft", *sizes)
+    assert "sft: 9 demonstrations in batches of 8 leave 1 for the last batch" in message
+
+
 def test_a_loss_that_is_not_finite(fail, tmp_path):
     update, calls = Learner.update, []
 

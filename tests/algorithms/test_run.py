@@ -360,3 +360,22 @@ def test_interrupting_a_run_says_how_to_go_on(tmp_path, cache):
     assert run.code == 130
     going_on = f"Checkpoints are kept. To go on: python -m algorithms.run resume={tmp_path / 'run'}"
     assert run.err.splitlines() == ["Interrupted.", going_on]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [
+            "algo.batch_size=4",
+            "algo.num_minibatches=3",
+            "algo.num_demonstrations=7",
+        ],  # three minibatches of 4, then of 3
+        ["algo.batch_size=50", "algo.num_minibatches=7", "algo.num_demonstrations=9"],  # a batch smaller than wanted
+    ],
+)
+def test_sizes_that_do_not_divide_train_all_the_same(tmp_path, cache, sizes):
+    settings = ["algo=sft", *sizes, "algo.epochs=2", GREEDY, "evaluation.num_questions=2"]
+    run = train(tmp_path / "run", cache, *settings)
+    losses = [row["train/loss"] for row in run.metrics]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
