@@ -179,7 +179,7 @@ def test_what_is_printed_is_for_people(dgpo_run):
         assert expected in dgpo_run.out
     for noise in ("Loading weights", "DEBUG", "Warning", "\r", "\x1b"):
         assert noise not in dgpo_run.out
-    assert dgpo_run.out.startswith("training:")
+    assert "training: kd (6 steps), then dgpo (4 steps)" in dgpo_run.out
 
 
 # --- the teacher is absent -------------------------------------------------------------------------------------------
