@@ -83,13 +83,13 @@ def collect(
     order = seeding.rng(seed, "demonstrations").permutation(len(engine.envs.dataset))[:max_questions].tolist()
     result = Demonstrations([], count, 0, 0)
     size = engine.envs.num_envs
-    with progress("collecting demonstrations, most questions", len(order)) as show:
+    with progress("collecting demonstrations", count) as show:
         for start in range(0, len(order), size):
             trajectories, stats = engine.rollout(order[start : start + size], seed=(seed, start), source="teacher")
             result.num_asked += len(trajectories)
             result.num_sampled_tokens += stats.sampled_tokens
             result.trajectories += [each for each in trajectories if is_demonstration(each, correct_only)]
-            show(result.num_asked, len(order))
+            show(min(len(result.trajectories), count), count)
             if len(result.trajectories) >= count:
                 break
     del result.trajectories[count:]
