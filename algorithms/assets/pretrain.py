@@ -97,8 +97,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForC
     )
 
 
-def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless padded batches of documents of similar length: ids, weights [B, T] and lengths [B]."""
+def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless padded batches of documents of similar length: ids and weights, both [B, T]."""
     draw = random.Random(recipe.seed)
     while True:
         encoded: list[tuple[list[int], list[float]]] = []
@@ -137,14 +137,13 @@ def _encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[lis
     return ids, weights
 
 
-def _pad(group: list[tuple[list[int], list[float]]]) -> tuple[Tensor, Tensor, Tensor]:
-    lengths = torch.tensor([len(ids) for ids, _ in group])
-    shape = (len(group), int(lengths.max()))
+def _pad(group: list[tuple[list[int], list[float]]]) -> tuple[Tensor, Tensor]:
+    shape = (len(group), max(len(ids) for ids, _ in group))
     ids, weights = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
     for row, (row_ids, row_weights) in enumerate(group):
         ids[row, : len(row_ids)] = torch.tensor(row_ids)
         weights[row, : len(row_ids)] = torch.tensor(row_weights)
-    return ids, weights, lengths
+    return ids, weights
 
 
 def language_model_loss(model: Qwen2ForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ def pretrain(recipe: Recipe, out: Path) -> None:
     with Progress(*columns) as progress:
         task = progress.add_task("pretraining", total=recipe.steps)
         for step in range(recipe.steps):
-            ids, weights, _ = next(data)
+            ids, weights = next(data)
             loss = language_model_loss(model, ids, weights)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(others, 1.0)

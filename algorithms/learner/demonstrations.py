@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import DataError
 from algorithms.learner import seeding
-from algorithms.learner.metrics import progress
+from algorithms.learner.metrics import progress, write_whole
 from algorithms.learner.rollout import RolloutEngine
 from algorithms.learner.trajectories import read_trajectories, write_trajectories
 from algorithms.learner.types import Trajectory
@@ -125,10 +124,8 @@ def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> De
     if not counts.exists():
         made = make()
         write_trajectories(path, made.trajectories, tokenizer)
-        partial = counts.with_name(f".{counts.name}.{os.getpid()}.partial")
         numbers = {name: value for name, value in vars(made).items() if name != "trajectories"}
-        partial.write_text(json.dumps(numbers), encoding="utf-8")
-        partial.replace(counts)
+        write_whole(counts, json.dumps(numbers).encode())
     try:
         numbers = json.loads(counts.read_text(encoding="utf-8"))
         return Demonstrations(read_trajectories(path), **numbers)

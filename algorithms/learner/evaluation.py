@@ -104,18 +104,25 @@ def measure(trajectories: Sequence[Trajectory], dataset: QuestionSet, seed: int 
 
 def _figures(trajectories: Sequence[Trajectory], seed: int) -> dict[str, Any]:
     correct = np.array([trajectory.correct for trajectory in trajectories], dtype=float)
+    return {
+        "n": len(trajectories),
+        **episode_means(trajectories),
+        "exact_match_interval": interval(correct, seed),
+        "retriever_errors": sum(trajectory.turns[-1].info["error"] is not None for trajectory in trajectories),
+    }
+
+
+def episode_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Means over episodes, of `malformed_fraction` over turns; in training and in evaluation the same."""
     last = [trajectory.turns[-1].info for trajectory in trajectories]
     actions = [turn.info["action"] for trajectory in trajectories for turn in trajectory.turns]
     return {
-        "n": len(trajectories),
-        "exact_match": float(correct.mean()),
-        "exact_match_interval": interval(correct, seed),
+        "exact_match": float(np.mean([trajectory.correct for trajectory in trajectories])),
         "f1": float(np.mean([info["f1"] for info in last])),
         "num_searches": float(np.mean([info["num_searches"] for info in last])),
         "malformed_fraction": actions.count("malformed") / len(actions),
         "answered_fraction": float(np.mean([trajectory.terminated for trajectory in trajectories])),
         "tokens": float(np.mean([trajectory.num_action_tokens for trajectory in trajectories])),
-        "retriever_errors": sum(info["error"] is not None for info in last),
     }
 
 

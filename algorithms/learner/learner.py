@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import ops
-from algorithms.learner.algorithm import Algorithm
+from algorithms.learner.algorithm import LOSS_REDUCTIONS, Algorithm, check_settings
 from algorithms.learner.models import Critic
 from algorithms.learner.optimizer import Optimizer
 from algorithms.learner.scoring import Scorer, gather_tokens, slice_tokens
@@ -28,7 +28,6 @@ from algorithms.learner.types import Batch, Tokens
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 CRITICS = ("separate", "shared")
-REDUCTIONS = ("token-mean", "seq-mean")
 
 _Losses = dict[str, Tensor]
 
@@ -56,15 +55,10 @@ class LearnerConfig:
     value_coef: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ConfigurationError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
-        if self.critic not in CRITICS:
-            raise ConfigurationError(f"critic must be one of {', '.join(CRITICS)}, got {self.critic!r}.")
-        for name in ("micro_batch_tokens", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.value_coef < 0:
-            raise ConfigurationError(f"value_coef must be at least 0, got {self.value_coef}.")
+        check_settings(self, f"one of {', '.join(PRECISIONS)}", PRECISIONS.__contains__, "precision")
+        check_settings(self, f"one of {', '.join(CRITICS)}", CRITICS.__contains__, "critic")
+        check_settings(self, "at least 1", lambda value: value >= 1, "micro_batch_tokens", "chunk_tokens")
+        check_settings(self, "at least 0", lambda value: value >= 0, "value_coef")
 
 
 class Learner:
@@ -323,8 +317,8 @@ class Learner:
         if not self.scorer.temperature > 0:
             raise ConfigurationError(f"The temperature of training must be above 0, got {self.scorer.temperature}.")
         reduction = self.algorithm.config.loss_reduction
-        if reduction not in REDUCTIONS:
-            raise ConfigurationError(f"loss_reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
+        if reduction not in LOSS_REDUCTIONS:
+            raise ConfigurationError(f"loss_reduction must be one of {', '.join(LOSS_REDUCTIONS)}, got {reduction!r}.")
 
     def _check_batch(self, batch: Batch) -> None:
         num_minibatches = self.algorithm.config.num_minibatches

@@ -167,9 +167,17 @@ def truncate_metrics(path: Path, last_step: int) -> None:
             kept.append(line)
     if kept == lines:
         return
-    replacement = path.with_name(path.name + ".new")
-    replacement.write_bytes(b"".join(kept))
-    replacement.replace(path)
+    write_whole(path, b"".join(kept))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there with all of its content or as it was before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:

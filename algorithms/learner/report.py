@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from algorithms.learner import evaluation
 from algorithms.learner.evaluation import Evaluated, mode_name
-from algorithms.learner.metrics import printable, write_results
+from algorithms.learner.metrics import printable, write_results, write_whole
 from algorithms.learner.models import load_model
 from algorithms.learner.parts import resolve_model, stage_name
 from algorithms.learner.trainer import Trainer
@@ -55,9 +55,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`, whole or not at all."""
-    partial = folder / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
-    partial.replace(folder / "summary.json")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-import agentic_rag_env
 import algorithms
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, Registry, did_you_mean
@@ -236,7 +235,6 @@ def register_schemas() -> None:
 
     A name that a YAML file of `conf/` also bears is left to that file, which binds to `schema/<group>/<name>`.
     """
-    assert agentic_rag_env.__name__
     import_zoo()
     # For the place of a run in conf/config.yaml, which depends on whether it is resumed.
     OmegaConf.register_new_resolver(

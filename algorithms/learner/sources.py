@@ -15,6 +15,7 @@ from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import demonstrations, seeding
 from algorithms.learner.algorithm import Algorithm
 from algorithms.learner.demonstrations import Demonstrations
+from algorithms.learner.evaluation import episode_means
 from algorithms.learner.parts import Environments, Networks, resolve_model, stage_name
 from algorithms.learner.rollout import RolloutEngine
 from algorithms.learner.schemas import RunConfig
@@ -137,15 +138,14 @@ def draw_questions(seed: int, stage: int, start: int, count: int, num_questions:
 
 def rollout_metrics(trajectories: Sequence[Trajectory], stats: RolloutStats) -> dict[str, float]:
     """Means over the episodes of one rollout, named as they are logged."""
-    last = [trajectory.turns[-1].info for trajectory in trajectories]
-    actions = [turn.info["action"] for trajectory in trajectories for turn in trajectory.turns]
+    means = episode_means(trajectories)
     return {
-        "rollout/exact_match": float(np.mean([info["correct"] for info in last])),
+        "rollout/exact_match": means["exact_match"],
         "rollout/reward": float(np.mean([trajectory.reward for trajectory in trajectories])),
-        "rollout/num_searches": float(np.mean([info["num_searches"] for info in last])),
-        "rollout/malformed_fraction": actions.count("malformed") / len(actions),
+        "rollout/num_searches": means["num_searches"],
+        "rollout/malformed_fraction": means["malformed_fraction"],
         "rollout/truncated_fraction": float(np.mean([trajectory.truncated for trajectory in trajectories])),
-        "rollout/tokens_per_episode": float(np.mean([trajectory.num_action_tokens for trajectory in trajectories])),
+        "rollout/tokens_per_episode": means["tokens"],
         "rollout/retriever_errors": float(stats.retriever_errors),
         "time/rollout_s": stats.seconds,
     }

@@ -217,7 +217,7 @@ class Trainer:
         count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))
         engine = self.networks.engine(self.networks.policy, envs, temperature=0.0)
         trajectories, _ = engine.rollout(range(count), seed=(0,))
-        figures = evaluation.measure(trajectories, envs.dataset)["all"]
+        figures = evaluation.episode_means(trajectories)
         self.position.dev_exact_match = figures["exact_match"]
         logger.text("transcripts/dev", transcript(trajectories[step % count], self.networks.tokenizer), step)
         path = self.run_dir / "trajectories" / f"dev-{step:06d}.jsonl.gz"

@@ -114,7 +114,7 @@ def test_orthogonalized_updates_have_singular_values_near_one():
 def test_pretraining_learns_and_saves(tmp_path):
     recipe = pretrain.Recipe(32, 1, 60, {"traces": 50, "reading": 50}, seed=0)
     tokenizer = build_tokenizer()
-    ids, weights, _ = next(pretrain.batches(recipe, tokenizer))
+    ids, weights = next(pretrain.batches(recipe, tokenizer))
     with torch.no_grad():
         before = pretrain.language_model_loss(pretrain.build_model(recipe, tokenizer), ids, weights)
     pretrain.pretrain(recipe, tmp_path)
