@@ -3,7 +3,7 @@
 Paper: Shao et al., "DeepSeekMath", arXiv:2402.03300, section 4.1; for search agents Jin et al., "Search-R1",
     arXiv:2503.09516.
 Sampled: by the policy, afresh in every step, `rollouts_per_prompt` times for each question.
-Needed: the log-probabilities of the frozen initial policy.
+Needed: the log-probabilities of the frozen initial policy, unless kl_coef is 0.
 Credit: every token of a trajectory gets its reward minus the mean of its group, over the group's standard deviation.
 Loss: clipped surrogate plus kl_coef times the KL estimate minus entropy bonus.
 
@@ -78,7 +78,8 @@ class GRPO(Algorithm):
     config: GRPOConfig
 
     def __init__(self, config: GRPOConfig) -> None:
-        self.needs = frozenset({f"{self.anchor}_logprobs", "entropy"})
+        read = {f"{self.anchor}_logprobs": config.kl_coef > 0, "entropy": config.entropy_coef > 0}
+        self.needs = frozenset(name for name, is_read in read.items() if is_read)
         self.rollouts_per_prompt = config.rollouts_per_prompt
         super().__init__(config)
 
@@ -98,11 +99,12 @@ class GRPO(Algorithm):
     def token_loss(self, tokens: Tokens) -> Tensor:
         """Clipped surrogate plus KL estimate minus entropy bonus, [n]."""
         config = self.config
-        surrogate = ops.clipped_surrogate(tokens.logprobs, tokens.old_logprobs, tokens.advantages, config.clip_range)
-        anchor_logprobs = getattr(tokens, f"{self.anchor}_logprobs")
-        divergence = ops.kl_estimate(tokens.logprobs, anchor_logprobs, config.kl_estimator)
-        penalty = config.kl_coef * divergence.masked_fill(~self.pays(tokens), 0.0)
-        return surrogate + penalty - config.entropy_coef * tokens.entropy
+        loss = ops.clipped_surrogate(tokens.logprobs, tokens.old_logprobs, tokens.advantages, config.clip_range)
+        if config.kl_coef > 0:
+            anchor_logprobs = getattr(tokens, f"{self.anchor}_logprobs")
+            divergence = ops.kl_estimate(tokens.logprobs, anchor_logprobs, config.kl_estimator)
+            loss = loss + config.kl_coef * divergence.masked_fill(~self.pays(tokens), 0.0)
+        return loss - config.entropy_coef * tokens.entropy if config.entropy_coef > 0 else loss
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
         """`equal_reward_fraction`: share of the groups whose rewards are all equal, so that nothing is learned."""

@@ -3,7 +3,7 @@
 Paper: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531; in the form of the
     cold start of DGPO, arXiv:2508.20324, eq. 1.
 Sampled: by the teacher, once, as in `sft`.
-Needed: the logits of student and teacher over their shared vocabulary.
+Needed: the logits of student and teacher over their shared vocabulary, unless kl_coef is 0.
 Credit: every token that the teacher wrote, equally.
 Loss: -log q(y_t) + kl_coef tau^2 KL(softmax(z / tau) || softmax(s / tau)), with teacher logits z and student logits s.
 
@@ -45,8 +45,11 @@ class KDConfig(SFTConfig):
 class KD(SFT):
     """SFT plus the divergence from the teacher's distribution."""
 
-    needs = frozenset({"logits", "teacher_logits"})
     config: KDConfig
+
+    def __init__(self, config: KDConfig) -> None:
+        self.needs = frozenset({"logits", "teacher_logits"} if config.kl_coef > 0 else ())
+        super().__init__(config)
 
     def token_loss(self, tokens: Tokens) -> Tensor:
         """Cross-entropy plus weighted divergence, [n] nats."""

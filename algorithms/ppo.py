@@ -3,7 +3,7 @@
 Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv:1707.06347; for search agents Jin et al.,
     "Search-R1", arXiv:2503.09516.
 Sampled: by the policy, afresh in every step.
-Needed: a critic, and the log-probabilities of the frozen initial policy.
+Needed: a critic, and, unless kl_coef is 0, the log-probabilities of the frozen initial policy.
 Credit: generalized advantage estimation over the model-written tokens, of the reward (exact match) at the last one
     minus kl_coef times the KL estimate at each; the advantages are standardized over the batch.
 Loss: clipped surrogate minus entropy bonus; clipped squared error for the critic.
@@ -84,7 +84,9 @@ class PPO(Algorithm):
 
     def __init__(self, config: PPOConfig) -> None:
         self._exact = config.kl_estimator == "exact"
-        self.needs = frozenset({"values", "entropy", f"{self.anchor}_kl" if self._exact else f"{self.anchor}_logprobs"})
+        penalty = f"{self.anchor}_kl" if self._exact else f"{self.anchor}_logprobs"
+        read = {"values": True, "entropy": config.entropy_coef > 0, penalty: config.kl_coef > 0}
+        self.needs = frozenset(name for name, is_read in read.items() if is_read)
         super().__init__(config)
 
     def num_steps(self, num_demonstrations: int) -> int:
@@ -115,7 +117,7 @@ class PPO(Algorithm):
         surrogate = ops.clipped_surrogate(
             tokens.logprobs, tokens.old_logprobs, tokens.advantages, self.config.clip_range
         )
-        return surrogate - self.config.entropy_coef * tokens.entropy
+        return surrogate - self.config.entropy_coef * tokens.entropy if self.config.entropy_coef > 0 else surrogate
 
     def value_loss(self, tokens: Tokens) -> Tensor:
         """Half the squared error, with the value clipped around its old self, [n]."""
@@ -123,6 +125,8 @@ class PPO(Algorithm):
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
         """`anchor_kl`: mean KL estimate per token over the trajectories that pay for it; absent where none does."""
+        if self.config.kl_coef == 0:
+            return {}
         pays = self.penalty_weights(batch) > 0
         num_tokens = int(batch.response_mask[pays].sum())
         return {"anchor_kl": float(self._anchor_kl(batch, pays).sum()) / num_tokens} if num_tokens else {}

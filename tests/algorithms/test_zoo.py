@@ -166,6 +166,26 @@ def test_everything_needed_is_read(name):
             Scene(build(name)).play(without=need)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "needs"),
+    [
+        ("ppo", {"kl_coef": 0.0}, {"values", "entropy"}),
+        ("ppo", {"kl_coef": 0.0, "kl_estimator": "exact", "entropy_coef": 0.0}, {"values"}),
+        ("ppo", {"entropy_coef": 0.0}, {"values", "ref_logprobs"}),
+        ("dgpo", {"kl_coef": 0.0}, {"values", "entropy"}),
+        ("grpo", {"kl_coef": 0.0}, {"entropy"}),
+        ("grpo", {"entropy_coef": 0.0}, {"ref_logprobs"}),
+        ("dgpo_grpo", {"kl_coef": 0.0, "entropy_coef": 0.0}, set()),
+        ("kd", {"kl_coef": 0.0}, set()),
+    ],
+)
+def test_what_a_coefficient_of_zero_leaves_out_is_not_asked_for(name, settings, needs):
+    scene = Scene(ALGORITHMS.build({"name": name, **settings}))
+    assert scene.algorithm.needs == needs
+    assert torch.isfinite(scene.play()).all()
+    assert "anchor_kl" not in scene.algorithm.step_metrics(scene.batch) or settings.get("kl_coef") != 0.0
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_a_loss_has_no_memory_and_tokens_do_not_see_each_other(name):
     scene = Scene(build(name))
