@@ -228,6 +228,20 @@ class Episode:
         passages = tuple(found or ())
         return self._continue(passages, self.report(action="search", query=action.query, passages=passages))
 
+    def cut_off(self) -> float:
+        """End an episode that its player has no room to go on with; returns the reward of having given no answer.
+
+        The last observation is taken back, because nobody reads it.
+
+        Raises:
+            ResetNeededError: No episode is running, or it has not yet had a turn.
+        """
+        if not self.running or not self.turn:
+            raise ResetNeededError("cut_off ends an episode between two turns, and none is there; call reset and step.")
+        self.running = False
+        self.transcript.pop()
+        return self._earned(None)
+
     def report(self, **changes: Any) -> StepInfo:
         """The info of a turn; what is not given has the value of a turn in which it did not happen."""
         assert self.question is not None

@@ -141,6 +141,26 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
             infos = self._add_info(infos, dict(info), row)
         return tuple(self._observations), rewards, terminations, truncations, infos
 
+    def cut_off(self, row: int) -> float:
+        """End the episode of a row after a turn, because its player has no room to go on, say in a model's context.
+
+        Args:
+            row: Its last observation, which nobody reads, is taken back. Mode DISABLED only.
+
+        Returns:
+            What the episode earns without an answer.
+
+        Raises:
+            ResetNeededError: The row has no running episode, or one that has not yet had a turn.
+            ConfigurationError: Another mode, in which rows reset themselves.
+            Exception: Whatever the reward raises, with a note naming the question.
+        """
+        if self.autoreset_mode is not AutoresetMode.DISABLED:
+            raise ConfigurationError(f"cut_off needs autoreset_mode DISABLED, this is {self.autoreset_mode}.")
+        reward = self._episodes[row].cut_off()
+        self._observations[row] = ""
+        return reward
+
     def render(self) -> tuple[str, ...] | None:
         """The transcripts of all rows in mode "ansi", else None."""
         if self.render_mode is None:

@@ -219,10 +219,14 @@ class _Rollout:
         for env, observation in zip(envs, observations, strict=True):
             terminated, truncated = bool(terminations[env]), bool(truncations[env])
             # The last token of the action, the observation, and at least one token of the next action.
-            truncated |= not terminated and self.lengths[env] + len(observation) + 2 > self.engine.config.max_tokens
+            reward = float(rewards[env])
+            full = self.lengths[env] + len(observation) + 2 > self.engine.config.max_tokens
+            if full and not (terminated or truncated):
+                truncated = True
+                reward += self.engine.envs.cut_off(env)
             ended = terminated or truncated
             turn = self._record_turn(env, observation[:0] if ended else observation, info_at(infos, env))
-            self.episodes[env].reward += float(rewards[env])
+            self.episodes[env].reward += reward
             if ended:
                 self._finish(env, turn.info, terminated)
             else:

@@ -20,6 +20,7 @@ from agentic_rag_env import (
 from agentic_rag_env.errors import AgenticRAGError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.rewards import Outcome
 from agentic_rag_env.types import Passage
 
 N = 5
@@ -190,6 +191,32 @@ def test_disabled_mode_leaves_rows_alone(world: QuestionSet) -> None:
     assert observations == ("", "", "")
     assert not rewards.any() and not terminations.any() and not truncations.any()  # noqa: PT018
     assert infos == {}
+
+
+def test_an_episode_that_is_cut_off_earns_what_no_answer_earns(world: QuestionSet) -> None:
+    outcomes = []
+
+    def reward(outcome: Outcome) -> float:
+        outcomes.append(outcome)
+        return 0.25
+
+    envs = AgenticRAGVectorEnv(2, dataset=world, autoreset_mode=AutoresetMode.DISABLED, reward=reward)
+    prompts, _ = envs.reset(options={"question_index": np.array([0, 1])})
+    with pytest.raises(ResetNeededError, match="between two turns"):
+        envs.cut_off(0)
+    (hint, _), *_ = envs.step((JUNK, None))
+    envs.step((SEARCH, SEARCH))
+    assert envs.cut_off(0) == 0.25
+    (outcome,) = outcomes
+    assert (outcome.question.id, outcome.answer, outcome.prompt) == (world[0].id, None, prompts[0])
+    assert outcome.turns == ((JUNK, hint), (SEARCH, ""))  # what was found last is read by nobody
+    for again in (lambda: envs.cut_off(0), lambda: envs.step((ANSWER, None))):
+        with pytest.raises(ResetNeededError):
+            again()
+    _, rewards, *_ = envs.step((None, ANSWER))
+    assert rewards.tolist() == [0.0, 0.25]
+    with pytest.raises(ConfigurationError, match="cut_off needs autoreset_mode DISABLED"):
+        AgenticRAGVectorEnv(1, dataset=world).cut_off(0)
 
 
 def test_question_index_and_draws_mix(world: QuestionSet) -> None:

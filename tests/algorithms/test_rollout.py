@@ -371,6 +371,28 @@ def test_an_episode_without_room_is_cut_off():
     assert any(len(trajectory.turns) == 1 and trajectory.truncated for trajectory in trajectories)
 
 
+def test_the_reward_sees_an_episode_that_is_cut_off():
+    outcomes = []
+
+    def reward(outcome):
+        outcomes.append(outcome)
+        return 1.0 if outcome.answer is not None else -0.5
+
+    engine = make_engine(num_envs=4, max_tokens=60, env_settings={"reward": reward})
+    trajectories, _ = engine.rollout(list(range(8)) * 2, seed=(0,))
+    assert {trajectory.terminated for trajectory in trajectories} == {True, False}
+    assert any(len(trajectory.turns) < 3 for trajectory in trajectories if not trajectory.terminated)
+    assert [trajectory.reward for trajectory in trajectories] == [
+        1.0 if trajectory.terminated else -0.5 for trajectory in trajectories
+    ]
+    played = [
+        tuple((engine.action_end.text(turn.action_ids), decode(engine.tokenizer, turn.observation_ids.tolist()))
+              for turn in trajectory.turns)
+        for trajectory in trajectories
+    ]  # fmt: skip
+    assert sorted(outcome.turns for outcome in outcomes) == sorted(played)
+
+
 def test_room_is_counted_to_the_token():
     """Actions are one end-of-text token each; then either nothing fits behind the hint, or exactly one token does."""
     model, tokenizer = make_policy("whole", eos_bias=50.0), make_tokenizer("whole")
