@@ -37,11 +37,13 @@ class Sources:
 
     Raises:
         ConfigurationError: There are none for the last algorithm. Another one is skipped in that case, with a warning.
+            Or rollouts would be drawn from another distribution than policy gradients are of.
     """
 
     def __init__(
         self, config: RunConfig, networks: Networks, environments: Environments, stages: Sequence[Algorithm]
     ) -> None:
+        _check_sampling(config, stages)
         self._config, self._networks, self._environments = config, networks, environments
         self.replay = Replay(0)
         self._players: dict[float | None, RolloutEngine] = {}
@@ -120,6 +122,19 @@ class Sources:
             return demonstrations.collect(engine, **asking, seed=config.seed)
 
         return demonstrations.cached(path, make, networks.tokenizer)
+
+
+def _check_sampling(config: RunConfig, stages: Sequence[Algorithm]) -> None:
+    """Policy gradients are of the full distribution, so nothing may be left out of the draws that they come from."""
+    top_p, top_k = config.rollout.top_p, config.rollout.top_k
+    for stage in stages:
+        is_gradient = type(stage).estimate_advantages is not Algorithm.estimate_advantages
+        if is_gradient and "policy" in stage.trains_on and (top_p < 1 or top_k):
+            raise ConfigurationError(
+                f"{stage.name} estimates gradients of the policy's full distribution, and rollout.top_p={top_p}, "
+                f"rollout.top_k={top_k} would leave tokens out of its rollouts; set rollout.top_p=1 and "
+                "rollout.top_k=0 to train. python -m algorithms.evaluate takes other values."
+            )
 
 
 def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrations) -> None:

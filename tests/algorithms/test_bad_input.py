@@ -198,6 +198,15 @@ def test_a_context_that_is_too_short_is_noticed_before_any_training(fail):
     assert "max_tokens is 1000000, but the model's max_position_embeddings is" in message
 
 
+@pytest.mark.parametrize("setting", ["top_p=0.9", "top_k=20"])
+def test_policy_gradients_from_a_part_of_the_distribution(fail, setting):
+    with patch.object(Trainer, "train", side_effect=AssertionError):
+        message = fail("algo=ppo", f"rollout.{setting}")
+    assert f"rollout.{setting}" in message
+    assert "ppo estimates gradients of the policy's full distribution" in message
+    assert "set rollout.top_p=1 and rollout.top_k=0" in message
+
+
 def test_a_hand_over_that_nobody_would_look_for(fail):
     message = fail(*DGPO, "algo.warm_start.hand_over_exact_match=0.5", "evaluation.every=0")
     assert "hand_over_exact_match of kd" in message
