@@ -30,7 +30,7 @@ from algorithms.learner.schemas import EvaluationConfig, ModelConfig, RunConfig,
 ROOT = Path(__file__).parents[2]
 CONF = Path(conf.__file__).parent
 TINY_STUDENT = ASSETS / "tiny-student"
-PAPER = ["+experiment=paper", "dataset.questions=q.jsonl", "retriever.url=http://127.0.0.1:9/retrieve"]
+PAPER = ["+experiment=paper", "retriever.url=http://127.0.0.1:9/retrieve"]
 REGISTRIES = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
 NAMES = [(registry, name) for registry in REGISTRIES for name in registry.names()]
 DEFAULT_GROUPS = ("algo", "env", "dataset", "retriever", "reward", "model")
@@ -100,6 +100,8 @@ def test_the_baseline_that_the_paper_preset_names():
     assert stage.name == "ppo"
     assert stage.config.steps == 1000
     assert config.env["prompt"] == "search_r1"
+    assert config.dataset["members"]["train"] == ["nq", "hotpotqa"]
+    assert len(config.dataset["sources"]) == 7
 
 
 def test_the_defaults_are_those_of_the_dataclasses():
