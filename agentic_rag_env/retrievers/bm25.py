@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from agentic_rag_env.corpus import Texts
 from agentic_rag_env.errors import ConfigurationError, DataError
-from agentic_rag_env.registry import RETRIEVERS
+from agentic_rag_env.registry import RETRIEVERS, did_you_mean
 from agentic_rag_env.retrievers.base import CorpusRetriever, Ranking
 from agentic_rag_env.retrievers.index_folder import corpus_of_index, read_manifest
 from agentic_rag_env.types import Passage
@@ -32,48 +32,64 @@ class BM25Config:
     Attributes:
         k1: Saturation of the term frequency; Anserini's default.
         b: Strength of the length normalization, in [0, 1]; Anserini's default.
-        index: Folder made by `agentic-rag-index bm25`, with the same k1 and b; None: the index is made in memory.
+        stemmer: Language of the Snowball stemmer (PyStemmer) that cuts inflected words down, such as `english`; None: a
+            word stays as it is. Most published figures of BM25 are with stems and without stop words.
+        stopwords: Name of the list in bm25s of words that do not count, such as `english`; then those of one character
+            do not count either. None: all words count.
+        index: Folder made by `agentic-rag-index bm25` with the same settings as above; None: the index is made in
+            memory.
         corpus: File of the passages, instead of those of the dataset or the index folder.
     """
 
     k1: float = 0.9
     b: float = 0.4
+    stemmer: str | None = None
+    stopwords: str | None = None
     index: str | None = None
     corpus: str | None = None
 
     def __post_init__(self) -> None:
         if self.k1 < 0 or not 0 <= self.b <= 1:
             raise ConfigurationError(f"bm25 needs k1 >= 0 and b in [0, 1], got k1={self.k1}, b={self.b}.")
+        for name in ("stemmer", "stopwords"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ConfigurationError(f"bm25 {name} must be a name such as english, or null, got {value!r}.")
+
+    def of_index(self) -> dict[str, Any]:
+        """The settings that decide an index, without those of words that are None: older indexes do not know them."""
+        words = {"stemmer": self.stemmer, "stopwords": self.stopwords}
+        return {"k1": self.k1, "b": self.b, **{name: value for name, value in words.items() if value is not None}}
 
 
 @RETRIEVERS.register("bm25", BM25Config)
 class BM25Retriever(CorpusRetriever):
     """Searches title and text together, by an index in memory or in a memory-mapped folder.
 
-    A text is its lower-cased words, with neither stemming nor stop words. An index takes about 8 bytes per distinct
-    word of each passage. A query without a known word matches nothing.
+    A text is its lower-cased words, in whole and all of them unless `BM25Config` says otherwise. An index takes about 8
+    bytes per distinct word of each passage. A query without a known word matches nothing.
 
     Args:
-        config: The BM25 parameters.
+        config: The settings.
         corpus: The passages; their order decides ties. None: those of the index folder.
 
     Raises:
-        ConfigurationError: There is no corpus, it holds no words, or the parameters are not those of the index.
+        ConfigurationError: There is no corpus, it holds no words, the stemmer or the list of stop words is missing, or
+            the settings are not those of the index.
         DataError: The index folder is incomplete, or was built from another corpus.
     """
 
     def __init__(self, config: BM25Config, corpus: Sequence[Passage] | None = None) -> None:
+        check_words(config)
         self._config, self._given = config, corpus
         manifest = None if config.index is None else read_manifest(config.index, "bm25")
         self.corpus = corpus_of_index("bm25", config, corpus, manifest)
         if config.index is None or manifest is None:
             self._index, self._vocabulary = index_texts(Texts(self.corpus), config)
             return
-        built = {"k1": manifest["index"]["k1"], "b": manifest["index"]["b"]}
-        if built != {"k1": config.k1, "b": config.b}:
+        if manifest["index"] != config.of_index():
             raise ConfigurationError(
-                f"bm25 index {config.index} was built with k1={built['k1']}, b={built['b']}, but k1={config.k1}, "
-                f"b={config.b} are asked for; set them alike or build another index."
+                f"bm25 index {config.index} was built with {_listed(manifest['index'])}, but "
+                f"{_listed(config.of_index())} are asked for; set them alike or build another index."
             )
         self._index, self._vocabulary = _load(Path(config.index).expanduser() / BM25_FOLDER)
 
@@ -83,10 +99,10 @@ class BM25Retriever(CorpusRetriever):
 
     def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
         """See `CorpusRetriever.rank`."""
-        return [self._best(words, top_k) for words in _tokenize(queries)]
+        return [self._best(words, top_k) for words in _tokenize(queries, self._config)]
 
     def _identity(self) -> dict[str, Any]:
-        return {"retriever": "bm25", "k1": self._config.k1, "b": self._config.b}
+        return {"retriever": "bm25", **self._config.of_index()}
 
     def _best(self, words: list[str], top_k: int) -> Ranking:
         ids = [place for word in words if (place := self._find(word)) is not None]
@@ -104,6 +120,15 @@ class BM25Retriever(CorpusRetriever):
         return place if place < len(self._vocabulary) and self._vocabulary[place].as_py() == word else None
 
 
+def check_words(config: BM25Config) -> None:
+    """Refuse a stemmer or stop words that are not to be had, before anything long is begun.
+
+    Raises:
+        ConfigurationError: They are not.
+    """
+    _tokenize((), config)
+
+
 def index_texts(
     texts: Iterable[str], config: BM25Config, advance: Callable[[int], None] = lambda count: None
 ) -> tuple[Any, Any]:
@@ -111,14 +136,14 @@ def index_texts(
 
     Args:
         texts: Any number, read once.
-        config: The BM25 parameters.
+        config: The settings.
         advance: Called with the number of further texts tokenized.
 
     Returns:
         The `bm25s.BM25`, and an Arrow array of the words in sorted order; the place of a word is its id.
 
     Raises:
-        ConfigurationError: There is no word in the texts.
+        ConfigurationError: There is no word in the texts, or the stemmer or the list of stop words is missing.
     """
     import bm25s
     import pyarrow as pa
@@ -129,7 +154,8 @@ def index_texts(
     word_ids: list[Any] = []
     for span in _spans(texts):
         word_ids += [
-            np.array([found.setdefault(word, len(found)) for word in words], np.int32) for words in _tokenize(span)
+            np.array([found.setdefault(word, len(found)) for word in words], np.int32)
+            for words in _tokenize(span, config)
         ]
         advance(len(span))
     if not found:
@@ -178,7 +204,37 @@ def _spans(texts: Iterable[str]) -> Iterable[list[str]]:
         yield span
 
 
-def _tokenize(texts: Sequence[str]) -> list[list[str]]:
+def _tokenize(texts: Sequence[str], config: BM25Config) -> list[list[str]]:
+    """The words of each text that count, in their order; each distinct word of all texts is stemmed once."""
     import bm25s
 
-    return bm25s.tokenize(list(texts), token_pattern=r"\w+", stopwords=None, return_ids=False, show_progress=False)
+    pattern = r"\w+" if config.stopwords is None else r"\w\w+"
+    options = {"token_pattern": pattern, "stemmer": _stemmer(config.stemmer), "return_ids": False}
+    try:
+        return bm25s.tokenize(list(texts), stopwords=config.stopwords, **options, show_progress=False)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"bm25s has no list of stop words {config.stopwords!r}; it has english, german, french and others."
+        ) from error
+
+
+def _stemmer(language: str | None) -> Any:
+    """A new stemmer each time: two threads must not share one, and none can be copied."""
+    if language is None:
+        return None
+    try:
+        import Stemmer
+    except ImportError as error:
+        raise ConfigurationError(
+            f"bm25 stemmer={language!r} needs the library PyStemmer: pip install PyStemmer; stemmer=null does without."
+        ) from error
+    try:
+        return Stemmer.Stemmer(language)
+    except KeyError:
+        raise ConfigurationError(
+            f"PyStemmer has no stemmer {language!r}.{did_you_mean(language, Stemmer.algorithms())}"
+        ) from None
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())

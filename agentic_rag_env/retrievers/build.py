@@ -1,7 +1,7 @@
 """Build what retrievers open at once: a store of passages, a BM25 index or a dense index.
 
 agentic-rag-index store wiki-18.jsonl wiki-18.arrow
-agentic-rag-index bm25 wiki-18.arrow wiki-bm25
+agentic-rag-index bm25 wiki-18.arrow wiki-bm25 --stemmer english --stopwords english
 agentic-rag-index dense wiki-18.arrow wiki-e5 --encoder intfloat/e5-base-v2 --dtype float16
 agentic-rag-index dense wiki-18.arrow wiki-bge --index HNSW32 --encoder '{
     "model": "BAAI/bge-base-en-v1.5", "pooling": "cls", "passage_prefix": "",
@@ -58,7 +58,7 @@ def _build_store(options: argparse.Namespace) -> None:
 
 
 def _build_bm25(options: argparse.Namespace) -> None:
-    config = BM25Config(k1=options.k1, b=options.b)
+    config = BM25Config(k1=options.k1, b=options.b, stemmer=options.stemmer, stopwords=options.stopwords)
     _report(options.folder, build_bm25(options.corpus, options.folder, config, progress))
 
 
@@ -155,6 +155,8 @@ def _parser() -> argparse.ArgumentParser:
         kind.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     bm25.add_argument("--k1", type=float, default=BM25Config.k1, help="saturation of the term frequency")
     bm25.add_argument("--b", type=float, default=BM25Config.b, help="strength of the length normalization")
+    bm25.add_argument("--stemmer", help="language of the Snowball stemmer, such as english (needs PyStemmer)")
+    bm25.add_argument("--stopwords", help="list of words that do not count, such as english")
     bm25.set_defaults(build=_build_bm25)
     defaults = DenseIndexConfig()
     encoder_help = "registered name, folder or hub id of a model, or a JSON object with 'name' or 'model' and settings"

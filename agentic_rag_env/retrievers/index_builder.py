@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from agentic_rag_env.corpus import CorpusStore, Texts, open_corpus
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.files import remove_partial, written_whole
-from agentic_rag_env.retrievers.bm25 import BM25_FOLDER, BM25Config, index_texts, save_index
+from agentic_rag_env.retrievers.bm25 import BM25_FOLDER, BM25Config, check_words, index_texts, save_index
 from agentic_rag_env.retrievers.embedding import FAISS_FILE, VECTORS_FILE, first_not_finite
 from agentic_rag_env.retrievers.encoders import StoredEncoder, build_encoder
 from agentic_rag_env.retrievers.faiss_builder import build_index, default_index, measure_recall
@@ -125,24 +125,25 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
     Args:
         corpus: A store, or a file that `passages_in` reads.
         folder: Made if it is not there.
-        config: The BM25 parameters.
+        config: The settings.
         phase: Shows progress.
 
     Returns:
         The manifest.
 
     Raises:
-        ConfigurationError: The corpus holds no words.
+        ConfigurationError: The corpus holds no words, or the stemmer or the list of stop words is missing.
         DataError: The corpus is malformed, or another process builds in the folder.
     """
+    check_words(config)
     folder = Path(folder).expanduser()
     with _builder_of(folder):
         store = _corpus_store(corpus, folder, phase)
         manifest = {
             "kind": "bm25",
             "corpus": _corpus_entry(store, folder),
-            "index": {"k1": config.k1, "b": config.b},
-            "versions": _versions("bm25s"),
+            "index": config.of_index(),
+            "versions": _versions("bm25s") | ({"PyStemmer": version("PyStemmer")} if config.stemmer else {}),
         }
         if (finished := _finished(folder, manifest)) is not None:
             return finished

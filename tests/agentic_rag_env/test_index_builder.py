@@ -35,6 +35,7 @@ NUM_PASSAGES = 600
 PASSAGES = tuple(Passage(f"p{row}", f'"Title {row}"\nword{row % 7} and number{row}') for row in range(NUM_PASSAGES))
 #: The first ten passages are the same text, so that there are ties.
 PASSAGES = (*(Passage(f"p{row}", PASSAGES[0].contents) for row in range(10)), *PASSAGES[10:])
+STEMS = {"stemmer": "english", "stopwords": "english"}
 QUERIES = [passage.contents for passage in PASSAGES[::60]] + ["something else", PASSAGES[0].contents]
 
 
@@ -255,17 +256,17 @@ def test_builds_killed_many_times(tmp_path: Path, index: str) -> None:
     kill_and_finish(tmp_path, index, num_kills=10, seed=1)
 
 
-def test_a_killed_bm25_build_is_finished(tmp_path: Path, store: CorpusStore, bm25_folder: Path) -> None:
-    folder = tmp_path / "bm25"
+@pytest.mark.parametrize("words", [{}, STEMS], ids=["words", "stems"])
+def test_a_killed_bm25_build_is_finished(tmp_path: Path, store: CorpusStore, words: dict[str, str]) -> None:
+    folder, config = tmp_path / "bm25", BM25Config(**words)
     (folder / ".bm25.saving").mkdir(parents=True)
     (folder / ".bm25.saving" / "vocabulary.arrow").write_bytes(b"half")
     (folder / ".manifest.json.77.partial").write_bytes(b"half")
     with pytest.raises(DataError, match="holds no finished index"):
-        RETRIEVERS.build({"name": "bm25", "index": str(folder)}, corpus=PASSAGES)
-    build_bm25(store.path, folder, BM25Config())
-    files, whole = files_in(folder), files_in(bm25_folder)
-    assert files.keys() == whole.keys()
-    assert all(files[name] == whole[name] for name in files if name != "manifest.json")
+        RETRIEVERS.build({"name": "bm25", "index": str(folder), **words}, corpus=PASSAGES)
+    build_bm25(store.path, folder, config)
+    build_bm25(store.path, tmp_path / "whole", config)
+    assert files_in(folder) == files_in(tmp_path / "whole")
 
 
 def test_two_builders_in_one_folder(tmp_path: Path, store: CorpusStore) -> None:
@@ -323,6 +324,33 @@ def test_bm25_on_disk_equals_in_memory(bm25_folder: Path) -> None:
     assert found_by(pickle.loads(pickle.dumps(opened)), queries) == found_by(made, queries)
     assert opened.fingerprint == made.fingerprint
     assert isinstance(opened._index.scores["data"], np.memmap)
+
+
+def test_bm25_over_stems_on_disk(tmp_path: Path, store: CorpusStore, bm25_folder: Path) -> None:
+    folder = tmp_path / "stems"
+    manifest = build_bm25(store.path, folder, BM25Config(**STEMS))
+    assert manifest["index"] == {"k1": 0.9, "b": 0.4, **STEMS}
+    assert manifest["versions"].keys() == {"agentic-rag-env", "bm25s", "PyStemmer"}
+    opened = RETRIEVERS.build({"name": "bm25", "index": str(folder), **STEMS}, corpus=None)
+    made = RETRIEVERS.build({"name": "bm25", **STEMS}, corpus=PASSAGES)
+    queries = ["titled", "and", "word3 numbers300 titles", *QUERIES]
+    assert found_by(opened, queries) == found_by(made, queries)
+    assert [len(found) for found in opened.search(queries[:2], 5)] == [5, 0]
+    assert opened.fingerprint == made.fingerprint != RETRIEVERS.build("bm25", corpus=PASSAGES).fingerprint
+    for index, asked, message in (
+        (folder, {}, r"with k1=0\.9, b=0\.4, stemmer=english, stopwords=english, but k1=0\.9, b=0\.4 are asked"),
+        (bm25_folder, STEMS, r"with k1=0\.9, b=0\.4, but k1=0\.9, b=0\.4, stemmer=english, stopwords=english are"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            RETRIEVERS.build({"name": "bm25", "index": str(index), **asked}, corpus=None)
+
+
+def test_bm25_folders_know_nothing_of_stems_without_them(store: CorpusStore, bm25_folder: Path) -> None:
+    """As folders from before there were any: these open, and are found finished, by the same settings."""
+    before = files_in(bm25_folder)
+    assert json.loads(before["manifest.json"])["index"] == {"k1": 0.9, "b": 0.4}
+    build_bm25(store.path, bm25_folder, BM25Config(stemmer=None, stopwords=None))
+    assert files_in(bm25_folder) == before
 
 
 def test_looking_into_all_lists_is_exact(tmp_path: Path, store: CorpusStore) -> None:
@@ -504,7 +532,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "dense" / "corpus.arrow").exists()
     assert np.load(tmp_path / "dense" / "vectors" / "vectors.npy").dtype == np.float16
     assert main(["bm25", str(corpus), str(tmp_path / "bm25"), "--k1", "1.2"]) == 0
-    assert "600 passages, bm25, k1 1.2, b 0.4" in capsys.readouterr().out
+    assert "600 passages, bm25, k1 1.2, b 0.4\n" in capsys.readouterr().out
+    words = ["--stemmer", "english", "--stopwords", "english"]
+    assert main(["bm25", str(corpus), str(tmp_path / "bm25"), *words]) == 0
+    assert "k1 0.9, b 0.4, stemmer english, stopwords english\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -512,6 +543,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["bm25", "none.jsonl", "index"], "none.jsonl: cannot be read: No such file"),
         (["bm25", "c.jsonl", "index", "--b", "2"], "bm25 needs k1 >= 0 and b in [0, 1]"),
+        (["bm25", "c.jsonl", "index", "--stemmer", "englsh"], "PyStemmer has no stemmer 'englsh'. Did you mean"),
         (
             ["dense", "c.jsonl", "index", "--encoder", "hashed"],
             "Unknown encoder 'hashed'. Did you mean 'hashed_ngram'?",

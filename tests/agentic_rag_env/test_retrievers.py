@@ -207,6 +207,69 @@ def test_bm25_settings_out_of_range() -> None:
             BM25Config(**setting)
 
 
+BOOKS = corpus_of("The runner runs", "A library of ponies", "Running ponies", "x and y, the end")
+
+
+@pytest.mark.parametrize(
+    ("setting", "query", "expected"),
+    [
+        ({}, "run", []),
+        ({"stemmer": "english"}, "run", ["p2", "p0"]),
+        ({"stemmer": "english"}, "PONY", ["p2", "p1"]),
+        ({"stemmer": "german"}, "pony", []),
+        ({}, "the", ["p0", "p3"]),
+        ({"stemmer": "english"}, "the", ["p0", "p3"]),
+        ({"stopwords": "english"}, "the", []),
+        ({"stopwords": "english"}, "of a library", ["p1"]),
+        ({"stopwords": "german"}, "the", ["p0", "p3"]),
+        ({}, "x", ["p3"]),
+        ({"stopwords": "english"}, "x", []),
+        ({"stemmer": "english", "stopwords": "english"}, "the runs", ["p0", "p2"]),
+    ],
+)
+def test_bm25_stems_and_stop_words(setting: dict[str, str], query: str, expected: list[str]) -> None:
+    (found,) = BM25Retriever(BM25Config(**setting), BOOKS).search([query], 4)
+    assert [passage.id for passage in found] == expected
+
+
+def test_bm25_scores_over_stems_are_those_of_the_stemmed_texts() -> None:
+    """The runner runs -> runner run; a library of ponies -> librari poni; running ponies -> run poni; end."""
+    stemmed = BM25Retriever(BM25Config(stemmer="english", stopwords="english"), BOOKS)
+    plain = BM25Retriever(BM25Config(), corpus_of("runner run", "librari poni", "run poni", "end"))
+    for query, stems in (("the ponies ran or run", "poni ran run"), ("Libraries", "librari"), ("ends", "end")):
+        assert [[(p.id, p.score) for p in found] for found in stemmed.search([query], 4)] == [
+            [(p.id, p.score) for p in found] for found in plain.search([stems], 4)
+        ]
+
+
+def test_bm25_of_other_words_is_another_retriever() -> None:
+    settings: list[dict[str, str]] = [{}, {"stemmer": "english"}, {"stopwords": "english"}, {"stemmer": "german"}]
+    assert len({BM25Retriever(BM25Config(**setting), BOOKS).fingerprint for setting in settings}) == 4
+    stemmed = BM25Retriever(BM25Config(stemmer="english"), BOOKS)
+    assert pickle.loads(pickle.dumps(stemmed)).search(["run"], 4) == stemmed.search(["run"], 4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"stemmer": "englsh"}, r"PyStemmer has no stemmer 'englsh'\. Did you mean 'english'\?"),
+        ({"stopwords": "klingon"}, "bm25s has no list of stop words 'klingon'; it has english"),
+    ],
+)
+def test_bm25_words_that_are_not_to_be_had(setting: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        BM25Retriever(BM25Config(**setting), BOOKS)
+    with pytest.raises(ConfigurationError, match="must be a name such as english, or null, got True"):
+        BM25Config(**dict.fromkeys(setting, True))  # type: ignore[arg-type]
+
+
+def test_bm25_without_the_stemmer_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "Stemmer", None)
+    with pytest.raises(ConfigurationError, match="pip install PyStemmer"):
+        BM25Retriever(BM25Config(stemmer="english"), BOOKS)
+    assert BM25Retriever(BM25Config(stopwords="english"), BOOKS).search(["ponies"], 4)[0]
+
+
 # Static
 
 
