@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -20,6 +18,7 @@ from agentic_rag_env.actions import CLOSING_TAGS, Malformed, parse_action
 from agentic_rag_env.env import AgenticRAGEnv, printable
 from agentic_rag_env.episode import FINAL_TURNS
 from agentic_rag_env.errors import AgenticRAGError
+from agentic_rag_env.registry import name_or_mapping
 from agentic_rag_env.types import StepInfo
 
 HELP = """\
@@ -153,22 +152,13 @@ def _show(console: Console, text: str, style: str = "") -> None:
     console.print(Text(printable(text, console.encoding), style=style), end="")
 
 
-def _name_or_mapping(value: str) -> Any:
-    if not value.lstrip().startswith("{"):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not valid JSON ({error}): {value}") from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m agentic_rag_env.play", description="Play the environment yourself."
     )
     name_help = "registered name, or a JSON object with 'name' and settings (default: %(default)s)"
-    parser.add_argument("--dataset", type=_name_or_mapping, default="tiny", help=name_help)
-    parser.add_argument("--retriever", type=_name_or_mapping, default="bm25", help=name_help)
+    parser.add_argument("--dataset", type=name_or_mapping, default="tiny", help=name_help)
+    parser.add_argument("--retriever", type=name_or_mapping, default="bm25", help=name_help)
     parser.add_argument("--seed", type=int, help="seed of the questions (default: different every time)")
     parser.add_argument("--episodes", type=int, help="questions to play (default: until Ctrl-D)")
     parser.add_argument("--max-turns", type=int, default=4, help="turns that may search (default: %(default)s)")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +26,20 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(given, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Known: {', '.join(names) or 'none'}."
+
+
+def name_or_mapping(text: str) -> Any:
+    """What `Registry.build` takes, from an argument of a command line: a name, or a JSON object; a type for argparse.
+
+    Raises:
+        ArgumentTypeError: It begins like an object and is none.
+    """
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON ({error}): {text}") from None
 
 
 class Entry(NamedTuple):

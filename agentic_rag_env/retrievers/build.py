@@ -14,7 +14,6 @@ was killed goes on where it was when it is given again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 from agentic_rag_env.corpus import open_corpus
 from agentic_rag_env.errors import AgenticRAGError
+from agentic_rag_env.registry import name_or_mapping
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.index_builder import DenseIndexConfig, build_bm25, build_dense
 
@@ -129,15 +129,6 @@ def _lines(description: str, total: int | None) -> Callable[[int], None]:
     return advance
 
 
-def _name_or_mapping(value: str) -> Any:
-    if not value.lstrip().startswith("{"):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not valid JSON ({error}): {value}") from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agentic-rag-index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -160,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     bm25.set_defaults(build=_build_bm25)
     defaults = DenseIndexConfig()
     encoder_help = "registered name, folder or hub id of a model, or a JSON object with 'name' or 'model' and settings"
-    dense.add_argument("--encoder", type=_name_or_mapping, default=defaults.encoder, help=encoder_help)
+    dense.add_argument("--encoder", type=name_or_mapping, default=defaults.encoder, help=encoder_help)
     dense.add_argument("--index", default=defaults.index, help="FAISS factory string, or auto: by the corpus size")
     dense.add_argument("--dtype", default=defaults.dtype, help="of the vectors on disk: float32 or float16")
     dense.add_argument("--shard-size", type=int, default=defaults.shard_size, help="passages between two savings")
