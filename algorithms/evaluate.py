@@ -16,6 +16,7 @@ from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import checkpoint, evaluation, report
 from algorithms.learner.arc import show_arc
 from algorithms.learner.cli import CONFIG_FILE, clear_errors
+from algorithms.learner.fingerprints import fingerprints
 from algorithms.learner.outside import is_outside_learner
 from algorithms.learner.parts import Environments, Networks, resolve_model
 from algorithms.learner.schemas import RunConfig, evaluate_config, register_schemas
@@ -116,13 +117,13 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
             "evaluation_s": round(time.perf_counter() - started, 3),
             "probes_s": round(result.probes_s, 3),
         },
+        "fingerprints": fingerprints(envs, result.num_questions),
         "config": asdict(config),
         **report.provenance(networks.device),
     }
     report.write_summary(output_dir, summary)
     terminal = report.console()
-    num_played = len(next(iter(result.trajectories.values())))
-    terminal.print(f"{num_played} of the {len(envs.dataset)} questions of {envs.dataset.name}, split {split}")
+    terminal.print(f"{result.num_questions} of the {len(envs.dataset)} questions of {envs.dataset.name}, split {split}")
     terminal.print(report.results_table([result]))
     show_arc(terminal, [result])
     report.show_episode(terminal, config.model.policy, next(iter(result.trajectories.values())), networks.tokenizer)

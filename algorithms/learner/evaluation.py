@@ -49,6 +49,11 @@ class Evaluated:
     arc: dict[str, Figures] = field(default_factory=dict)
     probes_s: float = 0.0
 
+    @property
+    def num_questions(self) -> int:
+        """How many questions were played, the first ones of the dataset, in every mode."""
+        return len(next(iter(self.trajectories.values())))
+
     def by_mode(self) -> dict[str, dict[str, Any]]:
         """The figures by name of the mode of decoding, as `summary.json` holds them."""
         return {mode_name(temperature): figures for temperature, figures in self.figures.items()}
@@ -258,6 +263,12 @@ def episode_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "answered_fraction": float(np.mean([trajectory.terminated for trajectory in trajectories])),
         "tokens": float(np.mean([trajectory.num_action_tokens for trajectory in trajectories])),
     }
+
+
+def dev_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What a check on the dev split logs of its episodes."""
+    figures = episode_means(trajectories)
+    return {f"dev/{name}": figures[name] for name in ("exact_match", "num_searches", "malformed_fraction")}
 
 
 def gain(after: Sequence[Trajectory], before: Sequence[Trajectory], seed: int = 0) -> tuple[float, tuple[float, float]]:

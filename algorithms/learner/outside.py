@@ -17,23 +17,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.types import StepInfo
-from agentic_rag_env.vector import AgenticRAGVectorEnv
 from agentic_rag_env.wrappers import DiscreteActions
 from algorithms.learner import evaluation, report, seeding
 from algorithms.learner.algorithm import ALGORITHMS
-from algorithms.learner.codec import encode_plain, encode_prompts
-from algorithms.learner.metrics import RunLogger, write_whole
+from algorithms.learner.metrics import RunLogger, cost_metrics, write_whole
 from algorithms.learner.models import load_tokenizer
 from algorithms.learner.parts import Environments, resolve_model
+from algorithms.learner.plays import RecordedView, Sample, play, single
 from algorithms.learner.rollout import Progress
+from algorithms.learner.samples import NUM_SAVED, is_due, write_check, write_sample
 from algorithms.learner.schemas import RunConfig
 from algorithms.learner.trajectories import transcript
-from algorithms.learner.types import Trajectory, Turn
+from algorithms.learner.types import Trajectory
 
 #: Called once per update with metrics by full name; those under `time/` are counted as costs.
 Report = Callable[[Mapping[str, float]], None]
@@ -66,7 +64,10 @@ class OutsideLearner(ABC):
 
     @abstractmethod
     def log_probs(self, observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Log-probabilities of the actions, [actions] nats; minus infinity where the mask [actions] is False."""
+        """Log-probabilities of the actions, [actions] nats; minus infinity where the mask [actions] is False.
+
+        Asked after the training, and in it while an episode is played.
+        """
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -121,10 +122,22 @@ class _Run:
         self.words = {"question_words": first.question_words, "query_words": first.query_words}
         self.dev, self.test = self.view("dev"), self.view("test")
         self.step, self.num_updates = 0, learner.num_updates(config)
+        self.sample = Sample(NUM_SAVED, self.tokenizer, lambda: self._is_checked(self.step + 1))
 
     def view(self, split: str) -> DiscreteActions:
         """A new environment of a split; the words of all are those of the training split."""
         return DiscreteActions(single(self.environments.envs(split)), self.learner.max_candidates, **self.words)
+
+    def training_view(self) -> DiscreteActions:
+        """Another one of the training split, of whose episodes some are kept."""
+        return RecordedView(
+            single(self.environments.envs("train")),
+            self.learner.max_candidates,
+            **self.words,
+            player=self.learner,
+            begin=self.sample.begin,
+            keep=self.sample.keep,
+        )
 
     def train(self) -> None:
         """Learn, and save what was learned."""
@@ -133,7 +146,7 @@ class _Run:
                 f"training: {self.learner.name} ({self.num_updates} updates), no language model; written to "
                 f"{self.run_dir}"
             )
-            self.learner.train(lambda: self.view("train"), self.config, self.report)
+            self.learner.train(self.training_view, self.config, self.report)
         self._save()
 
     def report(self, metrics: Mapping[str, float]) -> None:
@@ -141,10 +154,10 @@ class _Run:
         self.step += 1
         self._spend({name.removeprefix("time/"): spent for name, spent in metrics.items() if name.startswith("time/")})
         self._spend({name: metrics[f"rollout/{name}"] for name in ("episodes", "env_steps")})
-        every = self.config.evaluation.every
-        if every and (self.step % every == 0 or self.step == self.num_updates):
+        if self._is_checked(self.step):
+            self._save_sample()
             metrics = {**metrics, **self._check_on_dev()}
-        self.logger.write(self.step, metrics, self.learner.name)
+        self.logger.write(self.step, {**metrics, **cost_metrics(self.costs)}, self.learner.name)
 
     def finish(self) -> dict[str, Any]:
         """Measure, print and write; returns the summary."""
@@ -154,20 +167,31 @@ class _Run:
         )
         self._spend({"evaluation_s": time.perf_counter() - started})
         stage = {"name": name, "steps": self.step, "checkpoint": self._checkpoint}
-        summary = report.summarize(self.config, [stage], [result], self.costs, torch.device("cpu"))
+        summary = report.summarize(self.config, [stage], [result], self.costs, torch.device("cpu"), self.environments)
         report.publish(self.run_dir, self.config, summary, [result], self.tokenizer)
         return summary
+
+    def _is_checked(self, step: int) -> bool:
+        return is_due(self.config.evaluation.every, step, self.num_updates)
+
+    def _save_sample(self) -> None:
+        """Keep some of the episodes that the present update has learned from."""
+        started, trajectories = time.perf_counter(), self.sample.take()
+        if trajectories:
+            path = self.run_dir / "trajectories" / f"train-{self.step:06d}.jsonl.gz"
+            write_sample(path, trajectories, self.environments.dataset("train"), self.tokenizer)
+        self._spend({"samples_s": time.perf_counter() - started})
 
     def _check_on_dev(self) -> dict[str, float]:
         started = time.perf_counter()
         count = min(self.config.evaluation.num_dev_questions, len(self.dev.env.dataset))
         played = [self._play(self.dev, index, 0.0) for index in range(count)]
-        figures = evaluation.episode_means(played)
         self.logger.text("transcripts/dev", transcript(played[self.step % count], self.tokenizer), self.step)
+        path = self.run_dir / "trajectories" / f"dev-{self.step:06d}.jsonl.gz"
+        write_check(path, played, self.dev.env.dataset, self.tokenizer)
         seconds = time.perf_counter() - started
         self._spend({"dev_s": seconds})
-        names = ("exact_match", "num_searches", "malformed_fraction")
-        return {f"dev/{name}": figures[name] for name in names} | {"time/dev_s": seconds}
+        return evaluation.dev_metrics(played) | {"time/dev_s": seconds}
 
     def _play_test_questions(self, temperature: float, count: int, show: Progress) -> list[Trajectory]:
         played: list[Trajectory] = []
@@ -197,65 +221,6 @@ class _Run:
     def _spend(self, costs: Mapping[str, float]) -> None:
         for name, cost in costs.items():
             self.costs[name] = self.costs.get(name, 0.0) + cost
-
-
-def play(
-    view: DiscreteActions,
-    index: int,
-    learner: OutsideLearner,
-    temperature: float,
-    rng: np.random.Generator,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Trajectory:
-    """One episode, in the form of a language model's.
-
-    Args:
-        view: Where.
-        index: Of the question.
-        learner: Who plays.
-        temperature: 0: the likeliest action; else actions are drawn from their distribution at this temperature.
-        rng: For the draws.
-        tokenizer: Turns the text of the episode into ids. The log-probability of an action, which is that of a whole
-            turn, stands at the turn's first token, and 0 at the others.
-    """
-    observation, info = view.reset(options={"question_index": index})
-    prompt_ids, turns, reward, ended = encode_prompts(tokenizer, [view.reply])[0], list[Turn](), 0.0, False
-    while not ended:
-        log_probs = learner.log_probs(observation, view.action_masks())
-        action = pick(log_probs, temperature, rng)
-        (action_ids,) = encode_plain(tokenizer, [view.text(view.meaning(action))])
-        logprobs = np.zeros(len(action_ids), dtype=np.float32)
-        logprobs[:1] = log_probs[action]
-        observation, earned, terminated, truncated, info = view.step(action)
-        reward, ended = reward + earned, terminated or truncated
-        turns.append(Turn(action_ids, logprobs, encode_plain(tokenizer, [view.reply])[0], info))
-    return Trajectory(prompt_ids, turns, index, "policy", reward, info["correct"], terminated, truncated)
-
-
-def pick(log_probs: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
-    """An action: the likeliest one at temperature 0, else a drawn one.
-
-    Args:
-        log_probs: [actions] nats; minus infinity where an action is not possible.
-        temperature: At least 0.
-        rng: For the draw.
-    """
-    best = int(log_probs.argmax())
-    if temperature == 0:
-        return best
-    weights = np.exp((log_probs.astype(np.float64) - log_probs[best]) / temperature)
-    return int(rng.choice(len(weights), p=weights / weights.sum()))
-
-
-def single(envs: AgenticRAGVectorEnv) -> AgenticRAGEnv:
-    """One environment with the questions, the retriever and the rules of many.
-
-    Raises:
-        ConfigurationError: They are of another kind.
-    """
-    if not isinstance(envs, AgenticRAGVectorEnv):
-        raise ConfigurationError(f"An outside learner needs env=agentic_rag, got a {type(envs).__name__}.")
-    return AgenticRAGEnv(dataset=envs.dataset, retriever=envs.retriever, top_k=envs.top_k, **vars(envs.rules))
 
 
 def episode_metrics(last: Sequence[StepInfo], rewards: Sequence[float], config: RunConfig) -> dict[str, float]:

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from algorithms.learner import evaluation
 from algorithms.learner.arc import show_arc
 from algorithms.learner.evaluation import Evaluated, mode_name
+from algorithms.learner.fingerprints import fingerprints
 from algorithms.learner.metrics import printable, write_results, write_whole
 from algorithms.learner.models import load_model
-from algorithms.learner.parts import resolve_model
+from algorithms.learner.parts import Environments, resolve_model
 from algorithms.learner.schemas import RunConfig
 from algorithms.learner.trainer import Trainer
 from algorithms.learner.trajectories import transcript
@@ -65,6 +66,7 @@ def summarize(
     evaluated: Sequence[Evaluated],
     costs: Mapping[str, float],
     device: torch.device,
+    environments: Environments,
     **more: Any,
 ) -> dict[str, Any]:
     """What `summary.json` holds of every run.
@@ -75,6 +77,7 @@ def summarize(
         evaluated: Models, the trained one included.
         costs: Seconds, tokens, episodes and steps, by name.
         device: Where the networks were.
+        environments: Of the training and of the test.
         **more: What takes the place of an entry that otherwise says: no gain measured, no demonstrations, no estimator.
     """
     summary = {
@@ -91,6 +94,9 @@ def summarize(
         "costs": {name: round(cost, 3) for name, cost in sorted(costs.items())},
         "teacher_share_of_training": _teacher_share(costs),
         "kl_estimator": None,
+        "fingerprints": fingerprints(
+            environments.envs("test"), evaluated[0].num_questions, environments.dataset("train")
+        ),
         "config": asdict(config),
         **provenance(device),
     }
@@ -204,6 +210,7 @@ def _summary(trainer: Trainer, evaluated: Sequence[Evaluated]) -> dict[str, Any]
         evaluated,
         costs,
         trainer.networks.device,
+        trainer.environments,
         gain=_gains(evaluated, config.evaluation.seed),
         demonstrations={name: found.counts() for name, found in demonstrations.items()},
         kl_estimator=getattr(trainer.stages[-1].config, "kl_estimator", None),

@@ -15,18 +15,17 @@ from algorithms.learner import checkpoint, evaluation, seeding
 from algorithms.learner.algorithm import Algorithm, Progress
 from algorithms.learner.collate import collate
 from algorithms.learner.learner import Learner
-from algorithms.learner.metrics import RunLogger
+from algorithms.learner.metrics import RunLogger, cost_metrics
 from algorithms.learner.models import Critic, freeze, load_model, pad_id
 from algorithms.learner.parts import Environments, Networks, build_stages, resolve_model
 from algorithms.learner.replay import Replay
-from algorithms.learner.samples import write_sample
+from algorithms.learner.samples import is_due, token_figures, write_check, write_sample
 from algorithms.learner.schemas import RunConfig
 from algorithms.learner.sources import Sources, choose_source, rollout_metrics
-from algorithms.learner.trajectories import transcript, write_trajectories
+from algorithms.learner.trajectories import transcript
 from algorithms.learner.types import Batch, Trajectory
 
 KEEP_CHECKPOINTS = 2
-_SAVED_TRANSCRIPTS = 16
 
 
 @dataclass
@@ -155,13 +154,12 @@ class Trainer:
             self.position.stage_step += 1
             metrics |= self._validate(learner) if self._is_end_of_pass(algorithm) else {}
             checks, probes = (
-                _is_due(every, self.position.stage_step, total)
+                is_due(every, self.position.stage_step, total)
                 for every in (self.config.evaluation.every, self.config.probe_every)
             )
             if checks or probes:
                 metrics |= self._check_on_dev(logger, self.config.probes if probes else ())
-            metrics |= {f"cost/{name}": cost for name, cost in self.position.costs.items() if not name.endswith("_s")}
-            logger.write(self.position.step, metrics, algorithm.name)
+            logger.write(self.position.step, metrics | cost_metrics(self.position.costs), algorithm.name)
             if self.position.stage_step % self.config.checkpoint_every == 0 or self._stage_is_over(algorithm, total):
                 self._save(learner)
 
@@ -229,7 +227,7 @@ class Trainer:
         self.position.spend(score_s=scored - started, update_s=ended - scored, trained_tokens=tokens)
         if learner.teacher is not None:
             self.position.spend(teacher_scored_tokens=tokens)
-        if _is_due(self.config.evaluation.every, step + 1, total_steps):
+        if is_due(self.config.evaluation.every, step + 1, total_steps):
             self._save_sample(trajectories, batch, learner)
         metrics |= {f"train/{name}": value for name, value in figures.items()}
         return metrics | {"time/score_s": scored - started, "time/update_s": ended - scored}
@@ -239,7 +237,7 @@ class Trainer:
         started = time.perf_counter()
         path = self.run_dir / "trajectories" / f"train-{self.position.step + 1:06d}.jsonl.gz"
         dataset = self.environments.dataset("train")
-        write_sample(path, trajectories, batch, learner, dataset, self.networks.tokenizer)
+        write_sample(path, trajectories, dataset, self.networks.tokenizer, token_figures(batch, learner))
         self.position.spend(samples_s=time.perf_counter() - started)
 
     def _collate(self, trajectories: Sequence[Trajectory]) -> Batch:
@@ -269,13 +267,11 @@ class Trainer:
         count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))
         engine = self.networks.engine(self.networks.policy, envs, temperature=0.0)
         trajectories, _ = engine.rollout(range(count), seed=(0,))
-        figures = evaluation.episode_means(trajectories)
-        self.position.dev_exact_match = figures["exact_match"]
+        metrics = evaluation.dev_metrics(trajectories)
+        self.position.dev_exact_match = metrics["dev/exact_match"]
         logger.text("transcripts/dev", transcript(trajectories[step % count], self.networks.tokenizer), step)
         path = self.run_dir / "trajectories" / f"dev-{step:06d}.jsonl.gz"
-        write_trajectories(path, trajectories[:_SAVED_TRANSCRIPTS], self.networks.tokenizer, envs.dataset)
-        names = ("exact_match", "num_searches", "malformed_fraction")
-        metrics = {f"dev/{name}": figures[name] for name in names}
+        write_check(path, trajectories, envs.dataset, self.networks.tokenizer)
         metrics |= evaluation.arc_metrics(evaluation.probe(engine, trajectories, probes), "dev/arc")
         seconds = time.perf_counter() - started
         self.position.spend(dev_s=seconds)
@@ -295,8 +291,3 @@ class Trainer:
             keep_steps=self.position.stage_starts,
         )
         self.position.spend(checkpoint_s=time.perf_counter() - started)
-
-
-def _is_due(every: int, step: int, total_steps: int) -> bool:
-    """Whether what is done every so many steps of a stage, and at its end, is done after a step."""
-    return bool(every) and (step % every == 0 or step == total_steps)

@@ -22,6 +22,7 @@ CONFIG: dict[str, Any] = {
     "num_envs": 96,
     "cache_dir": "/somewhere",
 }
+FINGERPRINTS = {"questions": "1a", "training_questions": "2b", "corpus": "3c", "retriever": "4d"}
 
 
 def figures(right: np.ndarray, group: np.ndarray, **others: float) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def make_run(
     costs: Mapping[str, float] | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
     arc: Mapping[str, Any] | None = None,
+    fingerprints: Mapping[str, str | None] | None = None,
     finished: bool = True,
     groups: Sequence[str] = GROUPS,
     prefix: str = "q",
@@ -64,6 +66,7 @@ def make_run(
         costs: As in the summary.
         metrics: Lines of `metrics.jsonl`.
         arc: As in the summary.
+        fingerprints: Those that differ from `FINGERPRINTS`.
         finished: Whether there is a summary.
         groups: Of the questions; one group: none.
         prefix: Of the questions' ids.
@@ -96,6 +99,7 @@ def make_run(
         "costs": dict(costs or {}),
         "teacher_share_of_training": 0.25,
         "peak_memory_mb": 500,
+        "fingerprints": FINGERPRINTS | dict(fingerprints or {}),
         "config": whole,
         "versions": {"torch": "2.0"},
         "machine": {"device": "cpu"},

@@ -142,7 +142,8 @@ def test_pairs_are_tested_on_the_same_questions(written, truth):
     variances = [by_question.var(ddof=1) / QUESTIONS, *(x.mean(axis=1).var(ddof=1) / 3 for x in (kd, dgpo))]
     freedom = sum(variances) ** 2 / sum(v**2 / f for v, f in zip(variances, (QUESTIONS - 1, 2, 2), strict=True))
     t = by_question.mean() / sum(variances) ** 0.5
-    assert float(row["p, methods"]) == pytest.approx(2 * stats.t.sf(abs(t), freedom))
+    of_methods = 2 * stats.t.sf(abs(t), freedom)
+    assert float(row["p, methods"]) == pytest.approx(max(of_methods, float(row["p, policies"])))
     assert row["at the 5 % level"] == "methods differ"
 
 
@@ -292,6 +293,20 @@ def test_of_many_questions_it_is_still_exact():
     # The sum of so many independent signs is normal: sd of the sum from the squares, half a step of continuity.
     z = (mixed.sum() - 0.5) / np.sqrt((mixed.astype(float) ** 2).sum())
     assert statistics.sign_flip_p_value(mixed) == pytest.approx(2 * stats.norm.sf(z), rel=0.01)
+
+
+def test_where_nothing_varies_doubt_remains():
+    """Four questions that one method always answers and the other never: a sign test of 4 and no more."""
+    always, never = np.ones((3, 4), bool), np.zeros((3, 4), bool)
+    found = statistics.paired(always, never)
+    assert found.p_questions == found.p_methods == pytest.approx(2 * 0.5**4)
+    # A fifth question may differ by -1 with a chance of up to 1 - 0.025^(1/4) = 0.602.
+    assert found.difference == pytest.approx((1.0, 1 - 2 * 0.60236, 1.0), abs=1e-4)
+    same = statistics.paired(never, never)
+    assert same.difference == pytest.approx((0.0, -0.60236, 0.60236), abs=1e-4)
+    assert same.p_methods == 1.0
+    thirds = np.eye(3, dtype=bool)  # each question right with one seed of three
+    assert statistics.paired(thirds, np.zeros((3, 3), bool)).difference.low < 0
 
 
 def pair(first, second, p_questions, p_methods=None) -> pairs.Pair:
@@ -444,7 +459,7 @@ def test_a_single_seed_says_nothing_about_another(tmp_path):
     ("change", "expected"),
     [
         (
-            {"config": {"dataset": {"name": "tiny", "seed": 1}}},
+            {"config": {"dataset": {"name": "tiny", "seed": 1}}, "fingerprints": {"questions": "9f"}},
             "other questions .*: dataset.seed is 1 in kd, but 0 in dgpo",
         ),
         (
@@ -452,13 +467,20 @@ def test_a_single_seed_says_nothing_about_another(tmp_path):
             "environment: env.max_turns is 2 in kd, but 4 in dgpo",
         ),
         (
-            {"config": {"retriever": {"name": "bm25", "k1": 1.5}}},
+            {"config": {"retriever": {"name": "bm25", "k1": 1.5}}, "fingerprints": {"retriever": "9f"}},
             "another retriever: retriever.k1 is 1.5 in kd, but 0.9 in dgpo",
         ),
         ({"config": {"reward": {"name": "f1"}}}, "another reward: reward.name is f1 in kd, but exact_match in dgpo"),
         (
             {"config": {"rollout": {"temperature": 0.5}}},
             "other decoding: rollout.temperature is 0.5 in kd, but 1.0 in dgpo",
+        ),
+        ({"fingerprints": {"corpus": "9f"}}, "another corpus: the fingerprint is 9f in kd, but 3c in dgpo"),
+        ({"fingerprints": {"retriever": "9f"}}, "another way to search them: the fingerprint is 9f in kd, but 4d in"),
+        ({"fingerprints": {"questions": "9f"}}, "other test questions: the fingerprint is 9f in kd, but 1a in dgpo"),
+        (
+            {"fingerprints": {"training_questions": "9f"}},
+            "other training questions: the fingerprint is 9f in kd, but 2b in dgpo",
         ),
         ({"prefix": "p"}, "80 test questions, greedy, of dgpo .* are not those of kd"),
     ],
@@ -470,6 +492,30 @@ def test_runs_that_are_not_comparable_are_refused(tmp_path, change, expected):
         study([tmp_path], Options())
     forced = study([tmp_path], Options(force=True, resamples=10))
     assert any(finding.refuses for finding in forced.findings)
+
+
+def elsewhere(**fingerprints):
+    """The change of a run whose files lie elsewhere."""
+    config = {"dataset": {"name": "jsonl", "corpus": "/there"}, "retriever": {"name": "bm25", "k1": 0.9, "cache": "/x"}}
+    return {"config": config, "fingerprints": fingerprints}
+
+
+def test_the_same_data_in_another_place_are_the_same(tmp_path):
+    make_run(tmp_path / "a", "dgpo", 0, answers(0.5, 0))
+    make_run(tmp_path / "b", "kd", 0, answers(0.5, 1), **elsewhere())
+    told = [finding for finding in check(make_methods(find_runs([tmp_path]))) if "agree" in finding.text]
+    assert not any(finding.refuses for finding in told)
+    texts = [finding.text for finding in told]
+    assert "the fingerprints of the data agree, although dataset.corpus is /there in kd, but absent in dgpo." in texts
+
+
+def test_of_what_a_retriever_does_not_tell_nothing_is_assumed(tmp_path):
+    make_run(tmp_path / "a", "dgpo", 0, answers(0.5, 0))
+    make_run(tmp_path / "b", "kd", 0, answers(0.5, 1), **elsewhere(retriever=None))
+    findings = check(make_methods(find_runs([tmp_path])))
+    assert any(each.refuses and "dataset.corpus is /there" in each.text for each in findings)
+    (told,) = [each for each in findings if each.text.startswith("what was searched is not known of kd:")]
+    assert not told.refuses
 
 
 def test_the_same_seed_twice_is_refused(tmp_path):

@@ -59,6 +59,7 @@ def test_a_run_directory_scores_as_the_run_did(dgpo_run, scored, monkeypatch):
     assert score.summary["evaluation"] == {"checkpoint": dgpo_run.summary["evaluation"]["dgpo"]}
     assert score.summary["teacher_in_memory_during_policy_evaluation"] is False
     assert score.summary["config"]["dataset"] == dgpo_run.summary["config"]["dataset"] | {"split": "test"}
+    assert score.summary["fingerprints"] == dgpo_run.summary["fingerprints"] | {"training_questions": None}
     for part in ("env", "retriever", "reward", "rollout"):
         assert score.summary["config"][part] == dgpo_run.summary["config"][part], part
     for mode in ("greedy", "T=1"):

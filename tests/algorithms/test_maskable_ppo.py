@@ -13,12 +13,15 @@ from small_runs import Run, command
 from transformers import AutoTokenizer
 
 from agentic_rag_env import AgenticRAGEnv, ConfigurationError, RetrieverError
+from agentic_rag_env.types import StepInfo
 from agentic_rag_env.wrappers import DiscreteActions
 from algorithms import evaluate
 from algorithms.assets import ASSETS
 from algorithms.learner.comparison.runs import find_runs
-from algorithms.learner.outside import check_failures, pick
+from algorithms.learner.outside import check_failures
 from algorithms.learner.parts import build_stages
+from algorithms.learner.plays import pick
+from algorithms.learner.samples import NUM_SAVED
 from algorithms.learner.trajectories import read_trajectories, transcript
 from algorithms.maskable_ppo import MaskablePPO, MaskablePPOConfig
 
@@ -30,6 +33,7 @@ SMALL = [
     "algo.hidden_size=16", "algo.max_candidates=6",
     "evaluation.num_questions=12", "evaluation.every=2", "evaluation.num_dev_questions=5",
 ]  # fmt: skip
+DATASET = {"name": "tiny", "num_passages": 300, "num_questions": 60}
 
 
 def train(path: Path, *overrides: str) -> Run:
@@ -52,6 +56,8 @@ def test_a_run_directory_holds_what_that_of_any_run_holds(run):
         "test-maskable_ppo-T=1.jsonl",
     }
     assert {file.name for file in (run.path / "trajectories").iterdir()} == {
+        "train-000002.jsonl.gz",
+        "dev-000002.jsonl.gz",
         "test-maskable_ppo-greedy.jsonl.gz",
         "test-maskable_ppo-T=1.jsonl.gz",
     }
@@ -87,6 +93,8 @@ def test_every_update_has_its_line_of_metrics(run):
     for row in run.metrics:
         assert {*names, "train/approx_kl", "train/value_loss", "time/rollout_s", "time/update_s"} <= row.keys()
     assert [("dev/exact_match" in row) for row in run.metrics] == [False, True]
+    assert [row["cost/env_steps"] for row in run.metrics] == [64, 128]
+    assert run.metrics[-1]["cost/episodes"] == run.summary["costs"]["episodes"]
     scalars = run.scalars()
     assert [step for step, _ in scalars["train/loss"]] == [1, 2]
     expected = run.summary["evaluation"]["maskable_ppo"]["greedy"]["all"]["exact_match"]
@@ -104,11 +112,33 @@ def test_transcripts_can_be_read_like_those_of_a_language_model(run):
         assert all(turn.action_logprobs[0] < 0 and not turn.action_logprobs[1:].any() for turn in trajectory.turns)
 
 
+def test_some_episodes_of_training_are_kept_as_they_were_played(run, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-student")
+    rows = [json.loads(line) for line in run.transcripts()["train-000002.jsonl.gz"].splitlines()]
+    kept = read_trajectories(run.path / "trajectories" / "train-000002.jsonl.gz")
+    assert 1 <= len(kept) <= NUM_SAVED
+    asked = {question.id: question for question in AgenticRAGEnv(dataset=DATASET | {"split": "train"}).dataset}
+    for row, trajectory in zip(rows, kept, strict=True):
+        question = asked[row["question_id"]]
+        assert row["question"]["text"] == question.text
+        told = transcript(trajectory, tokenizer)
+        assert question.text in told
+        assert trajectory.turns[-1].info["action"] == "answer"
+        assert trajectory.correct == (trajectory.reward == 1)
+        assert set(trajectory.turns[0].info) == set(StepInfo.__annotations__)  # nothing of the library's own
+        for turn in trajectory.turns:
+            assert f"> {turn.info['query'] or turn.info['answer']} </" in told
+            assert turn.action_logprobs[0] < 0
+    dev = read_trajectories(run.path / "trajectories" / "dev-000002.jsonl.gz")
+    assert [each.correct for each in dev].count(True) / 5 == pytest.approx(run.metrics[-1]["dev/exact_match"])
+    unwatched = train(tmp_path / "unwatched", "evaluation.every=0")
+    assert unwatched.metrics[-1]["train/loss"] == run.metrics[-1]["train/loss"], "watching changes nothing"
+
+
 def test_the_saved_controller_acts_like_the_trained_one(run):
     folder = run.path / "checkpoints" / "000002"
     settings = json.loads((folder / "view.json").read_text(encoding="utf-8"))
-    dataset = {"name": "tiny", "split": "test", "num_passages": 300, "num_questions": 60}
-    view = DiscreteActions(AgenticRAGEnv(dataset=dataset, max_turns=2), **settings)
+    view = DiscreteActions(AgenticRAGEnv(dataset=DATASET | {"split": "test"}, max_turns=2), **settings)
     from sb3_contrib import MaskablePPO as Library
 
     model = Library.load(folder / "model.zip", device="cpu")

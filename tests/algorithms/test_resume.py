@@ -32,7 +32,7 @@ PLACES = {
     "half of an old one removed": "shutil.rmtree",
     "step not logged": "algorithms.learner.metrics.RunLogger.write",
     "step not saved": "algorithms.learner.trainer.Trainer._save",
-    "transcripts not in place": "algorithms.learner.trainer.write_trajectories",
+    "transcripts not in place": "algorithms.learner.trainer.write_check",
     "sample not in place": "algorithms.learner.trainer.write_sample",
     "evaluation not written": "algorithms.learner.evaluation.write_trajectories",
     "summary not written": "algorithms.learner.report.write_summary",

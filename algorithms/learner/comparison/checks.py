@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 from algorithms.learner.comparison.methods import Method
-from algorithms.learner.comparison.runs import ALL, Run, flat
+from algorithms.learner.comparison.runs import ALL, Run
 
 #: Settings that must agree: prefix to what it means if they don't.
 _MUST_AGREE = {
@@ -30,6 +30,15 @@ _SHOULD_AGREE = {
     "num_envs": "another batch of episodes",
     "learner.": "other numerics",
 }
+#: What must be the same data, whatever it is called, and what it means if it isn't.
+_DATA = {
+    "questions": "other test questions",
+    "training_questions": "other training questions",
+    "corpus": "another corpus",
+    "retriever": "other passages, or another way to search them",
+}
+#: Settings that may differ where these data are the same: places, names, and what makes a search fast.
+_TOLD_BY_DATA = {"dataset.": ("questions", "training_questions", "retriever"), "retriever.": ("retriever",)}
 _BUDGETS = {"env_steps": "environment steps", "sampled_tokens": "sampled tokens", "trained_tokens": "trained tokens"}
 #: Budgets further apart than this factor are pointed out.
 _BUDGET_FACTOR = 1.5
@@ -52,19 +61,23 @@ def check(methods: Sequence[Method]) -> list[Finding]:
     """All reasons why the runs of some methods can't be compared, or not without a grain of salt."""
     runs = [(method, run) for method in methods for run in method.runs]
     findings = []
+    # Of a checkpoint that was only evaluated the policy is what is compared, not what it started from.
+    trained = [(method, run) for method, run in runs if "checkpoint" not in run.summary]
     for table, refuses in ((_MUST_AGREE, True), (_SHOULD_AGREE, False)):
         for name in dict.fromkeys(name for _, run in runs for name in run.settings):
             for prefix, meaning in table.items():
-                if name.startswith(prefix) and len(values := _values(runs, _setting(name))) > 1:
-                    findings.append(Finding(f"{meaning}: {name} is {_told(values)}.", refuses))
+                concerned = trained if prefix == "model.policy" else runs
+                if name.startswith(prefix) and len(values := _values(concerned, _setting(name))) > 1:
+                    same = _same_data(runs, _TOLD_BY_DATA.get(prefix, ()))
+                    told = "the fingerprints of the data agree, although" if same else f"{meaning}:"
+                    findings.append(Finding(f"{told} {name} is {_told(values)}.", refuses and not same))
     for text, value in (
-        ("the files of other parts differ: hashes in summary.json are", _hashes),
         ("modes of decoding that were evaluated are", lambda run: ", ".join(run.modes)),
         ("test questions in all are", lambda run: run.figures(run.modes[0])[ALL]["n"]),
     ):
         if len(values := _values(runs, value)) > 1:
             findings.append(Finding(f"{text} {_told(values)}.", True))
-    findings += _questions(runs) + _seeds(methods) + _references(runs) + _failures(runs) + _versions(runs)
+    findings += _data(runs) + _questions(runs) + _seeds(methods) + _references(runs) + _failures(runs) + _versions(runs)
     return [*findings, *_without_language(methods), *_budgets(methods)]
 
 
@@ -86,12 +99,31 @@ def _told(values: dict[str, list[str]]) -> str:
     return ", but ".join(f"{value or 'empty'} in {', '.join(labels)}" for value, labels in values.items())
 
 
-def _hashes(run: Run) -> str:
-    found = {
-        name: value for name, value in flat(run.summary).items() if name.endswith(("hash", "sha256", "fingerprint"))
-    }
-    found = {name: value for name, value in found.items() if not name.startswith("config.")}
-    return ", ".join(f"{name}={value}" for name, value in sorted(found.items()))
+def _same_data(runs: Sequence[tuple[Method, Run]], names: Sequence[str]) -> bool:
+    """Whether all runs say that some data are the same; of what none has, such as training questions, it is."""
+    known = all(run.fingerprints.get("retriever") for _, run in runs)
+    return bool(names) and known and all(len(_values(runs, _fingerprint(name))) == 1 for name in names)
+
+
+def _fingerprint(name: str) -> Callable[[Run], str | None]:
+    return lambda run: run.fingerprints.get(name)
+
+
+def _data(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
+    """The data themselves, which may differ although all settings agree: a file was replaced."""
+    findings = []
+    for name, meaning in _DATA.items():
+        known = [(method, run) for method, run in runs if run.fingerprints.get(name)]
+        if len(values := _values(known, _fingerprint(name))) > 1:
+            findings.append(Finding(f"{meaning}: the fingerprint is {_told(values)}.", True))
+    unknown = dict.fromkeys(method.label for method, run in runs if not run.fingerprints.get("retriever"))
+    if unknown:
+        text = (
+            f"what was searched is not known of {', '.join(unknown)}: the retriever did not tell its fingerprint, so "
+            "whether all have searched the same is not checked."
+        )
+        findings.append(Finding(text, False))
+    return findings
 
 
 def _questions(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:

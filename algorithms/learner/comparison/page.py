@@ -13,7 +13,8 @@ from algorithms.learner.document import document
 
 _STYLE = """
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 4px }
-figure { margin: 0 0 1.4rem } figcaption { color: var(--soft); font-size: .85rem; margin-top: .4rem; max-width: 60rem }
+figure { margin: 0 0 1.4rem } figcaption, .note { color: var(--soft); font-size: .85rem; max-width: 60rem }
+figcaption { margin-top: .4rem }
 table { border-collapse: collapse; font-size: .9rem; width: 100% }
 th, td { padding: .35rem .7rem; text-align: left; white-space: nowrap; vertical-align: top }
 thead th { background: var(--band); border-bottom: 1px solid var(--line) }
@@ -47,12 +48,14 @@ class Section:
         drawings: Shown first; small ones side by side.
         tables: Below them.
         folded: Tables shown on demand.
+        note: What one must know to read the drawings.
     """
 
     title: str
     drawings: Sequence[Drawing] = ()
     tables: Sequence[Table] = ()
     folded: Sequence[Table] = field(default_factory=tuple)
+    note: str = ""
 
     @property
     def anchor(self) -> str:
@@ -93,6 +96,8 @@ def _section(section: Section) -> str:
     if legend := {label: look for drawing in section.drawings for label, look in drawing.legend.items()}:
         parts.append(_legend(legend))
     if section.drawings:
+        if section.note:
+            parts.append(f'<p class="note">{html.escape(section.note)}</p>')
         layout = "figures" if len(section.drawings) > 1 else "single"
         parts.append(f'<div class="{layout}">{"".join(map(_picture, section.drawings))}</div>')
     several = len(section.tables) > 1

@@ -41,6 +41,11 @@ class Run:
         return self.summary.get("seed", self.config.get("seed") if self.missing else None)
 
     @property
+    def fingerprints(self) -> Mapping[str, str | None]:
+        """Hashes of the data, see `algorithms.learner.fingerprints`; None for what can't tell."""
+        return self.summary.get("fingerprints", {})
+
+    @property
     def name(self) -> str:
         """What it calls itself: its `+method`, its algorithm, or the checkpoint that was evaluated."""
         for override in self.overrides:

@@ -17,6 +17,8 @@ from scipy import signal, stats
 
 LEVEL = 0.95
 _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+#: A variance below that is of rounding; that of a single answer among a million questions is above.
+_ROUNDING = 1e-20
 
 
 class Estimate(NamedTuple):
@@ -33,7 +35,8 @@ class Paired(NamedTuple):
     Attributes:
         difference: First minus second, with the interval over seeds and questions.
         p_questions: Of the hypothesis that these trained policies are equally good, over questions.
-        p_methods: Of the hypothesis that the methods are, over seeds and questions; None where one has one seed.
+        p_methods: Of the hypothesis that the methods are, over seeds and questions; None where one has one seed. At
+            least `p_questions`: what does not hold of these policies is not claimed of all.
     """
 
     difference: Estimate
@@ -92,12 +95,17 @@ def paired(first: np.ndarray, second: np.ndarray) -> Paired:
     questions = (float(difference.var(ddof=1)) / count, count - 1) if count > 1 else (0.0, 1)
     components = [questions, *_seed_component(first.mean(axis=1)), *_seed_component(second.mean(axis=1))]
     half = _half_width(components)
+    center = value
+    if not half:  # of so many questions all alike, another one may still differ: Clopper and Pearson
+        half = 1 - _TAILS[0] ** (1 / count)
+        center = (1 - half) * value
     scaled = len(second) * first.sum(axis=0, dtype=int) - len(first) * second.sum(axis=0, dtype=int)
     enough = min(len(first), len(second)) > 1
+    p_questions = sign_flip_p_value(scaled)
     return Paired(
-        Estimate(value, max(-1.0, value - half), min(1.0, value + half)),
-        sign_flip_p_value(scaled),
-        _t_p_value(value, components) if enough else None,
+        Estimate(value, max(-1.0, center - half), min(1.0, center + half)),
+        p_questions,
+        max(p_questions, _t_p_value(value, components)) if enough else None,
     )
 
 
@@ -216,11 +224,11 @@ def _degrees(components: Sequence[tuple[float, int]]) -> float:
 
 def _half_width(components: Sequence[tuple[float, int]]) -> float:
     total = sum(variance for variance, _ in components)
-    return float(stats.t.ppf((1 + LEVEL) / 2, _degrees(components)) * np.sqrt(total)) if total else 0.0
+    return float(stats.t.ppf((1 + LEVEL) / 2, _degrees(components)) * np.sqrt(total)) if total > _ROUNDING else 0.0
 
 
 def _t_p_value(value: float, components: Sequence[tuple[float, int]]) -> float:
     total = sum(variance for variance, _ in components)
-    if not total:
-        return 1.0 if value == 0 else 0.0
+    if total <= _ROUNDING:
+        return 1.0 if abs(value) < 1e-12 else 0.0
     return float(2 * stats.t.sf(abs(value) / np.sqrt(total), _degrees(components)))

@@ -26,6 +26,8 @@ from algorithms.learner.metrics import write_whole
 
 TITLE = "Comparison of search agents"
 _MARK = "comparison.json"
+_BANDS = "Lines are means over seeds at steps that all have logged; bands reach from the lowest seed to the highest."
+_BARS = "Bars are the 95 % intervals of the table of results."
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,9 @@ def _sections(runs: Sequence[Run], methods: Sequence[Method], modes: Sequence[st
         whole.printed = False
         tables_of_probes = [short.weak_points(), short.table("arc", "ARC panel")]
         sections.append(Section("Where each is weak (ARC)", (), tables_of_probes, [whole]))
-    sections.append(Section("Learning curves", figures.learning_curves(methods, looks)))
+    sections.append(Section("Learning curves", figures.learning_curves(methods, looks), note=_BANDS))
     cost = tables.costs(methods, main)
-    sections.append(Section("Cost beside score", figures.cost_beside_score(methods, main, looks), [cost]))
+    sections.append(Section("Cost beside score", figures.cost_beside_score(methods, main, looks), [cost], note=_BARS))
     scored = {mode: tables.score_tables(methods, mode, shown) for mode in modes}
     profiles = [figures.profiles(scored[mode], mode, looks, options.resamples) for mode in modes]
     aggregates = [tables.aggregates(methods, mode, shown, options.resamples) for mode in modes]

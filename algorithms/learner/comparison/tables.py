@@ -73,8 +73,8 @@ def aggregates(methods: Sequence[Method], mode: str, groups: Sequence[str], resa
     tasks = groups[1:] or groups
     note = (
         f"Scores: exact match by seed and group of questions ({', '.join(tasks)}). 95 % intervals as in rliable: "
-        f"bootstrap over seeds, stratified by group, {resamples} resamples; none for one seed. With few seeds they are "
-        "too narrow."
+        f"bootstrap over seeds, stratified by group, {resamples} resamples; none for one seed. They are too narrow: "
+        "seeds are few, and groups are drawn apart although one run answers all of them."
     )
     iqm: list[list[Cell]] = [[name, str(len(scores[name])), Number.of(found)] for name, found in middle.items()]
     first = Table(f"iqm-{mode}", f"Interquartile mean, {mode}", ["method", "seeds", "interquartile mean"], iqm, note)
