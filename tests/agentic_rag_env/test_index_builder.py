@@ -26,8 +26,9 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers import faiss_builder, torch_exact
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.build import main
-from agentic_rag_env.retrievers.encoders import HashedNgramEncoder, StoredEncoder, build_encoder
+from agentic_rag_env.retrievers.encoders import StoredEncoder, build_encoder
 from agentic_rag_env.retrievers.faiss_builder import default_index
+from agentic_rag_env.retrievers.hashed_ngram import HashedNgramEncoder
 from agentic_rag_env.retrievers.index_builder import DenseIndexConfig, build_bm25, build_dense
 from agentic_rag_env.types import Passage
 

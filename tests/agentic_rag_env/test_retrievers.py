@@ -26,7 +26,9 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
 from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever
-from agentic_rag_env.retrievers.encoders import HashedNgramConfig, HashedNgramEncoder, HuggingFaceEncoder, build_encoder
+from agentic_rag_env.retrievers.encoders import build_encoder
+from agentic_rag_env.retrievers.hashed_ngram import HashedNgramConfig, HashedNgramEncoder
+from agentic_rag_env.retrievers.huggingface import HuggingFaceEncoder
 from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
 from agentic_rag_env.types import Passage
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from agentic_rag_env.corpus import CorpusStore
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
@@ -658,6 +659,25 @@ def test_settings_from_the_command_line(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert finish(process)[0] == 0
     assert (tmp_path / "cache").exists()
+
+
+def test_a_corpus_is_opened_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], restored_signals: None
+) -> None:
+    opened: list[Any] = []
+
+    def stop(wrapper: str, spec: Any, corpus: Any) -> Any:
+        opened.append(corpus)
+        raise ConfigurationError("far enough")
+
+    monkeypatch.setattr("agentic_rag_env.retrievers.server.build_wrapped", stop)
+    file, store = tmp_path / "corpus.jsonl", tmp_path / "corpus.jsonl.arrow"
+    file.write_text('{"id": "a", "contents": "alpha"}\n')
+    for given in (file, store):
+        assert main(["bm25", "--corpus", str(given), "--port", "0"]) == 2
+        assert "far enough" in capsys.readouterr().err
+    assert [type(corpus) for corpus in opened] == [CorpusStore] * 2
+    assert [corpus.path for corpus in opened] == [store] * 2
 
 
 @pytest.mark.parametrize(

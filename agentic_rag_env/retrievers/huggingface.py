@@ -1,0 +1,163 @@
+"""Text encoders of Hugging Face transformers, such as E5 and BGE."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.retrievers.base import encodable, hash_of
+from agentic_rag_env.retrievers.encoders import DTYPES, ENCODERS
+
+
+@dataclass
+class HuggingFaceConfig:
+    """Settings of an encoder of Hugging Face transformers; the defaults are those of E5 as Search-R1 uses it.
+
+    Attributes:
+        model: Folder or hub id, such as `intfloat/e5-base-v2`.
+        pooling: `mean` over the tokens, or `cls` for the first token.
+        query_prefix: Put before each query.
+        passage_prefix: Put before each passage.
+        max_length: Tokens kept of each text, prefix included.
+        batch_size: Texts encoded at once.
+        device: Such as `cpu` or `cuda:0`; None chooses a GPU if there is one.
+        dtype: `float32`, `float16` or `bfloat16`; None chooses bfloat16 on a GPU and float32 elsewhere.
+    """
+
+    model: str
+    pooling: str = "mean"
+    query_prefix: str = "query: "
+    passage_prefix: str = "passage: "
+    max_length: int = 256
+    batch_size: int = 64
+    device: str | None = None
+    dtype: str | None = None
+
+
+@ENCODERS.register("huggingface", HuggingFaceConfig)
+class HuggingFaceEncoder:
+    """Encodes with the last hidden states of a transformer, pooled and scaled to length 1.
+
+    Args:
+        config: Model and the way it wants to be used.
+
+    Raises:
+        ConfigurationError: A setting is out of range, torch or transformers is missing, or the model cannot be loaded.
+    """
+
+    def __init__(self, config: HuggingFaceConfig) -> None:
+        self.config = config
+        if config.pooling not in ("mean", "cls"):
+            raise ConfigurationError(f"encoder pooling must be 'mean' or 'cls', got {config.pooling!r}.")
+        if config.dtype not in (None, *DTYPES):
+            raise ConfigurationError(f"encoder dtype must be {', '.join(DTYPES)} or None, got {config.dtype!r}.")
+        if config.max_length < 1 or config.batch_size < 1:
+            raise ConfigurationError(f"encoder needs max_length and batch_size of at least 1, got {config}.")
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise ConfigurationError(
+                f"encoder {config.model!r} needs torch and transformers (pip install torch transformers); "
+                "encoder=hashed_ngram needs neither."
+            ) from error
+        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = getattr(torch, config.dtype or ("bfloat16" if self._device.type == "cuda" else "float32"))
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.model)
+            # In the precision of the file first: the hash of the weights must not depend on where they are used.
+            model, loading = transformers.AutoModel.from_pretrained(
+                config.model, dtype="auto", output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"encoder model {config.model!r} cannot be loaded; give a folder made by save_pretrained or a hub id. "
+                f"{error}"
+            ) from error
+        longest = getattr(model.config, "max_position_embeddings", config.max_length)
+        if config.max_length > longest:
+            raise ConfigurationError(
+                f"encoder max_length={config.max_length}, but {config.model!r} has {longest} positions; lower it."
+            )
+        self._weights_hash = hash_of_weights(model.state_dict(), set(loading["missing_keys"]))
+        self._vocabulary_hash = hash_of(self._tokenizer.get_vocab())
+        self._model: Any = model.to(self._device, dtype).eval()
+
+    @property
+    def fingerprint(self) -> str:
+        """See `StoredEncoder`. The place of the model is no part of it."""
+        settings = {key: value for key, value in self.settings().items() if key != "model"}
+        return hash_of([settings, self._weights_hash, self._vocabulary_hash])
+
+    def settings(self) -> dict[str, Any]:
+        """See `StoredEncoder`."""
+        kept = ("model", "pooling", "query_prefix", "passage_prefix", "max_length")
+        return {"name": "huggingface", **{name: getattr(self.config, name) for name in kept}}
+
+    def state(self) -> dict[str, Any]:
+        """See `StoredEncoder`."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See `StoredEncoder`."""
+
+    def fit(self, passages: Sequence[str]) -> None:
+        """Nothing to learn: the model is pretrained."""
+
+    def encode_passages(self, passages: Sequence[str]) -> NDArray[np.float32]:
+        """See `Encoder`."""
+        return self._encode([self.config.passage_prefix + encodable(text) for text in passages])
+
+    def encode_queries(self, queries: Sequence[str]) -> NDArray[np.float32]:
+        """See `Encoder`."""
+        return self._encode([self.config.query_prefix + encodable(text) for text in queries])
+
+    def _encode(self, texts: list[str]) -> NDArray[np.float32]:
+        rows = np.zeros((len(texts), self._model.config.hidden_size), np.float32)
+        span = 64 * self.config.batch_size
+        for first in range(0, len(texts), span):
+            part = texts[first : first + span]
+            ids = self._tokenizer(part, truncation=True, max_length=self.config.max_length)["input_ids"]
+            # Texts of similar length share a batch, so that little is spent on padding; a text may have no token.
+            order = sorted((index for index in range(len(ids)) if ids[index]), key=lambda index: len(ids[index]))
+            for start in range(0, len(order), self.config.batch_size):
+                chosen = order[start : start + self.config.batch_size]
+                rows[[first + index for index in chosen]] = self._pool([ids[index] for index in chosen])
+        return rows
+
+    def _pool(self, token_ids: list[list[int]]) -> NDArray[np.float32]:
+        """One vector of length 1 per list of tokens, [n, dim]."""
+        import torch
+
+        with torch.inference_mode():
+            padded = torch.zeros(len(token_ids), len(token_ids[-1]), dtype=torch.long)
+            mask = torch.zeros_like(padded)
+            for row, ids in enumerate(token_ids):
+                padded[row, : len(ids)] = torch.tensor(ids)
+                mask[row, : len(ids)] = 1
+            padded, mask = padded.to(self._device), mask.to(self._device)
+            hidden = self._model(input_ids=padded, attention_mask=mask).last_hidden_state.float()
+            if self.config.pooling == "cls":
+                pooled = hidden[:, 0]
+            else:
+                weight = mask.unsqueeze(-1).float()
+                pooled = (hidden * weight).sum(1) / weight.sum(1)
+            return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
+
+
+def hash_of_weights(weights: Mapping[str, Any], without: Set[str] = frozenset()) -> str:
+    """Hash of named tensors, but for some names: those that were not in the file and are random."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights.keys() - without):
+        tensor = weights[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
