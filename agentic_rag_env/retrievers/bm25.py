@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agentic_rag_env.corpus import Texts
 from agentic_rag_env.errors import ConfigurationError, DataError
@@ -23,6 +24,8 @@ from agentic_rag_env.types import Passage
 BM25_FOLDER, VOCABULARY = "bm25", "vocabulary.arrow"
 #: Passages tokenized at a time.
 _SPAN = 4096
+#: Blocks of scores for each passage that is asked for.
+_BLOCKS = 64
 
 
 @dataclass
@@ -110,14 +113,23 @@ class BM25Retriever(CorpusRetriever):
             return []
         scores = self._index.get_scores_from_ids(ids)
         top_k = min(top_k, len(scores))
-        cut = np.partition(scores, -top_k)[-top_k]
-        candidates = np.flatnonzero((scores >= cut) & (scores > 0))
+        candidates = np.flatnonzero((scores >= _reached(scores, top_k)) & (scores > 0))
         best = candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]
         return [(int(row), float(scores[row])) for row in best]
 
     def _find(self, word: str) -> int | None:
         place = bisect_left(self._vocabulary, word, key=lambda entry: entry.as_py())
         return place if place < len(self._vocabulary) and self._vocabulary[place].as_py() == word else None
+
+
+def _reached(scores: NDArray[np.float32], count: int) -> np.float32:
+    """A score that at least `count` of many [n] reach, and few more: the `count`-th among the best of each block.
+
+    `np.partition` over all scores takes five times as long as the rest of a search in a million passages.
+    """
+    size = max(1, len(scores) // (_BLOCKS * count))
+    best_of_blocks = np.maximum.reduceat(scores, np.arange(0, len(scores), size))
+    return np.partition(best_of_blocks, -count)[-count]
 
 
 def check_words(config: BM25Config) -> None:

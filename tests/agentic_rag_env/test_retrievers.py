@@ -185,6 +185,21 @@ def test_bm25_ties_follow_the_corpus() -> None:
     assert [passage.id for passage in found] == ["p12", "p5", "p11", "p0", "p1"]
 
 
+@pytest.mark.parametrize("in_order", [False, True], ids=["mixed", "best-last"])
+def test_bm25_best_of_many(in_order: bool) -> None:
+    corpus = random_corpus(3000)
+    if in_order:  # all of the best in one place
+        corpus = tuple(sorted(corpus, key=lambda passage: passage.contents.count("amber")))
+    bm25 = BM25Retriever(BM25Config(), corpus)
+    place_of = {passage.id: place for place, passage in enumerate(corpus)}
+    for query in ("amber", "amber cedar fjord", " ".join(WORDS)):
+        (ranked,) = bm25.search([query], len(corpus))
+        expected = sorted(ranked, key=lambda passage: (-passage.score, place_of[passage.id]))
+        assert ranked == expected
+        for top_k in (1, 3, 10, 100):
+            assert bm25.search([query], top_k) == [expected[:top_k]]
+
+
 def test_bm25_reads_title_and_text_and_ignores_case() -> None:
     corpus = corpus_of('"Amber Road"\nnothing', '"Other"\nalso NOTHING, but\tÉtude')
     bm25 = BM25Retriever(BM25Config(), corpus)
