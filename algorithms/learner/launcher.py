@@ -199,13 +199,6 @@ def make_slots(num_slots: int | None, gpus: int | None) -> list[jobs.Slot]:
 
 def register_launcher() -> None:
     """Make `hydra/launcher=slots` known to Hydra."""
-    try:
-        importlib.import_module("hydra_plugins")
-    except ModuleNotFoundError:  # no plug-in of Hydra is installed
-        package = ModuleType("hydra_plugins")
-        package.__path__ = []
-        sys.modules["hydra_plugins"] = package
-    sys.modules[_HYDRA_NAME] = sys.modules[__name__]
     Plugins.instance().register(SlotsLauncher)
     ConfigStore.instance().store("slots", SlotsConfig, group="hydra/launcher", provider="agentic_rag_env")
 
@@ -225,3 +218,19 @@ def _done(overrides: Sequence[str]) -> JobReturn:
     done = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
     done.return_value = None
     return done
+
+
+def _bear_second_name() -> None:
+    """Let this module be imported by the name that Hydra knows it by."""
+    try:
+        importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:  # no plug-in of Hydra is installed
+        package = ModuleType("hydra_plugins")
+        package.__path__ = []
+        sys.modules["hydra_plugins"] = package
+    sys.modules[_HYDRA_NAME] = sys.modules[__name__]
+
+
+# Not only where a command begins: other launchers pickle the plug-ins for the processes of their jobs, which begin
+# elsewhere and import this module on the way.
+_bear_second_name()

@@ -307,6 +307,17 @@ def test_failures_are_shown_and_how_to_go_on(tmp_path, monkeypatch):
     assert f"python -m algorithms.run -m seed=0,1,2 hydra.sweep.dir={tmp_path}" in done.err
 
 
+def test_a_process_of_another_launcher_finds_the_plug_ins():
+    """What submitit pickles names this launcher, too; the process of its job has not begun with our command."""
+    code = (
+        "import pickle, algorithms.learner.schemas\n"
+        "found = pickle.loads(b'chydra_plugins.agentic_rag_env\\nSlotsLauncher\\n.')\n"
+        "print(found is algorithms.learner.launcher.SlotsLauncher)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 # --- locks -----------------------------------------------------------------------------------------------------------
 
 
@@ -412,3 +423,29 @@ def test_a_multirun_that_is_killed_and_restarted_gives_what_an_uninterrupted_one
     for seed, path in enumerate(runs):
         alone = train(tmp_path / f"alone-{seed}", tmp_path / "cache", *own[len(TINY) :], f"seed={seed}")
         assert_same_run(Run(path), alone)
+
+
+@pytest.mark.nightly
+def test_submitit_runs_what_is_missing_and_trains_nothing_twice(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    own = [*TINY, "algo=sft", *SFT, "num_envs=8", f"cache_dir={tmp_path / 'cache'}"]
+    line = [sys.executable, "-m", "algorithms.run", "-m", "hydra/launcher=submitit_local", *own, "seed=0,1"]
+    line.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+    def launch() -> dict[str, list[int]]:
+        """When the files of each run were last written."""
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        names = ("metrics.jsonl", ".hydra/config.yaml", "summary.json")
+        runs = sorted(path.parent for path in (tmp_path / "sweep").glob("*/summary.json"))
+        assert len(runs) == 2
+        return {run.name: [(run / name).stat().st_mtime_ns for name in names] for run in runs}
+
+    first = launch()
+    interrupted, finished = first
+    (tmp_path / "sweep" / interrupted / "summary.json").unlink()
+    again = launch()
+    assert again[finished] == first[finished]
+    assert again[interrupted][:2] == first[interrupted][:2], "measured again, not trained again"
+    assert again[interrupted][2] > first[interrupted][2]
