@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.retrievers.embedding import FAISS_FILE, EmbeddingConfig, EmbeddingRetriever
 from agentic_rag_env.retrievers.nearest import SCORE_DECIMALS, Candidates, VectorSearch
+from agentic_rag_env.retrievers.torch_search import TorchSearch
 from agentic_rag_env.types import Passage
 
 #: What FAISS on a GPU returns at most for a query.
@@ -72,7 +75,9 @@ class DenseRetriever(EmbeddingRetriever):
         for parameter, value in (("nprobe", self._settings.nprobe), ("efSearch", self._settings.ef_search)):
             if value is not None:
                 set_parameter(index, parameter, value)
-        return FaissSearch(index) if self._settings.device == "cpu" else FaissGpuSearch(index, self._settings.device)
+        if self._settings.device != "cpu":
+            return FaissGpuSearch(index, self._settings.device)
+        return FlatSearch(index) if is_flat(index) else FaissSearch(index)
 
     def _search_identity(self) -> dict[str, Any]:
         index = None if self._manifest is None else [self._manifest["vectors"], self._manifest["index"]]
@@ -95,6 +100,25 @@ class FaissSearch:
     def propose(self, queries: NDArray[np.float32], count: int) -> Candidates:
         """See `VectorSearch`."""
         return Candidates(*self._index.search_and_reconstruct(np.ascontiguousarray(queries), count))
+
+
+class FlatSearch(FaissSearch):
+    """A flat FAISS index on the CPU: FAISS itself for few queries, torch, where it is installed, for many.
+
+    For many queries FAISS takes two to five times as long (`benchmarks/test_retrieval.py`); both give the same ranking.
+    """
+
+    #: From how many queries on the matrix products are faster.
+    MANY = 12
+
+    def propose(self, queries: NDArray[np.float32], count: int) -> Candidates:
+        """See `VectorSearch`."""
+        products = self._products if len(queries) >= self.MANY else None
+        return super().propose(queries, count) if products is None else products.propose(queries, count)
+
+    @cached_property
+    def _products(self) -> TorchSearch | None:
+        return TorchSearch(vectors_of_flat(self._index), "cpu") if find_spec("torch") else None
 
 
 class FaissGpuSearch:
@@ -169,6 +193,30 @@ def read_index(file: Path) -> Any:
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise DataError(f"{file}: does not search by inner products; build it with METRIC_INNER_PRODUCT.")
     return index
+
+
+def is_flat(index: Any) -> bool:
+    """Whether a FAISS index holds the vectors themselves, one after the other."""
+    import faiss
+
+    return isinstance(index, faiss.IndexFlat)
+
+
+def vectors_of_flat(index: Any) -> NDArray[np.float32]:
+    """The vectors [n, dim] of a flat FAISS index, not copied."""
+    import faiss
+
+    vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+    # A view of what the index holds, which must live as long; only a subclass of the array takes an attribute.
+    owner: Any = vectors.view(_OwningArray)
+    owner.index = index
+    return owner
+
+
+class _OwningArray(np.ndarray):
+    """An array that keeps alive what its memory belongs to."""
+
+    index: Any
 
 
 def set_parameter(index: Any, name: str, value: int) -> None:

@@ -23,9 +23,10 @@ import pytest
 from agentic_rag_env.corpus import CorpusStore, fingerprint, write_store
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers import faiss_builder, torch_exact
+from agentic_rag_env.retrievers import faiss_builder, torch_search
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.build import main
+from agentic_rag_env.retrievers.dense import FlatSearch
 from agentic_rag_env.retrievers.encoders import StoredEncoder, build_encoder
 from agentic_rag_env.retrievers.faiss_builder import default_index
 from agentic_rag_env.retrievers.hashed_ngram import HashedNgramEncoder
@@ -281,7 +282,9 @@ def test_two_builders_in_one_folder(tmp_path: Path, store: CorpusStore) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_flat_torch_and_brute_force_agree(tmp_path: Path, store: CorpusStore, dtype: str) -> None:
+def test_flat_torch_and_brute_force_agree(
+    tmp_path: Path, store: CorpusStore, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
     build_dense(store.path, tmp_path, DenseIndexConfig(encoder=CrcEncoder(), index="Flat", dtype=dtype))
     for top_k in (1, 5, 40, 600, 1000):
         expected = brute_force(QUERIES, top_k, dtype)
@@ -289,13 +292,15 @@ def test_flat_torch_and_brute_force_agree(tmp_path: Path, store: CorpusStore, dt
             spec = {"name": "torch_exact", "index": str(tmp_path), "encoder": CrcEncoder(), "device": "cpu", **setting}
             assert found_by(RETRIEVERS.build(spec, corpus=None), top_k=top_k) == expected
         spec = {"name": "dense", "index": str(tmp_path), "encoder": CrcEncoder()}
-        assert found_by(RETRIEVERS.build(spec, corpus=None), top_k=top_k) == expected
+        for many, library in ((1, "torch"), (10_000, "FAISS")):
+            monkeypatch.setattr(FlatSearch, "MANY", many)
+            assert found_by(RETRIEVERS.build(spec, corpus=None), top_k=top_k) == expected, library
     assert [name for name, _ in brute_force(QUERIES, 10, dtype)[0]] == [f"p{row}" for row in range(10)]
 
 
 @pytest.mark.parametrize("block_rows", [1, 7, 64, 599])
 def test_torch_in_blocks(dense_folder: Path, monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
-    monkeypatch.setattr(torch_exact, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(torch_search, "CPU_BLOCK_ROWS", block_rows)
     for dtype in (None, "bfloat16"):
         spec = {"name": "torch_exact", "index": str(dense_folder), "encoder": CrcEncoder(), "dtype": dtype}
         assert found_by(RETRIEVERS.build({**spec, "device": "cpu"}, corpus=None), top_k=12) == brute_force(QUERIES, 12)
