@@ -54,12 +54,12 @@ def differences(labels: Sequence[str], pairs: Sequence[Pair], mode: str) -> Draw
         matrix = np.array([[cells.get((row, column), (np.nan, ""))[0] for column in labels] for row in labels])
         bound = max(1.0, float(np.nanmax(np.abs(matrix)))) if cells else 1.0
         axes.grid(visible=False)
-        axes.imshow(matrix, cmap="PuOr_r", vmin=-bound, vmax=bound)
+        image = axes.imshow(matrix, cmap="PuOr_r", vmin=-bound, vmax=bound)
         for at, row in enumerate(labels):
             for across, column in enumerate(labels):
                 if (row, column) in cells:
                     value, sign = cells[row, column]
-                    ink = "#FFFFFF" if abs(value) > 0.65 * bound else "#222222"
+                    ink = "#FFFFFF" if _is_dark(image.to_rgba(value)) else "#222222"
                     weight = "bold" if sign == "*" else "normal"
                     text = f"{value:+.0f}{sign}" if round(value) else f"0{sign}"
                     axes.text(across, at, text, ha="center", va="center", color=ink, fontsize=8, fontweight=weight)
@@ -173,6 +173,11 @@ def by_setting(lines: Sequence[Line], words: str, mode: str, shown: Mapping[str,
 
     title = f"Exact match against {words}, {mode}"
     return Drawing(f"setting-{mode}", title, draw, described=title, legend=shown)
+
+
+def _is_dark(color: Sequence[float]) -> bool:
+    """Whether white is easier to read on a colour, red, green and blue in [0, 1], than our dark grey."""
+    return float(np.dot((0.2126, 0.7152, 0.0722), np.asarray(color[:3]) ** 2.2)) < 0.21
 
 
 def _compact(axis: Any) -> None:

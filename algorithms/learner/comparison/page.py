@@ -18,7 +18,8 @@ figcaption { margin-top: .4rem }
 table { border-collapse: collapse; font-size: .9rem; width: 100% }
 th, td { padding: .35rem .7rem; text-align: left; white-space: nowrap; vertical-align: top }
 thead th { background: var(--band); border-bottom: 1px solid var(--line) }
-tbody th { font-weight: 500; position: sticky; left: 0; background: var(--page) }
+tbody th { font-weight: 500; background: var(--page) }
+tbody th, thead th:first-child { position: sticky; left: 0 }
 tr.section > * { border-top: 1px solid var(--line) }
 tbody tr:hover > * { background: var(--band) }
 .number { text-align: right; font-variant-numeric: tabular-nums }
