@@ -275,19 +275,19 @@ def test_ten_megabytes(echo_server: Running, chunked: bool) -> None:
 
 
 def test_slow_clients_are_cut_off() -> None:
-    with running(Echo(), timeout_s=0.2) as server:
+    with running(Echo(), timeout_s=0.5) as server:
         head = b"POST /retrieve HTTP/1.1\r\nHost: x\r\n"
         for silent in (b"", b"POST", head):
             assert asyncio.run(exchange_raw(server.port, silent)) == b""
         reply = asyncio.run(exchange_raw(server.port, head + b'Content-Length: 100\r\n\r\n{"queries'))
         assert reply.startswith(b"HTTP/1.1 408 ")
-        assert b"did not arrive within 0.2 s" in reply
+        assert b"did not arrive within 0.5 s" in reply
         # Slow at the second request of a connection, and with a body that was refused already.
         assert asyncio.run(exchange_raw(server.port, request_of(query("a")) + head)).startswith(b"HTTP/1.1 200 ")
         refused = asyncio.run(exchange_raw(server.port, head + b"Content-Length: 10000000\r\n\r\nabc"))
         assert refused.startswith(b"HTTP/1.1 413 ")
         until(server.is_idle)
-        assert server.post(query("a"))[0] == 200
+        until(lambda: server.post(query("a"))[0] == 200)  # a busy machine may need several
 
 
 def test_a_reply_that_nobody_takes_is_dropped() -> None:
