@@ -29,7 +29,7 @@ from agentic_rag_env.types import Question
 NUM_PASSAGES = int(os.environ.get("RETRIEVAL_PASSAGES", 20_000))
 BATCH, TOP_K, NUM_QUESTIONS = 64, 3, 512
 ENCODER = {"name": "hashed_ngram", "dim": 256}
-LISTS = 2 ** (max(1, NUM_PASSAGES).bit_length() // 2 + 2)
+LISTS = 2 ** (max(1, NUM_PASSAGES).bit_length() // 2)
 #: FAISS factory strings by the name of their folder; `torch` searches the vectors of `flat`.
 DENSE = {
     "flat": "Flat",

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.retrievers.embedding import FAISS_FILE, EmbeddingConfig, EmbeddingRetriever
 from agentic_rag_env.retrievers.nearest import SCORE_DECIMALS, Candidates, VectorSearch
 from agentic_rag_env.retrievers.torch_search import TorchSearch
@@ -80,11 +79,10 @@ class DenseRetriever(EmbeddingRetriever):
         return FlatSearch(index) if is_flat(index) else FaissSearch(index)
 
     def _search_identity(self) -> dict[str, Any]:
-        index = None if self._manifest is None else [self._manifest["vectors"], self._manifest["index"]]
-        if self._index_path is not None and self._manifest is None:
-            status = self._index_path.stat()
-            index = [hash_of([status.st_size, status.st_mtime_ns])]
         config = self._settings
+        index = None if self._index_path is None else [self._vectors_identity()]
+        if index is not None and self._manifest is not None:
+            index.append(self._manifest["index"])
         return {"search": "faiss", "index": index, "nprobe": config.nprobe, "ef_search": config.ef_search}
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from agentic_rag_env.corpus import Texts
 from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
-from agentic_rag_env.retrievers.base import CorpusRetriever, Ranking
+from agentic_rag_env.retrievers.base import CorpusRetriever, Ranking, hash_of
 from agentic_rag_env.retrievers.encoders import Encoder, StoredEncoder, build_encoder
 from agentic_rag_env.retrievers.index_folder import corpus_of_index, encoder_of_index, read_manifest
 from agentic_rag_env.retrievers.nearest import VectorSearch, nearest
@@ -104,8 +104,13 @@ class EmbeddingRetriever(CorpusRetriever):
 
     def _search_identity(self) -> dict[str, Any]:
         """What results depend on beside passages and encoder; nothing, for an exact search."""
-        index = None if self._manifest is None else self._manifest["vectors"]
-        return {"search": "exact", "vectors": index}
+        return {"search": "exact", "vectors": self._vectors_identity()}
+
+    def _vectors_identity(self) -> Any:
+        """What tells the vectors on disk from others, wherever they lie; None for those made in memory."""
+        if self._manifest is not None:
+            return self._manifest["vectors"]
+        return None if self._index_path is None else _hash_of_blocks(self._index_path)
 
     def _make_encoder(self) -> Encoder:
         if self._manifest is not None:
@@ -150,3 +155,17 @@ def first_not_finite(vectors: NDArray[np.floating]) -> int | None:
     """The first row of [n, dim] that holds NaN or infinity, if any does."""
     finite = np.isfinite(vectors).all(axis=1)
     return None if finite.all() else int(np.argmin(finite))
+
+
+def _hash_of_blocks(file: Path, num_blocks: int = 256, block_bytes: int = 4096) -> str:
+    """Hash of the size of a file and of blocks spread evenly over it, its end included.
+
+    A file of 60 GB takes no time, and one of other embeddings differs in nearly every block.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        blocks = []
+        for number in range(num_blocks):
+            opened.seek(max(0, size - block_bytes) * number // (num_blocks - 1))
+            blocks.append(opened.read(block_bytes).hex())
+    return hash_of([size, blocks])

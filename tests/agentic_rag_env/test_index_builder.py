@@ -509,6 +509,21 @@ def test_files_of_search_r1(search_r1: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "torch_exact"])
+def test_a_bare_index_is_known_by_its_contents(search_r1: dict[str, Any], name: str, tmp_path: Path) -> None:
+    elsewhere, other = tmp_path / "copy.index", tmp_path / "other.index"
+    shutil.copy(search_r1["index"], elsewhere)
+    changed = faiss.read_index(search_r1["index"])
+    faiss.rev_swig_ptr(changed.get_xb(), changed.ntotal * changed.d)[:] *= -1
+    faiss.write_index(changed, str(other))
+    first, copied, different = (
+        RETRIEVERS.build({"name": name, **search_r1, "index": str(file)}, corpus=None).fingerprint
+        for file in (search_r1["index"], elsewhere, other)
+    )
+    assert first is not None
+    assert first == copied != different
+
+
+@pytest.mark.parametrize("name", ["dense", "torch_exact"])
 def test_files_of_search_r1_that_do_not_fit(search_r1: dict[str, Any], name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="does not say which encoder made it"):
         RETRIEVERS.build({"name": name, **search_r1, "encoder": None}, corpus=None)
