@@ -212,6 +212,7 @@ def test_what_is_no_python_file_is_refused(load, tmp_path, monkeypatch, name):
         REWARDS.names()
 
 
+@pytest.mark.filterwarnings("ignore:'algorithms.run' found in sys.modules:RuntimeWarning")
 def test_a_command_says_so_in_a_line(load, capsys):
     load(bad="1 / 0")
     with pytest.raises(SystemExit) as end:
