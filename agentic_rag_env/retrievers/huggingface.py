@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.retrievers.base import encodable, hash_of
 from agentic_rag_env.retrievers.encoders import DTYPES, ENCODERS
+from agentic_rag_env.retrievers.pretrained import hash_of_weights, load_pretrained
 
 
 @dataclass
@@ -59,35 +59,24 @@ class HuggingFaceEncoder:
             raise ConfigurationError(f"encoder dtype must be {', '.join(DTYPES)} or None, got {config.dtype!r}.")
         if config.max_length < 1 or config.batch_size < 1:
             raise ConfigurationError(f"encoder needs max_length and batch_size of at least 1, got {config}.")
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise ConfigurationError(
-                f"encoder {config.model!r} needs torch and transformers (pip install torch transformers); "
-                "encoder=hashed_ngram needs neither."
-            ) from error
-        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = getattr(torch, config.dtype or ("bfloat16" if self._device.type == "cuda" else "float32"))
-        try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.model)
-            # In the precision of the file first: the hash of the weights must not depend on where they are used.
-            model, loading = transformers.AutoModel.from_pretrained(
-                config.model, dtype="auto", output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"encoder model {config.model!r} cannot be loaded; give a folder made by save_pretrained or a hub id. "
-                f"{error}"
-            ) from error
+        loaded = load_pretrained(
+            "AutoModel",
+            config.model,
+            config.device,
+            config.dtype,
+            user="encoder",
+            without_libraries=f"encoder {config.model!r} needs torch and transformers "
+            "(pip install torch transformers); encoder=hashed_ngram needs neither.",
+        )
+        model, self._tokenizer, self._device = loaded.model, loaded.tokenizer, loaded.device
         longest = getattr(model.config, "max_position_embeddings", config.max_length)
         if config.max_length > longest:
             raise ConfigurationError(
                 f"encoder max_length={config.max_length}, but {config.model!r} has {longest} positions; lower it."
             )
-        self._weights_hash = hash_of_weights(model.state_dict(), set(loading["missing_keys"]))
+        self._weights_hash = hash_of_weights(model.state_dict(), loaded.missing)
         self._vocabulary_hash = hash_of(self._tokenizer.get_vocab())
-        self._model: Any = model.to(self._device, dtype).eval()
+        self._model: Any = model.to(self._device, loaded.dtype).eval()
 
     @property
     def fingerprint(self) -> str:
@@ -149,15 +138,3 @@ class HuggingFaceEncoder:
                 weight = mask.unsqueeze(-1).float()
                 pooled = (hidden * weight).sum(1) / weight.sum(1)
             return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
-
-
-def hash_of_weights(weights: Mapping[str, Any], without: Set[str] = frozenset()) -> str:
-    """Hash of named tensors, but for some names: those that were not in the file and are random."""
-    import torch
-
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(weights.keys() - without):
-        tensor = weights[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()

@@ -10,7 +10,7 @@ from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import Retriever, check_search, encodable, hash_of
 from agentic_rag_env.retrievers.encoders import DTYPES
-from agentic_rag_env.retrievers.huggingface import hash_of_weights
+from agentic_rag_env.retrievers.pretrained import hash_of_weights, load_pretrained
 from agentic_rag_env.types import Found, Passage
 
 #: Scores are compared after rounding to this many decimals: another batch changes a logit by some 1e-6.
@@ -67,30 +67,22 @@ class RerankRetriever:
     def __init__(self, config: RerankConfig, corpus: Sequence[Passage] | None = None) -> None:
         self.config = config
         self._retriever: Retriever = RETRIEVERS.build(config.retriever, corpus=corpus)
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise ConfigurationError("retriever 'rerank' needs torch and transformers; pip install both.") from error
-        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = getattr(torch, config.dtype or ("bfloat16" if self._device.type == "cuda" else "float32"))
-        try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.model)
-            model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-                config.model, dtype="auto", output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"rerank model {config.model!r} cannot be loaded; give a folder made by save_pretrained or a hub id. "
-                f"{error}"
-            ) from error
-        if model.config.num_labels > 2 or loading["missing_keys"]:
+        loaded = load_pretrained(
+            "AutoModelForSequenceClassification",
+            config.model,
+            config.device,
+            config.dtype,
+            user="rerank",
+            without_libraries="retriever 'rerank' needs torch and transformers; pip install both.",
+        )
+        model, self._tokenizer, self._device = loaded.model, loaded.tokenizer, loaded.device
+        if model.config.num_labels > 2 or loaded.missing:
             raise ConfigurationError(
                 f"rerank needs a cross-encoder with a trained head of one or two labels; {config.model!r} has "
-                f"{model.config.num_labels} labels, and of its weights {len(loading['missing_keys'])} are missing."
+                f"{model.config.num_labels} labels, and of its weights {len(loaded.missing)} are missing."
             )
         self._weights_hash = hash_of_weights(model.state_dict())
-        self._model: Any = model.to(self._device, dtype).eval()
+        self._model: Any = model.to(self._device, loaded.dtype).eval()
 
     @property
     def fingerprint(self) -> str | None:

@@ -1,0 +1,72 @@
+"""Models of Hugging Face transformers that a retriever reads texts with: loading them, and telling them apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Set
+from typing import Any, NamedTuple
+
+from agentic_rag_env.errors import ConfigurationError
+
+
+class Pretrained(NamedTuple):
+    """A model on the CPU in the precision of its file, so that a hash of it does not depend on where it is used.
+
+    Attributes:
+        tokenizer, model: Of transformers.
+        missing: Names of the weights that are not in the file and therefore random.
+        device, dtype: Where and in which precision the model is to be used.
+    """
+
+    tokenizer: Any
+    model: Any
+    missing: Set[str]
+    device: Any
+    dtype: Any
+
+
+def load_pretrained(
+    auto_class: str, model: str, device: str | None, dtype: str | None, *, user: str, without_libraries: str
+) -> Pretrained:
+    """Load a model and its tokenizer.
+
+    Args:
+        auto_class: Name of the class of transformers that makes the model.
+        model: Folder or hub id.
+        device: Such as `cpu` or `cuda:0`; None chooses a GPU if there is one.
+        dtype: `float32`, `float16` or `bfloat16`; None chooses bfloat16 on a GPU and float32 elsewhere.
+        user: Who needs it, for errors.
+        without_libraries: Error where torch or transformers is missing.
+
+    Raises:
+        ConfigurationError: torch or transformers is missing, or the model cannot be loaded.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigurationError(without_libraries) from error
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+        loaded, loading = getattr(transformers, auto_class).from_pretrained(
+            model, dtype="auto", output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{user} model {model!r} cannot be loaded; give a folder made by save_pretrained or a hub id. {error}"
+        ) from error
+    return Pretrained(tokenizer, loaded, set(loading["missing_keys"]), place, precision)
+
+
+def hash_of_weights(weights: Mapping[str, Any], without: Set[str] = frozenset()) -> str:
+    """Hash of named tensors, but for some names: those that were not in the file and are random."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights.keys() - without):
+        tensor = weights[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
