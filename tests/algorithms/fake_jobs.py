@@ -49,9 +49,11 @@ if first and behaviour.startswith("SIG"):
     os.kill(os.getpid(), getattr(signal, behaviour))
 open(os.path.join(folder, "summary.json"), "w").write("{}")
 """
-#: A launcher in a process of its own, to be killed.
+#: A launcher in a process of its own, to be killed; signals reach it even if the tests were started to ignore them.
 LAUNCH = """
-import sys
+import signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 sys.path[:0] = [{tests!r}]
 from fake_jobs import FakeSweep
 from pathlib import Path

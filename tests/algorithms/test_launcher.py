@@ -98,7 +98,7 @@ def test_a_launcher_that_is_asked_to_end_leaves_nothing_running(tmp_path, number
     launcher = sweep.launch_elsewhere(2)
     sweep.wait_for_starts(2)
     launcher.send_signal(number)
-    assert "KeyboardInterrupt" in launcher.communicate()[1]
+    assert "KeyboardInterrupt" in launcher.communicate(timeout=60)[1]
     assert not any(is_running(line["pid"]) for line in sweep.noted("start"))
     assert sweep.starts() == {"job-0": 1, "job-1": 1}
     sweep.go()
