@@ -105,7 +105,7 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
     split = config.dataset["split"]
     envs = Environments(config, networks.tokenizer).envs(split)
     result = evaluation.evaluate_model(
-        "checkpoint", networks.policy, networks, envs, config.evaluation, output_dir, split, config.probes
+        "checkpoint", lambda: networks.policy, networks, envs, config.evaluation, output_dir, split, config.probes
     )
     summary = {
         "checkpoint": config.model.policy,

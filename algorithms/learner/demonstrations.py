@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import DataError
 from algorithms.learner import seeding
 from algorithms.learner.locks import exclusively
@@ -17,8 +15,6 @@ from algorithms.learner.metrics import progress, write_whole
 from algorithms.learner.rollout import RolloutEngine
 from algorithms.learner.trajectories import read_trajectories, write_trajectories
 from algorithms.learner.types import Trajectory
-
-_FORMAT = 2
 
 
 @dataclass
@@ -40,32 +36,6 @@ class Demonstrations:
     def counts(self) -> dict[str, int]:
         """The numbers for the summary."""
         return {"wanted": self.num_wanted, "found": len(self.trajectories), "asked": self.num_asked}
-
-
-def cache_key(settings: dict[str, Any], teacher_folder: str, tokenizer: Any, dataset: QuestionSet) -> str:
-    """A digest of everything that decides which trajectories are collected.
-
-    Args:
-        settings: Of environment, retriever, reward, rollout, collecting, device and seed, as plain values.
-        teacher_folder: Its weight files are read; a hub id counts by its name.
-        tokenizer: Of the policy, with which the teacher reads and writes.
-        dataset: Its questions are read.
-    """
-    digest = hashlib.sha256(json.dumps({**settings, "format": _FORMAT}, sort_keys=True, default=str).encode())
-    folder = Path(teacher_folder)
-    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if file.suffix in (".safetensors", ".bin") or file.name == "config.json":
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    digest.update(teacher_folder.encode() if not folder.is_dir() else b"")
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    splitting = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
-    digest.update(repr((splitting, tokenizer.chat_template)).encode("utf-8", "backslashreplace"))
-    for question in dataset:
-        digest.update(repr((question.id, question.text, question.golden_answers)).encode("utf-8", "backslashreplace"))
-    for passage in dataset.corpus or ():
-        digest.update(passage.contents.encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()[:32]
 
 
 def collect(

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from agentic_rag_env.rewards import sub_exact_match
 from agentic_rag_env.types import Question
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner.generation import Generator
+from algorithms.learner.kept import Kept
 from algorithms.learner.metrics import printable, progress, write_whole
 from algorithms.learner.parts import Networks
 from algorithms.learner.rollout import Progress, RolloutEngine
@@ -40,10 +42,12 @@ class Evaluated:
         figures: `measure` by temperature.
         arc: Figures of the probes by their names.
         probes_s: Seconds that the probes took.
+        kept: Whether all of it was kept from an earlier run, and nothing played.
     """
 
     name: str
     teacher_in_memory: bool = False
+    kept: bool = False
     trajectories: dict[float, list[Trajectory]] = field(default_factory=dict)
     figures: dict[float, dict[str, Any]] = field(default_factory=dict)
     arc: dict[str, Figures] = field(default_factory=dict)
@@ -61,39 +65,49 @@ class Evaluated:
 
 def evaluate_model(
     name: str,
-    model: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
     networks: Networks,
     envs: AgenticRAGVectorEnv,
     config: ScoringConfig,
     folder: Path,
     split: str = "test",
     probes: Sequence[Any] = (),
+    kept_in: Path | None = None,
 ) -> Evaluated:
     """Evaluate a language model and probe it.
 
     Args:
         name: Of the model.
-        model: Who plays.
+        load: Returns the model; not called if everything is kept.
         networks: Makes the rollout engine.
         envs: Where.
         config: How many questions, and the modes.
         folder: The run directory.
         split: What part of the dataset the questions are.
         probes: Names, or mappings with `name` and settings.
+        kept_in: Folder with what this model played under these conditions before, or for what it plays now; None to
+            keep nothing.
     """
-    engines = {temperature: networks.engine(model, envs, temperature) for temperature in config.temperatures}
+    model, kept = cache(load), Kept(kept_in, networks.tokenizer)
+
+    @cache
+    def engine(temperature: float) -> RolloutEngine:
+        return networks.engine(model(), envs, temperature)
 
     def play(temperature: float, count: int, show: Progress) -> list[Trajectory]:
-        return engines[temperature].rollout(range(count), seed=(config.seed, 1), progress=show)[0]
+        return kept.episodes(
+            mode_name(temperature),
+            lambda: engine(temperature).rollout(range(count), seed=(config.seed, 1), progress=show)[0],
+        )
 
     result = evaluate_player(name, play, envs.dataset, networks.tokenizer, config, folder, split)
-    result.teacher_in_memory = networks.teacher_in_memory()
     if probes:
         started = time.perf_counter()
         # The lowest temperature is greedy if there is such a mode.
         lowest = min(result.trajectories)
-        result.arc = probe(engines[lowest], result.trajectories[lowest], probes, config.seed)
+        result.arc = kept.arc(lambda: probe(engine(lowest), result.trajectories[lowest], probes, config.seed))
         result.probes_s = time.perf_counter() - started
+    result.teacher_in_memory, result.kept = networks.teacher_in_memory(), kept.found_all
     return result
 
 

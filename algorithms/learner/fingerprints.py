@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import agentic_rag_env
 from agentic_rag_env.corpus import fingerprint
+from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import AgenticRAGError
+from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS
 from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.types import Question
 from agentic_rag_env.vector import AgenticRAGVectorEnv
+
+#: What of the code an episode and its figures may depend on: the environment's package, and this folder.
+_CODE = (Path(agentic_rag_env.__file__).parent, Path(__file__).parent)
 
 
 def fingerprints(
@@ -33,7 +43,7 @@ def fingerprints(
         "questions": of_questions(tested.dataset[:num_tested]),
         "training_questions": None if trained is None else of_questions(trained),
         "corpus": None if corpus is None else fingerprint(corpus),
-        "retriever": _of_retriever(tested.retriever),
+        "retriever": of_retriever(tested.retriever),
     }
 
 
@@ -42,11 +52,59 @@ def of_questions(questions: Sequence[Question]) -> str:
     return hash_of([[question.id, question.text, list(question.golden_answers)] for question in questions])
 
 
-def _of_retriever(retriever: Any) -> str | None:
-    """What a retriever says of itself; a service that can't be asked or does not tell is unknown."""
+def of_retriever(retriever: Any) -> str | None:
+    """What a retriever says of itself; None for a service that can't be asked or does not tell."""
     try:
         said = getattr(retriever, "fingerprint", None)
     except AgenticRAGError as error:
         warnings.warn(f"What was searched is not known to the summary: {error}", stacklevel=2)
         return None
     return None if said is None else str(said)
+
+
+def of_playing(settings: Mapping[str, Any], model_folder: str, tokenizer: Any, dataset: QuestionSet) -> str:
+    """Hash of everything that decides which episodes a model plays.
+
+    Args:
+        settings: Of environment, retriever, reward, rollout, device and the like, as plain data.
+        model_folder: Its weight files are read; a hub id counts by its name.
+        tokenizer: With which the model reads and writes.
+        dataset: Its questions, and its passages if it has any.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    folder = Path(model_folder)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if file.suffix in (".safetensors", ".bin") or file.name == "config.json":
+            digest.update(_of_file(file))
+    digest.update(model_folder.encode() if not folder.is_dir() else b"")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    splitting = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
+    digest.update(repr((splitting, tokenizer.chat_template)).encode("utf-8", "backslashreplace"))
+    passages = None if dataset.corpus is None else fingerprint(dataset.corpus)
+    digest.update(repr((of_questions(dataset), passages)).encode())
+    return digest.hexdigest()[:32]
+
+
+def of_code() -> str | None:
+    """Hash of the code that plays and measures episodes, plug-ins included; None where some of it is in no file."""
+    files = {file for folder in _CODE for file in folder.rglob("*.py")}
+    for module in _registering_modules():
+        if (file := getattr(module, "__file__", None)) is None:
+            return None
+        files.add(Path(file))
+    return hash_of([_of_file(file).hex() for file in sorted(files)])
+
+
+def _registering_modules() -> Iterator[Any]:
+    """The modules that parts of an environment come from, with all of their package that is loaded."""
+    registries = (ENVS, DATASETS, RETRIEVERS, REWARDS, PROBES)
+    origins = {registry.get(name).factory.__module__ for registry in registries for name in registry.names()}
+    packages = tuple(origin.partition(".")[0] + "." for origin in origins)
+    for name, module in list(sys.modules.items()):
+        if name in origins or name.startswith(packages):
+            yield module
+
+
+def _of_file(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

@@ -170,29 +170,26 @@ def logit_width(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
-def backbone_hidden(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
-) -> Tensor:
+def backbone_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden states, final norm included, of a model or of its backbone.
 
     Args:
         model: A causal language model, or its `base_model`.
         input_ids: [B, T] int64.
-        attention_mask: [B, T] bool.
-        position_ids: [B, T] int64; None: each row counts its real tokens from 0.
+        attention_mask: [B, T] bool; each row counts its real tokens from position 0.
 
     Returns:
         [B, T, d] in the model's dtype; meaningless on padding.
     """
-    if position_ids is None:
-        position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_(min=0)
-    # Causality already hides padding on the right, and without a mask attention takes its fast causal path.
     padded_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+    if padded_right:
+        # Causality already hides the padding, so attention needs no mask and takes its fast causal path. Padding has
+        # positions that go on, too: where they stand still, transformers takes it for the start of a packed sequence.
+        mask, position_ids = None, torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    else:
+        mask, position_ids = attention_mask.long(), (attention_mask.long().cumsum(dim=1) - 1).clamp_(min=0)
     return model.base_model(
-        input_ids=input_ids,
-        attention_mask=None if padded_right else attention_mask.long(),
-        position_ids=position_ids,
-        use_cache=False,
+        input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
 
 

@@ -7,12 +7,14 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -22,11 +24,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from algorithms.learner import evaluation
 from algorithms.learner.arc import show_arc
 from algorithms.learner.evaluation import Evaluated, mode_name
-from algorithms.learner.fingerprints import fingerprints
+from algorithms.learner.fingerprints import fingerprints, of_code, of_playing, of_retriever
+from algorithms.learner.locks import exclusively
 from algorithms.learner.metrics import printable, write_results, write_whole
 from algorithms.learner.models import load_model
 from algorithms.learner.parts import Environments, resolve_model
-from algorithms.learner.schemas import RunConfig
+from algorithms.learner.schemas import RunConfig, ScoringConfig
 from algorithms.learner.trainer import Trainer
 from algorithms.learner.trajectories import transcript
 from algorithms.learner.types import Trajectory
@@ -40,16 +43,11 @@ _PACKAGES = ("torch", "transformers", "gymnasium", "bm25s", "hydra-core", "agent
 def finish(trainer: Trainer) -> dict[str, Any]:
     """Evaluate, print and write everything; returns the summary.
 
-    The policy's models are measured before the teacher is loaded again to be measured itself.
+    The policy's models are measured before the teacher is loaded again to be measured itself. What other runs measure
+    alike (every model but the trained one) is measured once and kept under `cache_dir`.
     """
     started = time.perf_counter()
-    settings, envs = trainer.config.evaluation, trainer.environments.envs("test")
-    evaluated = [
-        evaluation.evaluate_model(
-            name, model, trainer.networks, envs, settings, trainer.run_dir, probes=trainer.config.probes
-        )
-        for name, model in _models(trainer)
-    ]
+    evaluated = [_evaluate(trainer, model) for model in _models(trainer)]
     seconds = time.perf_counter() - started
     trainer.position.spend(evaluation_s=seconds, probes_s=sum(model.probes_s for model in evaluated))
     summary = _summary(trainer, evaluated)
@@ -86,6 +84,7 @@ def summarize(
         "seed": config.seed,
         "evaluation": {model.name: model.by_mode() for model in evaluated},
         "arc": {model.name: model.arc for model in evaluated if model.arc},
+        "evaluated_by_earlier_runs": [model.name for model in evaluated if model.kept],
         "gain": {},
         "teacher_in_memory_during_policy_evaluation": any(
             model.teacher_in_memory for model in evaluated if model.name != "teacher"
@@ -174,17 +173,62 @@ def show_episode(
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
-def _models(trainer: Trainer) -> Iterator[tuple[str, PreTrainedModel]]:
-    """The raw policy, the policy after each stage that had any step, and the teacher, one in memory at a time."""
+class _Model(NamedTuple):
+    """A model to be measured."""
+
+    name: str
+    path: str
+    load: Callable[[], PreTrainedModel]
+
+
+def _models(trainer: Trainer) -> list[_Model]:
+    """The raw policy, the policy after each stage that had any step, and the teacher."""
     networks, config = trainer.networks, trainer.config
     paths = [("raw", resolve_model(config.model.policy))]
     trained = [stage for stage in _stages(trainer) if stage["steps"]]
     paths += [(stage["name"], str(trainer.run_dir / stage["checkpoint"])) for stage in trained]
-    for name, path in paths:
-        yield name, load_model(path, device=networks.device)
+    models = [_Model(name, path, partial(load_model, path, device=networks.device)) for name, path in paths]
     if config.model.teacher is not None:
-        yield "teacher", networks.teacher()
-        networks.release_teacher()
+        models.append(_Model("teacher", resolve_model(config.model.teacher), networks.teacher))
+    return models
+
+
+def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
+    """Measure a model, which is in memory only meanwhile."""
+    networks, config, envs = trainer.networks, trainer.config, trainer.environments.envs("test")
+    kept_in = None if model.name == _stages(trainer)[-1]["name"] else _kept_in(trainer, model)
+    waiting = "waiting for another run, which evaluates the same model"
+    with exclusively(kept_in.with_suffix(".lock"), waiting) if kept_in else nullcontext():
+        result = evaluation.evaluate_model(
+            model.name,
+            model.load,
+            networks,
+            envs,
+            config.evaluation,
+            trainer.run_dir,
+            probes=config.probes,
+            kept_in=kept_in,
+        )
+    networks.release_teacher()
+    if result.kept:
+        print(f"{model.name}: measured by an earlier run, kept in {kept_in}", flush=True)
+    return result
+
+
+def _kept_in(trainer: Trainer, model: _Model) -> Path | None:
+    """Where what a model plays is kept, under a hash of all that it depends on; None where some of that is unknown."""
+    networks, config, envs = trainer.networks, trainer.config, trainer.environments.envs("test")
+    searched, code = of_retriever(envs.retriever), of_code()
+    if searched is None or code is None:
+        return None
+    settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "num_envs", "probes")}
+    scoring = {field.name: getattr(config.evaluation, field.name) for field in fields(ScoringConfig)}
+    settings |= {"rollout": vars(config.rollout), "scoring": scoring, "vocab_size": networks.vocab_size}
+    settings |= {"precision": config.learner.precision, "is_teacher": model.name == "teacher"}
+    settings |= {"searched": searched, "code": code, **provenance(networks.device)["versions"]}
+    settings["device"] = networks.device.type
+    key = of_playing(settings, model.path, networks.tokenizer, envs.dataset)
+    return Path(config.cache_dir).expanduser() / "evaluations" / key
 
 
 def _stages(trainer: Trainer) -> list[dict[str, Any]]:

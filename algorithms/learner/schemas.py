@@ -90,7 +90,8 @@ class RunConfig:
         resume: Run directory to go on with; its own configuration is used.
         num_envs: Episodes played at once.
         max_retriever_error_fraction: Share of a rollout's episodes that a failed search may end; past it the run stops.
-        cache_dir: Where teacher trajectories are kept between runs.
+        cache_dir: Where teacher trajectories, and evaluations of models that other runs measure too, are kept between
+            runs.
         checkpoint_every: Training steps between checkpoints.
         probes: ARC probes at the end, by name or as a mapping with `name` and settings; empty for none.
         probe_every: Training steps between probes on the questions of a check on the dev split; 0 for none.

@@ -15,6 +15,7 @@ from algorithms.learner import demonstrations, seeding
 from algorithms.learner.algorithm import Algorithm, Progress
 from algorithms.learner.demonstrations import Demonstrations
 from algorithms.learner.evaluation import episode_means
+from algorithms.learner.fingerprints import of_playing
 from algorithms.learner.parts import Environments, Networks, resolve_model
 from algorithms.learner.replay import Replay
 from algorithms.learner.rollout import RolloutEngine
@@ -114,7 +115,7 @@ class Sources:
         networks = self._networks
         settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
         teacher = resolve_model(str(config.model.teacher))
-        key = demonstrations.cache_key(settings, teacher, networks.tokenizer, envs.dataset)
+        key = of_playing(settings, teacher, networks.tokenizer, envs.dataset)
         path = Path(config.cache_dir).expanduser() / "demonstrations" / f"{key}.jsonl.gz"
 
         def make() -> Demonstrations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -101,6 +102,10 @@ class Trainer:
         for split in ("train", "dev", "test"):
             self.environments.dataset(split)
         self.networks.engine(self.networks.policy, self.environments.envs("train"))
+        cache_dir = Path(self.config.cache_dir).expanduser()
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache_dir, os.W_OK):
+            raise ConfigurationError(f"cache_dir={cache_dir} can't be written to; name another folder.")
 
     def _check_last_batches(self) -> None:
         """The last batch of a pass over stored trajectories may be small, but not smaller than its minibatches."""
