@@ -13,12 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.assets import resolve_model
 from algorithms.learner import checkpoint, evaluation, report
 from algorithms.learner.arc import show_arc
 from algorithms.learner.cli import CONFIG_FILE, clear_errors
 from algorithms.learner.fingerprints import fingerprints
 from algorithms.learner.outside import is_outside_learner
-from algorithms.learner.parts import Environments, Networks, resolve_model
+from algorithms.learner.parts import Environments, Networks
 from algorithms.learner.schemas import RunConfig, evaluate_config, register_schemas
 
 with clear_errors():  # of a plug-in

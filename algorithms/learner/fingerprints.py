@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.types import Question
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 
+_PACKAGES = ("torch", "transformers", "gymnasium", "bm25s", "hydra-core", "agentic-rag-env")
 #: What of the code an episode and its figures may depend on: the environment's package, and this folder.
 _CODE = (Path(agentic_rag_env.__file__).parent, Path(__file__).parent)
 
@@ -57,7 +60,8 @@ def of_retriever(retriever: Any) -> str | None:
     try:
         said = getattr(retriever, "fingerprint", None)
     except AgenticRAGError as error:
-        warnings.warn(f"What was searched is not known to the summary: {error}", stacklevel=2)
+        # Wherever it is asked, the same line: so it is said once.
+        warnings.warn(f"What was searched is not known to the summary: {error}", stacklevel=1)
         return None
     return None if said is None else str(said)
 
@@ -92,7 +96,18 @@ def of_code() -> str | None:
         if (file := getattr(module, "__file__", None)) is None:
             return None
         files.add(Path(file))
-    return hash_of([_of_file(file).hex() for file in sorted(files)])
+    return hash_of([versions(), *(_of_file(file).hex() for file in sorted(files))])
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that figures may depend on; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def _registering_modules() -> Iterator[Any]:

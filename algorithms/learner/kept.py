@@ -4,14 +4,52 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.probes import Figures
+from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.learner.fingerprints import of_code, of_playing, of_retriever
 from algorithms.learner.metrics import write_whole
+from algorithms.learner.parts import Networks
+from algorithms.learner.schemas import RunConfig, ScoringConfig
 from algorithms.learner.trajectories import read_trajectories, write_trajectories
 from algorithms.learner.types import Trajectory
+
+
+def place(
+    config: RunConfig, networks: Networks, envs: AgenticRAGVectorEnv, model: str, is_teacher: bool
+) -> Path | None:
+    """Where an evaluation is kept: under a hash of all that it depends on.
+
+    Args:
+        config: Of the run.
+        networks: Who plays with the model, and how.
+        envs: Where.
+        model: Folder or hub id.
+        is_teacher: The teacher may be loaded in another precision.
+
+    Returns:
+        The folder; None where some of what the evaluation depends on is not known.
+    """
+    searched, code = of_retriever(envs.retriever), of_code()
+    if searched is None or code is None:
+        return None
+    settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "num_envs", "probes")}
+    settings |= {
+        "rollout": vars(config.rollout),
+        "scoring": {field.name: getattr(config.evaluation, field.name) for field in fields(ScoringConfig)},
+        "precision": config.learner.precision,
+        "vocab_size": networks.vocab_size,
+        "device": networks.device.type,
+        "is_teacher": is_teacher,
+        "searched": searched,
+        "code": code,
+    }
+    key = of_playing(settings, model, networks.tokenizer, envs.dataset)
+    return Path(config.cache_dir).expanduser() / "evaluations" / key
 
 
 class Kept:

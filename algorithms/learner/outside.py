@@ -21,11 +21,12 @@ import torch
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.types import StepInfo
 from agentic_rag_env.wrappers import DiscreteActions
+from algorithms.assets import resolve_model
 from algorithms.learner import evaluation, report, seeding
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.metrics import RunLogger, cost_metrics, write_whole
 from algorithms.learner.models import load_tokenizer
-from algorithms.learner.parts import Environments, resolve_model
+from algorithms.learner.parts import Environments
 from algorithms.learner.plays import RecordedView, Sample, play, single
 from algorithms.learner.rollout import Progress
 from algorithms.learner.samples import NUM_SAVED, is_due, write_check, write_sample

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import gc
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +13,10 @@ from gymnasium.vector import AutoresetMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.datasets.base import QuestionSet
-from agentic_rag_env.errors import ConfigurationError, UnknownNameError
-from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, did_you_mean
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
 from agentic_rag_env.vector import AgenticRAGVectorEnv
-from algorithms.assets import ASSETS
+from algorithms.assets import resolve_model
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
 from algorithms.learner.codec import PlainEncoder
 from algorithms.learner.models import (
@@ -181,20 +179,6 @@ class Networks:
             precision=self._config.learner.precision,
             max_retriever_error_fraction=self._config.max_retriever_error_fraction,
         )
-
-
-def resolve_model(name: str) -> str:
-    """The folder of a bundled model; any other name as it is.
-
-    Raises:
-        UnknownNameError: The name is almost that of a bundled model.
-    """
-    bundled = sorted(file.parent.name for file in ASSETS.glob("*/config.json"))
-    if name in bundled:
-        return str(ASSETS / name)
-    if difflib.get_close_matches(name, bundled, cutoff=0.8) and not Path(name).exists():
-        raise UnknownNameError(f"There is no bundled model {name!r}.{did_you_mean(name, bundled)}")
-    return name
 
 
 def _with_nested(spec: Any) -> Any:

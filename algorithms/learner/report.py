@@ -9,9 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,23 +20,23 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from algorithms.assets import resolve_model
 from algorithms.learner import evaluation
 from algorithms.learner.arc import show_arc
 from algorithms.learner.evaluation import Evaluated, mode_name
-from algorithms.learner.fingerprints import fingerprints, of_code, of_playing, of_retriever
+from algorithms.learner.fingerprints import fingerprints, versions
+from algorithms.learner.kept import place
 from algorithms.learner.locks import exclusively
 from algorithms.learner.metrics import printable, write_results, write_whole
 from algorithms.learner.models import load_model
-from algorithms.learner.parts import Environments, resolve_model
-from algorithms.learner.schemas import RunConfig, ScoringConfig
+from algorithms.learner.parts import Environments
+from algorithms.learner.schemas import RunConfig
 from algorithms.learner.trainer import Trainer
 from algorithms.learner.trajectories import transcript
 from algorithms.learner.types import Trajectory
 
 #: Linux counts in kilobytes, macOS in bytes.
 _MAXRSS_PER_MB = 2**20 if sys.platform == "darwin" else 2**10
-
-_PACKAGES = ("torch", "transformers", "gymnasium", "bm25s", "hydra-core", "agentic-rag-env")
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """What the figures were made with: versions, machine and the most memory that the process ever had."""
     return {
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_PER_MB),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": versions(),
         "machine": {"device": str(device), "processor": platform.machine()},
     }
 
@@ -196,7 +195,8 @@ def _models(trainer: Trainer) -> list[_Model]:
 def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
     """Measure a model, which is in memory only meanwhile."""
     networks, config, envs = trainer.networks, trainer.config, trainer.environments.envs("test")
-    kept_in = None if model.name == _stages(trainer)[-1]["name"] else _kept_in(trainer, model)
+    is_trained = model.name == _stages(trainer)[-1]["name"]
+    kept_in = None if is_trained else place(config, networks, envs, model.path, model.name == "teacher")
     waiting = "waiting for another run, which evaluates the same model"
     with exclusively(kept_in.with_suffix(".lock"), waiting) if kept_in else nullcontext():
         result = evaluation.evaluate_model(
@@ -213,22 +213,6 @@ def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
     if result.kept:
         print(f"{model.name}: measured by an earlier run, kept in {kept_in}", flush=True)
     return result
-
-
-def _kept_in(trainer: Trainer, model: _Model) -> Path | None:
-    """Where what a model plays is kept, under a hash of all that it depends on; None where some of that is unknown."""
-    networks, config, envs = trainer.networks, trainer.config, trainer.environments.envs("test")
-    searched, code = of_retriever(envs.retriever), of_code()
-    if searched is None or code is None:
-        return None
-    settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "num_envs", "probes")}
-    scoring = {field.name: getattr(config.evaluation, field.name) for field in fields(ScoringConfig)}
-    settings |= {"rollout": vars(config.rollout), "scoring": scoring, "vocab_size": networks.vocab_size}
-    settings |= {"precision": config.learner.precision, "is_teacher": model.name == "teacher"}
-    settings |= {"searched": searched, "code": code, **provenance(networks.device)["versions"]}
-    settings["device"] = networks.device.type
-    key = of_playing(settings, model.path, networks.tokenizer, envs.dataset)
-    return Path(config.cache_dir).expanduser() / "evaluations" / key
 
 
 def _stages(trainer: Trainer) -> list[dict[str, Any]]:
@@ -282,13 +266,6 @@ def _teacher_share(costs: Mapping[str, float]) -> float:
     of_teacher = costs.get("teacher_sampled_tokens", 0.0) + costs.get("teacher_scored_tokens", 0.0)
     of_policy = costs.get("sampled_tokens", 0.0) + costs.get("trained_tokens", 0.0)
     return of_teacher / (of_teacher + of_policy) if of_teacher + of_policy else 0.0
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _log(run_dir: Path, config: RunConfig, summary: Mapping[str, Any]) -> None:

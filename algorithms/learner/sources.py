@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.assets import resolve_model
 from algorithms.learner import demonstrations, seeding
 from algorithms.learner.algorithm import Algorithm, Progress
 from algorithms.learner.demonstrations import Demonstrations
 from algorithms.learner.evaluation import episode_means
 from algorithms.learner.fingerprints import of_playing
-from algorithms.learner.parts import Environments, Networks, resolve_model
+from algorithms.learner.parts import Environments, Networks
 from algorithms.learner.replay import Replay
 from algorithms.learner.rollout import RolloutEngine
 from algorithms.learner.schemas import RunConfig

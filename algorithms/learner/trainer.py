@@ -12,13 +12,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.assets import resolve_model
 from algorithms.learner import checkpoint, evaluation, seeding
 from algorithms.learner.algorithm import Algorithm, Progress
 from algorithms.learner.collate import collate
 from algorithms.learner.learner import Learner
 from algorithms.learner.metrics import RunLogger, cost_metrics
 from algorithms.learner.models import Critic, freeze, load_model, pad_id
-from algorithms.learner.parts import Environments, Networks, build_stages, resolve_model
+from algorithms.learner.parts import Environments, Networks, build_stages
 from algorithms.learner.replay import Replay
 from algorithms.learner.samples import is_due, token_figures, write_check, write_sample
 from algorithms.learner.schemas import RunConfig

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,8 @@ def test_micro_batches_by_hand():
     assert micro_batches([5, 9, 2, 4, 4], max_tokens=1) == [[1], [0], [3], [4], [2]]
     assert micro_batches([3, 3], max_tokens=6) == [[0, 1]]
     assert micro_batches([], max_tokens=6) == []
+    assert micro_batches([100, 90], max_tokens=10_000) == [[0, 1]], "ten tokens of padding are less work than a pass"
+    assert micro_batches([100, 2000, 100], max_tokens=10_000) == [[1], [0, 2]], "and these 3,800 are more"
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=30), max_tokens=st.integers(1, 200))
@@ -89,3 +93,20 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths, max_tokens
     for group in groups:
         padded = len(group) * max(lengths[row] for row in group)
         assert padded <= max_tokens or len(group) == 1
+    longest = [lengths[group[0]] for group in groups]
+    assert longest == sorted(longest, reverse=True)
+
+
+@given(lengths=st.lists(st.integers(1, 2000), min_size=1, max_size=7), max_tokens=st.integers(1, 10_000))
+def test_no_other_split_into_micro_batches_is_less_work(lengths, max_tokens):
+    def work(groups):
+        return sum(500 + len(group) * max(lengths[row] for row in group) for group in groups)
+
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    allowed = []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        ends = [end for end, cut in enumerate(cuts, start=1) if cut]
+        groups = [order[start:end] for start, end in itertools.pairwise([0, *ends, len(lengths)])]
+        if all(len(group) == 1 or len(group) * lengths[group[0]] <= max_tokens for group in groups):
+            allowed.append(work(groups))
+    assert work(micro_batches(lengths, max_tokens)) == min(allowed)

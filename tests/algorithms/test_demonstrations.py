@@ -8,9 +8,10 @@ import pytest
 from small_runs import DGPO, SFT, TINY, assert_same_run, command, resume, train
 
 from agentic_rag_env.errors import DataError
+from algorithms.assets import resolve_model
 from algorithms.learner.demonstrations import Demonstrations, cached, collect, is_demonstration
 from algorithms.learner.models import load_tokenizer
-from algorithms.learner.parts import Environments, Networks, resolve_model
+from algorithms.learner.parts import Environments, Networks
 from algorithms.learner.schemas import EvaluateConfig, evaluate_config
 
 IGNORANT = "model.teacher=tiny-student"

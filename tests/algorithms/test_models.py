@@ -128,6 +128,20 @@ def test_hidden_states_and_logits_are_the_models_own_wherever_the_padding_is():
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
+def test_attention_over_a_batch_padded_on_the_right_is_causal_without_a_mask(monkeypatch):
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **settings):
+        calls.append(settings)
+        return attention(*args, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    backbone_hidden(make_policy("whole"), torch.full(mask.shape, 5), mask)
+    assert calls
+    assert all(settings["attn_mask"] is None and settings["is_causal"] for settings in calls)
+
+
 def test_logits_are_cut_before_anything_else_and_float32():
     model = make_policy("whole").bfloat16()
     hidden = torch.randn(4, 32, dtype=torch.bfloat16)

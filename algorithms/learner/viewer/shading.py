@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
-from algorithms.assets import ASSETS
+from algorithms.assets import resolve_model
 from algorithms.learner.comparison.runs import Run
 from algorithms.learner.viewer.episodes import FIGURES, Turn
 from algorithms.learner.viewer.gallery import Gallery
@@ -92,8 +92,7 @@ def _tokenizer_place(run: Run) -> str:
     saved = sorted(file.parent for file in run.path.glob("checkpoints/*/tokenizer.json"))
     if saved:
         return str(saved[-1])
-    model = str((run.config.get("model") or {}).get("policy"))
-    return str(ASSETS / model) if (ASSETS / model).is_dir() else model
+    return resolve_model(str((run.config.get("model") or {}).get("policy")))
 
 
 def _decoder(place: str) -> Decode:
