@@ -117,6 +117,9 @@ def answer_reward(score: Callable[[str | None, tuple[str, ...]], float]) -> Rewa
     def reward(outcome: Outcome) -> float:
         return score(outcome.answer, outcome.question.golden_answers)
 
+    # So that the registry tells it from the rewards made of other functions, and knows what module it depends on.
+    reward.__module__ = getattr(score, "__module__", reward.__module__)
+    reward.__qualname__ = f"answer_reward({getattr(score, '__qualname__', repr(score))})"
     return reward
 
 

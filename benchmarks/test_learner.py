@@ -1,4 +1,4 @@
-"""The chunked training step against a plain one that builds [B, T, V], at the vocabulary of a real model.
+"""The chunked training step against a plain one that builds [B, T, V], and micro-batches against padding.
 
 Run with `pytest benchmarks/test_learner.py -s`; the last test prints the peak memory of each step.
 """
@@ -8,17 +8,24 @@ from __future__ import annotations
 import multiprocessing
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from agentic_rag_env import AgenticRAGVectorEnv
+from algorithms.assets import ASSETS
 from algorithms.kd import KD, KDConfig
+from algorithms.learner import scoring
+from algorithms.learner.codec import PlainEncoder
+from algorithms.learner.collate import collate
 from algorithms.learner.learner import Learner, LearnerConfig
-from algorithms.learner.models import freeze
+from algorithms.learner.models import freeze, load_model, load_tokenizer, pad_id
+from algorithms.learner.rollout import RolloutConfig, RolloutEngine
 from algorithms.learner.types import Batch
 from algorithms.sft import SFT, SFTConfig
 
@@ -118,6 +125,40 @@ def _peak_memory() -> int:
     """Bytes. Not `getrusage`, whose peak a new process inherits from the one that started it."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def filled_up(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Longest first, as many in a group as the budget holds."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+SPLITS = {
+    "least work": scoring.micro_batches,
+    "filled up": filled_up,
+    "one padded batch": lambda lengths, max_tokens: [list(range(len(lengths)))],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_step_time_of_unequal_lengths(benchmark, monkeypatch, split):
+    """32 episodes of the bundled teacher, of one to four turns, and the bundled student."""
+    benchmark.group = "training step, kd, 32 episodes of the tiny world"
+    monkeypatch.setattr(scoring, "micro_batches", SPLITS[split])
+    student, teacher = load_model(ASSETS / "tiny-student"), freeze(load_model(ASSETS / "tiny-teacher"))
+    tokenizer = load_tokenizer(ASSETS / "tiny-teacher")
+    envs = AgenticRAGVectorEnv(32, autoreset_mode=AutoresetMode.DISABLED, tokenizer=PlainEncoder(tokenizer))
+    episodes, _ = RolloutEngine(teacher, tokenizer, envs, RolloutConfig()).rollout(range(32), seed=(0,))
+    batch = collate(episodes, pad_id(tokenizer))
+    learner = Learner(
+        KD(KDConfig()), student, teacher=teacher, config=LearnerConfig(), total_steps=1000, vocab_size=len(tokenizer)
+    )
+    benchmark.pedantic(learner.update, (batch, np.random.default_rng(0)), rounds=10, warmup_rounds=2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -187,6 +187,11 @@ def test_a_plug_in_may_look_names_up(load):
     [
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("def f(:", r"SyntaxError: invalid syntax \(bad\.py, line 1\)"),
+        (
+            "from agentic_rag_env.registry import REWARDS\nfrom agentic_rag_env.rewards import answer_reward\n"
+            "def mine(answer, golden_answers): return 0.0\nREWARDS.register('f1')(answer_reward(mine))",
+            "reward 'f1' is already registered by agentic_rag_env.rewards; choose another",
+        ),
         (CONSTANT.format(name="f1"), "reward 'f1' is already registered by agentic_rag_env.rewards; choose another"),
         (
             "from agentic_rag_env import REWARDS\n@REWARDS.register('bare')\nclass Bare: ...",

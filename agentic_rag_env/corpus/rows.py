@@ -84,7 +84,8 @@ def file_version(path: str | Path) -> tuple[str, int, int]:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Looked at {file.absolute()}.") from error
     if file.is_dir():
         raise DataError(f"{path}: is a folder; give a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow file.")
-    return str(file.resolve()), status.st_mtime_ns, status.st_size
+    # Links are not followed: in the hub's cache only the link has the ending that tells the format.
+    return str(file.absolute()), status.st_mtime_ns, status.st_size
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agentic_rag_env.corpus import quoted_contents
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.rewards import normalize_answer
 from agentic_rag_env.types import Passage, Question
@@ -19,16 +20,27 @@ class Gold:
         passages: To be read, in the order of the hops; empty where their texts are not known.
         ids: Of the passages in the corpus; empty where they are not known.
         titles: Normalized, without repetition; empty where they are not known.
+        any_suffices: Whether one of them is as good as all.
     """
 
     passages: tuple[Passage, ...] = ()
     ids: frozenset[str] = frozenset()
     titles: frozenset[str] = frozenset()
+    any_suffices: bool = False
 
     @property
     def pieces(self) -> frozenset[str]:
         """What has to be found: ids, or titles where ids are not known."""
         return self.ids or self.titles
+
+    @property
+    def num_needed(self) -> int:
+        """How many of the pieces make the evidence complete."""
+        return min(1, len(self.pieces)) if self.any_suffices else len(self.pieces)
+
+    def share(self, found: int, of: int) -> float:
+        """What share of the evidence some pieces are: how many are found, of how many."""
+        return float(found > 0) if self.any_suffices else found / of
 
     def found_in(self, passages: Iterable[Passage]) -> frozenset[str]:
         """Which of the pieces are among retrieved passages."""
@@ -42,7 +54,7 @@ def find_gold(questions: Sequence[Question], corpus: Iterable[Passage] | None) -
 
     | field | holds |
     | --- | --- |
-    | `supporting` | ids of passages of the corpus (the tiny world; JSON-lines files of one's own) |
+    | `supporting` | ids of passages of the corpus; any one of them is enough where `supporting_mode` is "any" |
     | `gold_passages` | passages: strings (title on the first line), or objects with `contents`, or `title` and `text` |
     | `paragraphs` | MuSiQue: objects with `title`, `paragraph_text` and `is_supporting` |
     | `positive_ctxs` | NQ as in DPR: objects with `title` and `text`; the first one is taken |
@@ -77,7 +89,8 @@ def titles(passages: Iterable[Passage]) -> frozenset[str]:
 def _gold(question: Question, by_id: Mapping[str, Passage]) -> Gold:
     if ids := _list(question, "supporting"):
         known = tuple(by_id[identifier] for identifier in ids if identifier in by_id)
-        return Gold(known if len(known) == len(ids) else (), frozenset(ids), titles(known))
+        any_suffices = question.metadata.get("supporting_mode") == "any"
+        return Gold(known if len(known) == len(ids) else (), frozenset(ids), titles(known), any_suffices)
     listed = _list(question, "gold_passages")
     listed = listed or [item for item in _list(question, "paragraphs") if _is_supporting(item, question)]
     listed = listed or _list(question, "positive_ctxs")[:1]
@@ -116,7 +129,7 @@ def _passage(item: Any, question: Question, place: int) -> Passage:
         if isinstance(item.get("contents"), str):
             return Passage(identifier, item["contents"])
         if isinstance(item.get("title"), str) and isinstance(text, str):
-            return Passage(identifier, f"{item['title']}\n{text}")
+            return Passage(identifier, quoted_contents(item["title"], text))
     raise DataError(
         f"Question {question.id!r}: a gold passage is a string, or has 'contents', or 'title' and 'text'; got "
         f"{item!r:.80}."

@@ -18,6 +18,7 @@ from agentic_rag_env.probes.gold import Gold, find_gold, holds_answer
 from agentic_rag_env.prompts import format_passages, information_block, render_prompt
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.rewards import normalize_answer
 from agentic_rag_env.types import Found, Passage, Question, StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
 
@@ -137,13 +138,13 @@ class Material:
         # A few more of the others than are needed, since some hold an answer.
         rows = self.draw(number).integers(max(len(self._pool), 1), size=4 * max(count, 0) + 16)
         others = [self._pool[int(row)] for row in rows] if self._pool else []
-        taken = {passage.contents for passage in self.gold[number].passages}
+        taken = {_identity(passage) for passage in self.gold[number].passages}
         chosen: list[Passage] = []
         for passage in (*self.found_verbatim.get(number, ()), *others):
             if len(chosen) >= count:
                 break
-            if passage.contents not in taken:
-                taken.add(passage.contents)
+            if _identity(passage) not in taken:
+                taken.add(_identity(passage))
                 if not holds_answer(passage.contents, self.questions[number].golden_answers):
                     chosen.append(passage)
         return chosen
@@ -151,7 +152,7 @@ class Material:
     @cached_property
     def _pool(self) -> list[Passage]:
         """The gold passages of all questions."""
-        return list({passage.contents: passage for gold in self.gold for passage in gold.passages}.values())
+        return list({_identity(passage): passage for gold in self.gold for passage in gold.passages}.values())
 
     def read(self, passages: Sequence[Sequence[Passage]], numbers: Sequence[int], opening: str) -> list[str]:
         """Let the model go on after passages.
@@ -234,6 +235,11 @@ def play(generate: Generate, envs: AgenticRAGVectorEnv, num_questions: int | Non
     for start in range(0, count, envs.num_envs):
         episodes += _play_together(generate, envs, range(start, min(start + envs.num_envs, count)))
     return episodes
+
+
+def _identity(passage: Passage) -> tuple[str, str]:
+    """By what passages are told apart, whether or not their titles are quoted."""
+    return normalize_answer(passage.title), passage.text
 
 
 def executed_searches(episode: EpisodeInfos) -> Iterator[StepInfo]:

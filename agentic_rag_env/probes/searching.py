@@ -105,11 +105,11 @@ def _stopping(material: Material, episodes: list[EpisodeInfos]) -> Figures:
         seen: frozenset[str] = frozenset()
         searched_on = False
         for info in executed_searches(episode):
-            searched_on |= seen == gold.pieces
+            searched_on |= len(seen) >= gold.num_needed
             seen |= gold.found_in(info["passages"])
         wrong = episode[-1]["action"] == "answer" and not episode[-1]["correct"]
-        complete = seen == gold.pieces
-        extra = _num_searches(episode) - len(gold.pieces)
+        complete = len(seen) >= gold.num_needed
+        extra = _num_searches(episode) - gold.num_needed
         rows.append((complete, wrong and not seen, wrong and bool(seen) and not complete, searched_on, extra))
     names = ("evidence_complete", "stopped_too_early", "stopped_midway", "searched_on", "extra_searches")
     columns = zip(*rows, strict=True)
@@ -122,9 +122,9 @@ def _recalls(material: Material, rounds: list[list[tuple[Passage, ...]]]) -> Fig
     for gold, of_episode in zip(material.gold, rounds, strict=True):
         passages = [passage for found in of_episode for passage in found]
         if gold.titles:
-            by_title.append(len(gold.titles & titles(passages)) / len(gold.titles))
+            by_title.append(gold.share(len(gold.titles & titles(passages)), len(gold.titles)))
         if gold.ids:
-            by_id.append(len(gold.ids & {passage.id for passage in passages}) / len(gold.ids))
+            by_id.append(gold.share(len(gold.ids & {passage.id for passage in passages}), len(gold.ids)))
         unknown.append(not gold.pieces)
     recalls = {"title_recall": by_title, "passage_recall": by_id, "without_gold": unknown}
     return {name: figure(values, seed=material.seed) for name, values in recalls.items() if values}

@@ -75,7 +75,7 @@ class CachedRetriever:
         """See `Retriever.search`.
 
         Raises:
-            RetrieverError: The cache can't be read or written; offline: it does not hold a query, which is named.
+            RetrieverError: The cache can't be read or written. Offline, that is the result of a query that it lacks.
         """
         check_search(queries, top_k)
         keys = [self._key(query, top_k) for query in queries]
@@ -102,10 +102,13 @@ class CachedRetriever:
 
     def _search_anew(self, queries: list[str], top_k: int) -> Sequence[Found]:
         if self._offline or self._retriever is None:
-            raise RetrieverError(
-                f"the cache {self._entries.path} holds no result for the query {queries[0][:200]!r} with "
-                f"top_k={top_k}, and offline=true forbids searching for it."
-            )
+            return [
+                RetrieverError(
+                    f"the cache {self._entries.path} holds no result for the query {query[:200]!r} with "
+                    f"top_k={top_k}, and offline=true forbids searching for it."
+                )
+                for query in queries
+            ]
         return self._retriever.search(queries, top_k)
 
 

@@ -112,7 +112,8 @@ def measure_recall(
         return report
     with phase(f"Measuring recall by {len(queries)} queries", None):
         most = max(_RECALL_AT)
-        exact, found = (nearest(search, queries, most) for search in (TorchSearch(vectors), FaissSearch(index)))
+        # On the CPU the vectors stay on disk; a GPU may be too small for all of them.
+        exact, found = (nearest(search, queries, most) for search in (TorchSearch(vectors, "cpu"), FaissSearch(index)))
     for k in _RECALL_AT:
         shares = [
             len({row for row, _ in truth[:k]} & {row for row, _ in ranking[:k]}) / len(truth[:k])

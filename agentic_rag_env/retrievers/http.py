@@ -15,7 +15,7 @@ from typing import Any
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import check_search, encodable
-from agentic_rag_env.types import Passage
+from agentic_rag_env.types import Found, Passage
 
 #: Replies of a 4xx status that another try may change: the request came in too slowly, or too many came in.
 _PASSING_STATUSES = (408, 429)
@@ -87,11 +87,11 @@ class HttpRetriever:
         # Open connections cannot be copied; a copy, in this process or another, opens its own.
         return HttpRetriever, (self.config,)
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+    def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. An empty list of queries sends nothing."""
         check_search(queries, top_k)
         texts = [encodable(query) for query in queries]
-        found: list[list[Passage]] = []
+        found: list[Found] = []
         for start in range(0, len(texts), self.config.max_batch):
             found += self._search(texts[start : start + self.config.max_batch], top_k)
         return found
@@ -119,8 +119,9 @@ class HttpRetriever:
             self._client.close()
         self._client = None
 
-    def _search(self, queries: list[str], top_k: int) -> list[list[Passage]]:
-        payload = {"queries": queries, "topk": top_k, "return_scores": True}
+    def _search(self, queries: list[str], top_k: int) -> list[Found]:
+        # A server of agentic-rag-serve then answers a query that fails by its error; others do not know the field.
+        payload = {"queries": queries, "topk": top_k, "return_scores": True, "return_errors": True}
         try:
             return self._parse(*self._post(payload), num_queries=len(queries), top_k=top_k)
         except _TooLargeError:
@@ -193,7 +194,7 @@ class HttpRetriever:
             self._client, self._client_pid = httpx.Client(timeout=self.config.timeout_s), os.getpid()
         return self._client
 
-    def _parse(self, body: bytes, url: str, attempt: int, *, num_queries: int, top_k: int) -> list[list[Passage]]:
+    def _parse(self, body: bytes, url: str, attempt: int, *, num_queries: int, top_k: int) -> list[Found]:
         try:
             reply = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -204,11 +205,16 @@ class HttpRetriever:
         result = reply["result"]
         if len(result) != num_queries:
             raise self._failure(f"the reply has {len(result)} result lists for {num_queries} queries", url, attempt)
-        for number, found in enumerate(result):
-            if not isinstance(found, list):
-                raise self._failure(f"result {number} is no list but {type(found).__name__}", url, attempt)
+        return [self._found(item, number, url, attempt, top_k) for number, item in enumerate(result)]
+
+    def _found(self, item: Any, number: int, url: str, attempt: int, top_k: int) -> Found:
+        """The result of one query, which may be its error."""
+        if isinstance(item, dict) and isinstance(item.get("error"), str):
+            return self._failure(item["error"], url, attempt)
+        if not isinstance(item, list):
+            raise self._failure(f"result {number} is no list but {type(item).__name__}", url, attempt)
         try:
-            return [[_passage(item) for item in found[:top_k]] for found in result]
+            return [_passage(document) for document in item[:top_k]]
         except ValueError as error:
             raise self._failure(str(error), url, attempt) from error
 

@@ -103,9 +103,10 @@ def build_dense(
             "index": {"factory": factory, "seed": config.seed},
             "versions": _versions("faiss"),
         }
-        vectors = _encode(store, encoder, folder, config, manifest, phase)
         if (finished := _finished(folder, manifest)) is not None:
             return finished
+        vectors = _encode(store, encoder, folder, config, manifest, phase)
+        (folder / MANIFEST).unlink(missing_ok=True)
         index = build_index(vectors, factory, config.seed, config.threads, phase)
         import faiss
 
@@ -147,6 +148,7 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
         }
         if (finished := _finished(folder, manifest)) is not None:
             return finished
+        (folder / MANIFEST).unlink(missing_ok=True)
         with phase("Reading words", len(store)) as advance:
             index, vocabulary = index_texts(Texts(store), config, advance)
         with phase("Saving", None):
@@ -171,8 +173,10 @@ def _builder_of(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise DataError(f"{folder}: another process is building an index here; wait for it.") from error
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be locked: {error.strerror}; build on a local disk.") from error
         remove_partial(folder)
         remove_partial(folder / "vectors")
         yield
@@ -184,7 +188,7 @@ def _corpus_store(corpus: str | Path, folder: Path, phase: Phase) -> CorpusStore
 
 
 def _corpus_entry(store: CorpusStore, folder: Path) -> dict[str, Any]:
-    path = os.path.relpath(store.path, folder.resolve())
+    path = os.path.relpath(store.path.resolve(), folder.resolve())
     return {"path": path, "fingerprint": store.fingerprint, "num_passages": len(store)}
 
 
@@ -193,14 +197,12 @@ def _versions(library: str) -> dict[str, str]:
 
 
 def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a folder that holds what is asked for; any other is removed, since the folder will change."""
+    """The manifest of a folder that holds what is asked for."""
     if not (folder / MANIFEST).exists():
         return None
     manifest = read_json(folder / MANIFEST)
-    if all(manifest.get(key) == value for key, value in asked.items() if key != "versions"):
-        return manifest
-    (folder / MANIFEST).unlink()
-    return None
+    same = all(manifest.get(key) == value for key, value in asked.items() if key != "versions")
+    return manifest if same else None
 
 
 def _fitted_encoder(store: CorpusStore, folder: Path, spec: Any, phase: Phase) -> StoredEncoder:

@@ -5,7 +5,8 @@ agentic-rag-serve dense index=e5_index --port 8001
 agentic-rag-serve cached retriever.name=bm25 retriever.k1=1.2 path=cache.sqlite --corpus corpus.jsonl
 agentic-rag-serve bm25 --dataset tiny
 
-POST /retrieve  {"queries": ["..."], "topk": 3, "return_scores": true}
+POST /retrieve  {"queries": ["..."], "topk": 3, "return_scores": true}; with "return_errors": true a query that fails
+                has {"error": "..."} for its result, and the others theirs; otherwise the request fails
 GET  /health    whether it answers, and the fingerprint of what it searches
 GET  /metrics   counts and times for Prometheus
 """
@@ -81,10 +82,14 @@ def listen_at(config: ServerConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
-        raise ConfigurationError(
-            f"cannot listen on {config.host}, port {config.port}: {error.strerror}; choose another host or port."
-        ) from error
+        raise _cannot_listen(config, error) from error
     return listener
+
+
+def _cannot_listen(config: ServerConfig, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"cannot listen on {config.host}, port {config.port}: {error.strerror}; choose another host or port."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +126,10 @@ def _serve(options: Mapping[str, Any]) -> None:
             fingerprint = None
         _allow_many_connections()
         server = make_server(retriever, config, fingerprint)
-        listener.listen(server.config.backlog)  # from now on clients wait instead of being refused
+        try:
+            listener.listen(server.config.backlog)  # from now on clients wait instead of being refused
+        except OSError as error:  # another server was bound to the port, too, and listened first
+            raise _cannot_listen(config, error) from error
         host, port = listener.getsockname()[:2]
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         print(f"Serving {spec['name']} at http://{place}/retrieve; Ctrl-C ends it.", flush=True)

@@ -51,6 +51,13 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(read_corpus("~/c.jsonl")) == 1
 
 
+def test_a_link_is_read_by_its_own_name(tmp_path: Path) -> None:
+    """As in the cache of the Hugging Face hub, where the file itself is called by its hash."""
+    (tmp_path / "3f2a").write_bytes(gzip.compress(b'{"id": "a", "contents": "x"}\n'))
+    (tmp_path / "c.jsonl.gz").symlink_to("3f2a")
+    assert [passage.contents for passage in read_corpus(tmp_path / "c.jsonl.gz")] == ["x"]
+
+
 def test_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "c.jsonl", {"id": "a", "contents": "x"})
     first = read_corpus(file)

@@ -86,7 +86,8 @@ def retriever(service: Service, **settings: Any) -> HttpRetriever:
 def test_request_and_reply_follow_the_protocol(service: Service) -> None:
     service.answer([[scored("a", '"A"\nalpha', 2.5), scored("b", '"B"\nbeta', 1)], []])
     found = retriever(service).search(["first", "second"], 3)
-    assert service.requests == [("/retrieve", {"queries": ["first", "second"], "topk": 3, "return_scores": True})]
+    payload = {"queries": ["first", "second"], "topk": 3, "return_scores": True, "return_errors": True}
+    assert service.requests == [("/retrieve", payload)]
     assert found == [[Passage("a", '"A"\nalpha', 2.5), Passage("b", '"B"\nbeta', 1.0)], []]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -178,6 +179,13 @@ def test_recall_is_measured_and_not_assumed(store: CorpusStore) -> None:
     assert report["recall@3"] < 0.1
 
 
+def test_recall_is_measured_where_the_vectors_are(store: CorpusStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, which may be too small for them, is not asked."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    build_dense(store.path, store.path.parent / "near a GPU", DenseIndexConfig(encoder=CrcEncoder(), index="Flat"))
+
+
 def test_default_index() -> None:
     sizes = [1, 200_000, 200_001, 1_000_000, 2_000_000, 2_000_001, 21_015_324]
     assert [default_index(size) for size in sizes] == [
@@ -276,6 +284,15 @@ def test_two_builders_in_one_folder(tmp_path: Path, store: CorpusStore) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process is building an index here"):
             build_bm25(store.path, tmp_path, BM25Config())
+
+
+def test_a_file_system_without_locks(tmp_path: Path, store: CorpusStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(DataError, match="cannot be locked: Function not implemented; build on a local disk"):
+        build_bm25(store.path, tmp_path, BM25Config())
 
 
 # Opened
@@ -484,6 +501,18 @@ def test_vectors_that_were_deleted(tmp_path: Path, dense_folder: Path) -> None:
     assert found_by(RETRIEVERS.build({"name": "dense", **spec}, corpus=PASSAGES)) == brute_force(QUERIES, 5)
     with pytest.raises(DataError, match=r"vectors\.npy: the vectors cannot be read .* build the index again"):
         RETRIEVERS.build({"name": "torch_exact", **spec}, corpus=PASSAGES)
+
+
+def test_a_finished_index_needs_no_vectors_to_be_finished(tmp_path: Path, store: CorpusStore) -> None:
+    config = DenseIndexConfig(encoder=CrcEncoder(tmp_path / "log"), index="Flat")
+    manifest = build_dense(store.path, tmp_path / "index", config)
+    shutil.rmtree(tmp_path / "index" / "vectors")
+    (tmp_path / "log").unlink()
+    assert build_dense(store.path, tmp_path / "index", config) == manifest
+    assert not (tmp_path / "log").exists(), "nothing is encoded again"
+    other = DenseIndexConfig(encoder=config.encoder, index="HNSW8")
+    assert build_dense(store.path, tmp_path / "index", other)["index"]["factory"] == "HNSW8"
+    assert (tmp_path / "log").exists()
 
 
 # Files of Search-R1

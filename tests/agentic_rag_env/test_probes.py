@@ -6,8 +6,10 @@ import http.server
 import json
 import re
 import threading
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -110,7 +112,7 @@ def test_gold_passages_come_from_every_documented_field():
     corpus = [Passage("p1", "One\n1"), Passage("p2", "Two\n2"), Passage("p3", "Three\n3")]
     found = find_gold(questions, corpus)
     assert [[passage.contents for passage in gold.passages] for gold in found] == [
-        ["Two\n2", "One\n1"], [], ["T\nx", "The U\ny", "V\nz"], ["B\nb"], ["C\nc"], [], []
+        ["Two\n2", "One\n1"], [], ["T\nx", '"The U"\ny', "V\nz"], ['"B"\nb'], ['"C"\nc'], [], []
     ]  # fmt: skip
     assert [gold.ids for gold in found[:3]] == [{"p1", "p2"}, {"p2", "elsewhere"}, set()]
     assert [gold.titles for gold in found] == [{"one", "two"}, {"two"}, {"t", "u", "v"}, {"b"}, {"c"}, {"e"}, set()]
@@ -259,6 +261,15 @@ def test_distractors_are_the_matches_of_the_question_without_gold_and_answers():
     assert not any(name.startswith(("position", "absent", "distractors")) for name in alone), "nothing to distract with"
 
 
+def test_a_gold_passage_does_not_distract_whatever_the_form_of_its_title():
+    gold = {"paragraphs": [{"title": "Paris", "paragraph_text": "The Seine flows.", "is_supporting": True}]}
+    corpus = [Passage("a", '"Paris"\nThe Seine flows.'), Passage("d", '"Lyon"\nThe Rhone flows through Lyon.')]
+    for metadata in (gold, {"gold_passages": ["Paris\nThe Seine flows."]}):
+        question = Question("q", "What flows?", ("nothing of these",), metadata)
+        material = Material([question], retriever=BM25Retriever(BM25Config(), corpus), corpus=corpus)
+        assert material.distractors(0, 3) == [replace(corpus[1], score=ANY)]
+
+
 def test_what_is_read_is_a_perfect_search_result_of_the_usual_size():
     texts = [f"T{number}\ntext {number}" for number in range(4)]
     hops = [Question(str(n), f"Number {n}?", ("none",), {"gold_passages": texts[:n]}) for n in (1, 2, 4)]
@@ -389,6 +400,10 @@ def test_search_behaviour_by_hand():
         "extra_searches": -1.0,  # 0 - 2 - 1 - 1 + 0 - 2
         "without_gold": 0.0,
     }
+    # Where one passage is as good as both, halfway has seen enough.
+    enough = [replace(q, metadata={**q.metadata, "supporting_mode": "any"}) for q in QUESTIONS]
+    found = run_probes(Material(enough, episodes=EPISODES), ["search_behaviour"])["search_behaviour"]
+    assert values(found) | {"evidence_complete": 0.5, "stopped_midway": 0.0, "extra_searches": 0.0} == values(found)
     unknown = [Question(q.id, q.text, q.golden_answers) for q in QUESTIONS]
     found = run_probes(Material(unknown, episodes=EPISODES), ["search_behaviour"])["search_behaviour"]
     assert found["without_gold"]["value"] == 1

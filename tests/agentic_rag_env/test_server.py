@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import re
 import signal
@@ -482,6 +483,22 @@ def test_a_failed_search_is_no_empty_result(echo_server: Running) -> None:
     assert echo_server.post(query("a", "bad")) == (503, {"detail": "The search failed: this query alone"})
 
 
+def test_a_failed_query_is_a_result_of_its_own_on_request(echo_server: Running) -> None:
+    status, reply = echo_server.post(query("a", "bad", "b" * 51, "c", topk=1, return_errors=True))
+    too_long = {"error": "A query may have 50 characters; item 2 has 51."}
+    assert status == 200
+    assert reply["result"] == [expected("a", 1), {"error": "this query alone"}, too_long, expected("c", 1)]
+
+
+def test_one_bad_query_ends_its_own_episode_through_http_too(echo_server: Running) -> None:
+    client = HttpRetriever(HttpConfig(f"http://127.0.0.1:{echo_server.port}", max_retries=0))
+    good, bad, too_long = client.search(["a", "bad", "b" * 51], 1)
+    assert [passage.id for passage in good] == ["a-1"]
+    for error, said in ((bad, "this query alone"), (too_long, "may have 50 characters")):
+        assert isinstance(error, RetrieverError)
+        assert said in str(error)
+
+
 @pytest.mark.parametrize("text", ["poison", "miscounted", "nan"])
 def test_nothing_leaks_from_an_unexpected_error(echo_server: Running, text: str) -> None:
     reply = {"detail": "The search failed; the log of the server says why."}
@@ -708,6 +725,19 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], restored_signa
         port = taken.getsockname()[1]
         assert main(["bm25", "--dataset", "tiny", "--port", str(port)]) == 2
     assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+
+
+def test_a_port_that_another_server_takes_meanwhile(
+    capsys: pytest.CaptureFixture[str], restored_signals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are bound to it before one of them listens."""
+
+    def listen(self: socket.socket, backlog: int) -> None:
+        raise OSError(errno.EADDRINUSE, "Address already in use")
+
+    monkeypatch.setattr(socket.socket, "listen", listen)
+    assert main(["bm25", "--dataset", "tiny", "--port", "0"]) == 2
+    assert "cannot listen on 127.0.0.1, port 0: Address already in use" in capsys.readouterr().err
 
 
 @pytest.fixture

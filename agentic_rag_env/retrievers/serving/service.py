@@ -83,11 +83,19 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RetrieveRequest:
-    """What a request asks for."""
+    """What a request asks for.
 
-    queries: tuple[str, ...]
+    Attributes:
+        queries: In their order; in the place of one that is too long, the error.
+        top_k: Passages per query.
+        return_scores: Whether documents come with their scores.
+        return_errors: Whether the failure of a query is its own result; otherwise the request fails.
+    """
+
+    queries: tuple[str | RetrieverError, ...]
     top_k: int
     return_scores: bool
+    return_errors: bool = False
 
 
 def parse_request(body: bytes, config: ServerConfig) -> RetrieveRequest:
@@ -102,7 +110,7 @@ def parse_request(body: bytes, config: ServerConfig) -> RetrieveRequest:
         raise RequestError(400, "The body is not valid JSON.") from None
     if not isinstance(given, dict):
         raise RequestError(422, f"The body must be an object with 'queries', got {json_type(given)}.")
-    queries, top_k, scores = given.get("queries"), given.get("topk"), given.get("return_scores", False)
+    queries, top_k = given.get("queries"), given.get("topk")
     if not isinstance(queries, list):
         raise RequestError(422, f"'queries' must be a list of strings, got {json_type(queries)}.")
     if len(queries) > config.max_batch:
@@ -110,27 +118,37 @@ def parse_request(body: bytes, config: ServerConfig) -> RetrieveRequest:
     for number, query in enumerate(queries):
         if not isinstance(query, str):
             raise RequestError(422, f"'queries' must be a list of strings; item {number} is {json_type(query)}.")
-        if len(query) > config.max_query_chars:
-            raise RequestError(
-                422, f"A query may have {config.max_query_chars} characters; item {number} has {len(query)}."
-            )
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
         raise RequestError(422, f"'topk' must be an integer or null, got {json_type(top_k)}.")
     if not 0 <= (top_k or 0) <= config.max_top_k:
         raise RequestError(422, f"'topk' must be in [1, {config.max_top_k}], or null for {config.top_k}.")
-    if not isinstance(scores, bool):
-        raise RequestError(422, f"'return_scores' must be true or false, got {json_type(scores)}.")
-    return RetrieveRequest(tuple(map(encodable, queries)), top_k or config.top_k, scores)
+    flags = {name: given.get(name, False) for name in ("return_scores", "return_errors")}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise RequestError(422, f"{name!r} must be true or false, got {json_type(flag)}.")
+    checked = [_not_too_long(query, number, config.max_query_chars) for number, query in enumerate(queries)]
+    if not flags["return_errors"] and (refused := [each for each in checked if isinstance(each, RetrieverError)]):
+        raise RequestError(422, str(refused[0]))
+    return RetrieveRequest(tuple(checked), top_k or config.top_k, **flags)
 
 
-def format_reply(found: Sequence[Sequence[Passage]], return_scores: bool) -> bytes:
-    """The body of a reply: one list per query, of documents with their scores or of bare documents."""
+def _not_too_long(query: str, number: int, limit: int) -> str | RetrieverError:
+    if len(query) > limit:
+        return RetrieverError(f"A query may have {limit} characters; item {number} has {len(query)}.")
+    return encodable(query)
+
+
+def format_reply(found: Sequence[Found], return_scores: bool) -> bytes:
+    """The body of a reply: for each query a list of documents with their scores or of bare documents, or its error."""
 
     def item(passage: Passage) -> dict[str, Any]:
         document = {"id": passage.id, "contents": passage.contents}
         return {"document": document, "score": float(passage.score)} if return_scores else document
 
-    result = [[item(passage) for passage in passages] for passages in found]
+    result = [
+        {"error": str(each)} if isinstance(each, RetrieverError) else [item(passage) for passage in each]
+        for each in found
+    ]
     return json.dumps({"result": result}, allow_nan=False, separators=(",", ":")).encode()
 
 
@@ -211,11 +229,18 @@ class Service:
 
     async def _answer(self, chunks: AsyncIterator[bytes], length: str | None) -> bytes:
         request = parse_request(await self._read(chunks, length), self._config)
+        searched = [query for query in request.queries if isinstance(query, str)]
         found: list[Found] = []
-        if request.queries:
+        if searched:
             async with asyncio.timeout(self._config.timeout_s):
-                found = await self._batcher.search(request.queries, request.top_k)
-        return format_reply([_passages(result) for result in found], request.return_scores)
+                found = await self._batcher.search(searched, request.top_k)
+        results = iter(found)
+        answers = [next(results) if isinstance(query, str) else query for query in request.queries]
+        if not request.return_errors:
+            for answer in answers:
+                if isinstance(answer, RetrieverError):
+                    raise answer
+        return format_reply(answers, request.return_scores)
 
     async def _read(self, chunks: AsyncIterator[bytes], length: str | None) -> bytes:
         limit = self._config.max_body_bytes
@@ -232,12 +257,6 @@ class Service:
         except TimeoutError:
             raise RequestError(408, f"The body did not arrive within {self._config.timeout_s} s.") from None
         return bytes(body)
-
-
-def _passages(found: Found) -> Sequence[Passage]:
-    if isinstance(found, RetrieverError):
-        raise found
-    return found
 
 
 def _detail(message: str) -> bytes:
