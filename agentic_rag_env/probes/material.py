@@ -114,6 +114,12 @@ class Material:
             )
         return {number: found for number, found in enumerate(results) if not isinstance(found, RetrieverError)}
 
+    @property
+    def any_search_failed(self) -> bool:
+        """Whether a probe so far had to do without a search that failed; another time the figures may be others."""
+        asked = self.retriever is not None and "found_verbatim" in vars(self)
+        return asked and len(self.found_verbatim) < len(self.questions)
+
     @cached_property
     def evidence(self) -> list[list[Passage]]:
         """A perfect search result for each readable question: all gold passages, then distractors up to `top_k`.

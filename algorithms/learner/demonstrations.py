@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,13 @@ class Demonstrations:
 
 
 def collect(
-    engine: RolloutEngine, count: int, *, max_questions: int, correct_only: bool = True, seed: int
+    engine: RolloutEngine,
+    count: int,
+    *,
+    max_questions: int,
+    correct_only: bool = True,
+    seed: int,
+    parts: Path | None = None,
 ) -> Demonstrations:
     """Let the teacher answer training questions, each at most once, until enough trajectories are worth imitating.
 
@@ -49,21 +56,30 @@ def collect(
         max_questions: Most questions to ask; where they do not bring enough, there are fewer trajectories.
         correct_only: See `is_demonstration`.
         seed: Of the order of questions and of the teacher's draws.
+        parts: Folder where what comes of each rollout is kept meanwhile, for a process that takes over after a crash.
     """
     order = seeding.rng(seed, "demonstrations").permutation(len(engine.envs.dataset))[:max_questions].tolist()
     result = Demonstrations([], count, 0, 0)
     size = engine.envs.num_envs
     with progress("collecting demonstrations", count) as show:
         for start in range(0, len(order), size):
-            trajectories, stats = engine.rollout(order[start : start + size], seed=(seed, start), source="teacher")
-            result.num_asked += len(trajectories)
-            result.num_sampled_tokens += stats.sampled_tokens
-            result.trajectories += [each for each in trajectories if is_demonstration(each, correct_only)]
+            ask = partial(_ask, engine, order[start : start + size], (seed, start), correct_only)
+            part = cached(parts / f"{start:08d}.jsonl.gz", ask, engine.tokenizer) if parts else ask()
+            result.num_asked += part.num_asked
+            result.num_sampled_tokens += part.num_sampled_tokens
+            result.trajectories += part.trajectories
             show(min(len(result.trajectories), count), count)
             if len(result.trajectories) >= count:
                 break
     del result.trajectories[count:]
     return result
+
+
+def _ask(engine: RolloutEngine, questions: list[int], seed: tuple[int, int], correct_only: bool) -> Demonstrations:
+    """What comes of asking the teacher some questions once."""
+    played, stats = engine.rollout(questions, seed=seed, source="teacher")
+    found = [each for each in played if is_demonstration(each, correct_only)]
+    return Demonstrations(found, len(questions), len(played), stats.sampled_tokens)
 
 
 def is_demonstration(trajectory: Trajectory, correct_only: bool = True) -> bool:

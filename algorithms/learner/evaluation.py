@@ -42,6 +42,7 @@ class Evaluated:
         figures: `measure` by temperature.
         arc: Figures of the probes by their names.
         probes_s: Seconds that the probes took.
+        group_names: Of the groups of questions.
         kept: Whether all of it was kept from an earlier run, and nothing played.
     """
 
@@ -52,6 +53,7 @@ class Evaluated:
     figures: dict[float, dict[str, Any]] = field(default_factory=dict)
     arc: dict[str, Figures] = field(default_factory=dict)
     probes_s: float = 0.0
+    group_names: list[str] = field(default_factory=list)
 
     @property
     def num_questions(self) -> int:
@@ -105,7 +107,12 @@ def evaluate_model(
         started = time.perf_counter()
         # The lowest temperature is greedy if there is such a mode.
         lowest = min(result.trajectories)
-        result.arc = kept.arc(lambda: probe(engine(lowest), result.trajectories[lowest], probes, config.seed))
+
+        def ask() -> tuple[dict[str, Figures], bool]:
+            material = _material(engine(lowest), result.trajectories[lowest], config.seed)
+            return run_probes(material, probes), not material.any_search_failed
+
+        result.arc = kept.arc(ask)
         result.probes_s = time.perf_counter() - started
     result.teacher_in_memory, result.kept = networks.teacher_in_memory(), kept.found_all
     return result
@@ -133,7 +140,7 @@ def evaluate_player(
         split: What part of the dataset the questions are.
     """
     count = min(config.num_questions or len(dataset), len(dataset))
-    result = Evaluated(name)
+    result = Evaluated(name, group_names=list(dict.fromkeys(_group(question, dataset) for question in dataset[:count])))
     for temperature in config.temperatures:
         mode = mode_name(temperature)
         with progress(f"evaluating {name}, {mode}", count) as show:
@@ -160,8 +167,12 @@ def probe(
     Returns:
         By probe.
     """
+    return run_probes(_material(engine, trajectories, seed), probes)
+
+
+def _material(engine: RolloutEngine, trajectories: Sequence[Trajectory], seed: int) -> Material:
     envs = engine.envs
-    material = Material(
+    return Material(
         questions=envs.dataset[: len(trajectories)],
         generate=Generator(engine),
         episodes=[[turn.info for turn in trajectory.turns] for trajectory in trajectories],
@@ -171,7 +182,6 @@ def probe(
         top_k=envs.top_k,
         seed=seed,
     )
-    return run_probes(material, probes)
 
 
 def arc_metrics(arc: Mapping[str, Figures], prefix: str = "arc") -> dict[str, float]:

@@ -20,11 +20,12 @@ from algorithms.learner.types import Trajectory
 
 
 def place(
-    config: RunConfig, networks: Networks, envs: AgenticRAGVectorEnv, model: str, is_teacher: bool
+    root: Path, config: RunConfig, networks: Networks, envs: AgenticRAGVectorEnv, model: str, is_teacher: bool
 ) -> Path | None:
     """Where an evaluation is kept: under a hash of all that it depends on.
 
     Args:
+        root: Folder of all evaluations.
         config: Of the run.
         networks: Who plays with the model, and how.
         envs: Where.
@@ -49,7 +50,7 @@ def place(
         "code": code,
     }
     key = of_playing(settings, model, networks.tokenizer, envs.dataset)
-    return Path(config.cache_dir).expanduser() / "evaluations" / key
+    return root / key
 
 
 class Kept:
@@ -83,8 +84,11 @@ class Kept:
             write_trajectories(path, played, self._tokenizer)
         return played
 
-    def arc(self, ask: Callable[[], dict[str, Figures]]) -> dict[str, Figures]:
+    def arc(self, ask: Callable[[], tuple[dict[str, Figures], bool]]) -> dict[str, Figures]:
         """Figures of the probes, measured if they are not there.
+
+        Args:
+            ask: Measures them, and says whether to keep them: not if a search has failed meanwhile.
 
         Raises:
             DataError: The file is damaged.
@@ -96,7 +100,7 @@ class Kept:
             except ValueError as error:
                 raise DataError(f"{path} is damaged ({error}); delete the folder that it is in.") from error
         self.found_all = False
-        figures = ask()
-        if path:
+        figures, is_lasting = ask()
+        if path and is_lasting:
             write_whole(path, json.dumps(figures).encode())
         return figures

@@ -13,10 +13,12 @@ from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.models import backbone_hidden, logit_width
 
 _FIRST_CAPACITY = 64
+#: Capacity grows by doubling, and from here on by so much.
+_LARGEST_GROWTH = 512
 
 
 class EpisodeCache(Cache):
-    """Keys and values of R rows over whole episodes, in tensors that are written in place and doubled when full.
+    """Keys and values of R rows over whole episodes, in tensors that are written in place and grow when full.
 
     A token's column is its position, so there are no holes: padding that a forward pass computes beside real tokens
     lies beyond the end of its row, where causality hides it and the row's next tokens overwrite it. A row is emptied by
@@ -95,9 +97,10 @@ class _Layer:
     """One layer's keys and values, each [R, heads, capacity, head_dim]."""
 
     def __init__(self, num_rows: int, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, because a masked column still takes part with weight 0, and 0 * NaN is NaN.
+        # Zeros, because a masked column still takes part with weight 0, and 0 * NaN is NaN. Keys have the dtype of the
+        # values: under autocast rotary embeddings make them float32, and attention would round them in every pass.
         self.keys, self.values = (
-            states.new_zeros(num_rows, states.shape[1], _FIRST_CAPACITY, states.shape[3])
+            value_states.new_zeros(num_rows, states.shape[1], _FIRST_CAPACITY, states.shape[3])
             for states in (key_states, value_states)
         )
 
@@ -107,12 +110,12 @@ class _Layer:
             self.keys, self.values = (_grow(stored, cache.length) for stored in (self.keys, self.values))
         columns = cache.columns[:, None, :, None]
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            stored[cache.rows].scatter_(2, columns.expand_as(states), states)
+            stored[cache.rows].scatter_(2, columns.expand_as(states), states.to(stored.dtype))
         return self.keys[cache.rows, :, : cache.length], self.values[cache.rows, :, : cache.length]
 
 
 def _grow(stored: Tensor, length: int) -> Tensor:
-    capacity = max(length, 2 * stored.shape[2])
+    capacity = max(length, min(2 * stored.shape[2], stored.shape[2] + _LARGEST_GROWTH))
     grown = stored.new_zeros(*stored.shape[:2], capacity, stored.shape[3])
     grown[:, :, : stored.shape[2]] = stored
     return grown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,8 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     """Evaluate, print and write everything; returns the summary.
 
     The policy's models are measured before the teacher is loaded again to be measured itself. What other runs measure
-    alike (every model but the trained one) is measured once and kept under `cache_dir`.
+    alike (every model but the trained one) is measured once and kept under `cache_dir`; what there is of the trained
+    one is kept in the run directory until all is there, for a run that is killed meanwhile.
     """
     started = time.perf_counter()
     evaluated = [_evaluate(trainer, model) for model in _models(trainer)]
@@ -51,6 +53,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     trainer.position.spend(evaluation_s=seconds, probes_s=sum(model.probes_s for model in evaluated))
     summary = _summary(trainer, evaluated)
     publish(trainer.run_dir, trainer.config, summary, evaluated, trainer.networks.tokenizer)
+    shutil.rmtree(trainer.run_dir / "evaluations", ignore_errors=True)
     return summary
 
 
@@ -83,7 +86,7 @@ def summarize(
         "seed": config.seed,
         "evaluation": {model.name: model.by_mode() for model in evaluated},
         "arc": {model.name: model.arc for model in evaluated if model.arc},
-        "evaluated_by_earlier_runs": [model.name for model in evaluated if model.kept],
+        "evaluated_before": [model.name for model in evaluated if model.kept],
         "gain": {},
         "teacher_in_memory_during_policy_evaluation": any(
             model.teacher_in_memory for model in evaluated if model.name != "teacher"
@@ -110,7 +113,7 @@ def publish(
 ) -> None:
     """Write `summary.json`, put the final figures into TensorBoard, and print them with a whole episode."""
     write_summary(run_dir, summary)
-    _log(run_dir, config, summary)
+    _log(run_dir, config, summary, evaluated[0].group_names)
     _show(console(), run_dir, evaluated, summary, tokenizer)
 
 
@@ -196,7 +199,8 @@ def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
     """Measure a model, which is in memory only meanwhile."""
     networks, config, envs = trainer.networks, trainer.config, trainer.environments.envs("test")
     is_trained = model.name == _stages(trainer)[-1]["name"]
-    kept_in = None if is_trained else place(config, networks, envs, model.path, model.name == "teacher")
+    root = trainer.run_dir if is_trained else Path(config.cache_dir).expanduser()
+    kept_in = place(root / "evaluations", config, networks, envs, model.path, model.name == "teacher")
     waiting = "waiting for another run, which evaluates the same model"
     with exclusively(kept_in.with_suffix(".lock"), waiting) if kept_in else nullcontext():
         result = evaluation.evaluate_model(
@@ -211,19 +215,32 @@ def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
         )
     networks.release_teacher()
     if result.kept:
-        print(f"{model.name}: measured by an earlier run, kept in {kept_in}", flush=True)
+        print(f"{model.name}: measured before, kept in {kept_in}", flush=True)
     return result
 
 
 def _stages(trainer: Trainer) -> list[dict[str, Any]]:
-    """What was trained, first to last; a stage without steps has no checkpoint."""
+    """What was trained, first to last; a stage without steps has no checkpoint, one without checks no best one."""
+
+    def named(step: int) -> str:
+        return f"checkpoints/{trainer.checkpoint_path(step).name}"
+
+    position = trainer.position
+    of_stages = zip(
+        trainer.stages,
+        pairwise(position.stage_starts),
+        position.best_steps[:-1],
+        position.best_exact_matches[:-1],
+        strict=True,
+    )
     return [
         {
             "name": stage.name,
             "steps": end - start,
-            "checkpoint": f"checkpoints/{trainer.checkpoint_path(end).name}" if end > start else None,
+            "checkpoint": named(end) if end > start else None,
+            "best_on_dev": None if best is None else {"checkpoint": named(best), "exact_match": exact_match},
         }
-        for stage, (start, end) in zip(trainer.stages, pairwise(trainer.position.stage_starts), strict=True)
+        for stage, (start, end), best, exact_match in of_stages
     ]
 
 
@@ -268,14 +285,14 @@ def _teacher_share(costs: Mapping[str, float]) -> float:
     return of_teacher / (of_teacher + of_policy) if of_teacher + of_policy else 0.0
 
 
-def _log(run_dir: Path, config: RunConfig, summary: Mapping[str, Any]) -> None:
-    """Put the final figures and the settings into TensorBoard."""
+def _log(run_dir: Path, config: RunConfig, summary: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Put the final figures and the settings into TensorBoard, a single group of questions by its name too."""
     final = summary["stages"][-1]["name"]
     step = sum(stage["steps"] for stage in summary["stages"])
     with_groups = {
         f"eval/{group}/exact_match" + ("" if mode == "greedy" else f"/{mode}"): figures["exact_match"]
         for mode, groups in summary["evaluation"][final].items()
-        for group, figures in groups.items()
+        for group, figures in {**dict.fromkeys(names, groups["all"]), **groups}.items()
     }
     of_probes = evaluation.arc_metrics(summary["arc"].get(final, {}))
     write_results(run_dir, asdict(config), with_groups | of_probes, step)
@@ -300,6 +317,14 @@ def _show(
         terminal.print(
             f"gain over {gained['over']}, {mode}: {gained['exact_match']:+.3f} "
             f"(95 % interval {low:+.3f} to {high:+.3f})"
+        )
+    best = summary["stages"][-1].get("best_on_dev")
+    if best is not None and best["checkpoint"] != summary["stages"][-1]["checkpoint"]:
+        terminal.print(
+            f"on the dev split {best['checkpoint']} was best ({best['exact_match']:.3f}), and the last checkpoint is "
+            f"what was measured; to measure that one: python -m algorithms.evaluate checkpoint="
+            f"{run_dir / best['checkpoint']}",
+            soft_wrap=True,
         )
     final = _final(evaluated)
     trajectories = next(iter(final.trajectories.values()))

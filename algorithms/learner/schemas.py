@@ -93,6 +93,8 @@ class RunConfig:
         cache_dir: Where teacher trajectories, and evaluations of models that other runs measure too, are kept between
             runs.
         checkpoint_every: Training steps between checkpoints.
+        keep_checkpoints: How many of the newest are kept, besides the end of every stage and its best on the dev split;
+            None: all.
         probes: ARC probes at the end, by name or as a mapping with `name` and settings; empty for none.
         probe_every: Training steps between probes on the questions of a check on the dev split; 0 for none.
         threads: CPU threads; None leaves PyTorch's choice.
@@ -113,6 +115,7 @@ class RunConfig:
     max_retriever_error_fraction: float = 0.2
     cache_dir: str = "~/.cache/agentic_rag_env"
     checkpoint_every: int = 25
+    keep_checkpoints: int | None = 2
     probes: list[Any] = field(default_factory=lambda: list(DEFAULT_PROBES))
     probe_every: int = 0
     threads: int | None = None
@@ -124,7 +127,9 @@ class RunConfig:
         for probe in self.probes:
             PROBES.build(probe)  # a misspelled one is found before training, not after it
         check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "max_retriever_error_fraction")
-        check_settings(self, "at least 1, or null", lambda value: value is None or value >= 1, "threads")
+        check_settings(
+            self, "at least 1, or null", lambda value: value is None or value >= 1, "threads", "keep_checkpoints"
+        )
 
 
 @dataclass

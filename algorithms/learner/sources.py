@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from algorithms.learner import demonstrations, seeding
 from algorithms.learner.algorithm import Algorithm, Progress
 from algorithms.learner.demonstrations import Demonstrations
 from algorithms.learner.evaluation import episode_means
-from algorithms.learner.fingerprints import of_playing
+from algorithms.learner.fingerprints import of_playing, of_retriever
 from algorithms.learner.parts import Environments, Networks
 from algorithms.learner.replay import Replay
 from algorithms.learner.rollout import RolloutEngine
@@ -115,15 +116,19 @@ class Sources:
         }
         networks = self._networks
         settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
+        settings["searched"] = of_retriever(envs.retriever)
         teacher = resolve_model(str(config.model.teacher))
         key = of_playing(settings, teacher, networks.tokenizer, envs.dataset)
-        path = Path(config.cache_dir).expanduser() / "demonstrations" / f"{key}.jsonl.gz"
+        folder = Path(config.cache_dir).expanduser() / "demonstrations"
+        path, parts = folder / f"{key}.jsonl.gz", folder / f"{key}.parts"
 
         def make() -> Demonstrations:
             engine = networks.engine(networks.teacher(), envs)
-            return demonstrations.collect(engine, **asking, seed=config.seed)
+            return demonstrations.collect(engine, **asking, seed=config.seed, parts=parts)
 
-        return demonstrations.cached(path, make, networks.tokenizer)
+        found = demonstrations.cached(path, make, networks.tokenizer)
+        shutil.rmtree(parts, ignore_errors=True)
+        return found
 
 
 def _check_sampling(config: RunConfig, stages: Sequence[Algorithm]) -> None:

@@ -27,8 +27,6 @@ from algorithms.learner.sources import Sources, choose_source, rollout_metrics
 from algorithms.learner.trajectories import transcript
 from algorithms.learner.types import Batch, Trajectory
 
-KEEP_CHECKPOINTS = 2
-
 
 @dataclass
 class Position:
@@ -39,6 +37,8 @@ class Position:
         stage_step: Steps done in it.
         stage_starts: Step of the whole run at which each stage so far began.
         dev_exact_match: Last check on the dev split in this stage, None before the first.
+        best_steps: Step of the whole run after which each stage so far did best on the dev split, None before a check.
+        best_exact_matches: What it had there.
         costs: Seconds and tokens so far, by name.
     """
 
@@ -46,6 +46,8 @@ class Position:
     stage_step: int = 0
     stage_starts: list[int] = field(default_factory=lambda: [0])
     dev_exact_match: float | None = None
+    best_steps: list[int | None] = field(default_factory=lambda: [None])
+    best_exact_matches: list[float | None] = field(default_factory=lambda: [None])
     costs: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -59,6 +61,14 @@ class Position:
         self.stage += 1
         self.stage_step = 0
         self.dev_exact_match = None
+        self.best_steps.append(None)
+        self.best_exact_matches.append(None)
+
+    def note_check(self, exact_match: float) -> None:
+        """Take note of a check on the dev split, made at the present step."""
+        self.dev_exact_match, best = exact_match, self.best_exact_matches[-1]
+        if best is None or exact_match > best:
+            self.best_steps[-1], self.best_exact_matches[-1] = self.step, exact_match
 
     def spend(self, **costs: float) -> None:
         """Add to the costs."""
@@ -166,7 +176,9 @@ class Trainer:
             if checks or probes:
                 metrics |= self._check_on_dev(logger, self.config.probes if probes else ())
             logger.write(self.position.step, metrics | cost_metrics(self.position.costs), algorithm.name)
-            if self.position.stage_step % self.config.checkpoint_every == 0 or self._stage_is_over(algorithm, total):
+            is_due_anyway = self.position.stage_step % self.config.checkpoint_every == 0
+            is_best = self.position.best_steps[-1] == self.position.step
+            if is_due_anyway or is_best or self._stage_is_over(algorithm, total):
                 self._save(learner)
 
     def _stage_is_over(self, algorithm: Algorithm, total_steps: int) -> bool:
@@ -274,7 +286,7 @@ class Trainer:
         engine = self.networks.engine(self.networks.policy, envs, temperature=0.0)
         trajectories, _ = engine.rollout(range(count), seed=(0,))
         metrics = evaluation.dev_metrics(trajectories)
-        self.position.dev_exact_match = metrics["dev/exact_match"]
+        self.position.note_check(metrics["dev/exact_match"])
         logger.text("transcripts/dev", transcript(trajectories[step % count], self.networks.tokenizer), step)
         path = self.run_dir / "trajectories" / f"dev-{step:06d}.jsonl.gz"
         write_check(path, trajectories, envs.dataset, self.networks.tokenizer)
@@ -293,7 +305,7 @@ class Trainer:
             critic=learner.critic,
             learner_state=learner.state_dict(),
             trainer_state={"position": asdict(self.position), "replay": self.sources.replay.state_dict()},
-            keep_last=KEEP_CHECKPOINTS,
-            keep_steps=self.position.stage_starts,
+            keep_last=self.config.keep_checkpoints,
+            keep_steps=[*self.position.stage_starts, *(step for step in self.position.best_steps if step is not None)],
         )
         self.position.spend(checkpoint_s=time.perf_counter() - started)

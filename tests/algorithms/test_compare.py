@@ -196,6 +196,16 @@ def test_the_panel_of_probes_tells_faults_from_merits(folder, written):
     assert next(row["probe"] for row in rows(written[0], "arc")) == "thinking: exact match"
 
 
+def test_a_number_of_searches_that_a_seed_never_made_counts_as_none(tmp_path):
+    for seed, shares in enumerate(([0.5, 0.5], [0.4, 0.3, 0.3], [1.0])):
+        figures = {f"searches_{j}": {"value": x, "n": 40, "interval": [x, x]} for j, x in enumerate(shares)}
+        made = {"kd": {"search_behaviour": figures}}
+        make_run(tmp_path / str(seed), "kd", seed, answers(0.5, seed), arc=made)
+    panel = arc.make_panel(make_methods(find_runs([tmp_path])))
+    means = [panel.estimates["kd", ("search_behaviour", f"searches_{j}")][0] for j in range(3)]
+    assert means == pytest.approx([1.9 / 3, 0.8 / 3, 0.1])
+
+
 def test_weak_points_are_where_the_teacher_is_ahead(tmp_path):
     def probed(**values: float) -> dict:
         return {"p": {name: {"value": value, "n": 40, "interval": [value, value]} for name, value in values.items()}}

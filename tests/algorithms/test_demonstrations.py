@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from unittest.mock import patch
 
 import pytest
 from small_runs import DGPO, SFT, TINY, assert_same_run, command, resume, train
 
-from agentic_rag_env.errors import DataError
+from agentic_rag_env.errors import DataError, RetrieverError
 from algorithms.assets import resolve_model
 from algorithms.learner.demonstrations import Demonstrations, cached, collect, is_demonstration
 from algorithms.learner.models import load_tokenizer
 from algorithms.learner.parts import Environments, Networks
+from algorithms.learner.rollout import RolloutEngine
 from algorithms.learner.schemas import EvaluateConfig, evaluate_config
 
 IGNORANT = "model.teacher=tiny-student"
@@ -62,6 +64,27 @@ def test_wrong_answers_are_kept_on_request_but_nothing_malformed(teacher_engine)
     assert wrong
     assert not any(is_demonstration(trajectory) for trajectory in wrong)
     assert all(is_demonstration(trajectory, correct_only=False) for trajectory in wrong)
+
+
+def test_a_crash_costs_one_rollout_of_the_teacher(teacher_engine, tmp_path):
+    rollout, asked = RolloutEngine.rollout, []
+
+    def failing(engine, questions, **settings):
+        asked.append(questions)
+        if len(asked) == 2:
+            raise RetrieverError("the server is gone")
+        return rollout(engine, questions, **settings)
+
+    settings = {"max_questions": 60, "seed": 0}
+    with patch.object(RolloutEngine, "rollout", failing):
+        with pytest.raises(RetrieverError):
+            collect(teacher_engine, 60, **settings, parts=tmp_path)
+        taken_over = collect(teacher_engine, 60, **settings, parts=tmp_path)
+    assert asked[2] == asked[1], "the first questions are not asked again"
+    whole = collect(teacher_engine, 60, **settings)
+    assert ids(taken_over) == ids(whole)
+    assert taken_over.counts() == whole.counts()
+    assert taken_over.num_sampled_tokens == whole.num_sampled_tokens
 
 
 def test_the_outcome_is_read_back_whole_and_not_made_twice(teacher_engine, tmp_path):

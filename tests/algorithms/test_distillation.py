@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.types import Passage
 from algorithms.distillm import DistiLLM, DistiLLMConfig
 from algorithms.gkd import GKD, GKDConfig
-from algorithms.learner import ops, trainer
+from algorithms.learner import ops
 from algorithms.learner.algorithm import Progress
 from algorithms.learner.replay import Replay
 from algorithms.learner.types import Tokens, Trajectory, Turn
@@ -195,8 +194,7 @@ NO_PROGRESS = [
 @pytest.fixture(scope="module")
 def distillm_run(tmp_path_factory, cache):
     """With every checkpoint kept."""
-    with patch.object(trainer, "KEEP_CHECKPOINTS", 99):
-        return train(tmp_path_factory.mktemp("distillm") / "run", cache, *NO_PROGRESS)
+    return train(tmp_path_factory.mktemp("distillm") / "run", cache, *NO_PROGRESS, "keep_checkpoints=null")
 
 
 def test_distillm_trains_on_all_sources(distillm_run):

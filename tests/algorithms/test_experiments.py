@@ -84,12 +84,26 @@ def test_each_ablation_takes_away_one_part():
     assert without_teacher["warm_start"] == whole["warm_start"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_experiment_on_a_gpu(method):
-    if method == "maskable_ppo":
-        pytest.skip("has no language model to scale")
-    config = run_settings("+experiment=main_table", f"+method={method}", "+scale=gpu")
+def gpu_commands() -> dict[str, list[str]]:
+    """What the header of the preset says to give beside a method, by method."""
+    lines = (CONF / "scale" / "gpu.yaml").read_text().splitlines()
+    given = [line.split("+method=")[1].split(" ") for line in lines if line.startswith("#   ")]
+    return {method: settings for methods, *settings in given for method in methods.split(",")}
+
+
+def test_every_language_model_of_the_table_has_a_command_for_a_gpu():
+    assert set(gpu_commands()) == set(swept("main_table")["+method"]) - {"maskable_ppo"}
+
+
+@pytest.mark.parametrize(("method", "settings"), gpu_commands().items())
+def test_the_same_experiment_on_a_gpu(method, settings):
+    config = run_settings("+experiment=main_table", f"+method={method}", "+scale=gpu", *settings)
     assert config.model.policy == "Qwen/Qwen2.5-0.5B-Instruct"
     assert config.threads is None
     assert config.env["prompt"] == "search_r1"
-    assert build_stages(config.algo)[-1].config.batch_size == 240
+    stages = build_stages(config.algo)
+    assert stages[-1].config.batch_size == 240
+    for stage in stages:
+        assert stage.config.optimizer.learning_rate == (1e-5 if "teacher" in stage.trains_on else 1e-6)
+        if "values" in stage.needs:
+            assert stage.config.critic_optimizer.learning_rate == 1e-5

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from small_runs import DGPO, PPO, train
+from small_runs import DGPO, PPO, assert_same_run, command, resume, train
 
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.registry import REWARDS
@@ -20,6 +20,7 @@ from algorithms.learner.fingerprints import of_code
 from algorithms.learner.kept import Kept, place
 from algorithms.learner.models import load_tokenizer
 from algorithms.learner.parts import Environments, Networks
+from algorithms.learner.rollout import RolloutEngine
 from algorithms.learner.schemas import EvaluateConfig, evaluate_config
 from algorithms.learner.types import Trajectory, Turn
 
@@ -30,10 +31,10 @@ def test_a_model_that_runs_measure_alike_is_measured_once(dgpo_run, cache, tmp_p
     forbidden = AssertionError("the teacher is loaded to be measured again")
     with patch.object(Networks, "teacher", side_effect=forbidden):
         ppo = train(tmp_path / "ppo", cache, "algo=ppo", *PPO)
-    assert ppo.summary["evaluated_by_earlier_runs"] == ["raw", "teacher"]
-    assert "teacher: measured by an earlier run, kept in " in ppo.out
+    assert ppo.summary["evaluated_before"] == ["raw", "teacher"]
+    assert "teacher: measured before, kept in " in ppo.out
     other = train(tmp_path / "other", cache, *DGPO, "algo.kl_coef=0.5")
-    assert other.summary["evaluated_by_earlier_runs"] == ["raw", "kd", "teacher"]
+    assert other.summary["evaluated_before"] == ["raw", "kd", "teacher"]
     for run, names in ((ppo, ("raw", "teacher")), (other, ("raw", "kd", "teacher"))):
         for name in names:
             for part in ("evaluation", "arc"):
@@ -48,23 +49,33 @@ def test_a_model_that_runs_measure_alike_is_measured_once(dgpo_run, cache, tmp_p
 def test_what_a_run_measures_without_a_cache_is_the_same(dgpo_run, cache, tmp_path):
     with patch("algorithms.learner.report.place", return_value=None):
         alone = train(tmp_path / "alone", cache, *DGPO)
-    assert alone.summary["evaluated_by_earlier_runs"] == []
+    assert alone.summary["evaluated_before"] == []
     assert alone.summary["evaluation"] == dgpo_run.summary["evaluation"]
     assert alone.summary["arc"] == dgpo_run.summary["arc"]
 
 
+def test_a_run_killed_in_its_evaluation_goes_on_with_it(dgpo_run, tmp_path):
+    path = Path(shutil.copytree(dgpo_run.path, tmp_path / "run"))
+    (path / "summary.json").unlink()
+    with patch("algorithms.learner.report.publish", side_effect=KeyboardInterrupt):
+        assert command(f"resume={path}").code == 130
+    assert (path / "evaluations").is_dir()
+    with patch.object(RolloutEngine, "rollout", side_effect=AssertionError("played again")):
+        assert_same_run(dgpo_run, resume(path))
+    assert not (path / "evaluations").exists()
+
+
 @pytest.fixture(scope="module")
-def conditions(tmp_path_factory):
+def conditions():
     """Where an evaluation is kept, with something changed: settings of an evaluation, or arguments of `place`."""
-    cache_dir = str(tmp_path_factory.mktemp("cache"))
 
     def placed(model=STUDENT, is_teacher=False, **changed):
         world = {"split": "test", "num_passages": 100, "num_questions": 10}
         given = vars(EvaluateConfig()) | {"num_envs": 4, "dataset": world, "evaluation": {}} | changed
         config = evaluate_config(given, STUDENT, {})
-        config.cache_dir = cache_dir
         networks = Networks(config)
-        return place(config, networks, Environments(config, networks.tokenizer).envs("test"), model, is_teacher)
+        envs = Environments(config, networks.tokenizer).envs("test")
+        return place(Path("root"), config, networks, envs, model, is_teacher)
 
     return placed
 
@@ -164,7 +175,7 @@ def test_episodes_and_figures_are_kept_mode_by_mode(tmp_path):
     assert [each.prompt_ids[0] for each in interrupted.episodes("greedy", unasked)] == [0, 1]
     assert interrupted.found_all
     interrupted.episodes("T=1", lambda: [played(2)])
-    interrupted.arc(lambda: figures)
+    interrupted.arc(lambda: (figures, True))
     assert not interrupted.found_all
 
     again = Kept(tmp_path / "key", tokenizer)
@@ -179,14 +190,18 @@ def test_a_failed_search_may_succeed_another_time(tmp_path):
     kept = Kept(tmp_path / "key", load_tokenizer(STUDENT))
     kept.episodes("greedy", lambda: [played(0), played(1, "timeout")])
     kept.episodes("T=1", lambda: [played(0)])
-    kept.arc(dict)
+    kept.arc(lambda: ({}, True))
     assert not (tmp_path / "key").exists()
+    kept = Kept(tmp_path / "key", load_tokenizer(STUDENT))
+    kept.episodes("greedy", lambda: [played(0)])
+    assert kept.arc(lambda: ({"probe": {}}, False)) == {"probe": {}}
+    assert not (tmp_path / "key" / "arc.json").exists(), "a search of the probes has failed"
 
 
 def test_nothing_is_kept_without_a_place():
     kept = Kept(None, None)
     assert kept.episodes("greedy", lambda: [played(0)])[0].correct
-    assert kept.arc(dict) == {}
+    assert kept.arc(lambda: ({}, True)) == {}
     assert not kept.found_all
 
 

@@ -302,6 +302,19 @@ def test_growing_and_chunked_prefill_change_nothing(monkeypatch):
     assert_same(make_engine("bytes", num_envs=8).rollout(questions, seed=(3,))[0], expected)
 
 
+def test_keys_and_values_take_little_more_room_than_they_need():
+    backbone, cache = make_policy("whole").base_model, kv_cache.EpisodeCache(2)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for start, stop in ((0, 5), (5, 70), (70, 1200), (1200, 1201), (1201, 1900)):
+            positions = torch.arange(start, stop).expand(2, -1)
+            cache.forward(backbone, torch.ones_like(positions), positions)
+            for layer in cache._layers:
+                assert layer.keys.dtype == layer.values.dtype == torch.bfloat16, "as attention reads them"
+                capacity = layer.keys.shape[2]
+                assert layer.keys.shape == layer.values.shape
+                assert stop <= capacity < max(stop + 512, 2 * stop + 64)
+
+
 def test_end_of_text_is_kept_in_the_ids_and_out_of_the_text():
     engine = make_engine(model=make_policy("whole", eos_bias=50.0), num_envs=2)
     (trajectory,), _ = engine.rollout([0], seed=(0,))

@@ -21,6 +21,7 @@ from small_runs import (
     PPO,
     SFT,
     TINY,
+    Run,
     assert_same_run,
     assert_same_training,
     command,
@@ -67,9 +68,9 @@ def test_the_summary_says_what_was_done_and_what_came_of_it(dgpo_run):
     summary = dgpo_run.summary
     assert summary["algo"] == "dgpo"
     assert summary["seed"] == 0
-    assert summary["stages"] == [
-        {"name": "kd", "steps": KD_STEPS, "checkpoint": f"checkpoints/{KD_STEPS:06d}"},
-        {"name": "dgpo", "steps": DGPO_STEPS, "checkpoint": f"checkpoints/{STEPS:06d}"},
+    assert [(stage["name"], stage["steps"], stage["checkpoint"]) for stage in summary["stages"]] == [
+        ("kd", KD_STEPS, f"checkpoints/{KD_STEPS:06d}"),
+        ("dgpo", DGPO_STEPS, f"checkpoints/{STEPS:06d}"),
     ]
     assert list(summary["evaluation"]) == ["raw", "kd", "dgpo", "teacher"]
     for modes in summary["evaluation"].values():
@@ -92,6 +93,30 @@ def test_the_summary_says_what_was_done_and_what_came_of_it(dgpo_run):
     times = [name for name in summary["costs"] if name.endswith("_s")]
     assert {"rollout_s", "score_s", "update_s", "dev_s", "checkpoint_s", "evaluation_s"} <= set(times)
     assert all(summary["costs"][name] > 0 for name in times)
+
+
+def test_the_best_checkpoint_of_every_stage_is_kept(dgpo_run):
+    for stage in dgpo_run.summary["stages"]:
+        checks = [row for row in dgpo_run.metrics if row["stage"] == stage["name"] and "dev/exact_match" in row]
+        best = max(checks, key=lambda row: row["dev/exact_match"])  # the first of the best
+        saved = {"checkpoint": f"checkpoints/{best['step']:06d}", "exact_match": best["dev/exact_match"]}
+        assert stage["best_on_dev"] == saved
+        assert (dgpo_run.path / saved["checkpoint"] / "model.safetensors").is_file()
+
+
+def test_a_policy_that_collapses_leaves_its_best_checkpoint(tmp_path, cache):
+    scores = iter([0.25, 0.5, 0.125])
+
+    def check(trainer, logger, probes):
+        trainer.position.note_check(next(scores))
+        return {}
+
+    settings = ["algo=ppo", *PPO, "algo.steps=6", "model.teacher=null", GREEDY, "checkpoint_every=5"]
+    with patch.object(Trainer, "_check_on_dev", check):
+        run = train(tmp_path / "run", cache, *settings, "keep_checkpoints=1")
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["000004", "000006"]
+    assert run.summary["stages"][0]["best_on_dev"] == {"checkpoint": "checkpoints/000004", "exact_match": 0.5}
+    assert f"python -m algorithms.evaluate checkpoint={run.path}/checkpoints/000004" in run.out
 
 
 def test_the_cost_of_the_teacher_is_counted(dgpo_run, ppo_run):
@@ -257,6 +282,7 @@ def untouched(dgpo_run, tmp_path_factory):
 def test_the_same_seed_repeats_the_run_with_a_teacher_asked_anew(dgpo_run, tmp_path):
     again = train(tmp_path / "again", tmp_path / "another cache", *DGPO)
     assert_same_run(dgpo_run, again)
+    assert not list((tmp_path / "another cache").rglob("*.parts"))
 
 
 def test_another_seed_is_another_run(dgpo_run, tmp_path, cache):
@@ -345,6 +371,30 @@ def test_whatever_decides_the_demonstrations_is_in_their_key(change, dgpo_run, t
         run = command(*TINY, "algo=sft", *SFT, f"hydra.run.dir={tmp_path / 'run'}", f"cache_dir={cache}", change)
     assert run.code == 130, run.err
     assert collect.called
+
+
+def test_demonstrations_are_those_of_what_is_searched_now(dgpo_run, tmp_path, cache):
+    """The same address, and another index behind it."""
+    with (
+        patch("algorithms.learner.sources.of_retriever", return_value="another index"),
+        patch.object(demonstrations, "collect", side_effect=KeyboardInterrupt) as collect,
+    ):
+        command(*TINY, "algo=sft", *SFT, f"hydra.run.dir={tmp_path / 'run'}", f"cache_dir={cache}")
+    assert collect.called
+
+
+def test_a_single_set_of_questions_stands_in_tensorboard_by_its_name(tmp_path):
+    files = {"questions": tmp_path / "riddles.jsonl", "corpus": tmp_path / "corpus.jsonl"}
+    files["questions"].write_text('{"id": "q", "question": "Who?", "golden_answers": ["Ada"]}\n')
+    files["corpus"].write_text('{"id": "p", "contents": "Ada\\nAda it is."}\n')
+    settings = [each for each in TINY if not each.startswith("dataset.")]
+    settings += ["dataset=jsonl", *(f"dataset.{name}={path}" for name, path in files.items()), "model.teacher=null"]
+    run = command(
+        *settings, "algo=ppo", *PPO, "algo.steps=1", GREEDY, f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/c"
+    )
+    assert run.code == 0, run.err
+    shown = Run(tmp_path / "run").scalars()
+    assert shown["eval/riddles/exact_match"] == shown["eval/all/exact_match"]
 
 
 def test_interrupting_a_run_says_how_to_go_on(tmp_path, cache):

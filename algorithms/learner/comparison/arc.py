@@ -18,6 +18,8 @@ from algorithms.learner.comparison.tabular import NOTHING, Cell, Number, Table
 _UNTRAINED = ("raw", "teacher")
 #: Distributions and counts of what was left out; in the full table only.
 _DETAILS = re.compile(r"searches_\d+|.*without_gold|.*_f1|f1")
+#: Share of the episodes with so many searches; there is none above the most that a run has.
+_SHARE_OF_COUNT = re.compile(r"searches_\d+")
 #: Shares of which less is better, by the end of their names.
 _FAULTS = ("failures", "invented", "copied", "malformed", "malformed_fraction", "repeated_query", "unanswered",
            "too_early", "stopped_midway", "searched_on")  # fmt: skip
@@ -121,7 +123,7 @@ def make_panel(methods: Sequence[Method]) -> Panel | None:
     columns: dict[tuple[str, str], None] = {}
     for label, of_runs in named:
         for column in dict.fromkeys(column for of_run in of_runs for column in of_run):
-            figures = [of_run[column] for of_run in of_runs if column in of_run]
+            figures = [figure for of_run in of_runs if (figure := _figure(of_run, column)) is not None]
             columns[column] = None
             estimates[label, column] = _estimate(figures, is_share=not column[1].endswith(_NO_SHARES))
     models = tuple(label for label, of_runs in named if any(of_runs))
@@ -132,6 +134,15 @@ def make_panel(methods: Sequence[Method]) -> Panel | None:
 def _probed(run: Run, model: str) -> dict[tuple[str, str], Mapping[str, Any]]:
     of_model = run.summary.get("arc", {}).get(model) or {}
     return {(probe, metric): figure for probe, metrics in of_model.items() for metric, figure in metrics.items()}
+
+
+def _figure(of_run: Mapping[tuple[str, str], Mapping[str, Any]], column: tuple[str, str]) -> Mapping[str, Any] | None:
+    """A figure of a run; where nobody searched so often, that share is 0 and not unknown."""
+    probe, metric = column
+    if column not in of_run and _SHARE_OF_COUNT.fullmatch(metric) and (probe, "searches_0") in of_run:
+        n = of_run[probe, "searches_0"]["n"]
+        return {"value": 0.0, "n": n, "interval": [0.0, 0.0]}
+    return of_run.get(column)
 
 
 def _estimate(figures: Sequence[Mapping[str, Any]], is_share: bool) -> Estimate:
