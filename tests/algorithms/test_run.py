@@ -385,7 +385,8 @@ def test_demonstrations_are_those_of_what_is_searched_now(dgpo_run, tmp_path, ca
 
 def test_a_single_set_of_questions_stands_in_tensorboard_by_its_name(tmp_path):
     files = {"questions": tmp_path / "riddles.jsonl", "corpus": tmp_path / "corpus.jsonl"}
-    files["questions"].write_text('{"id": "q", "question": "Who?", "golden_answers": ["Ada"]}\n')
+    riddles = [{"id": f"q{number}", "question": f"Who is {number}?", "golden_answers": ["Ada"]} for number in range(30)]
+    files["questions"].write_text("".join(json.dumps(riddle) + "\n" for riddle in riddles))
     files["corpus"].write_text('{"id": "p", "contents": "Ada\\nAda it is."}\n')
     settings = [each for each in TINY if not each.startswith("dataset.")]
     settings += ["dataset=jsonl", *(f"dataset.{name}={path}" for name, path in files.items()), "model.teacher=null"]
