@@ -22,6 +22,8 @@ from agentic_rag_env.types import Question
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 
 _PACKAGES = ("torch", "transformers", "gymnasium", "bm25s", "hydra-core", "agentic-rag-env")
+#: The architecture, and which tokens end a text.
+_MODEL_SETTINGS = ("config.json", "generation_config.json")
 #: What of the code an episode and its figures may depend on: the environment's package, and this folder.
 _CODE = (Path(agentic_rag_env.__file__).parent, Path(__file__).parent)
 
@@ -71,14 +73,14 @@ def of_playing(settings: Mapping[str, Any], model_folder: str, tokenizer: Any, d
 
     Args:
         settings: Of environment, retriever, reward, rollout, device and the like, as plain data.
-        model_folder: Its weight files are read; a hub id counts by its name.
+        model_folder: Its weights and settings are read; a hub id counts by its name.
         tokenizer: With which the model reads and writes.
         dataset: Its questions, and its passages if it has any.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     folder = Path(model_folder)
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if file.suffix in (".safetensors", ".bin") or file.name == "config.json":
+        if file.suffix in (".safetensors", ".bin") or file.name in _MODEL_SETTINGS:
             digest.update(_of_file(file))
     digest.update(model_folder.encode() if not folder.is_dir() else b"")
     backend = getattr(tokenizer, "backend_tokenizer", None)

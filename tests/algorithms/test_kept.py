@@ -83,7 +83,10 @@ def conditions():
 def test_the_same_conditions_have_the_same_place(conditions, tmp_path):
     path = conditions()
     assert path == conditions()
-    assert conditions(shutil.copytree(STUDENT, tmp_path / "elsewhere")) == path
+    elsewhere = shutil.copytree(STUDENT, tmp_path / "elsewhere")
+    assert conditions(str(elsewhere)) == path
+    (elsewhere / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    assert conditions(str(elsewhere)) != path
 
 
 @pytest.mark.parametrize(
