@@ -321,11 +321,9 @@ def _show(
     best = summary["stages"][-1].get("best_on_dev")
     if best is not None and best["checkpoint"] != summary["stages"][-1]["checkpoint"]:
         terminal.print(
-            f"on the dev split {best['checkpoint']} was best ({best['exact_match']:.3f}), and the last checkpoint is "
-            f"what was measured; to measure that one: python -m algorithms.evaluate checkpoint="
-            f"{run_dir / best['checkpoint']}",
-            soft_wrap=True,
+            f"measured is the last checkpoint; on the dev split an earlier one had {best['exact_match']:.3f}:"
         )
+        terminal.print(f"python -m algorithms.evaluate checkpoint={run_dir / best['checkpoint']}", soft_wrap=True)
     final = _final(evaluated)
     trajectories = next(iter(final.trajectories.values()))
     show_episode(terminal, f"the policy after {final.name}", trajectories, tokenizer)
