@@ -320,9 +320,7 @@ def _show(
         )
     best = summary["stages"][-1].get("best_on_dev")
     if best is not None and best["checkpoint"] != summary["stages"][-1]["checkpoint"]:
-        terminal.print(
-            f"measured is the last checkpoint; on the dev split an earlier one had {best['exact_match']:.3f}:"
-        )
+        terminal.print(f"best on the dev split ({best['exact_match']:.3f}), and earlier than what is measured above:")
         terminal.print(f"python -m algorithms.evaluate checkpoint={run_dir / best['checkpoint']}", soft_wrap=True)
     final = _final(evaluated)
     trajectories = next(iter(final.trajectories.values()))
