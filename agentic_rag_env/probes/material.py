@@ -149,8 +149,8 @@ class Material:
         for passage in (*self.found_verbatim.get(number, ()), *others):
             if len(chosen) >= count:
                 break
-            if _identity(passage) not in taken:
-                taken.add(_identity(passage))
+            if (identity := _identity(passage)) not in taken:
+                taken.add(identity)
                 if not holds_answer(passage.contents, self.questions[number].golden_answers):
                     chosen.append(passage)
         return chosen

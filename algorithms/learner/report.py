@@ -226,21 +226,15 @@ def _stages(trainer: Trainer) -> list[dict[str, Any]]:
         return f"checkpoints/{trainer.checkpoint_path(step).name}"
 
     position = trainer.position
-    of_stages = zip(
-        trainer.stages,
-        pairwise(position.stage_starts),
-        position.best_steps[:-1],
-        position.best_exact_matches[:-1],
-        strict=True,
-    )
+    of_stages = zip(trainer.stages, pairwise(position.stage_starts), position.best_checks[:-1], strict=True)
     return [
         {
             "name": stage.name,
             "steps": end - start,
             "checkpoint": named(end) if end > start else None,
-            "best_on_dev": None if best is None else {"checkpoint": named(best), "exact_match": exact_match},
+            "best_on_dev": None if best is None else {"checkpoint": named(best[0]), "exact_match": best[1]},
         }
-        for stage, (start, end), best, exact_match in of_stages
+        for stage, (start, end), best in of_stages
     ]
 
 

@@ -37,8 +37,8 @@ class Position:
         stage_step: Steps done in it.
         stage_starts: Step of the whole run at which each stage so far began.
         dev_exact_match: Last check on the dev split in this stage, None before the first.
-        best_steps: Step of the whole run after which each stage so far did best on the dev split, None before a check.
-        best_exact_matches: What it had there.
+        best_checks: The best check on the dev split of each stage so far, None before the first: the step of the whole
+            run, and the exact match.
         costs: Seconds and tokens so far, by name.
     """
 
@@ -46,8 +46,7 @@ class Position:
     stage_step: int = 0
     stage_starts: list[int] = field(default_factory=lambda: [0])
     dev_exact_match: float | None = None
-    best_steps: list[int | None] = field(default_factory=lambda: [None])
-    best_exact_matches: list[float | None] = field(default_factory=lambda: [None])
+    best_checks: list[tuple[int, float] | None] = field(default_factory=lambda: [None])
     costs: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -61,14 +60,17 @@ class Position:
         self.stage += 1
         self.stage_step = 0
         self.dev_exact_match = None
-        self.best_steps.append(None)
-        self.best_exact_matches.append(None)
+        self.best_checks.append(None)
 
     def note_check(self, exact_match: float) -> None:
         """Take note of a check on the dev split, made at the present step."""
-        self.dev_exact_match, best = exact_match, self.best_exact_matches[-1]
-        if best is None or exact_match > best:
-            self.best_steps[-1], self.best_exact_matches[-1] = self.step, exact_match
+        self.dev_exact_match, best = exact_match, self.best_checks[-1]
+        if best is None or exact_match > best[1]:
+            self.best_checks[-1] = self.step, exact_match
+
+    def best_steps(self) -> list[int]:
+        """The steps of the best checks."""
+        return [check[0] for check in self.best_checks if check is not None]
 
     def spend(self, **costs: float) -> None:
         """Add to the costs."""
@@ -177,7 +179,7 @@ class Trainer:
                 metrics |= self._check_on_dev(logger, self.config.probes if probes else ())
             logger.write(self.position.step, metrics | cost_metrics(self.position.costs), algorithm.name)
             is_due_anyway = self.position.stage_step % self.config.checkpoint_every == 0
-            is_best = self.position.best_steps[-1] == self.position.step
+            is_best = self.position.step in self.position.best_steps()
             if is_due_anyway or is_best or self._stage_is_over(algorithm, total):
                 self._save(learner)
 
@@ -306,6 +308,6 @@ class Trainer:
             learner_state=learner.state_dict(),
             trainer_state={"position": asdict(self.position), "replay": self.sources.replay.state_dict()},
             keep_last=self.config.keep_checkpoints,
-            keep_steps=[*self.position.stage_starts, *(step for step in self.position.best_steps if step is not None)],
+            keep_steps=[*self.position.stage_starts, *self.position.best_steps()],
         )
         self.position.spend(checkpoint_s=time.perf_counter() - started)

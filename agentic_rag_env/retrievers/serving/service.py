@@ -95,7 +95,7 @@ class RetrieveRequest:
     queries: tuple[str | RetrieverError, ...]
     top_k: int
     return_scores: bool
-    return_errors: bool = False
+    return_errors: bool
 
 
 def parse_request(body: bytes, config: ServerConfig) -> RetrieveRequest:
