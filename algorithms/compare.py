@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from algorithms.learner.cli import clear_errors
-from algorithms.learner.comparison.study import Options, compare
+from algorithms.analysis.comparison.study import Options, compare
+from algorithms.launch.run_guard import clear_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,13 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.assets import resolve_model
-from algorithms.learner import checkpoint, evaluation, report
-from algorithms.learner.arc import show_arc
-from algorithms.learner.cli import CONFIG_FILE, clear_errors
-from algorithms.learner.fingerprints import fingerprints
-from algorithms.learner.outside import is_outside_learner
-from algorithms.learner.parts import Environments, Networks
-from algorithms.learner.schemas import RunConfig, evaluate_config, register_schemas
+from algorithms.launch.run_guard import CONFIG_FILE, clear_errors
+from algorithms.sb3.learner import is_outside_learner
+from algorithms.training import checkpoint, evaluation
+from algorithms.training.arc_table import show_arc
+from algorithms.training.build import Environments, Networks
+from algorithms.training.fingerprints import fingerprints
+from algorithms.training.settings import RunConfig, evaluate_config, register_schemas
+from algorithms.training.summary import console, provenance, results_table, show_episode, write_summary
 
 with clear_errors():  # of a plug-in
     register_schemas()
@@ -120,14 +121,14 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
         },
         "fingerprints": fingerprints(envs, result.num_questions),
         "config": asdict(config),
-        **report.provenance(networks.device),
+        **provenance(networks.device),
     }
-    report.write_summary(output_dir, summary)
-    terminal = report.console()
+    write_summary(output_dir, summary)
+    terminal = console()
     terminal.print(f"{result.num_questions} of the {len(envs.dataset)} questions of {envs.dataset.name}, split {split}")
-    terminal.print(report.results_table([result]))
+    terminal.print(results_table([result]))
     show_arc(terminal, [result])
-    report.show_episode(terminal, config.model.policy, next(iter(result.trajectories.values())), networks.tokenizer)
+    show_episode(terminal, config.model.policy, next(iter(result.trajectories.values())), networks.tokenizer)
     terminal.print(f"written to {output_dir}", soft_wrap=True)
     return summary
 

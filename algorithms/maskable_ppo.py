@@ -24,9 +24,9 @@ import torch
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.algorithm import ALGORITHMS, check_settings
-from algorithms.learner.candidate_policy import policy_class, policy_settings
-from algorithms.learner.outside import DiscreteActions, OutsideLearner, Report, StepInfo, episode_metrics
-from algorithms.learner.schemas import RunConfig
+from algorithms.sb3.candidate_policy import policy_class, policy_settings
+from algorithms.sb3.learner import DiscreteActions, OutsideLearner, Report, StepInfo, episode_metrics
+from algorithms.training.settings import RunConfig
 
 
 @dataclass(kw_only=True)

@@ -10,14 +10,17 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from algorithms.learner import report, seeding
-from algorithms.learner.cli import clear_errors, left_to_run
-from algorithms.learner.outside import outside_learner
-from algorithms.learner.schemas import RunConfig, register_schemas, run_config
-from algorithms.learner.trainer import Trainer
+from algorithms.launch.hydra_launcher import register_launcher
+from algorithms.launch.run_guard import clear_errors, left_to_run
+from algorithms.learner import seeding
+from algorithms.sb3.learner import outside_learner
+from algorithms.training.settings import RunConfig, register_schemas, run_config
+from algorithms.training.summary import finish
+from algorithms.training.trainer import Trainer
 
 with clear_errors():  # of a plug-in
     register_schemas()
+    register_launcher()
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -47,7 +50,7 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
         return outside.run(config, run_dir)
     trainer = Trainer(config, run_dir)
     trainer.train()
-    return report.finish(trainer)
+    return finish(trainer)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from rich.console import Console
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import written_whole
-from algorithms.learner.cli import clear_errors
-from algorithms.learner.comparison.runs import Run
-from algorithms.learner.viewer.episodes import FIGURES
-from algorithms.learner.viewer.gallery import Gallery, Wanted, gather
-from algorithms.learner.viewer.page import page
-from algorithms.learner.viewer.shading import splitters
-from algorithms.learner.viewer.terminal import Printer, page_through
+from algorithms.analysis.runs import Run
+from algorithms.analysis.viewer.episodes import FIGURES
+from algorithms.analysis.viewer.gallery import Gallery, Wanted, gather
+from algorithms.analysis.viewer.page import page
+from algorithms.analysis.viewer.shading import splitters
+from algorithms.analysis.viewer.terminal import Printer, page_through
+from algorithms.launch.run_guard import clear_errors
 
 PAGE = "trajectories.html"
 

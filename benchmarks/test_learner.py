@@ -21,12 +21,12 @@ from agentic_rag_env import AgenticRAGVectorEnv
 from algorithms.assets import ASSETS
 from algorithms.kd import KD, KDConfig
 from algorithms.learner import scoring
-from algorithms.learner.codec import PlainEncoder
 from algorithms.learner.collate import collate
-from algorithms.learner.learner import Learner, LearnerConfig
-from algorithms.learner.models import freeze, load_model, load_tokenizer, pad_id
-from algorithms.learner.rollout import RolloutConfig, RolloutEngine
+from algorithms.learner.networks import freeze, load_model, load_tokenizer, pad_id
+from algorithms.learner.training_step import Learner, LearnerConfig
 from algorithms.learner.types import Batch
+from algorithms.rollout.player import RolloutConfig, RolloutEngine
+from algorithms.rollout.tokenization import PlainEncoder
 from algorithms.sft import SFT, SFTConfig
 
 VOCAB, ROWS, LENGTH, WRITTEN = 151_936, 4, 256, 96

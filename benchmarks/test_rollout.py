@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, 
 from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets.tokenizer import build_tokenizer
-from algorithms.learner.rollout import RolloutConfig, RolloutEngine
+from algorithms.rollout.player import RolloutConfig, RolloutEngine
 
 NUM_ENVS, MAX_NEW_TOKENS = 64, 30
 QUESTIONS = list(range(NUM_ENVS))

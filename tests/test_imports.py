@@ -12,13 +12,26 @@ from pathlib import Path
 
 import pytest
 
+import algorithms
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("agentic_rag_env", "algorithms", "conf", "benchmarks", "tests")
-ENTRY_POINTS = {"run", "evaluate", "compare", "show"}
-#: The only modules that know Hydra: the commands, and what they have in common.
+#: For each room of `algorithms`, the rooms that it may import.
+ROOMS = {
+    "assets": set(),
+    "learner": set(),
+    "rollout": {"learner"},
+    "training": {"learner", "rollout", "assets"},
+    "launch": {"learner", "rollout", "training", "assets"},
+    "sb3": {"learner", "rollout", "training", "assets"},
+    "analysis": {"assets"},
+}
+#: The only modules that know Hydra: settings, the launcher and what guards a run; and the commands.
 KNOW_HYDRA = {
-    *(f"algorithms.learner.{name}" for name in ("schemas", "cli", "launcher")),
-    *(f"algorithms.{name}" for name in ENTRY_POINTS),
+    "algorithms.training.settings",
+    "algorithms.launch.hydra_launcher",
+    "algorithms.launch.run_guard",
+    *(f"algorithms.{name}" for name in algorithms.COMMANDS),
 }
 
 
@@ -61,15 +74,21 @@ ENVIRONMENT = {name: path for name, path in MODULES.items() if name.startswith("
 ZOO = {
     name: path
     for name, path in MODULES.items()
-    if re.fullmatch(r"algorithms\.\w+", name) and name.partition(".")[2] not in ENTRY_POINTS | {"assets", "learner"}
+    if re.fullmatch(r"algorithms\.\w+", name) and name.partition(".")[2] not in algorithms.COMMANDS | ROOMS.keys()
 }
+
+
+def room(name: str) -> str:
+    """The room of a module of `algorithms`; empty for the files at its top."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "algorithms" and len(parts) > 1 and parts[1] in ROOMS else ""
 
 
 def test_the_files_were_found():
     assert {"agentic_rag_env.env", "agentic_rag_env.retrievers.bm25"} <= ENVIRONMENT.keys()
     assert {"algorithms.dgpo", "algorithms.kd", "algorithms.ppo", "algorithms.sft"} <= ZOO.keys()
-    assert "algorithms.learner.cli" in MODULES
-    assert KNOW_HYDRA & MODULES.keys() >= {"algorithms.learner.schemas", "algorithms.run"}
+    assert {room(name) for name in MODULES} == {"", *ROOMS}
+    assert MODULES.keys() >= KNOW_HYDRA
     assert imports(ENVIRONMENT["agentic_rag_env.registry"]) >= {"importlib.metadata", "agentic_rag_env.errors"}
 
 
@@ -93,18 +112,38 @@ def test_hydra_is_known_to_the_commands_only(name):
 @pytest.mark.parametrize("name", ZOO)
 def test_an_algorithm_imports_the_learner_and_at_most_one_parent(name):
     ours = {module for module in imports(ZOO[name]) if module.startswith("algorithms.")}
-    parents = {".".join(module.split(".")[:2]) for module in ours} - {"algorithms.learner"}
-    assert len(parents) <= 1
-    assert parents <= ZOO.keys()
-    assert not packages(imports(ZOO[name])) & {"agentic_rag_env", "transformers"} or {
-        module for module in imports(ZOO[name]) if module.startswith("agentic_rag_env.")
-    } <= {"agentic_rag_env.errors", "agentic_rag_env.errors.ConfigurationError"}
+    rooms = {room(module) for module in ours} - {""}
+    assert rooms <= ({"learner", "training", "sb3"} if name == "algorithms.maskable_ppo" else {"learner"})
+    assert len({module for module in ours if module in ZOO}) <= 1
+    assert {module for module in imports(ZOO[name]) if module.startswith("agentic_rag_env.")} <= {
+        "agentic_rag_env.errors",
+        "agentic_rag_env.errors.ConfigurationError",
+    }
+    assert "transformers" not in packages(imports(ZOO[name]))
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("algorithms.learner")])
-def test_the_learner_does_not_know_the_zoo(name):
-    assert not imports(MODULES[name]) & ZOO.keys()
-    assert not imports(MODULES[name]) & {f"algorithms.{entry_point}" for entry_point in ENTRY_POINTS}
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name)])
+def test_a_room_imports_only_the_rooms_below_it(name):
+    ours = {module for module in imports(MODULES[name]) if module.startswith("algorithms.")}
+    assert {room(module) for module in ours} - {""} <= {room(name), *ROOMS[room(name)]}
+    assert not ours & {*ZOO, *(f"algorithms.{command}" for command in algorithms.COMMANDS)}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    edges = {
+        name: {module for module in imports(path, at_top=True) if module in MODULES} for name, path in MODULES.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for module in edges[name] - {name}:
+                visit(module, (*path, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from algorithms.learner import ops
 from algorithms.learner.collate import micro_batches, predicting_positions
-from algorithms.learner.models import Critic, autocast, backbone_hidden, lm_logits
+from algorithms.learner.networks import Critic, autocast, backbone_hidden, lm_logits
 from algorithms.learner.types import Batch, Tokens
 
 

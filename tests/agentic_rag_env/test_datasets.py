@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 
 import conf
 from agentic_rag_env import DATASETS, ConfigurationError, DataError, Passage, Question, QuestionSet
-from algorithms.learner.evaluation import measure
-from algorithms.learner.schemas import register_schemas, run_config
 from algorithms.learner.types import Trajectory, Turn
+from algorithms.training.evaluation import measure
+from algorithms.training.settings import register_schemas, run_config
 
 register_schemas()
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from algorithms.learner.jobs import Attempt, Job, Launcher, Slot
+from algorithms.launch.job_pool import Attempt, Job, Launcher, Slot
 
 ROOT = Path(__file__).parents[2]
 #: A job that notes when it has which slot, by the clock and by a lock of its own on the slot.
@@ -57,8 +57,8 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 sys.path[:0] = [{tests!r}]
 from fake_jobs import FakeSweep
 from pathlib import Path
-from algorithms.learner import jobs
-jobs.GRACE_S = 0.3
+from algorithms.launch import job_pool
+job_pool.GRACE_S = 0.3
 FakeSweep(Path({folder!r}), {behaviours!r}).launch({num_slots})
 """
 

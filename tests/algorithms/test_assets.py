@@ -17,8 +17,8 @@ from agentic_rag_env.prompts import MALFORMED_HINT, PROMPTS, format_passages, in
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets import ASSETS, pretrain, traces
 from algorithms.assets.tokenizer import EOS, build_tokenizer
-from algorithms.learner.models import load_model, load_tokenizer
-from algorithms.learner.rollout import RolloutConfig, RolloutEngine
+from algorithms.learner.networks import load_model, load_tokenizer
+from algorithms.rollout.player import RolloutConfig, RolloutEngine
 
 MODELS = ("tiny-student", "tiny-teacher")
 

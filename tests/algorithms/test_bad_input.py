@@ -16,9 +16,9 @@ from small_runs import DGPO, KD_STEPS, PPO, SFT, TINY, assert_same_run, command,
 import algorithms.run
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.assets import ASSETS
-from algorithms.learner import checkpoint, evaluation
-from algorithms.learner.learner import Learner
-from algorithms.learner.trainer import Trainer
+from algorithms.learner.training_step import Learner
+from algorithms.training import checkpoint, evaluation
+from algorithms.training.trainer import Trainer
 
 QUESTION = {"id": "q", "question": "Who?", "golden_answers": ["Ana"]}
 PASSAGE = {"id": "p", "contents": "Ana\nAna is."}

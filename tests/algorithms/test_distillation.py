@@ -18,8 +18,8 @@ from algorithms.distillm import DistiLLM, DistiLLMConfig
 from algorithms.gkd import GKD, GKDConfig
 from algorithms.learner import ops
 from algorithms.learner.algorithm import Progress
-from algorithms.learner.replay import Replay
 from algorithms.learner.types import Tokens, Trajectory, Turn
+from algorithms.rollout.replay import Replay
 from algorithms.taid import TAID, TAIDConfig
 
 RAW = "algo.warm_start=null"

@@ -14,10 +14,10 @@ from small_runs import DGPO_STEPS, KD_STEPS, TINY, Run
 from agentic_rag_env.errors import RetrieverError
 from algorithms import evaluate
 from algorithms.assets import ASSETS
-from algorithms.learner import parts
-from algorithms.learner.parts import Environments, Networks
-from algorithms.learner.schemas import EvaluateConfig, evaluate_config
-from algorithms.learner.trajectories import read_trajectories
+from algorithms.rollout.trajectory_files import read_trajectories
+from algorithms.training import build
+from algorithms.training.build import Environments, Networks
+from algorithms.training.settings import EvaluateConfig, evaluate_config
 
 STEPS = KD_STEPS + DGPO_STEPS
 #: The small runs' world, for checkpoints that bring no settings.
@@ -45,8 +45,8 @@ def scored(tmp_path, capsys):
 
 def test_a_run_directory_scores_as_the_run_did(dgpo_run, scored, monkeypatch):
     loaded = []
-    load_model = parts.load_model
-    monkeypatch.setattr(parts, "load_model", lambda path, **options: loaded.append(path) or load_model(path, **options))
+    load_model = build.load_model
+    monkeypatch.setattr(build, "load_model", lambda path, **options: loaded.append(path) or load_model(path, **options))
 
     score = scored(
         f"checkpoint={dgpo_run.path}", "evaluation.num_questions=32", "threads=1", "num_envs=16", "probes=[]"

@@ -8,8 +8,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
-from algorithms.learner.parts import build_stages
-from algorithms.learner.schemas import RunConfig, register_schemas, run_config
+from algorithms.training.build import build_stages
+from algorithms.training.settings import RunConfig, register_schemas, run_config
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))

@@ -9,12 +9,12 @@ import torch
 
 from algorithms.learner import ops
 from algorithms.learner.collate import collate
-from algorithms.learner.models import pad_id
-from algorithms.learner.parts import Networks
-from algorithms.learner.schemas import EvaluationConfig, ModelConfig, RunConfig
+from algorithms.learner.networks import pad_id
 from algorithms.learner.scoring import Scorer
-from algorithms.learner.trainer import Trainer
 from algorithms.run import run
+from algorithms.training.build import Networks
+from algorithms.training.settings import EvaluationConfig, ModelConfig, RunConfig
+from algorithms.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

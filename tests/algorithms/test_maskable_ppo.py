@@ -16,14 +16,14 @@ from agentic_rag_env import AgenticRAGEnv, ConfigurationError, RetrieverError
 from agentic_rag_env.types import StepInfo
 from agentic_rag_env.wrappers import DiscreteActions
 from algorithms import evaluate
+from algorithms.analysis.runs import find_runs
 from algorithms.assets import ASSETS
-from algorithms.learner.comparison.runs import find_runs
-from algorithms.learner.outside import check_failures
-from algorithms.learner.parts import build_stages
-from algorithms.learner.plays import pick
-from algorithms.learner.samples import NUM_SAVED
-from algorithms.learner.trajectories import read_trajectories, transcript
 from algorithms.maskable_ppo import MaskablePPO, MaskablePPOConfig
+from algorithms.rollout.trajectory_files import read_trajectories, transcript
+from algorithms.sb3.episodes import pick
+from algorithms.sb3.learner import check_failures
+from algorithms.training.build import build_stages
+from algorithms.training.trajectory_samples import NUM_SAVED
 
 pytest.importorskip("sb3_contrib")
 

@@ -12,8 +12,8 @@ from small_runs import Run, command
 
 from agentic_rag_env.prompts import MALFORMED_HINT
 from algorithms.assets import ASSETS
-from algorithms.learner.models import load_tokenizer
-from algorithms.learner.trajectories import read_trajectories
+from algorithms.learner.networks import load_tokenizer
+from algorithms.rollout.trajectory_files import read_trajectories
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 BUDGET = 300

@@ -32,11 +32,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from algorithms.assets import ASSETS
-from algorithms.learner import demonstrations
-from algorithms.learner.parts import Networks
-from algorithms.learner.rollout import RolloutEngine
-from algorithms.learner.trainer import Trainer
-from algorithms.learner.trajectories import read_trajectories, transcript
+from algorithms.rollout.player import RolloutEngine
+from algorithms.rollout.trajectory_files import read_trajectories, transcript
+from algorithms.training import demonstrations
+from algorithms.training.build import Networks
+from algorithms.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = KD_STEPS + DGPO_STEPS
@@ -376,7 +376,7 @@ def test_whatever_decides_the_demonstrations_is_in_their_key(change, dgpo_run, t
 def test_demonstrations_are_those_of_what_is_searched_now(dgpo_run, tmp_path, cache):
     """The same address, and another index behind it."""
     with (
-        patch("algorithms.learner.sources.of_retriever", return_value="another index"),
+        patch("algorithms.training.batches.of_retriever", return_value="another index"),
         patch.object(demonstrations, "collect", side_effect=KeyboardInterrupt) as collect,
     ):
         command(*TINY, "algo=sft", *SFT, f"hydra.run.dir={tmp_path / 'run'}", f"cache_dir={cache}")

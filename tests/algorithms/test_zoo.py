@@ -21,9 +21,8 @@ from algorithms.learner import ops
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, AlgorithmConfig, OptimizerConfig
 from algorithms.learner.types import Batch, Tokens
 
-ENTRY_POINTS = {"run", "evaluate", "compare", "show"}
 for found in pkgutil.iter_modules(algorithms.__path__):
-    if not found.ispkg and found.name not in ENTRY_POINTS:
+    if not found.ispkg and found.name not in algorithms.COMMANDS:
         importlib.import_module(f"algorithms.{found.name}")
 
 #: Without the learners of other libraries, which have no hooks.

@@ -14,11 +14,11 @@ import torch
 from small_runs import command
 from test_learner import make_batch, make_learner, make_model
 
-from algorithms.learner import checkpoint
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm
-from algorithms.learner.learner import Learner
-from algorithms.learner.schemas import import_zoo
+from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch
+from algorithms.training import checkpoint
+from algorithms.training.settings import import_zoo
 
 import_zoo()
 ZOO = [name for name in ALGORITHMS.names() if issubclass(ALGORITHMS.get(name).factory, Algorithm)]

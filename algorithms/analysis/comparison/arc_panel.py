@@ -1,0 +1,160 @@
+"""The ARC panel: what the probes found of every model, so that one glance tells where each is weak."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from algorithms.analysis.comparison import statistics
+from algorithms.analysis.comparison.methods import Method
+from algorithms.analysis.comparison.statistics import Estimate
+from algorithms.analysis.comparison.table_formats import NOTHING, Cell, Number, Table
+from algorithms.analysis.runs import Run
+
+_UNTRAINED = ("raw", "teacher")
+#: Distributions and counts of what was left out; in the full table only.
+_DETAILS = re.compile(r"searches_\d+|.*without_gold|.*_f1|f1")
+#: Share of the episodes with so many searches; there is none above the most that a run has.
+_SHARE_OF_COUNT = re.compile(r"searches_\d+")
+#: Shares of which less is better, by the end of their names.
+_FAULTS = ("failures", "invented", "copied", "malformed", "malformed_fraction", "repeated_query", "unanswered",
+           "too_early", "stopped_midway", "searched_on")  # fmt: skip
+#: Figures that are no shares, by the end of their names.
+_NO_SHARES = ("num_searches", "extra_searches", "effect", "gain", "gain_over_verbatim")
+#: Shares of which neither much nor little is weak.
+_NEUTRAL = ("searched", "answered", "abstained", "hit_verbatim")
+#: A model is called weaker than the teacher from that difference on, in so many figures of a probe at most.
+_WEAKER, _NUM_POINTS = 0.05, 2
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Figures of the probes.
+
+    Attributes:
+        models: Labels of the methods, then the untrained models.
+        columns: (probe, metric) pairs.
+        estimates: By model and column; a figure that a model lacks is left out.
+    """
+
+    models: tuple[str, ...]
+    columns: tuple[tuple[str, str], ...]
+    estimates: Mapping[tuple[str, tuple[str, str]], Estimate]
+
+    def shortened(self) -> Panel:
+        """Without distributions and counts of what was left out."""
+        columns = tuple(column for column in self.columns if not _DETAILS.fullmatch(column[1]))
+        return Panel(self.models, columns, self.estimates)
+
+    def weakness(self, model: str, column: tuple[str, str]) -> float | None:
+        """How weak a model is in one column, in [0, 1]; None where that can't be said of the figure."""
+        found, metric = self.estimates.get((model, column)), column[1]
+        if found is None or metric.endswith(_NO_SHARES):
+            return None
+        if metric.endswith(_FAULTS):
+            return found.value
+        return None if metric.endswith(_NEUTRAL) else 1 - found.value
+
+    def behind(self, model: str, column: tuple[str, str]) -> float | None:
+        """How much weaker than the teacher a model is, or where that was not probed than the best that could be."""
+        weakness = self.weakness(model, column)
+        return None if weakness is None else max(0.0, weakness - (self.weakness("teacher", column) or 0.0))
+
+    def weak_points(self) -> Table:
+        """For each trained model the figures of every probe in which it is furthest behind the teacher."""
+        probes = list(dict.fromkeys(probe for probe, _ in self.columns))
+        rows: list[list[Cell]] = [
+            [model, *(self._weakest(model, probe) for probe in probes)]
+            for model in self.models
+            if model not in _UNTRAINED
+        ]
+        note = (
+            f"Of each probe the {_NUM_POINTS} shares in which a method is furthest behind the teacher (where that was "
+            f"not probed, behind the best that could be), if by at least {_WEAKER:.2f}. In brackets the teacher's."
+        )
+        return Table("arc-weak-points", "ARC: where each is weak", ["method", *map(_words, probes)], rows, note)
+
+    def _weakest(self, model: str, probe: str) -> str:
+        behind = {column: self.behind(model, column) or 0.0 for column in self.columns if column[0] == probe}
+        worst = sorted((column for column in behind if behind[column] >= _WEAKER), key=lambda column: -behind[column])
+        return "; ".join(self._beside_teacher(model, column) for column in worst[:_NUM_POINTS]) or NOTHING
+
+    def _beside_teacher(self, model: str, column: tuple[str, str]) -> str:
+        teacher = self.estimates.get(("teacher", column))
+        told = f"{_words(column[1])} {self.estimates[model, column].value:.2f}"
+        return f"{told} ({teacher.value:.2f})" if teacher else told
+
+    def table(self, name: str, title: str) -> Table:
+        """Probes down, models across: a model's weak points stand in one column."""
+        rows: list[list[Cell]] = []
+        sections, last = [], ""
+        for probe, metric in self.columns:
+            if last and probe != last:
+                sections.append(len(rows))
+            last = probe
+            rows.append(
+                [f"{_words(probe)}: {_words(metric)}", *(self._cell(model, (probe, metric)) for model in self.models)]
+            )
+        note = (
+            "Means over seeds with 95 % intervals over seeds and items. Shaded: how far a share is behind the "
+            "teacher's (where that was not probed, behind the best that could be). ARC as defined here, not as "
+            "published."
+        )
+        return Table(name, title, ["probe", *self.models], rows, note, sections, brief=True)
+
+    def _cell(self, model: str, column: tuple[str, str]) -> Cell:
+        found = self.estimates.get((model, column))
+        if found is None:
+            return NOTHING
+        return Number(*found, style=".2f", shade=self.behind(model, column))
+
+
+def make_panel(methods: Sequence[Method]) -> Panel | None:
+    """Collect the `arc` sections of all summaries; None if no run was probed."""
+    named = [(method.label, [_probed(run, run.final) for run in method.runs]) for method in methods]
+    for model in _UNTRAINED:
+        found = next((of_run for method in methods for run in method.runs if (of_run := _probed(run, model))), {})
+        named.append((model, [found]))
+    estimates: dict[tuple[str, tuple[str, str]], Estimate] = {}
+    columns: dict[tuple[str, str], None] = {}
+    for label, of_runs in named:
+        for column in dict.fromkeys(column for of_run in of_runs for column in of_run):
+            figures = [figure for of_run in of_runs if (figure := _figure(of_run, column)) is not None]
+            columns[column] = None
+            estimates[label, column] = _estimate(figures, is_share=not column[1].endswith(_NO_SHARES))
+    models = tuple(label for label, of_runs in named if any(of_runs))
+    ordered = sorted(columns, key=lambda column: [probe for probe, _ in columns].index(column[0]))
+    return Panel(models, tuple(ordered), estimates) if estimates else None
+
+
+def _probed(run: Run, model: str) -> dict[tuple[str, str], Mapping[str, Any]]:
+    of_model = run.summary.get("arc", {}).get(model) or {}
+    return {(probe, metric): figure for probe, metrics in of_model.items() for metric, figure in metrics.items()}
+
+
+def _figure(of_run: Mapping[tuple[str, str], Mapping[str, Any]], column: tuple[str, str]) -> Mapping[str, Any] | None:
+    """A figure of a run; where nobody searched so often, that share is 0 and not unknown."""
+    probe, metric = column
+    if column not in of_run and _SHARE_OF_COUNT.fullmatch(metric) and (probe, "searches_0") in of_run:
+        n = of_run[probe, "searches_0"]["n"]
+        return {"value": 0.0, "n": n, "interval": [0.0, 0.0]}
+    return of_run.get(column)
+
+
+def _estimate(figures: Sequence[Mapping[str, Any]], is_share: bool) -> Estimate:
+    """Mean over seeds; the items are the same for all of them, so their variance does not shrink with the seeds."""
+    values = np.array([figure["value"] for figure in figures], dtype=float)
+    widths = [high - low for low, high in (figure["interval"] for figure in figures if figure.get("interval"))]
+    if not widths:
+        return Estimate(float(values.mean()))
+    items = min(int(figure["n"]) for figure in figures)
+    interval = statistics.crossed if is_share else statistics.crossed_mean
+    return interval(values, statistics.variance_of_interval(float(np.mean(widths))), items)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,233 @@
+"""Whether runs may be compared at all: what differs between them that no method is meant to change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+from algorithms.analysis.comparison.methods import Method
+from algorithms.analysis.runs import ALL, Run
+
+#: Settings that must agree: prefix to what it means if they don't.
+_MUST_AGREE = {
+    "dataset.": "other questions or another corpus",
+    "env.": "other limits or another prompt of the environment",
+    "retriever.": "another retriever",
+    "reward.": "another reward",
+    "rollout.": "other decoding",
+    "evaluation.temperatures": "other modes of decoding",
+    "evaluation.num_questions": "another number of test questions",
+    "evaluation.seed": "another seed of the sampled modes",
+    "model.policy": "another model to start from",
+}
+#: Settings that had better agree.
+_SHOULD_AGREE = {
+    "model.teacher": "another teacher",
+    "num_envs": "another batch of episodes",
+    "learner.": "other numerics",
+}
+#: What must be the same data, whatever it is called, and what it means if it isn't.
+_DATA = {
+    "questions": "other test questions",
+    "training_questions": "other training questions",
+    "corpus": "another corpus",
+    "retriever": "other passages, or another way to search them",
+}
+#: Settings that may differ where these data are the same: places, names, and what makes a search fast.
+_TOLD_BY_DATA = {"dataset.": ("questions", "training_questions", "retriever"), "retriever.": ("retriever",)}
+_BUDGETS = {"env_steps": "environment steps", "sampled_tokens": "sampled tokens", "trained_tokens": "trained tokens"}
+#: Budgets further apart than this factor are pointed out.
+_BUDGET_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A reason for doubt.
+
+    Attributes:
+        text: What differs, with all values and who has them.
+        refuses: Whether a comparison makes no sense then.
+    """
+
+    text: str
+    refuses: bool
+
+
+def check(methods: Sequence[Method]) -> list[Finding]:
+    """All reasons why the runs of some methods can't be compared, or not without a grain of salt."""
+    runs = [(method, run) for method in methods for run in method.runs]
+    findings = []
+    # Of a checkpoint that was only evaluated the policy is what is compared, not what it started from.
+    trained = [(method, run) for method, run in runs if "checkpoint" not in run.summary]
+    for table, refuses in ((_MUST_AGREE, True), (_SHOULD_AGREE, False)):
+        for name in dict.fromkeys(name for _, run in runs for name in run.settings):
+            for prefix, meaning in table.items():
+                concerned = trained if prefix == "model.policy" else runs
+                if name.startswith(prefix) and len(values := _values(concerned, _setting(name))) > 1:
+                    same = _same_data(runs, _TOLD_BY_DATA.get(prefix, ()))
+                    told = "the fingerprints of the data agree, although" if same else f"{meaning}:"
+                    findings.append(Finding(f"{told} {name} is {_told(values)}.", refuses and not same))
+    for text, value in (
+        ("modes of decoding that were evaluated are", lambda run: ", ".join(run.modes)),
+        ("test questions in all are", lambda run: run.figures(run.modes[0])[ALL]["n"]),
+    ):
+        if len(values := _values(runs, value)) > 1:
+            findings.append(Finding(f"{text} {_told(values)}.", True))
+    findings += _data(runs) + _questions(runs) + _seeds(methods) + _references(runs) + _failures(runs) + _versions(runs)
+    return [*findings, *_without_language(methods), *_budgets(methods)]
+
+
+def _setting(name: str) -> Callable[[Run], Any]:
+    return lambda run: run.settings.get(name, "absent")
+
+
+def _values(runs: Sequence[tuple[Method, Run]], value: Callable[[Run], Any]) -> dict[str, list[str]]:
+    """Each value with the labels of those that have it."""
+    found: dict[str, list[str]] = {}
+    for method, run in runs:
+        labels = found.setdefault(str(value(run)), [])
+        if method.label not in labels:
+            labels.append(method.label)
+    return found
+
+
+def _told(values: dict[str, list[str]]) -> str:
+    return ", but ".join(f"{value or 'empty'} in {', '.join(labels)}" for value, labels in values.items())
+
+
+def _same_data(runs: Sequence[tuple[Method, Run]], names: Sequence[str]) -> bool:
+    """Whether all runs say that some data are the same; of what none has, such as training questions, it is."""
+    known = all(run.fingerprints.get("retriever") for _, run in runs)
+    return bool(names) and known and all(len(_values(runs, _fingerprint(name))) == 1 for name in names)
+
+
+def _fingerprint(name: str) -> Callable[[Run], str | None]:
+    return lambda run: run.fingerprints.get(name)
+
+
+def _data(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
+    """The data themselves, which may differ although all settings agree: a file was replaced."""
+    findings = []
+    for name, meaning in _DATA.items():
+        known = [(method, run) for method, run in runs if run.fingerprints.get(name)]
+        if len(values := _values(known, _fingerprint(name))) > 1:
+            findings.append(Finding(f"{meaning}: the fingerprint is {_told(values)}.", True))
+    unknown = dict.fromkeys(method.label for method, run in runs if not run.fingerprints.get("retriever"))
+    if unknown:
+        text = (
+            f"what was searched is not known of {', '.join(unknown)}: the retriever did not tell its fingerprint, so "
+            "whether all have searched the same is not checked."
+        )
+        findings.append(Finding(text, False))
+    return findings
+
+
+def _questions(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
+    """The very questions, as the predictions name them."""
+    findings = []
+    for mode in dict.fromkeys(mode for _, run in runs for mode in run.modes):
+        evaluated = [(method, run) for method, run in runs if mode in run.modes]
+        known = [(method, run) for method, run in evaluated if mode in run.outcomes]
+        for _, run in evaluated:
+            if mode not in run.outcomes:
+                text = f"{run.path} has no predictions of {mode}; it is left out of paired tests."
+                findings.append(Finding(text, False))
+        for method, run in known[1:]:
+            first_method, first = known[0]
+            if differ := len(run.outcomes[mode].keys() ^ first.outcomes[mode].keys()):
+                findings.append(
+                    Finding(f"{differ} test questions, {mode}, of {method.label} ({run.path}) are not those of "
+                            f"{first_method.label} ({first.path}) or the other way round.", True)
+                )  # fmt: skip
+    return findings
+
+
+def _seeds(methods: Sequence[Method]) -> list[Finding]:
+    findings = []
+    for method in methods:
+        for seed, count in Counter(method.seeds).items():
+            if count > 1:
+                where = ", ".join(str(run.path) for run in method.runs if run.seed == seed)
+                findings.append(
+                    Finding(f"{method.label} has {count} runs with seed {seed}: {where}; give one of them.", True)
+                )
+    numbers = {method.label: len(method.runs) for method in methods}
+    if len(set(numbers.values())) > 1:
+        told = ", ".join(f"{label} {count}" for label, count in numbers.items())
+        findings.append(Finding(f"numbers of seeds differ: {told}.", False))
+    return findings
+
+
+def _references(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
+    """The raw policy and the teacher were not trained, so they must have the same figures everywhere."""
+    findings = []
+    for model, mode in product(("raw", "teacher"), runs[0][1].modes):
+        scored = partial(_untrained_score, model=model, mode=mode)
+        values = _values([(method, run) for method, run in runs if run.figures(mode, model)], scored)
+        if len(values) > 1:
+            findings.append(Finding(f"the untrained model {model!r}, {mode}, has exact match {_told(values)}.", False))
+    return findings
+
+
+def _untrained_score(run: Run, model: str, mode: str) -> str:
+    return f"{run.figures(mode, model)[ALL]['exact_match']:.4f}"
+
+
+def _failures(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
+    findings = []
+    for method, run in runs:
+        errors = sum(run.figures(mode)[ALL].get("retriever_errors", 0) for mode in run.modes)
+        if errors:
+            findings.append(
+                Finding(f"{errors} test episodes of {method.label} ({run.path}) ended by a failed search.", False)
+            )
+        if run.summary.get("teacher_in_memory_during_policy_evaluation"):
+            findings.append(Finding(f"{run.path}: a teacher was in memory while the policy was evaluated.", False))
+    return findings
+
+
+def _versions(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
+    findings = []
+    for part in ("versions", "machine"):
+        for name in sorted({name for _, run in runs for name in run.summary.get(part, {})}):
+            if len(values := _values(runs, partial(_summary_entry, part=part, name=name))) > 1:
+                findings.append(Finding(f"{part}: {name} is {_told(values)}.", False))
+    return findings
+
+
+def _summary_entry(run: Run, part: str, name: str) -> Any:
+    return run.summary.get(part, {}).get(name)
+
+
+def _without_language(methods: Sequence[Method]) -> list[Finding]:
+    """Who acts without writing a token is no language model: it chooses from what a view of the environment lists."""
+    spent = {method.label: [run.summary.get("costs", {}) for run in method.runs] for method in methods}
+    found = [
+        label
+        for label, costs in spent.items()
+        if all(each.get("env_steps") and not each.get("sampled_tokens") for each in costs)
+    ]
+    text = (
+        f"no language model: {', '.join(found)} took its steps without writing a token, from a list of actions that "
+        "the others don't have; read its score as a yardstick."
+    )
+    return [Finding(text, False)] if found else []
+
+
+def _budgets(methods: Sequence[Method]) -> list[Finding]:
+    """Budgets are rarely equal between methods of different kinds; they are told, and stand beside the scores."""
+    told = []
+    for cost, meaning in _BUDGETS.items():
+        spent = {
+            method.label: sum(run.summary.get("costs", {}).get(cost, 0.0) for run in method.runs) / len(method.runs)
+            for method in methods
+        }
+        used = {label: value for label, value in spent.items() if value > 0}
+        if used and max(used.values()) > _BUDGET_FACTOR * min(used.values()):
+            least, most = min(used, key=used.__getitem__), max(used, key=used.__getitem__)
+            told.append(f"{meaning} from {used[least]:,.0f} ({least}) to {used[most]:,.0f} ({most})")
+    return [Finding(f"budgets differ: {'; '.join(told)}; see the table of costs.", False)] if told else []

@@ -1,0 +1,162 @@
+"""Curves over training and over a setting, from `metrics.jsonl` and the final scores."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from algorithms.analysis.comparison.methods import Method, make_methods
+from algorithms.analysis.comparison.statistics import Estimate
+from algorithms.analysis.comparison.table_formats import Number, Table
+from algorithms.analysis.runs import Run
+
+#: What training costs, in words; the tokens and turns are logged as `cost/...`, summed from the start of the run.
+AXES = {
+    "steps": "training steps",
+    "tokens": "model tokens, sampled and trained",
+    "env_steps": "environment steps",
+    "seconds": "seconds of rollouts, scoring and updates",
+}
+_COST_PREFIX = "cost/"
+_COSTS_OF_AXIS = {"tokens": ("sampled_tokens", "trained_tokens"), "env_steps": ("env_steps",)}
+_SECONDS = ("time/rollout_s", "time/score_s", "time/update_s")
+
+#: Metrics of which curves are drawn, with the axes.
+CURVES = {
+    "dev/exact_match": tuple(AXES),
+    "rollout/exact_match": tuple(AXES),
+    "dev/num_searches": ("steps",),
+    "rollout/num_searches": ("steps",),
+    "dev/malformed_fraction": ("steps",),
+    "rollout/malformed_fraction": ("steps",),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over training, mean over the seeds of a method.
+
+    Attributes:
+        x: Where on the axis, [points]; mean over seeds.
+        mean: Of the metric, [points].
+        low, high: Smallest and largest of the seeds, [points].
+    """
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Line:
+    """The final score of a method by a setting.
+
+    Attributes:
+        label: The method, without the setting.
+        base: As of a `Method`.
+        x: Values of the setting, ascending.
+        scores: One for each.
+        seeds: How many runs each rests on.
+    """
+
+    label: str
+    base: str
+    x: tuple[float, ...]
+    scores: tuple[Estimate, ...]
+    seeds: tuple[int, ...]
+
+
+def positions(run: Run, axis: str) -> list[float] | None:
+    """Where each line of a run's metrics lies on an axis; None if the run did not log it."""
+    rows = run.metrics
+    if axis == "steps":
+        return [row["step"] for row in rows]
+    if axis == "seconds":
+        spent = [sum(row.get(name) or 0.0 for name in _SECONDS) for row in rows]
+        return np.cumsum(spent).tolist()
+    if not any(name.startswith(_COST_PREFIX) for row in rows for name in row):
+        return None
+    return [sum(row.get(_COST_PREFIX + name) or 0.0 for name in _COSTS_OF_AXIS[axis]) for row in rows]
+
+
+def curve(method: Method, metric: str, axis: str) -> Curve | None:
+    """A learning curve at the steps that all seeds have logged; None if there are none or no such cost."""
+    found: list[dict[int, tuple[float, float]]] = []
+    for run in method.runs:
+        if (along := positions(run, axis)) is None:
+            return None
+        values = zip(run.metrics, along, strict=True)
+        found.append({row["step"]: (x, row[metric]) for row, x in values if row.get(metric) is not None})
+    steps = sorted(set.intersection(*map(set, found)))
+    if not steps:
+        return None
+    points = np.array([[by_step[step] for step in steps] for by_step in found])  # [seeds, points, 2]
+    x, y = points[..., 0].mean(axis=0), points[..., 1]
+    if not x.any():  # a cost that this method does not have
+        return None
+    return Curve(x, y.mean(axis=0), y.min(axis=0), y.max(axis=0))
+
+
+def curves_csv(methods: Sequence[Method]) -> str:
+    """Every point of every curve: a line per run, step and metric, with its place on all axes."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["method", "seed", "metric", *AXES, "value"])
+    for method in methods:
+        for run in method.runs:
+            nowhere = [float("nan")] * len(run.metrics)
+            along = [positions(run, axis) or nowhere for axis in AXES]
+            for row, *where in zip(run.metrics, *along, strict=True):
+                for metric in CURVES:
+                    if row.get(metric) is not None:
+                        writer.writerow([method.label, run.seed, metric, *where, row[metric]])
+    return file.getvalue()
+
+
+def score_by_setting(runs: Sequence[Run], names: Sequence[str], mode: str) -> list[Line]:
+    """Exact match against a numeric setting, a line for each method that has it.
+
+    Args:
+        runs: Finished ones.
+        names: Dotted names; the first that a run has as a number counts.
+        mode: Of decoding.
+    """
+    lines = []
+    for method in make_methods([run for run in runs if _number(run.settings, names) is not None], ignore=names):
+        by_value: dict[float, list[Run]] = {}
+        for run in method.runs:
+            value = _number(run.settings, names)
+            assert value is not None
+            by_value.setdefault(value, []).append(run)
+        values = tuple(sorted(by_value))
+        members = [Method(method.label, method.base, tuple(by_value[value])) for value in values]
+        scores = tuple(each.exact_match(mode) for each in members)
+        lines.append(Line(method.label, method.base, values, scores, tuple(len(each.runs) for each in members)))
+    return lines
+
+
+def setting_table(lines: Sequence[Line], words: str, names: Sequence[str], mode: str) -> Table:
+    """The points of `score_by_setting`."""
+    rows: list[list[Any]] = [
+        [line.label, Number(x, style="g"), str(seeds), Number.of(score)]
+        for line in lines
+        for x, score, seeds in zip(line.x, line.scores, line.seeds, strict=True)
+    ]
+    note = f"Setting: the first of {', '.join(names)} that a run has. Methods without it are left out."
+    return Table(
+        f"setting-{mode}", f"Exact match by {words}, {mode}", ["method", words, "seeds", "exact match"], rows, note
+    )
+
+
+def _number(settings: Mapping[str, Any], names: Sequence[str]) -> float | None:
+    for name in names:
+        value = settings.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None

@@ -1,0 +1,186 @@
+"""The figures of a comparison, each a function that draws on given axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from algorithms.analysis.comparison import statistics, tables
+from algorithms.analysis.comparison.curves import AXES, CURVES, Curve, Line, curve
+from algorithms.analysis.comparison.methods import Method
+from algorithms.analysis.comparison.pairwise import Pair, judge
+from algorithms.analysis.comparison.style import Drawing, Look, Theme
+from algorithms.analysis.runs import ALL
+
+THRESHOLDS = np.linspace(0, 1, 101)
+
+
+def scores(methods: Sequence[Method], mode: str, shown: Mapping[str, Look]) -> Drawing:
+    """Exact match of every method with its interval, and the untrained models as lines."""
+    estimates = [method.exact_match(mode) for method in methods]
+    references = tables.reference_figures(methods, mode)
+    untrained = {model: found[ALL]["exact_match"] for model, found in references.items()}
+
+    def draw(axes: Any, theme: Theme) -> None:
+        for at, (method, (value, low, high)) in enumerate(zip(methods, estimates, strict=True)):
+            look = shown[method.label]
+            axes.plot([low, high], [at, at], color=look.color, linewidth=2)
+            axes.plot([value], [at], marker=look.marker, color=look.color, markersize=7)
+        for model, value in untrained.items():
+            axes.axvline(value, color=theme.text, linestyle=":", linewidth=1)
+            side = "right" if value > 0.5 else "left"
+            axes.annotate(f" {model} ", (value, -0.5), color=theme.text, fontsize=8, ha=side, va="bottom")
+        axes.set_yticks(range(len(methods)), [method.label for method in methods])
+        axes.set_ylim(len(methods) - 0.5, -0.9)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xlabel(f"exact match, {mode}")
+
+    told = ", ".join(f"{method.label} {found.value:.3f}" for method, found in zip(methods, estimates, strict=True))
+    size = (4.6, 1.1 + 0.3 * len(methods))
+    return Drawing(f"scores-{mode}", f"Exact match, {mode}", draw, size, told)
+
+
+def differences(labels: Sequence[str], pairs: Sequence[Pair], mode: str) -> Drawing:
+    """Who beats whom: difference in points, row minus column, and whether it is beyond chance."""
+    cells: dict[tuple[str, str], tuple[float, str]] = {}
+    for (first, second, found), verdict in zip(pairs, judge(pairs), strict=True):
+        value = 100 * found.difference.value
+        cells |= {(first, second): (value, verdict.sign), (second, first): (-value, verdict.sign)}
+
+    def draw(axes: Any, theme: Theme) -> None:
+        matrix = np.array([[cells.get((row, column), (np.nan, ""))[0] for column in labels] for row in labels])
+        bound = max(1.0, float(np.nanmax(np.abs(matrix)))) if cells else 1.0
+        axes.grid(visible=False)
+        image = axes.imshow(matrix, cmap="PuOr_r", vmin=-bound, vmax=bound)
+        for at, row in enumerate(labels):
+            for across, column in enumerate(labels):
+                if (row, column) in cells:
+                    value, sign = cells[row, column]
+                    ink = "#FFFFFF" if _is_dark(image.to_rgba(value)) else "#222222"
+                    weight = "bold" if sign == "*" else "normal"
+                    text = f"{value:+.0f}{sign}" if round(value) else f"0{sign}"
+                    axes.text(across, at, text, ha="center", va="center", color=ink, fontsize=8, fontweight=weight)
+        axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(labels)), labels)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    side = 1.5 + 0.42 * len(labels)
+    title = f"Row minus column, points of exact match, {mode}; * the methods differ, ° these policies do (5 % level)"
+    told = ", ".join(f"{pair.first} minus {pair.second} {100 * pair.found.difference.value:+.0f}" for pair in pairs)
+    return Drawing(f"differences-{mode}", title, draw, (side + 0.6, side), told)
+
+
+def learning_curves(methods: Sequence[Method], shown: Mapping[str, Look]) -> list[Drawing]:
+    """One figure per metric and axis that any run has logged."""
+    drawings = []
+    for metric, axes_of_metric in CURVES.items():
+        for axis in axes_of_metric:
+            found = {method.label: line for method in methods if (line := curve(method, metric, axis)) is not None}
+            if found:
+                title = f"{metric} against {AXES[axis]}"
+                name = f"curve-{metric.replace('/', '-')}-{axis}"
+                draw = partial(_draw_curves, curves=found, shown=shown, metric=metric, axis=axis)
+                told = f"{title}, for {', '.join(found)}"
+                legend = {label: shown[label] for label in found}
+                drawings.append(Drawing(name, title, draw, described=told, legend=legend))
+    return drawings
+
+
+def _draw_curves(
+    axes: Any, theme: Theme, curves: Mapping[str, Curve], shown: Mapping[str, Look], metric: str, axis: str
+) -> None:
+    for label, line in curves.items():
+        look = shown[label]
+        every = max(1, len(line.x) // 8)
+        axes.fill_between(line.x, line.low, line.high, color=look.color, alpha=0.18, linewidth=0)
+        axes.plot(line.x, line.mean, look.dash, color=look.color, marker=look.marker, markevery=every, markersize=4)
+    axes.set_xlabel(AXES[axis])
+    axes.set_ylabel(metric)
+    _compact(axes.xaxis)
+    if not metric.endswith("num_searches"):
+        axes.set_ylim(-0.02, 1.02)
+
+
+def profiles(scored: Mapping[str, np.ndarray], mode: str, shown: Mapping[str, Look], resamples: int) -> Drawing:
+    """Share of runs and groups of questions above every score."""
+    found = {name: statistics.performance_profile(table, THRESHOLDS, resamples) for name, table in scored.items()}
+
+    def draw(axes: Any, theme: Theme) -> None:
+        for name, (share, low, high) in found.items():
+            look = shown[name]
+            axes.fill_between(THRESHOLDS, low, high, color=look.color, alpha=0.15, linewidth=0)
+            axes.plot(THRESHOLDS, share, look.dash, color=look.color)
+        axes.set_xlabel("exact match τ")
+        axes.set_ylabel("share of runs × groups above τ")
+
+    title = f"Performance profiles, {mode}"
+    return Drawing(f"profiles-{mode}", title, draw, described=f"{title}, of {', '.join(found)}", legend=shown)
+
+
+def cost_beside_score(methods: Sequence[Method], mode: str, shown: Mapping[str, Look]) -> list[Drawing]:
+    """Exact match against what was spent, one figure per kind of cost."""
+    spent = {method.label: [tables.cost_figures(run) for run in method.runs] for method in methods}
+    estimates = {method.label: method.exact_match(mode) for method in methods}
+    kinds = {
+        "tokens": ("model tokens, sampled and trained", ("sampled_tokens", "trained_tokens")),
+        "teacher": ("teacher tokens, sampled and scored", ("teacher_tokens",)),
+        "env_steps": ("environment steps", ("env_steps",)),
+        "seconds": ("seconds of training and of demonstrations", ("training_s", "demonstrations_s")),
+    }
+
+    def draw(axes: Any, theme: Theme, words: str, names: Sequence[str]) -> None:
+        for label, (value, low, high) in estimates.items():
+            look = shown[label]
+            x = float(np.mean([sum(each[name] for name in names) for each in spent[label]]))
+            axes.plot([x, x], [low, high], color=look.color, linewidth=1.5)
+            axes.plot([x], [value], marker=look.marker, color=look.color, markersize=7, linestyle="none")
+        axes.set_xlim(left=0)
+        axes.margins(x=0.08)
+        axes.set_xlabel(words)
+        axes.set_ylabel(f"exact match, {mode}")
+        _compact(axes.xaxis)
+
+    return [
+        Drawing(f"cost-{kind}", f"Exact match against {words}", partial(draw, words=words, names=names), legend=shown)
+        for kind, (words, names) in kinds.items()
+    ]
+
+
+def by_setting(lines: Sequence[Line], words: str, mode: str, shown: Mapping[str, Look]) -> Drawing:
+    """The final score of each method against a setting."""
+
+    def draw(axes: Any, theme: Theme) -> None:
+        for line in lines:
+            look = shown[line.label]
+            low = [found.low or 0.0 for found in line.scores]
+            high = [found.high or 0.0 for found in line.scores]
+            axes.fill_between(line.x, low, high, color=look.color, alpha=0.15, linewidth=0)
+            values = [found.value for found in line.scores]
+            axes.errorbar(line.x, values, [np.subtract(values, low), np.subtract(high, values)], color=look.color,
+                          fmt=look.dash, marker=look.marker, markersize=6, elinewidth=1)  # fmt: skip
+        every = sorted({x for line in lines for x in line.x})
+        if every[0] > 0 and every[-1] >= 8 * every[0]:
+            axes.set_xscale("log")
+        axes.set_xticks(every, [f"{x:g}" for x in every])
+        axes.minorticks_off()
+        axes.set_xlabel(words)
+        axes.set_ylabel(f"exact match, {mode}")
+        axes.set_ylim(-0.02, 1.02)
+
+    title = f"Exact match against {words}, {mode}"
+    return Drawing(f"setting-{mode}", title, draw, described=title, legend=shown)
+
+
+def _is_dark(color: Sequence[float]) -> bool:
+    """Whether white is easier to read on a colour, red, green and blue in [0, 1], than our dark grey."""
+    return float(np.dot((0.2126, 0.7152, 0.0722), np.asarray(color[:3]) ** 2.2)) < 0.21
+
+
+def _compact(axis: Any) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_major_formatter(EngFormatter(sep=""))

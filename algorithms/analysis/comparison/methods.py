@@ -1,0 +1,155 @@
+"""Runs that differ in nothing but the seed make a method; methods get names that tell them apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from algorithms.analysis.comparison import published, statistics
+from algorithms.analysis.comparison.statistics import Estimate
+from algorithms.analysis.runs import ALL, Run
+
+#: Settings that change where and when something is done, not what.
+_WITHOUT_EFFECT = ("seed", "resume", "cache_dir", "threads", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What was run with one or more seeds.
+
+    Attributes:
+        label: Its name in every table and figure.
+        base: The ablation or algorithm, without what else tells it apart.
+        runs: One per seed, by seed.
+    """
+
+    label: str
+    base: str
+    runs: tuple[Run, ...]
+
+    @property
+    def seeds(self) -> list[int | None]:
+        """Seeds of the runs."""
+        return [run.seed for run in self.runs]
+
+    def means(self, mode: str, group: str, figure: str) -> np.ndarray:
+        """A figure by seed, [runs]; of those runs that have it."""
+        found = (run.figures(mode).get(group, {}).get(figure) for run in self.runs)
+        return np.array([value for value in found if value is not None], dtype=float)
+
+    def exact_match(self, mode: str, group: str = ALL) -> Estimate:
+        """Exact match with the 95 % interval of `statistics.crossed`."""
+        by_seed, variance, count = self._spread(mode, group)
+        return statistics.crossed(by_seed, variance, count)
+
+    def _spread(self, mode: str, group: str) -> tuple[np.ndarray, float, int]:
+        """Means by seed, variance of their mean that comes from the questions, and how many of these there are.
+
+        Without predictions the variance is that of a single seed, which is an upper bound.
+        """
+        by_seed, count = self.means(mode, group, "exact_match"), int(self.means(mode, group, "n")[0])
+        right = answers(self.runs, mode, group)
+        if right is None:
+            return by_seed, float(np.mean(by_seed * (1 - by_seed))) / max(1, count - 1), count
+        return by_seed, float(right.mean(axis=0).var(ddof=1)) / count if count > 1 else 0.0, count
+
+    def macro_exact_match(self, mode: str, groups: Sequence[str]) -> Estimate:
+        """Unweighted mean over groups of questions, with its interval."""
+        means, variances, counts = zip(*(self._spread(mode, group) for group in groups), strict=True)
+        return statistics.crossed(np.mean(means, axis=0), sum(variances) / len(groups) ** 2, sum(counts))
+
+
+def answers(runs: Sequence[Run], mode: str, group: str = ALL) -> np.ndarray | None:
+    """Right or wrong, [runs, questions] bool.
+
+    None if a run lacks its predictions or answered other questions, or the first does not say which are in the group.
+    """
+    outcomes = [run.outcomes.get(mode, {}) for run in runs]
+    if any(found.keys() != outcomes[0].keys() for found in outcomes):
+        return None
+    members = [name for name in outcomes[0] if group in (ALL, runs[0].datasets.get(name))]
+    return np.array([[found[name] for name in members] for found in outcomes]) if members else None
+
+
+def without_copies(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Split runs into those to count and mere repetitions, of another one's method and seed with all of its figures."""
+    seen: set[str] = set()
+    kept: list[Run] = []
+    copies: list[Run] = []
+    for run in runs:
+        key = repr((run.name, run.seed, _key(run, ()), run.summary["evaluation"]))
+        (copies if key in seen else kept).append(run)
+        seen.add(key)
+    return kept, copies
+
+
+def make_methods(runs: Sequence[Run], ignore: Sequence[str] = ()) -> list[Method]:
+    """Group finished runs.
+
+    Args:
+        runs: All with a summary.
+        ignore: Further settings, by dotted name, in which the runs of a method may differ.
+
+    Returns:
+        In the order of the paper's table, then by label; within one, runs are sorted by seed.
+    """
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.name, _key(run, ignore)), []).append(run)
+    methods = []
+    for base in dict.fromkeys(name for name, _ in found):
+        same = [members for (name, _), members in found.items() if name == base]
+        for members, suffix in zip(same, _differences(same, ignore), strict=True):
+            ordered = sorted(members, key=lambda run: (run.seed is None, run.seed or 0, str(run.path)))
+            methods.append(Method(f"{base} ({suffix})" if suffix else base, base, tuple(ordered)))
+    return sorted(methods, key=lambda method: (_place(method.base), _natural(method.label)))
+
+
+def _natural(label: str) -> list[tuple[float, str]]:
+    """So that 50 comes before 100."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", label)
+    return [(float(part), "") if at % 2 else (float("inf"), part) for at, part in enumerate(parts)]
+
+
+def _place(base: str) -> int:
+    known = list(published.PUBLISHED)
+    return known.index(base) if base in known else len(known)
+
+
+def _relevant(run: Run, ignore: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in run.settings.items() if name not in (*_WITHOUT_EFFECT, *ignore)}
+
+
+def _key(run: Run, ignore: Sequence[str]) -> str:
+    return repr(sorted((name, repr(value)) for name, value in _relevant(run, ignore).items()))
+
+
+def _differences(groups: Sequence[Sequence[Run]], ignore: Sequence[str]) -> list[str]:
+    """For methods of one base, the settings that tell them apart: those of the command line if they suffice."""
+    if len(groups) == 1:
+        return [""]
+    settings = [_relevant(members[0], ignore) for members in groups]
+    names = [name for name in dict.fromkeys(name for each in settings for name in each) if _varies(name, settings)]
+    said = {
+        override.lstrip("+~").partition("=")[0] for members in groups for run in members for override in run.overrides
+    }
+    for chosen in ([name for name in names if name in said], names):
+        short = _short(chosen)
+        suffixes = [", ".join(f"{short[name]}={each.get(name)}" for name in chosen) for each in settings]
+        if len(set(suffixes)) == len(suffixes):
+            return suffixes
+    return [f"{number}" for number in range(1, len(groups) + 1)]
+
+
+def _varies(name: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    return len({repr(each.get(name, "absent")) for each in settings}) > 1
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """The last part of a dotted name where no other ends in it, else all of it."""
+    last = [name.rpartition(".")[2] for name in names]
+    return {name: end if last.count(end) == 1 else name for name, end in zip(names, last, strict=True)}

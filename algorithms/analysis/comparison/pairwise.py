@@ -1,0 +1,129 @@
+"""Whether methods differ: every pair on the same questions, corrected for their number, and what may be said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from string import ascii_lowercase
+from typing import NamedTuple
+
+import numpy as np
+
+from algorithms.analysis.comparison import statistics
+from algorithms.analysis.comparison.methods import Method, answers
+from algorithms.analysis.comparison.statistics import Paired
+from algorithms.analysis.comparison.table_formats import Cell, Number, Table
+
+SIGNIFICANT = 0.05
+#: Of more pairs the terminal shows only the letters in the table of results.
+_PRINTED_PAIRS = 10
+
+
+class Pair(NamedTuple):
+    """Labels of two methods, and what the same questions say about them."""
+
+    first: str
+    second: str
+    found: Paired
+
+
+def compare_pairs(methods: Sequence[Method], mode: str, against: str | None = None) -> list[Pair]:
+    """Every pair of methods that answered the same questions.
+
+    Args:
+        methods: All.
+        mode: Of decoding.
+        against: Label of the one method that all others are compared with; None: all pairs.
+    """
+    pairs = []
+    for first, second in combinations(methods, 2):
+        if against in (None, first.label, second.label):
+            one, other = (second, first) if second.label == against else (first, second)
+            right = answers([*one.runs, *other.runs], mode)
+            if right is not None:
+                found = statistics.paired(*np.split(right, [len(one.runs)]))
+                pairs.append(Pair(one.label, other.label, found))
+    return pairs
+
+
+class Verdict(NamedTuple):
+    """Corrected p-values of a pair, and what they allow to be said.
+
+    Attributes:
+        p_questions: As in `Paired`, after Holm's correction.
+        p_methods: Likewise; None where one of the two has one seed.
+        words: What may be said at the 5 % level.
+        sign: "*" if the methods differ, "°" if at least these policies do.
+    """
+
+    p_questions: float
+    p_methods: float | None
+    words: str
+    sign: str
+
+    @property
+    def differ(self) -> bool:
+        """Whether the two are told apart, by other seeds where there are any, else by other questions."""
+        return (self.p_questions if self.p_methods is None else self.p_methods) < SIGNIFICANT
+
+
+def judge(pairs: Sequence[Pair]) -> list[Verdict]:
+    """Correct for the number of pairs, each of the two questions on its own."""
+    by_question = statistics.holm([pair.found.p_questions for pair in pairs])
+    with_seeds = {at: pair.found.p_methods for at, pair in enumerate(pairs) if pair.found.p_methods is not None}
+    by_method = dict(zip(with_seeds, statistics.holm(list(with_seeds.values())), strict=True))
+    return [_verdict(p_questions, by_method.get(at)) for at, p_questions in enumerate(by_question)]
+
+
+def significance(pairs: Sequence[Pair], mode: str) -> Table:
+    """Pairs of methods on the same questions, corrected for their number."""
+    rows: list[list[Cell]] = []
+    for (first, second, found), verdict in zip(pairs, judge(pairs), strict=True):
+        p_values = found.p_questions, verdict.p_questions, found.p_methods, verdict.p_methods
+        cells = [Number(p_value, style="p") for p_value in p_values]
+        rows.append([first, second, Number.of(found.difference, "+.3f"), *cells, verdict.words])
+    note = (
+        "Exact match of the first minus the second, with its 95 % interval over seeds and questions (over questions "
+        "alone where a method has one seed). p, policies: exact paired permutation test over questions, whether these "
+        "trained policies differ; McNemar's for one seed each. p, methods: t test over seeds and questions, whether "
+        f"other seeds would differ too. Corrected after Holm for the {len(rows)} pairs of this table; a pair without "
+        "the same questions or without predictions is left out. With few seeds only large differences between methods "
+        "show; --against METHOD tests fewer pairs, and so corrects less."
+    )
+    columns = ["first", "second", "difference", "p, policies", "corrected, policies", "p, methods",
+               "corrected, methods", "at the 5 % level"]  # fmt: skip
+    title = f"Paired comparisons, {mode}"
+    return Table(f"significance-{mode}", title, columns, rows, note, printed=len(rows) <= _PRINTED_PAIRS)
+
+
+def letters(labels: Sequence[str], pairs: Sequence[Pair]) -> dict[str, str]:
+    """Compact display of all pairs: methods that share a letter are not told apart.
+
+    By insertion and absorption (Piepho, "An algorithm for a letter-based representation of all-pairwise comparisons",
+    2004). Pairs that were not compared count as not told apart.
+
+    Args:
+        labels: Of the methods; the first gets the first letter.
+        pairs: As `compare_pairs` makes them.
+    """
+    alike = {frozenset(labels)}
+    for pair, verdict in zip(pairs, judge(pairs), strict=True):
+        if verdict.differ:
+            both = {pair.first, pair.second}
+            parts = {group - {one} for group in alike if both <= group for one in both}
+            parts |= {group for group in alike if not both <= group}
+            alike = {part for part in parts if not any(part < other for other in parts)}
+    ordered = sorted(alike, key=lambda group: [label not in group for label in labels])
+    names = [ascii_lowercase[at % 26] + "'" * (at // 26) for at in range(len(ordered))]
+    return {
+        label: "".join(name for name, group in zip(names, ordered, strict=True) if label in group) for label in labels
+    }
+
+
+def _verdict(p_questions: float, p_methods: float | None) -> Verdict:
+    if p_methods is not None and p_methods < SIGNIFICANT:
+        return Verdict(p_questions, p_methods, "methods differ", "*")
+    if p_questions < SIGNIFICANT:
+        words = "these policies differ" + ("; one seed can't tell about methods" if p_methods is None else "")
+        return Verdict(p_questions, p_methods, words, "°")
+    return Verdict(p_questions, p_methods, "not told apart", "")

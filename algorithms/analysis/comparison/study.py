@@ -1,0 +1,240 @@
+"""From run directories to everything that is written about them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.files import write_whole
+from agentic_rag_env.registry import did_you_mean
+from algorithms.analysis.comparison import arc_panel, checks, curves, figures, pairwise, style, tables
+from algorithms.analysis.comparison.checks import Finding
+from algorithms.analysis.comparison.methods import Method, make_methods, without_copies
+from algorithms.analysis.comparison.page import Section, page
+from algorithms.analysis.comparison.style import LIGHT, Drawing
+from algorithms.analysis.comparison.table_formats import Table
+from algorithms.analysis.comparison.tensorboard import write_board
+from algorithms.analysis.runs import ALL, Run, find_runs, groups
+
+TITLE = "Comparison of search agents"
+_MARK = "comparison.json"
+_BANDS = "Lines are means over seeds at steps that all have logged; bands reach from the lowest seed to the highest."
+_BARS = "Bars are the 95 % intervals of the table of results."
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make of the runs.
+
+    Attributes:
+        force: Go on although the runs are not comparable.
+        with_paper: Show the paper's averages and the agreement of the orders.
+        against: Label of the method that all others are compared with; None: all pairs.
+        setting: Dotted names; the first that a run has is the setting to plot the score against.
+        resamples: Of the bootstrap over seeds.
+    """
+
+    force: bool = False
+    with_paper: bool = False
+    against: str | None = None
+    setting: tuple[str, ...] = ()
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.resamples < 1:
+            raise ConfigurationError(f"resamples must be at least 1, got {self.resamples}.")
+
+
+@dataclass
+class Comparison:
+    """Everything there is to show.
+
+    Attributes:
+        runs: All that were found.
+        methods: Made of the finished ones.
+        findings: Reasons for doubt.
+        sections: Tables and drawings, in their order.
+    """
+
+    runs: list[Run]
+    methods: list[Method]
+    findings: list[Finding]
+    sections: list[Section]
+
+    @property
+    def tables(self) -> list[Table]:
+        """All tables."""
+        return [table for section in self.sections for table in (*section.tables, *section.folded)]
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """All drawings."""
+        return [drawing for section in self.sections for drawing in section.drawings]
+
+
+def compare(folders: Sequence[Path], out: Path, options: Options, terminal: Console | None = None) -> Comparison:
+    """Read, check, compute, print and write.
+
+    Raises:
+        ConfigurationError: There is nothing to compare, the runs are not comparable, or `out` is something else.
+    """
+    terminal = terminal or Console(width=None if Console().is_terminal else 160)
+    _check_out(out)
+    found = study(folders, options)
+    for finding in found.findings:
+        terminal.print(f"[yellow]{'NOT COMPARABLE' if finding.refuses else 'note'}:[/yellow]", end=" ")
+        terminal.print(finding.text, markup=False, highlight=False, soft_wrap=True)
+    for table in found.tables:
+        if table.printed:
+            terminal.print(table.rich())
+    write(found, out)
+    for what, where in (("page", out / "comparison.html"), ("curves", out / "tb")):
+        command = f"tensorboard --logdir {where}" if what == "curves" else str(where)
+        terminal.print(f"{what + ':':8} {command}", soft_wrap=True, markup=False, highlight=False)
+    return found
+
+
+def study(folders: Sequence[Path], options: Options) -> Comparison:
+    """Read, check and compute.
+
+    Raises:
+        ConfigurationError: There is nothing to compare, or the runs are not comparable.
+    """
+    runs = find_runs(folders)
+    finished = [run for run in runs if run.missing is None]
+    if not finished:
+        raise ConfigurationError("No run is finished: " + "; ".join(f"{run.path}: {run.missing}" for run in runs))
+    counted, copies = without_copies(finished)
+    methods = make_methods(counted)
+    labels = [method.label for method in methods]
+    if options.against is not None and options.against not in labels:
+        raise ConfigurationError(f"There is no method {options.against!r}.{did_you_mean(options.against, labels)}")
+    findings = checks.check(methods)
+    reasons = [finding.text for finding in findings if finding.refuses]
+    if reasons and not options.force:
+        told = "\n".join(f"  - {reason}" for reason in reasons)
+        raise ConfigurationError(f"these runs are not comparable:\n{told}\nGive runs that agree, or --force to go on.")
+    if left_out := [f"{run.name} seed {run.seed} ({run.missing})" for run in runs if run.missing]:
+        findings.append(Finding(f"{len(left_out)} of {len(runs)} runs are left out: {'; '.join(left_out)}.", False))
+    findings += [Finding(f"{run.path} repeats another run's seed and figures; counted once.", False) for run in copies]
+    modes = [mode for mode in counted[0].modes if all(mode in run.modes for run in counted)]
+    if not modes:
+        raise ConfigurationError("No mode of decoding was evaluated in all of these runs, so there is nothing to show.")
+    methods.sort(key=lambda method: -method.means(modes[0], ALL, "exact_match").mean())
+    return Comparison(runs, methods, findings, _sections(runs, methods, modes, options))
+
+
+def _sections(runs: Sequence[Run], methods: Sequence[Method], modes: Sequence[str], options: Options) -> list[Section]:
+    """All there is to show of methods in the order of their score."""
+    looks = style.looks(methods)
+    finished = [run for method in methods for run in method.runs]
+    labels = [method.label for method in methods]
+    shown, main = groups(finished), modes[0]
+    found = {mode: pairwise.compare_pairs(methods, mode, options.against) for mode in modes}
+    letters = {mode: pairwise.letters(labels, found[mode]) if found[mode] else None for mode in modes}
+    results = [tables.results(methods, mode, shown, letters[mode], options.with_paper) for mode in modes]
+    orders = [order for mode in modes if options.with_paper and (order := tables.order(methods, mode)) is not None]
+    sections = [
+        Section(
+            "Results",
+            [figures.scores(methods, mode, looks) for mode in modes],
+            _first_printed(results),
+            _first_printed(orders),
+        )
+    ]
+    if len(methods) > 1:
+        sections.append(
+            Section(
+                "Is the difference real?",
+                [figures.differences(labels, found[mode], mode) for mode in modes if found[mode]],
+                folded=_first_printed([pairwise.significance(found[mode], mode) for mode in modes]),
+            )
+        )
+    if options.setting:
+        sections.append(_setting_section(finished, modes, options.setting))
+    if (panel := arc_panel.make_panel(methods)) is not None:
+        short, whole = panel.shortened(), panel.table("arc-all", "All figures of the probes")
+        whole.printed = False
+        tables_of_probes = [short.weak_points(), short.table("arc", "ARC panel")]
+        sections.append(Section("Where each is weak (ARC)", (), tables_of_probes, [whole]))
+    sections.append(Section("Learning curves", figures.learning_curves(methods, looks), note=_BANDS))
+    cost = tables.costs(methods, main)
+    sections.append(Section("Cost beside score", figures.cost_beside_score(methods, main, looks), [cost], note=_BARS))
+    scored = {mode: tables.score_tables(methods, mode, shown) for mode in modes}
+    profiles = [figures.profiles(scored[mode], mode, looks, options.resamples) for mode in modes]
+    aggregates = [tables.aggregates(methods, mode, shown, options.resamples) for mode in modes]
+    folded = [table for of_kind in zip(*aggregates, strict=True) for table in _first_printed(of_kind)]
+    sections.append(Section("Aggregates over seeds", profiles, folded=folded))
+    return [*sections, Section("Runs", (), [tables.found_runs(runs, methods, main)])]
+
+
+def _first_printed(of_modes: Sequence[Table]) -> Sequence[Table]:
+    """The same table for several modes of decoding; the terminal shows the first only."""
+    for table in of_modes[1:]:
+        table.printed = False
+    return of_modes
+
+
+def _setting_section(runs: Sequence[Run], modes: Sequence[str], names: tuple[str, ...]) -> Section:
+    lines = {mode: curves.score_by_setting(runs, names, mode) for mode in modes}
+    first = lines[modes[0]]
+    if not first:
+        known = {name for run in runs for name, value in run.settings.items() if isinstance(value, (int, float))}
+        raise ConfigurationError(f"No run has a numeric setting {' or '.join(names)}.{did_you_mean(names[0], known)}")
+    of_lines = style.looks([Method(line.label, line.base, ()) for line in first])
+    used = next(name for name in names if any(name in run.settings for run in runs))
+    words = used.rpartition(".")[2].replace("_", " ")
+    return Section(
+        f"Score by {words}",
+        [figures.by_setting(lines[mode], words, mode, of_lines) for mode in modes],
+        [curves.setting_table(lines[mode], words, names, mode) for mode in modes],
+    )
+
+
+def _check_out(out: Path) -> None:
+    """Never overwrite what is not a comparison."""
+    if (out / "summary.json").exists() or (out / "metrics.jsonl").exists():
+        raise ConfigurationError(f"{out} is a run directory; choose another folder for the comparison (--out).")
+    if (out / "tb").exists() and not (out / _MARK).exists():
+        raise ConfigurationError(f"{out} holds a tb/ that is not of a comparison; choose another folder (--out).")
+
+
+def _remove_earlier(out: Path) -> None:
+    """What an earlier comparison has written there, so that none of it is taken for a part of this one."""
+    if (out / _MARK).exists():
+        with suppress(ValueError):
+            for name in json.loads((out / _MARK).read_text(encoding="utf-8")).get("files", ()):
+                (out / name).unlink(missing_ok=True)
+
+
+def write(found: Comparison, out: Path) -> None:
+    """Write every file of a comparison; those of an earlier one are removed."""
+    _remove_earlier(out)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    told = "".join(f"- {'**Not comparable:** ' if each.refuses else ''}{each.text}\n" for each in found.findings)
+    text = f"# {TITLE}\n\n" + (f"{told}\n" if told else "") + "\n".join(table.markdown() for table in found.tables)
+    files = {"comparison.md": text, "curves.csv": curves.curves_csv(found.methods)}
+    for table in found.tables:
+        files |= {f"{table.name}.csv": table.csv(), f"{table.name}.tex": table.latex()}
+    content: dict[str, Any] = {
+        "findings": [{"text": finding.text, "refuses": finding.refuses} for finding in found.findings],
+        "tables": {table.name: table.records() for table in found.tables},
+    }
+    content["files"] = [*files, "comparison.html", *(f"figures/{drawing.name}.png" for drawing in found.drawings)]
+    files[_MARK] = json.dumps(content, indent=2, ensure_ascii=False)
+    for name, written in files.items():
+        write_whole(out / name, written.encode())
+    images = {drawing.name: style.render(drawing, "png", LIGHT, with_legend=True) for drawing in found.drawings}
+    for name, image in images.items():
+        write_whole(out / "figures" / f"{name}.png", image)
+    write_whole(out / "comparison.html", page(TITLE, found.sections, found.findings).encode())
+    shutil.rmtree(out / "tb", ignore_errors=True)
+    write_board(out / "tb", found.methods, images)

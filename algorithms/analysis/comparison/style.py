@@ -1,0 +1,130 @@
+"""How a method looks in every figure: one colour, marker and dash each, told apart by the colour-blind too."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.analysis.comparison.methods import Method
+
+#: Okabe and Ito without black and yellow, which vanish on one of the two backgrounds, and a grey.
+_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", ":", "-.")
+#: Methods that look alike in every comparison; others get what is left.
+_FIXED = ("dgpo", "ppo", "kd", "sft", "gkd", "grpo", "distillm", "taid", "sft_ppo", "dgpo_grpo", "maskable_ppo")
+
+
+class Look(NamedTuple):
+    """Colour, marker and dash of a method."""
+
+    color: str
+    marker: str
+    dash: Any
+
+
+class Theme(NamedTuple):
+    """Colours of what is not data."""
+
+    text: str
+    grid: str
+    background: str
+
+
+LIGHT = Theme("#222222", "#D8D8D8", "#FFFFFF")
+DARK = Theme("#E4E4E4", "#4A4A4A", "#16181B")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn on any background.
+
+    Attributes:
+        name: Stem of its file.
+        title: What it shows, in one line.
+        draw: Draws it on axes.
+        size: Width and height in inches.
+        described: For those who can't see it.
+        legend: What is drawn, by label; empty where the drawing says it itself.
+    """
+
+    name: str
+    title: str
+    draw: Callable[[Any, Theme], None]
+    size: tuple[float, float] = (4.6, 3.1)
+    described: str = ""
+    legend: Mapping[str, Look] = field(default_factory=dict)
+
+
+def looks(methods: Sequence[Method]) -> dict[str, Look]:
+    """By label; the first method of a well-known base has that base's own look."""
+    taken: dict[str, int] = {}
+    for method in methods:
+        if method.base in _FIXED and _FIXED.index(method.base) not in taken.values():
+            taken[method.label] = _FIXED.index(method.base)
+    free = (number for number in range(len(_FIXED), len(_FIXED) + len(methods)))
+    return {method.label: _look(taken[method.label] if method.label in taken else next(free)) for method in methods}
+
+
+def _look(number: int) -> Look:
+    at, turn = number % len(_COLORS), number // len(_COLORS)
+    return Look(_COLORS[at], _MARKERS[(at + 3 * turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)])
+
+
+def render(drawing: Drawing, kind: str, theme: Theme, with_legend: bool = False) -> bytes:
+    """Draw a figure into a file's content.
+
+    Args:
+        drawing: What.
+        kind: "png" or "svg".
+        theme: Its colours.
+        with_legend: Whether its legend stands beside the axes.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+    except ImportError as error:
+        message = 'matplotlib is missing; install it by: pip install "agentic-rag-env[compare]"'
+        raise ConfigurationError(message) from error
+    # The same file for the same figures: no random ids, no date.
+    settings: Any = {"svg.hashsalt": drawing.name, "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=drawing.size, layout="constrained", facecolor=theme.background)
+        axes = figure.add_subplot()
+        _dress(axes, theme)
+        drawing.draw(axes, theme)
+        if with_legend and drawing.legend:
+            handles = [
+                Line2D([], [], color=look.color, marker=look.marker, linestyle=look.dash, label=label, markersize=5)
+                for label, look in drawing.legend.items()
+            ]
+            figure.legend(handles=handles, loc="outside right upper", frameon=False, labelcolor=theme.text, fontsize=8)
+            figure.set_figwidth(drawing.size[0] + 1.0 + 0.055 * max(map(len, drawing.legend)))
+        file = io.BytesIO()
+        figure.savefig(file, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return file.getvalue()
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """A file's content as an address that needs no network."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _dress(axes: Any, theme: Theme) -> None:
+    axes.set_facecolor(theme.background)
+    axes.grid(color=theme.grid, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.text, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.grid)
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        text.set_color(theme.text)

@@ -1,0 +1,264 @@
+"""One table, five forms: terminal, Markdown, CSV, LaTeX and HTML."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.table import Table as RichTable
+
+from algorithms.analysis.comparison.statistics import Estimate
+
+NOTHING = "–"
+#: From that shade on the terminal shows a cell in red.
+_SHADE_SHOWN = 0.2
+
+
+@dataclass(frozen=True)
+class Number:
+    """A cell with a figure.
+
+    Attributes:
+        value: None or not a number where there is none.
+        low, high: Its interval, if it has one.
+        style: Format specification, such as ".3f", ".1%" or ",.0f".
+        best: Whether it is the best of its column.
+        shade: How dark its background is in HTML, in [0, 1]; None: not at all.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    style: str = ".3f"
+    best: bool = False
+    shade: float | None = None
+
+    @classmethod
+    def of(cls, estimate: Estimate, style: str = ".3f") -> Number:
+        """An estimate as a cell."""
+        return cls(*estimate, style=style)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a figure at all."""
+        return self.value is not None and not math.isnan(self.value)
+
+    @property
+    def text(self) -> str:
+        """The figure without its interval."""
+        if self.value is None or not self.known:
+            return NOTHING
+        if self.style == "p":
+            return "<0.001" if self.value < 0.001 else f"{self.value:.3f}"
+        return self._told(self.value)
+
+    @property
+    def interval(self) -> str:
+        """The interval in brackets; empty if there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        return f"[{self._told(self.low)}, {self._told(self.high)}]"
+
+    def _told(self, value: float) -> str:
+        """In the cell's style; nothing is less or more than zero if no digit shows it."""
+        text = f"{value:{self.style}}"
+        return text if re.search("[1-9]", text) else text.lstrip("+-")
+
+
+Cell = str | Number
+
+
+@dataclass
+class Table:
+    """Rows of cells under columns; the first column names the row.
+
+    Attributes:
+        name: Stem of its files.
+        title: Heading.
+        columns: Headings of the columns.
+        rows: One cell per column.
+        note: What one must know to read it.
+        sections: Indices of rows with a line above them.
+        printed: Whether the terminal shows it, too.
+        brief: Whether the terminal leaves the intervals out.
+    """
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: list[list[Cell]]
+    note: str = ""
+    sections: Sequence[int] = ()
+    printed: bool = True
+    brief: bool = False
+
+    def markdown(self) -> str:
+        """With title and note."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+        ruler = line(["---", *("---:" if number else "---" for number in self._numeric()[1:])])
+        body = [line([_plain(cell, "**") for cell in row]) for row in self.rows]
+        note = [f"\n{self.note}"] if self.note else []
+        return "\n".join([f"## {self.title}\n", line(self.columns), ruler, *body, *note]) + "\n"
+
+    def csv(self) -> str:
+        """With full precision, intervals in columns of their own."""
+        with_bounds = [
+            any(isinstance(row[at], Number) and row[at].low is not None for row in self.rows)  # type: ignore[union-attr]
+            for at in range(len(self.columns))
+        ]
+        header: list[str] = []
+        for column, bounds in zip(self.columns, with_bounds, strict=True):
+            header += [column, f"{column} (low)", f"{column} (high)"] if bounds else [column]
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        for row in self.rows:
+            cells: list[str | float | None] = []
+            for cell, bounds in zip(row, with_bounds, strict=True):
+                values = (
+                    [cell.value if cell.known else None, cell.low, cell.high] if isinstance(cell, Number) else [cell]
+                )
+                cells += [*values, None, None][:3] if bounds else values[:1]
+            writer.writerow(cells)
+        return file.getvalue()
+
+    def records(self) -> list[dict[str, Any]]:
+        """Rows as mappings for JSON; a figure with an interval is a list of three."""
+        return [dict(zip(self.columns, map(_record, row), strict=True)) for row in self.rows]
+
+    def latex(self) -> str:
+        """A `tabular` in the style of booktabs."""
+        body = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in self.rows]
+        columns = "".join("r" if number else "l" for number in self._numeric())
+        return "\n".join(
+            [
+                f"% {self.title}. {self.note}".replace("\n", " "),
+                r"\begin{tabular}{" + columns + "}",
+                r"\toprule",
+                " & ".join(_latex(column) for column in self.columns) + r" \\",
+                r"\midrule",
+                *body,
+                r"\bottomrule",
+                r"\end{tabular}",
+                "",
+            ]
+        )
+
+    def rich(self) -> RichTable:
+        """For the terminal; intervals stand on a line of their own, and shades are colours of the text."""
+        table = RichTable(title=self.title, caption=self.note or None, caption_justify="left")
+        for column, number in zip(self.columns, self._numeric(), strict=True):
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
+        for at, row in enumerate(self.rows):
+            if at in self.sections:
+                table.add_section()
+            table.add_row(*(_rich_cell(cell, self.brief) for cell in row))
+        return table
+
+    def html(self) -> str:
+        """A `<figure>` whose table scrolls by itself where the page is narrow."""
+        numeric = self._numeric()
+        head = "".join(
+            f'<th scope="col"{_css(n)}>{html.escape(c)}</th>' for c, n in zip(self.columns, numeric, strict=True)
+        )
+        body = []
+        for at, row in enumerate(self.rows):
+            cells = [f'<th scope="row">{html.escape(_plain(row[0]))}</th>']
+            cells += [
+                f"<td{_css(n)}{_shade(c)}>{_html_cell(c)}</td>" for c, n in zip(row[1:], numeric[1:], strict=True)
+            ]
+            body.append(f"<tr{' class=section' if at in self.sections else ''}>{''.join(cells)}</tr>")
+        note = f"<figcaption>{html.escape(self.note)}</figcaption>" if self.note else ""
+        label = html.escape(self.title, quote=True)
+        return (
+            f'<figure class="table"><div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>'
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}</figure>"
+        )
+
+    def mark_best(self, columns: Sequence[str], lowest: Sequence[str] = (), rows: int | None = None) -> None:
+        """Mark the best figure of some columns, the highest or the lowest, among the first `rows` rows."""
+        for column in (*columns, *lowest):
+            at = list(self.columns).index(column)
+            found = [row[at] for row in self.rows[:rows] if isinstance(row[at], Number) and row[at].known]  # type: ignore[union-attr]
+            values = [cell.value for cell in found if isinstance(cell, Number) and cell.value is not None]
+            if len(set(values)) < 2:
+                continue
+            best = min(values) if column in lowest else max(values)
+            for row in self.rows[:rows]:
+                cell = row[at]
+                if isinstance(cell, Number) and cell.value == best:
+                    row[at] = replace(cell, best=True)
+
+    def _numeric(self) -> list[bool]:
+        return [any(isinstance(row[at], Number) for row in self.rows) for at in range(len(self.columns))]
+
+
+def _record(cell: Cell) -> Any:
+    if isinstance(cell, str):
+        return cell
+    value = cell.value if cell.known else None
+    return value if cell.low is None else [value, cell.low, cell.high]
+
+
+def _plain(cell: Cell, strong: str = "") -> str:
+    if isinstance(cell, str):
+        return cell
+    text = f"{strong}{cell.text}{strong}" if cell.best else cell.text
+    return f"{text} {cell.interval}".strip()
+
+
+def _rich_cell(cell: Cell, brief: bool) -> str:
+    if isinstance(cell, str):
+        return cell.replace("[", r"\[")
+    text = f"[bold]{cell.text}[/bold]" if cell.best else cell.text
+    if (cell.shade or 0) >= _SHADE_SHOWN:
+        text = f"[red]{text}[/red]"
+    return text if brief or not cell.interval else f"{text}\n[dim]{cell.interval.strip('[]')}[/dim]"
+
+
+def _html_cell(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return html.escape(cell)
+    text = html.escape(cell.text)
+    text = f"<strong>{text}</strong>" if cell.best else text
+    return f"{text}<small>{html.escape(cell.interval)}</small>" if cell.interval else text
+
+
+def _shade(cell: Cell) -> str:
+    if isinstance(cell, str) or cell.shade is None:
+        return ""
+    return f' style="background: rgb(213 94 0 / {0.75 * cell.shade:.2f})"'
+
+
+def _css(number: bool) -> str:
+    return ' class="number"' if number else ""
+
+
+def _latex_cell(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return _latex(cell)
+    text = _latex(cell.text)
+    text = rf"\textbf{{{text}}}" if cell.best else text
+    return rf"{text} {{\scriptsize {_latex(cell.interval)}}}" if cell.interval else text
+
+
+def _latex(text: str) -> str:
+    escaped = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    for plain, command in (
+        ("~", r"\textasciitilde "),
+        ("^", r"\textasciicircum "),
+        ("→", r"$\to$"),
+        ("–", "--"),
+        ("<", "$<$"),
+    ):
+        escaped = escaped.replace(plain, command)
+    return escaped

@@ -1,0 +1,208 @@
+"""Saved trajectories as a person reads them: question, turns, verdict."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from agentic_rag_env.actions import Malformed, parse_action
+from agentic_rag_env.files import read_rows
+from agentic_rag_env.prompts import format_passages, information_block
+from agentic_rag_env.rewards import normalize_answer
+from agentic_rag_env.types import Passage
+
+#: Figures of model-written tokens: their names, and what they are called on the page.
+FIGURES = {
+    "logprobs": "log-probability",
+    "advantages": "advantage",
+    "ref_kl": "KL to the reference",
+    "teacher_kl": "KL to the teacher",
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One action of the model and what came back.
+
+    Attributes:
+        text: What the model wrote.
+        ids: Its tokens.
+        figures: Of each token, by a name in `FIGURES`.
+        action: "search", "answer" or "malformed".
+        query: Of a search.
+        passages: What the search found.
+        problem: Why nothing came of the action; None where something did.
+        reply: What the model read next; None where that was just the passages, or nothing.
+    """
+
+    text: str
+    ids: Sequence[int]
+    figures: Mapping[str, Sequence[float]]
+    action: str
+    query: str | None
+    passages: Sequence[Passage]
+    problem: str | None
+    reply: str | None
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One question played to the end.
+
+    Attributes:
+        question_id: Unique within the dataset.
+        question: Its text.
+        golden_answers: Empty where they are not known.
+        group: The dataset that it counts to, and None where that is not known.
+        hops: Searches that it takes, where that is known.
+        verdict: "right", "wrong", "no answer" or "search failed".
+        answer: What was answered.
+        f1: Of the answer.
+        reward: Of the episode.
+        num_searches: Executed ones.
+        source: Who wrote the turns: "policy" or "teacher".
+        turns: At least one.
+    """
+
+    question_id: str
+    question: str
+    golden_answers: Sequence[str]
+    group: str | None
+    hops: int | None
+    verdict: str
+    answer: str | None
+    f1: float
+    reward: float
+    num_searches: int
+    source: str
+    turns: Sequence[Turn]
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer matched exactly."""
+        return self.verdict == "right"
+
+    @property
+    def num_malformed(self) -> int:
+        """Turns without a valid action."""
+        return sum(turn.action == "malformed" for turn in self.turns)
+
+    @property
+    def num_tokens(self) -> int:
+        """Model-written tokens."""
+        return sum(len(turn.ids) for turn in self.turns)
+
+    def holds(self, text: str) -> bool:
+        """Whether question, answers or anything that the model wrote contain a text, in whatever case."""
+        parts = (self.question_id, self.question, *self.golden_answers, *(turn.text for turn in self.turns))
+        return any(text.casefold() in part.casefold() for part in parts)
+
+
+def read_episodes(path: Path, answers: Mapping[str, Mapping[str, Any]]) -> list[Episode]:
+    """The episodes of a file of trajectories.
+
+    Args:
+        path: The file.
+        answers: `golden_answers` and `dataset` by question, for rows that do not bring their question.
+
+    Raises:
+        DataError: The file holds something else.
+    """
+    return list(read_rows(path, lambda row: _episode(row, answers)))
+
+
+def find_answers(text: str, golden_answers: Sequence[str]) -> list[tuple[int, int]]:
+    """Where a text holds a golden answer as whole words, compared as exact match compares.
+
+    Args:
+        text: Of a passage.
+        golden_answers: Accepted answers.
+
+    Returns:
+        Start and end of each place, in characters, from left to right and without overlap.
+    """
+    pattern = _pattern(tuple(golden_answers))
+    return [match.span() for match in pattern.finditer(text)] if pattern else []
+
+
+@lru_cache(maxsize=1024)
+def _pattern(golden_answers: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Finds the normalized answers: case, ASCII punctuation, articles and the kind of blanks do not matter."""
+    mark = f"[{re.escape(string.punctuation)}]"
+    between = rf"{mark}*\s(?:{mark}|\s|\b(?:a|an|the)\b)*"
+    aliases = sorted({normalize_answer(answer) for answer in golden_answers} - {""}, key=len, reverse=True)
+    alternatives = [between.join(f"{mark}*".join(map(re.escape, word)) for word in alias.split()) for alias in aliases]
+    if not alternatives:
+        return None
+    return re.compile(rf"(?<!\w)(?:{'|'.join(alternatives)})(?!\w)", re.IGNORECASE)
+
+
+def _episode(row: Mapping[str, Any], answers: Mapping[str, Mapping[str, Any]]) -> Episode:
+    question_id, last = row["question_id"], row["turns"][-1]["info"]
+    known = row.get("question") or {"text": _asked(row["prompt"]), **answers.get(question_id, {})}
+    counts = [0, *(turn["info"]["num_searches"] for turn in row["turns"])]
+    return Episode(
+        question_id=question_id,
+        question=known["text"],
+        golden_answers=tuple(known.get("golden_answers", ())),
+        group=known.get("dataset"),
+        hops=known.get("hops"),
+        verdict=_verdict(row["correct"], last),
+        answer=last["answer"],
+        f1=last["f1"],
+        reward=row["reward"],
+        num_searches=last["num_searches"],
+        source=row["source"],
+        turns=tuple(
+            _turn(turn, turn["info"]["num_searches"] > before)
+            for turn, before in zip(row["turns"], counts, strict=False)  # the last count is of no turn's beginning
+        ),
+    )
+
+
+def _asked(prompt: str) -> str:
+    """The question in a prompt of ours; a prompt of another form as a whole."""
+    return prompt.rpartition("Question: ")[2].strip()
+
+
+def _verdict(correct: bool, last: Mapping[str, Any]) -> str:
+    if correct:
+        return "right"
+    if last["error"]:
+        return "search failed"
+    return "no answer" if last["answer"] is None else "wrong"
+
+
+def _turn(row: Mapping[str, Any], searched: bool) -> Turn:
+    info, text = row["info"], row["action"]
+    passages = tuple(Passage(**passage) for passage in info["passages"])
+    plain = information_block(format_passages(passages)) if searched else ""
+    figures = {"logprobs": row["action_logprobs"]} | {name: row[name] for name in FIGURES if name in row}
+    if any(len(values) != len(row["action_ids"]) for values in figures.values()):
+        raise ValueError("figures of tokens that are not there")
+    return Turn(
+        text=text,
+        ids=row["action_ids"],
+        figures=figures,
+        action=info["action"],
+        query=info["query"],
+        passages=passages,
+        problem=_problem(info, text, searched),
+        reply=None if row["observation"] == plain else row["observation"],
+    )
+
+
+def _problem(info: Mapping[str, Any], text: str, searched: bool) -> str | None:
+    if info["error"]:
+        return f"the search failed: {info['error']}"
+    if info["action"] == "malformed":
+        read = parse_action(text)
+        return read.reason if isinstance(read, Malformed) else "no valid action"
+    if info["action"] == "search" and not searched:
+        return "not executed, no turn was left"
+    return "nothing found" if searched and not info["passages"] else None

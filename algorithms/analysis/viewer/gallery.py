@@ -1,0 +1,263 @@
+"""Which trajectories are looked at: files of one or more runs, the same question side by side, and filters."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from agentic_rag_env.errors import ConfigurationError, DataError
+from algorithms.analysis.runs import Run, find_runs
+from algorithms.analysis.viewer.episodes import Episode, read_episodes
+
+_SUFFIX = ".jsonl.gz"
+_OF_STEP = re.compile(r"(?P<split>.+)-(?P<step>\d{6,})")
+_OF_MODEL = re.compile(r"(?P<split>[^-]+)-(?P<model>.+)-(?P<mode>greedy|T=.+)")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to look at; None where it does not matter.
+
+    Attributes:
+        files: Names or patterns of files in `trajectories/`; what else is said of files does not count then.
+        split: "train", "dev", "test", ...
+        models: As files and tables call them, side by side.
+        mode: Of decoding: "greedy", "T=1", ...
+        step: Of training.
+        verdict: "right" or "wrong"; wrong is everything else.
+        group: Of questions, by its name or its number of hops.
+        malformed: Only episodes with a malformed turn.
+        searches: Number of executed searches.
+        text: That question, answers or the model's words contain.
+    """
+
+    files: Sequence[str] = ()
+    split: str | None = None
+    models: Sequence[str] = ()
+    mode: str | None = None
+    step: int | None = None
+    verdict: str | None = None
+    group: str | None = None
+    malformed: bool = False
+    searches: int | None = None
+    text: str | None = None
+
+    @property
+    def says_no_file(self) -> bool:
+        """Whether nothing is said of files."""
+        return not (self.files or self.split or self.models or self.mode) and self.step is None
+
+    def keeps(self, episode: Episode | None) -> bool:
+        """Whether an episode passes all filters."""
+        return episode is not None and (
+            (self.verdict is None or episode.correct == (self.verdict == "right"))
+            and (self.group is None or self.group in (episode.group, str(episode.hops)))
+            and (not self.malformed or episode.num_malformed > 0)
+            and (self.searches is None or episode.num_searches == self.searches)
+            and (self.text is None or episode.holds(self.text))
+        )
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question as it was played here and there.
+
+    Attributes:
+        split: Of the question.
+        step: Of training, at which it was played; None at the end.
+        episodes: By column of the gallery; None where it was not played.
+    """
+
+    split: str
+    step: int | None
+    episodes: Sequence[Episode | None]
+
+    @property
+    def place(self) -> str:
+        """Split and step in words."""
+        return self.split if self.step is None else f"{self.split}, step {self.step}"
+
+    @property
+    def first(self) -> Episode:
+        """The leftmost episode."""
+        return next(episode for episode in self.episodes if episode is not None)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Who played.
+
+    Attributes:
+        run: Index of the run.
+        name: Of the run, where there are several.
+        measured: Model and mode of decoding of the final figures; None if there are none.
+    """
+
+    run: int
+    name: str
+    measured: str | None
+
+    def label(self, step: int | None = None) -> str:
+        """What stands above an episode that was played at the end, or at a step of training."""
+        who = self.measured if step is None else None
+        return ": ".join(filter(None, (self.name, who or "in training")))
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Episodes in rows and columns.
+
+    Attributes:
+        columns: Who played, side by side.
+        items: Question by question.
+        runs: The runs that they come from.
+    """
+
+    columns: Sequence[Column]
+    items: Sequence[Item]
+    runs: Sequence[Run]
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    split: str
+    model: str | None = None
+    mode: str | None = None
+    step: int | None = None
+
+    @property
+    def measured(self) -> str | None:
+        return f"{self.model}, {self.mode}" if self.model else None
+
+
+def gather(folders: Sequence[Path], wanted: Wanted) -> Gallery:
+    """Read what is wanted of some runs.
+
+    By default that is the trained model's greedy answers to the test questions and the samples of training; of an
+    unfinished run what there is.
+
+    Args:
+        folders: Run directories.
+        wanted: Which files, and which episodes in them.
+
+    Raises:
+        ConfigurationError: A folder is no run, or holds nothing of what is wanted.
+        DataError: A file is damaged.
+    """
+    runs = [_run(folder) for folder in folders]
+    columns: list[Column] = []
+    rows: dict[tuple[str, int | None, str, int], dict[Column, Episode]] = {}
+    for number, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
+        chosen = _choose(run, wanted)
+        measured: Iterable[str | None] = dict.fromkeys(file.measured for file in chosen if file.measured) or [None]
+        of_run = [Column(number, name, each) for each in measured]
+        for file in chosen:
+            # What was played on the way stands in the run's first column.
+            column = next((each for each in of_run if each.measured == file.measured), of_run[0])
+            for occurrence, episode in _numbered(read_episodes(file.path, _answers(file.path))):
+                rows.setdefault((file.split, file.step, episode.question_id, occurrence), {})[column] = episode
+        columns += of_run
+    items = (Item(split, step, tuple(map(row.get, columns))) for (split, step, *_), row in rows.items())
+    return Gallery(columns, [item for item in items if any(map(wanted.keeps, item.episodes))], runs)
+
+
+def _numbered(episodes: Iterable[Episode]) -> Iterator[tuple[int, Episode]]:
+    """How often the question of an episode came before it."""
+    seen: Counter[str] = Counter()
+    for episode in episodes:
+        yield seen[episode.question_id], episode
+        seen[episode.question_id] += 1
+
+
+def _run(folder: Path) -> Run:
+    found = find_runs([folder])
+    here = [run for run in found if run.path.resolve() == folder.expanduser().resolve()] or found
+    if len(here) > 1:
+        listed = ", ".join(str(run.path) for run in here[:8]) + (", ..." if len(here) > 8 else "")
+        raise ConfigurationError(f"{folder} holds {len(here)} runs; name the one to look at: {listed}")
+    return here[0]
+
+
+def _choose(run: Run, wanted: Wanted) -> list[_File]:
+    """The files of a run that are wanted, in the order of their names."""
+    paths = sorted((run.path / "trajectories").glob(f"*{_SUFFIX}"))
+    if not paths:
+        raise ConfigurationError(
+            f"{run.path} has no trajectories/*{_SUFFIX} yet: a run writes them at each check on the dev split "
+            "(evaluation.every) and at its end."
+        )
+    files = [_parse(path) for path in paths]
+    chosen = _named(files, wanted.files) if wanted.files else _described(files, run, wanted)
+    if not chosen and wanted.says_no_file:
+        chosen = files
+    if not chosen:
+        listed = ", ".join(path.name.removesuffix(_SUFFIX) for path in paths)
+        raise ConfigurationError(f"{run.path / 'trajectories'} holds nothing of that kind; there are: {listed}")
+    return chosen
+
+
+def _named(files: Sequence[_File], patterns: Sequence[str]) -> list[_File]:
+    wanted = [pattern.removesuffix(_SUFFIX) for pattern in patterns]
+    return [file for file in files if any(fnmatch(file.path.name.removesuffix(_SUFFIX), each) for each in wanted)]
+
+
+def _described(files: Sequence[_File], run: Run, wanted: Wanted) -> list[_File]:
+    """Files of the wanted split, model, mode and step; what is not said is that of the final figures."""
+    if wanted.step is not None:
+        return [file for file in files if file.step == wanted.step and wanted.split in (None, file.split)]
+    modes = sorted({file.mode for file in files if file.mode}, key=lambda mode: mode != "greedy")
+    models = wanted.models or ([] if run.missing else [run.final])
+    measured = [
+        file
+        for file in files
+        if file.step is None
+        and file.split == (wanted.split or run.summary.get("split", "test"))
+        and file.mode in ([wanted.mode] if wanted.mode else modes[:1])
+        and (not models or file.model in models)
+    ]
+    if wanted.models or wanted.mode:
+        return measured
+    return measured + [file for file in files if file.step is not None and file.split == (wanted.split or "train")]
+
+
+def _parse(path: Path) -> _File:
+    stem = path.name.removesuffix(_SUFFIX)
+    if match := _OF_STEP.fullmatch(stem):
+        return _File(path, match["split"], step=int(match["step"]))
+    if match := _OF_MODEL.fullmatch(stem):
+        return _File(path, match["split"], match["model"], match["mode"])
+    return _File(path, stem)
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The shortest that tells the runs apart: nothing for one, else their own names, seeds or paths."""
+    paths = [run.path.resolve() for run in runs]
+    if len(set(paths)) == 1:
+        return [""] * len(runs)
+    common = os.path.commonpath([path.parent for path in paths])
+    ways = (
+        [run.name for run in runs],
+        [f"{run.name}, seed {run.seed}" for run in runs],
+        [str(path.relative_to(common)) for path in paths],
+    )
+    return next((names for names in ways if len(set(names)) == len(names)), ways[-1])
+
+
+def _answers(path: Path) -> dict[str, Mapping[str, Any]]:
+    """Golden answers and group by question, from the predictions of the same model on the same questions."""
+    file = path.parent.parent / "predictions" / path.name.removesuffix(".gz")
+    if not file.is_file():
+        return {}
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {row["question_id"]: {name: row[name] for name in ("golden_answers", "dataset")} for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} holds no predictions ({type(error).__name__}: {error}).") from error

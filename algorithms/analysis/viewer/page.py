@@ -1,0 +1,139 @@
+"""One self-contained page to look at trajectories: no network, filters, colours per token, runs side by side."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from algorithms.analysis.html_page import document
+from algorithms.analysis.viewer.episodes import FIGURES, Episode, Turn, find_answers
+from algorithms.analysis.viewer.gallery import Gallery
+from algorithms.analysis.viewer.shading import Split, scales
+
+_BODY = """\
+<a class="skip" href="#episode">To the episode</a>
+<header><h1>{title}</h1>{notes}
+<form id="filters" role="search" aria-label="Filters">
+<label class="wide">Text <input id="text" type="search" autocomplete="off" placeholder="in questions, answers, turns">
+</label>
+<label>From <select id="place"></select></label>
+<label>Verdict <select id="verdict"></select></label>
+<label>Questions <select id="group"></select></label>
+<label>Searches <select id="searches"></select></label>
+<label class="check"><input id="malformed" type="checkbox"> malformed turns</label>
+<label>Colour <select id="colour"></select></label>
+</form>
+<p id="legend" hidden></p>
+<p class="keys"><kbd>j</kbd> <kbd>k</kbd> next and previous, <kbd>/</kbd> text, <kbd>c</kbd> colour</p>
+</header>
+<main>
+<section id="list" aria-label="Questions"><p id="count" role="status"></p><ol id="questions"></ol></section>
+<section id="episode" tabindex="-1" aria-label="Episode"></section>
+</main>
+<noscript><p class="findings">This page needs JavaScript to show what it holds.</p></noscript>
+<script type="application/json" id="data">{data}</script>
+<script>{script}</script>"""
+
+
+def page(title: str, gallery: Gallery, splits: Sequence[Split], notes: Sequence[str] = ()) -> str:
+    """The whole document.
+
+    Args:
+        title: Of the page.
+        gallery: What it shows.
+        splits: Splits the turns of each column into tokens.
+        notes: What to keep in mind, shown first.
+    """
+    folder = files("algorithms.analysis.viewer")
+    style, script = (folder.joinpath(f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    body = _BODY.format(
+        title=html.escape(title),
+        notes=f'<ul class="findings" aria-label="To keep in mind">{items}</ul>' if items else "",
+        data=inert(contents(gallery, splits)),
+        script=script,
+    )
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return document(title, style, body, policy)
+
+
+def inert(data: Any) -> str:
+    """Data as JSON that can stand in a page: no character of it begins markup."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def contents(gallery: Gallery, splits: Sequence[Split]) -> dict[str, Any]:
+    """What the page's script reads; what the models read again and again, such as passages, stands in it once."""
+    texts: dict[str, int] = {}
+    full = scales(gallery)
+    return {
+        "columns": [column.label() for column in gallery.columns],
+        "figures": {name: {"label": label, "full": full[name]} for name, label in FIGURES.items() if name in full},
+        "items": [
+            {
+                "place": item.place,
+                "players": [column.label(item.step) for column in gallery.columns],
+                "id": item.first.question_id,
+                "question": item.first.question,
+                "golden": item.first.golden_answers,
+                "group": item.first.group,
+                "hops": item.first.hops,
+                "episodes": [
+                    episode and _episode(episode, split, texts)
+                    for episode, split in zip(item.episodes, splits, strict=True)
+                ],
+            }
+            for item in gallery.items
+        ],
+        "texts": list(texts),  # last: filled while the items are made
+    }
+
+
+def _episode(episode: Episode, split: Split, texts: dict[str, int]) -> dict[str, Any]:
+    return {
+        "verdict": episode.verdict,
+        "answer": episode.answer,
+        "f1": round(episode.f1, 3),
+        "reward": round(episode.reward, 3),
+        "searches": episode.num_searches,
+        "tokens": episode.num_tokens,
+        "malformed": episode.num_malformed,
+        "source": episode.source,
+        "turns": [_turn(turn, episode.golden_answers, split, texts) for turn in episode.turns],
+    }
+
+
+def _turn(turn: Turn, golden: Sequence[str], split: Split, texts: dict[str, int]) -> dict[str, Any]:
+    parts = split(turn)
+    return {
+        "action": turn.action,
+        "query": turn.query,
+        "problem": turn.problem,
+        "parts": parts or [turn.text],
+        "figures": _rounded(turn.figures) if parts else {},
+        "passages": [
+            [
+                texts.setdefault(passage.contents, len(texts)),
+                round(passage.score, 3),
+                find_answers(passage.contents, golden),
+            ]
+            for passage in turn.passages
+        ],
+        "reply": texts.setdefault(turn.reply, len(texts)) if turn.reply else None,
+    }
+
+
+def _rounded(figures: Mapping[str, Sequence[float]]) -> dict[str, list[float | None]]:
+    """Three decimals are what a colour shows; JSON knows no infinity."""
+    return {
+        name: [round(value, 3) if math.isfinite(value) else None for value in values]
+        for name, values in figures.items()
+    }

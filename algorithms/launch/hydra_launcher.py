@@ -1,0 +1,237 @@
+"""The Hydra launcher of `python -m algorithms.run -m ...`: jobs side by side, and on a restart only what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.launch import job_pool
+from algorithms.launch.job_display import JobDisplay
+from algorithms.launch.run_guard import begun, complete, require_same
+from algorithms.training import file_locks
+
+_LOCKS = ".launcher"
+#: Hydra takes launchers from the package `hydra_plugins` only, so this module bears a second name.
+_HYDRA_NAME = "hydra_plugins.agentic_rag_env"
+
+
+@dataclass
+class SlotsConfig:
+    """Settings of the launcher of multiruns (`hydra.launcher.num_slots=2`).
+
+    Attributes:
+        num_slots: Jobs at a time. None: one for each GPU, or without GPUs for each CPU core, at most 8.
+        gpus: How many of the visible GPUs to use; None for all, 0 for none. Slots beyond that number share them.
+    """
+
+    _target_: str = f"{_HYDRA_NAME}.SlotsLauncher"
+    num_slots: int | None = None
+    gpus: int | None = None
+
+
+class SlotsLauncher(Launcher):
+    """Runs each job as `python -m algorithms.run` with the job's overrides, in a slot.
+
+    Args:
+        num_slots, gpus: See `SlotsConfig`.
+    """
+
+    __module__ = _HYDRA_NAME
+
+    def __init__(self, num_slots: int | None = None, gpus: int | None = None) -> None:
+        try:
+            self._slots = make_slots(num_slots, gpus)
+        except ConfigurationError as error:
+            raise SystemExit(f"ConfigurationError: {error}") from error
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take the sweep directory before Hydra writes into it."""
+        self._loader, self._config = hydra_context.config_loader, config
+        self._sweep_dir = Path(config.hydra.sweep.dir)
+        self._hold()
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run what is missing of the jobs.
+
+        Raises:
+            SystemExit: A job failed, or can't be what its directory holds; or a signal asked to end.
+        """
+        setup_globals()
+        self._hold()
+        planned: list[job_pool.Job] = []
+        try:
+            planned = self._plan(job_overrides, initial_job_idx)
+            display = JobDisplay([job for job in planned if not complete(job.directory)], len(planned), self._sweep_dir)
+            with display:
+                failed = job_pool.Launcher(self._slots, self._sweep_dir / _LOCKS, display).run(planned)
+        except KeyboardInterrupt as error:
+            self._say_how_to_go_on(planned, "Interrupted.")
+            raise SystemExit(130) from error
+        except (ConfigurationError, OSError) as error:
+            raise SystemExit(f"{type(error).__name__}: {error}") from error
+        finally:
+            file_locks.release(self._lock_file)
+        if failed:
+            display.show_failures(failed)
+            self._say_how_to_go_on(planned, f"{len(failed)} of {len(planned)} runs failed.")
+            raise SystemExit(1)
+        print(f"all {len(planned)} runs are done: python -m algorithms.compare {self._sweep_dir}")
+        return [_done(overrides) for overrides in job_overrides]
+
+    @property
+    def _lock_file(self) -> Path:
+        return self._sweep_dir / _LOCKS / "launcher.lock"
+
+    def _hold(self) -> None:
+        try:
+            holder = file_locks.hold(self._lock_file)
+        except OSError as error:
+            raise SystemExit(f"{type(error).__name__}: {error}") from error
+        if holder is not None:
+            raise SystemExit(
+                f"ConfigurationError: the multirun in {self._sweep_dir} is being run by {holder}; wait for it, or "
+                "choose another hydra.sweep.dir."
+            )
+
+    def _plan(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[job_pool.Job]:
+        """The jobs with their directories.
+
+        Raises:
+            ConfigurationError: Two jobs have the same directory, or a directory holds a run with other settings.
+        """
+        planned: dict[str, job_pool.Job] = {}
+        shared = set.intersection(*map(set, job_overrides))
+        for number, overrides in enumerate(job_overrides, start=first):
+            config = self._loader.load_sweep_config(self._config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = number
+            name = str(config.hydra.sweep.subdir)
+            if name in planned:
+                raise ConfigurationError(
+                    f"two jobs would write into {self._sweep_dir / name}; one of them has the overrides "
+                    f"{' '.join(overrides)}. Remove what is given twice, or choose another hydra.sweep.subdir."
+                )
+            directory = self._sweep_dir / name
+            if begun(directory):
+                require_same(directory, config)
+            own = " ".join(override.lstrip("+") for override in overrides if override not in shared)
+            command = self._command(directory, overrides, set_threads=config.threads is None)
+            planned[name] = job_pool.Job(name, directory, command, own or name)
+        return list(planned.values())
+
+    def _command(
+        self, directory: Path, overrides: Sequence[str], set_threads: bool
+    ) -> Callable[[job_pool.Slot], Sequence[str] | None]:
+        """See `job_pool.Job.command`."""
+
+        def command(slot: job_pool.Slot) -> list[str] | None:
+            if complete(directory):
+                return None
+            start = [sys.executable, "-m", "algorithms.run", *self._hydra_flags()]
+            if begun(directory):
+                return [*start, f"resume={_quoted(directory)}", "hydra.mode=RUN"]
+            given = [*self._config.hydra.overrides.hydra, *overrides]
+            threads = [f"threads={slot.environment['OMP_NUM_THREADS']}"] if set_threads else []
+            return [*start, *given, *threads, f"hydra.run.dir={_quoted(directory)}", "hydra.mode=RUN"]
+
+        return command
+
+    def _hydra_flags(self) -> list[str]:
+        """Where the jobs find the configuration: where this command has found it."""
+        flags = ["--config-name", self._config.hydra.job.config_name]
+        for source in self._config.hydra.runtime.config_sources:
+            if source.provider == "main":
+                flags += ["--config-path", f"pkg://{source.path}" if source.schema == "pkg" else source.path]
+            if source.provider == "command-line":
+                flags += ["--config-dir", source.path]
+        return flags
+
+    def _say_how_to_go_on(self, planned: Sequence[job_pool.Job], what: str) -> None:
+        missing = sum(not complete(job.directory) for job in planned) or "all"
+        given = sys.argv[1:]
+        if not any(argument.startswith("hydra.sweep.dir=") for argument in given):
+            given = [*given, f"hydra.sweep.dir={self._sweep_dir}"]
+        again = shlex.join(["python", "-m", "algorithms.run", *given])
+        print(
+            f"{what} Run the same command again to finish what is missing ({missing} of the runs):\n{again}",
+            file=sys.stderr,
+        )
+
+
+def make_slots(num_slots: int | None, gpus: int | None) -> list[job_pool.Slot]:
+    """Divide the machine.
+
+    Raises:
+        ConfigurationError: A number can't be.
+    """
+    if num_slots is not None and num_slots < 1:
+        raise ConfigurationError(f"hydra.launcher.num_slots must be at least 1, or null; got {num_slots}.")
+    visible = _visible_gpus() if gpus != 0 else []
+    if gpus is not None and not 0 <= gpus <= len(visible):
+        raise ConfigurationError(f"hydra.launcher.gpus must be from 0 to {len(visible)}, or null; got {gpus}.")
+    used = visible[:gpus]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = num_slots or len(used) or min(cores, 8)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = given if given.isdecimal() else str(max(1, cores // count))
+    slots = []
+    for index in range(count):
+        gpu = used[index % len(used)] if used else ""
+        environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}
+        slots.append(job_pool.Slot(index, environment, f"GPU {gpu}" if used else f"slot {index}"))
+    return slots
+
+
+def register_launcher() -> None:
+    """Make `hydra/launcher=slots` known to Hydra."""
+    Plugins.instance().register(SlotsLauncher)
+    ConfigStore.instance().store("slots", SlotsConfig, group="hydra/launcher", provider="agentic_rag_env")
+
+
+def _visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name, without making CUDA ready in this process."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else list(map(str, range(count))))[:count]
+
+
+def _quoted(path: Path) -> str:
+    return QuotedString(str(path), Quote.single).with_quotes()
+
+
+def _done(overrides: Sequence[str]) -> JobReturn:
+    done = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
+    done.return_value = None
+    return done
+
+
+def _bear_second_name() -> None:
+    """Let this module be imported by the name that Hydra knows it by."""
+    try:
+        importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:  # no plug-in of Hydra is installed
+        package = ModuleType("hydra_plugins")
+        package.__path__ = []
+        sys.modules["hydra_plugins"] = package
+    sys.modules[_HYDRA_NAME] = sys.modules[__name__]
+
+
+# Not only where a command begins: other launchers pickle the plug-ins for the processes of their jobs, which begin
+# elsewhere and import this module on the way.
+_bear_second_name()

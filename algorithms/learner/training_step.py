@@ -1,0 +1,403 @@
+"""The training step: score a batch, let the algorithm turn it into losses per token, and apply them.
+
+The learner never asks which algorithm it serves. Of the backbone's output it keeps the hidden states of the positions
+that predict model-written tokens and takes them through the LM head in chunks, forward and backward at once, so that
+one chunk of logits exists at a time and never a [B, T, V] tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner import ops
+from algorithms.learner.algorithm import Algorithm, check_settings
+from algorithms.learner.networks import Critic
+from algorithms.learner.optimizer import Optimizer
+from algorithms.learner.scoring import Scorer, gather_tokens, slice_tokens
+from algorithms.learner.types import Batch, Tokens
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+CRITICS = ("separate", "shared")
+
+_Losses = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class LearnerConfig:
+    """How the training step uses the machine, and where the critic lives.
+
+    Attributes:
+        precision: Of the computation, rollouts included: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a
+            GPU, float32 elsewhere. Weights and optimizer are float32.
+        micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
+        chunk_tokens: Model-written tokens that go through the LM head at once; a chunk of logits is this times the
+            vocabulary times 4 bytes, and about four of them exist at the peak.
+        gradient_checkpointing: Keep one activation per layer and compute the others again in the backward pass.
+        critic: "separate": a network of its own; "shared": a head on the policy's backbone.
+        value_coef: Weight of the value loss in the gradient of a shared backbone.
+    """
+
+    precision: str = "auto"
+    micro_batch_tokens: int = 4096
+    chunk_tokens: int = 1024
+    gradient_checkpointing: bool = False
+    critic: str = "separate"
+    value_coef: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_settings(self, f"one of {', '.join(PRECISIONS)}", PRECISIONS.__contains__, "precision")
+        check_settings(self, f"one of {', '.join(CRITICS)}", CRITICS.__contains__, "critic")
+        check_settings(self, "at least 1", lambda value: value >= 1, "micro_batch_tokens", "chunk_tokens")
+        check_settings(self, "at least 0", lambda value: value >= 0, "value_coef")
+
+
+class Learner:
+    """Trains a policy, and a critic if there is one, by the hooks of an algorithm.
+
+    Args:
+        algorithm: What is to be learned from a batch.
+        policy: The network being trained.
+        critic: Needed by algorithms that read "values".
+        reference: Frozen; needed by those that read anything of "ref_".
+        teacher: Frozen; needed by those that read anything of "teacher_".
+        config: How to use the machine.
+        total_steps: Training steps of the whole run, for the schedules.
+        vocab_size: Logits beyond it are cut off, in every network, before any softmax.
+        temperature: Of the rollouts; logits of every network are divided by it.
+
+    Raises:
+        ConfigurationError: A network that the algorithm needs is missing, or a setting can't work.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        policy: PreTrainedModel,
+        *,
+        critic: Critic | None = None,
+        reference: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | None = None,
+        config: LearnerConfig,
+        total_steps: int,
+        vocab_size: int,
+        temperature: float = 1.0,
+    ) -> None:
+        self.algorithm, self.policy = algorithm, policy
+        # Any: present exactly where the algorithm's `needs` let them be used, which `_check_settings` makes sure of.
+        self.critic: Any = critic
+        self.reference: Any = reference
+        self.teacher: Any = teacher
+        self.config = config
+        self.scorer = Scorer(
+            vocab_size=vocab_size,
+            temperature=temperature,
+            precision=config.precision,
+            micro_batch_tokens=config.micro_batch_tokens,
+            chunk_tokens=config.chunk_tokens,
+        )
+        self._check_settings()
+        self.shared_critic = critic is not None and critic.shared
+        self.step, self.total_steps = 0, total_steps
+        self.policy_optimizer = Optimizer("policy", policy.parameters(), algorithm.config.optimizer, total_steps)
+        self.critic_optimizer: Optimizer | None = None
+        if critic is not None:
+            settings: Any = algorithm.config
+            self.critic_optimizer = Optimizer("critic", critic.parameters(), settings.critic_optimizer, total_steps)
+        if config.gradient_checkpointing:
+            for network in self._trained():
+                _enable_checkpointing(network)
+
+    def score(self, batch: Batch) -> None:
+        """Fill in the values, log-probabilities and divergences of a batch, each only if the algorithm needs it.
+
+        Divergences are from the policy as it is now, which on fresh rollouts is the one that sampled.
+        """
+        needs, policy = self.algorithm.needs, self.policy
+        if "values" in needs:
+            batch.values = self.scorer.values(self.critic, batch)
+        for name, network in (("ref", self.reference), ("teacher", self.teacher)):
+            if f"{name}_logprobs" in needs:
+                setattr(batch, f"{name}_logprobs", self.scorer.logprobs(network, batch))
+            if f"{name}_kl" in needs:
+                setattr(batch, f"{name}_kl", self.scorer.kl(policy, network, batch))
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> float:
+        """Mean loss of the policy per model-written token, without a step."""
+        total, num_tokens = 0.0, 0
+        for picked, micro, at in self.scorer.split(batch):
+            tokens = gather_tokens(micro, torch.tensor(picked, device=at[0].device), *at)
+            for _, part, _ in self._chunks(micro, at, tokens, self.scorer.hidden(self.policy, micro, *at)):
+                total += float(self.algorithm.token_loss(part).sum())
+                num_tokens += len(part.ids)
+        return total / num_tokens
+
+    def update(self, batch: Batch, rng: np.random.Generator, *, fresh: bool = True) -> dict[str, float]:
+        """One training step on a scored batch, from its rewards to the optimizer.
+
+        Args:
+            batch: As `score` left it; `token_rewards`, `advantages` and `returns` are filled in.
+            rng: Draws the minibatches.
+            fresh: Whether the policy as it is now has sampled the batch; figures that compare with then are left out
+                otherwise.
+
+        Returns:
+            Figures by name, without prefix; of the losses the mean over minibatches, of tokens the mean over tokens.
+
+        Raises:
+            FloatingPointError: A loss or a gradient is not finite; the weights are those before that minibatch.
+            ConfigurationError: The batch can't be split as configured.
+        """
+        config: Any = self.algorithm.config
+        self._check_batch(batch)
+        batch.token_rewards = self.algorithm.shape_rewards(batch)
+        if (estimate := self.algorithm.estimate_advantages(batch)) is not None:
+            batch.advantages, batch.returns = estimate
+        self._zero_grad()
+        figures = _Figures(fresh)
+        trains_policy = self.critic is None or self.step >= config.critic_warmup_steps
+        with _checkpointing(self._trained() if self.config.gradient_checkpointing else []):
+            for _ in range(config.num_epochs):
+                for rows in np.array_split(rng.permutation(len(batch)), config.num_minibatches):
+                    self._step_minibatch(batch, torch.from_numpy(np.sort(rows)), trains_policy, figures)
+        metrics = {**figures.means(), "learning_rate": self.policy_optimizer.learning_rate(self.step)}
+        metrics.update(self.algorithm.step_metrics(batch))
+        self.step += 1
+        self.algorithm.after_step({**metrics, "progress": self.step / self.total_steps})
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later `update` depends on beside the networks' weights."""
+        critic = None if self.critic_optimizer is None else self.critic_optimizer.state_dict()
+        return {
+            "step": self.step,
+            "policy_optimizer": self.policy_optimizer.state_dict(),
+            "critic_optimizer": critic,
+            "algorithm": self.algorithm.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo of `state_dict`."""
+        if (state["critic_optimizer"] is None) != (self.critic_optimizer is None):
+            raise ConfigurationError("The saved state and this run must both have a critic or both have none.")
+        self.step = state["step"]
+        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.algorithm.load_state_dict(state["algorithm"])
+
+    # --- one minibatch -----------------------------------------------------------------------------------------------
+
+    def _step_minibatch(self, batch: Batch, rows: Tensor, trains_policy: bool, figures: _Figures) -> None:
+        """Accumulate the gradients of all its micro-batches, critic first, and step."""
+        minibatch = batch.select(rows)
+        num_tokens = minibatch.response_mask.sum(dim=1)
+        if not num_tokens.any():
+            raise ConfigurationError(
+                f"A minibatch of {len(minibatch)} trajectories has no model-written token; lower num_minibatches."
+            )
+        weights = self._weights(num_tokens)
+        if self.critic_optimizer is not None and not (self.shared_critic and trains_policy):
+            losses = self._accumulate(minibatch, rows, weights, self._critic_backward, figures)
+            figures.add("critic_grad_norm", self.critic_optimizer.apply(losses["value_loss"], self.step))
+            self._zero_grad()
+        if trains_policy:
+            losses = self._accumulate(minibatch, rows, weights, self._policy_backward, figures)
+            figures.add("grad_norm", self.policy_optimizer.apply(losses["loss"], self.step))
+            if self.critic_optimizer is not None and self.shared_critic:
+                figures.add("critic_grad_norm", self.critic_optimizer.apply(losses["value_loss"], self.step))
+            self._zero_grad()
+        figures.first_minibatch = False
+
+    def _weights(self, num_tokens: Tensor) -> Tensor:
+        """What each token of a trajectory counts in the loss of a minibatch, [b], from their numbers [b]."""
+        config = self.algorithm.config
+        if config.loss_reduction == "seq-mean":
+            return 1.0 / (len(num_tokens) * num_tokens.clamp(min=1))
+        if config.loss_reduction == "constant":
+            return torch.full(num_tokens.shape, 1.0 / (len(num_tokens) * config.reduction_length)).to(num_tokens.device)
+        return (1.0 / num_tokens.sum()).expand(len(num_tokens))
+
+    def _zero_grad(self) -> None:
+        self.policy_optimizer.zero_grad()
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.zero_grad()
+
+    def _accumulate(
+        self, minibatch: Batch, rows: Tensor, weights: Tensor, backward: Callable[..., _Losses], figures: _Figures
+    ) -> _Losses:
+        """Run a backward pass per micro-batch; returns the losses of the whole minibatch."""
+        totals: _Losses = {}
+        for picked, micro, at in self.scorer.split(minibatch):
+            tokens = gather_tokens(micro, rows[picked].to(weights.device), *at)
+            for name, loss in backward(micro, at, tokens, weights[picked][at[0]], figures).items():
+                totals[name] = totals.get(name, 0) + loss
+        for name, total in totals.items():
+            figures.add(name, total)
+        return totals
+
+    def _critic_backward(
+        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: _Figures
+    ) -> _Losses:
+        tokens.values = self.scorer.values_at(self.critic, micro, *at)
+        loss = (self.algorithm.value_loss(tokens) * weights).sum()
+        loss.backward()
+        return {"value_loss": loss.detach()}
+
+    def _policy_backward(
+        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: _Figures
+    ) -> _Losses:
+        """The backbone once, then forward and backward through the head chunk by chunk, then back through it."""
+        hidden = self.scorer.hidden(self.policy, micro, *at)
+        losses: _Losses = {}
+        gradients = []
+        for chunk, part, leaf in self._chunks(micro, at, tokens, hidden):
+            of_chunk = {"loss": (self.algorithm.token_loss(part) * weights[chunk]).sum()}
+            objective = of_chunk["loss"]
+            if self.shared_critic:
+                part.values = self.critic.read(leaf)
+                of_chunk["value_loss"] = (self.algorithm.value_loss(part) * weights[chunk]).sum()
+                objective = objective + self.config.value_coef * of_chunk["value_loss"]
+            objective.backward()
+            assert leaf.grad is not None
+            gradients.append(leaf.grad)
+            for name, loss in of_chunk.items():
+                losses[name] = losses.get(name, 0) + loss.detach()
+            self._measure(part, figures)
+        hidden.backward(torch.cat(gradients))
+        return losses
+
+    def _chunks(
+        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, hidden: Tensor
+    ) -> Iterator[tuple[slice, Tokens, Tensor]]:
+        """Chunk by chunk: which tokens, all that a loss may read of them, and the leaf [n, d] of their gradient."""
+        teacher_hidden = None
+        if "teacher_logits" in self.algorithm.needs:
+            with torch.no_grad():
+                teacher_hidden = self.scorer.hidden(self.teacher, micro, *at)
+        for start in range(0, len(hidden), self.config.chunk_tokens):
+            chunk = slice(start, start + self.config.chunk_tokens)
+            leaf = hidden[chunk].detach().requires_grad_()
+            part = slice_tokens(tokens, chunk)
+            self._fill_in_logits(part, leaf, None if teacher_hidden is None else teacher_hidden[chunk])
+            yield chunk, part, leaf
+
+    def _fill_in_logits(self, tokens: Tokens, hidden: Tensor, teacher_hidden: Tensor | None) -> None:
+        needs = self.algorithm.needs
+        logits = self.scorer.logits(self.policy, hidden)
+        tokens.logprobs = ops.gather_logprobs(logits, tokens.ids)
+        if "logits" in needs:
+            tokens.logits = logits
+        with torch.set_grad_enabled("entropy" in needs):
+            tokens.entropy = ops.token_entropy(logits)
+        if teacher_hidden is not None:
+            with torch.no_grad():
+                tokens.teacher_logits = self.scorer.logits(self.teacher, teacher_hidden)
+
+    @torch.no_grad()
+    def _measure(self, tokens: Tokens, figures: _Figures) -> None:
+        """Figures over tokens; those that compare with the sampling policy only where it was this policy."""
+        assert tokens.logprobs is not None
+        assert tokens.entropy is not None
+        figures.add("entropy", tokens.entropy)
+        if not figures.fresh:
+            return
+        difference = tokens.logprobs - tokens.old_logprobs
+        if figures.first_minibatch:
+            figures.add("sampler_drift", difference.abs())
+        figures.add("approx_kl", ops.kl_estimate(tokens.old_logprobs, tokens.logprobs, "k3"))
+        clip_range = getattr(self.algorithm.config, "clip_range", None)
+        if clip_range is not None:
+            ratio = difference.exp()
+            figures.add("ratio", ratio)
+            figures.add("clip_fraction", ((ratio - 1).abs() > clip_range).float())
+
+    def _trained(self) -> list[nn.Module]:
+        return [self.policy] if self.critic is None or self.shared_critic else [self.policy, self.critic]
+
+    # --- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_settings(self) -> None:
+        name, needs = type(self.algorithm).__name__, self.algorithm.needs
+        roles = {"values": ("critic", self.critic), "ref": ("reference", self.reference)}
+        roles["teacher"] = ("teacher", self.teacher)
+        for need in sorted(needs):
+            role, network = roles.get(need.split("_")[0], (None, None))
+            if role and network is None:
+                raise ConfigurationError(f"{name} needs {need}, so the learner needs a {role}; none was given.")
+        if self.critic is not None and "values" not in needs:
+            raise ConfigurationError(f"{name} does not read values, but a critic was given; leave it out.")
+        if self.critic is not None and not hasattr(self.algorithm.config, "critic_optimizer"):
+            raise ConfigurationError(
+                f"{name} needs values, so its config must have critic_optimizer and critic_warmup_steps."
+            )
+        if not self.scorer.temperature > 0:
+            raise ConfigurationError(f"The temperature of training must be above 0, got {self.scorer.temperature}.")
+
+    def _check_batch(self, batch: Batch) -> None:
+        num_minibatches = self.algorithm.config.num_minibatches
+        if len(batch) < num_minibatches:
+            raise ConfigurationError(
+                f"A batch of {len(batch)} trajectories can't be split into num_minibatches={num_minibatches}; raise"
+                " batch_size or lower num_minibatches."
+            )
+        written = batch.input_ids[batch.response_mask]
+        if written.numel() and int(written.max()) >= self.scorer.vocab_size:
+            raise ConfigurationError(
+                f"The batch holds token id {int(written.max())}, written by a model, but the vocabulary shared by all"
+                f" networks has {self.scorer.vocab_size} entries; check that all have the same tokenizer."
+            )
+
+
+class _Figures:
+    """Means of what happened during one update; everything stays on the device until the end.
+
+    Args:
+        fresh: See `Learner.update`.
+    """
+
+    def __init__(self, fresh: bool) -> None:
+        self.fresh = fresh
+        self.first_minibatch = True
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count each entry of `values` as one."""
+        self._sums[name] = self._sums.get(name, 0) + values.detach().sum()
+        self._counts[name] = self._counts.get(name, 0) + values.numel()
+
+    def means(self) -> dict[str, float]:
+        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+
+
+def _enable_checkpointing(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, PreTrainedModel):
+            # The second name is that of transformers before 5.20 or so.
+            enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            return
+
+
+@contextmanager
+def _checkpointing(networks: list[nn.Module]) -> Iterator[None]:
+    """Put the layers, and nothing inside them, in training mode: they recompute only then, and dropout stays off."""
+    layers = [m for network in networks for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False

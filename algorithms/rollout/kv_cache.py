@@ -1,0 +1,165 @@
+"""A key-value cache in which every row has its own length, so that episodes of different lengths share one batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner.networks import backbone_hidden, logit_width
+
+_FIRST_CAPACITY = 64
+#: Capacity grows by doubling, and from here on by so much.
+_LARGEST_GROWTH = 512
+
+
+class EpisodeCache(Cache):
+    """Keys and values of R rows over whole episodes, in tensors that are written in place and grow when full.
+
+    A token's column is its position, so there are no holes: padding that a forward pass computes beside real tokens
+    lies beyond the end of its row, where causality hides it and the row's next tokens overwrite it. A row is emptied by
+    starting again at position 0. Passes run over neighbouring rows and read them as a view; `swap` moves rows so that
+    those that have to be computed are neighbours.
+
+    Args:
+        num_rows: R.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._layers: list[_Layer] = []
+        super().__init__(layers=self._layers)  # type: ignore[arg-type]
+        self.num_rows = num_rows
+        self.rows = slice(0, num_rows)
+        self.columns = torch.zeros(0, dtype=torch.long)
+        self.length = 0
+
+    def forward(self, backbone: Any, input_ids: Tensor, positions: Tensor, first_row: int = 0) -> Tensor:
+        """Append tokens to rows and compute their hidden states.
+
+        Args:
+            backbone: A model without its head.
+            input_ids: [n, W] int64, the next tokens of rows `first_row` to `first_row + n`, padded on the right.
+            positions: [n, W] int64, contiguous, from the row's length on.
+            first_row: First of the rows.
+
+        Returns:
+            [n, W, d] hidden states in the model's dtype; meaningless on padding.
+        """
+        self.rows = slice(first_row, first_row + len(input_ids))
+        self.columns = positions
+        self.length = int(positions.max()) + 1
+        hidden_from = torch.arange(self.length, device=positions.device) > positions[:, :, None]
+        mask = torch.zeros(hidden_from.shape, dtype=backbone.dtype, device=positions.device)
+        mask.masked_fill_(hidden_from, torch.finfo(backbone.dtype).min)
+        return backbone(
+            input_ids=input_ids,
+            attention_mask=mask[:, None],
+            position_ids=positions,
+            past_key_values=self,
+            use_cache=True,
+        ).last_hidden_state
+
+    def swap(self, these: Tensor, those: Tensor, length: int) -> None:
+        """Exchange rows pairwise.
+
+        Args:
+            these: [k] int64.
+            those: [k] int64, none of them among `these`.
+            length: Columns in use; the rest is not moved.
+        """
+        to, source = torch.cat((these, those)), torch.cat((those, these))
+        for layer in self._layers:
+            for stored in (layer.keys, layer.values):
+                stored[to, :, :length] = stored[source, :, :length]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the attention of each layer; see `Cache.update`."""
+        if layer_idx == len(self._layers):
+            self._layers.append(_Layer(self.num_rows, key_states, value_states))
+        return self._layers[layer_idx].update(self, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns in use."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns in use, and the first of them."""
+        return self.length, 0
+
+
+class _Layer:
+    """One layer's keys and values, each [R, heads, capacity, head_dim]."""
+
+    def __init__(self, num_rows: int, key_states: Tensor, value_states: Tensor) -> None:
+        # Zeros, because a masked column still takes part with weight 0, and 0 * NaN is NaN. Keys have the dtype of the
+        # values: under autocast rotary embeddings make them float32, and attention would round them in every pass.
+        self.keys, self.values = (
+            value_states.new_zeros(num_rows, states.shape[1], _FIRST_CAPACITY, states.shape[3])
+            for states in (key_states, value_states)
+        )
+
+    def update(self, cache: EpisodeCache, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write at the columns that the cache names, and return the rows as far as they are in use."""
+        if cache.length > self.keys.shape[2]:
+            self.keys, self.values = (_grow(stored, cache.length) for stored in (self.keys, self.values))
+        columns = cache.columns[:, None, :, None]
+        for stored, states in ((self.keys, key_states), (self.values, value_states)):
+            stored[cache.rows].scatter_(2, columns.expand_as(states), states.to(stored.dtype))
+        return self.keys[cache.rows, :, : cache.length], self.values[cache.rows, :, : cache.length]
+
+
+def _grow(stored: Tensor, length: int) -> Tensor:
+    capacity = max(length, min(2 * stored.shape[2], stored.shape[2] + _LARGEST_GROWTH))
+    grown = stored.new_zeros(*stored.shape[:2], capacity, stored.shape[3])
+    grown[:, :, : stored.shape[2]] = stored
+    return grown
+
+
+@torch.no_grad()
+def check_cache(model: PreTrainedModel) -> None:
+    """Make sure that computing a model token by token through an `EpisodeCache` gives what one plain pass gives.
+
+    Raises:
+        ConfigurationError: It does not: the family ignores positions or masks, or keeps state of another kind.
+    """
+    width = logit_width(model)
+    input_ids = (torch.arange(16, device=model.device) * 7919 % width).view(2, 8)
+    columns = torch.arange(8, device=model.device).expand(2, 8)
+    plain = backbone_hidden(model, input_ids, torch.ones_like(input_ids, dtype=torch.bool))
+    try:
+        hidden = _in_steps(model, input_ids, columns)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"{_unsupported(model)} ({type(error).__name__}: {error})") from error
+    difference = float((plain - hidden).abs().max() / plain.abs().max())
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    if not difference <= tolerance:
+        raise ConfigurationError(f"{_unsupported(model)} (hidden states differ by {difference:.3g} of the largest)")
+
+
+def _in_steps(model: PreTrainedModel, input_ids: Tensor, columns: Tensor) -> Tensor:
+    """Row 0 in portions of 5, 1, 1 and 1 tokens, row 1 in portions of 3 (padded to 5), 1, 1, 1 and 2."""
+    cache, backbone = EpisodeCache(2), model.base_model
+    first = cache.forward(backbone, input_ids[:, :5], columns[:, :5])
+    hidden = torch.zeros(2, 8, first.shape[-1], dtype=first.dtype, device=first.device)
+    hidden[0, :5], hidden[1, :3] = first[0], first[1, :3]
+    lengths = torch.tensor([[5], [3]], device=input_ids.device)
+    for _ in range(3):
+        step = cache.forward(backbone, input_ids.gather(1, lengths), lengths)
+        hidden.scatter_(1, lengths[:, :, None].expand_as(step), step)
+        lengths += 1
+    hidden[1:, 6:] = cache.forward(backbone, input_ids[1:, 6:], columns[1:, 6:], first_row=1)
+    return hidden
+
+
+def _unsupported(model: PreTrainedModel) -> str:
+    return (
+        f"Models of type {model.config.model_type!r} with attention {model.config._attn_implementation!r} can't be "
+        "computed token by token with padding. Load with attn_implementation='sdpa' or 'eager', or choose a family "
+        "with rotary positions and full attention, such as Qwen, Llama or Mistral."
+    )

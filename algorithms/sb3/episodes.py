@@ -1,0 +1,188 @@
+"""Episodes on the discrete view of the environment, in the form of a language model's trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, SupportsInt, cast
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from agentic_rag_env.env import AgenticRAGEnv
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.types import StepInfo
+from agentic_rag_env.vector import AgenticRAGVectorEnv
+from agentic_rag_env.wrappers import DiscreteActions
+from algorithms.learner.types import Trajectory, Turn
+from algorithms.rollout.tokenization import encode_plain, encode_prompts
+
+
+class Player(Protocol):
+    """Who chooses the actions."""
+
+    def log_probs(self, observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Log-probabilities of the actions, [actions] nats; minus infinity where the mask [actions] is False."""
+        ...
+
+
+class Record:
+    """An episode as far as it has come.
+
+    Args:
+        tokenizer: Turns its text into ids. The log-probability of an action, which is that of a whole turn, stands at
+            the turn's first token, and 0 at the others.
+        prompt: What was read first.
+        group_id: Of the trajectory.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, group_id: int) -> None:
+        self._tokenizer, self._group_id, self._reward = tokenizer, group_id, 0.0
+        self._prompt_ids = encode_prompts(tokenizer, [prompt])[0]
+        self._turns: list[Turn] = []
+        self._ended = False, False
+
+    def add(
+        self, text: str, log_prob: float, reply: str, reward: float, terminated: bool, truncated: bool, info: StepInfo
+    ) -> None:
+        """A turn: what was written, how likely that was, and what the environment made of it."""
+        action_ids, observation_ids = encode_plain(self._tokenizer, [text, reply])
+        logprobs = np.zeros(len(action_ids), dtype=np.float32)
+        logprobs[:1] = log_prob
+        # A copy, because vector environments of other libraries write into what they hand on.
+        self._turns.append(Turn(action_ids, logprobs, observation_ids, cast(StepInfo, dict(info))))
+        self._reward += reward
+        self._ended = terminated, truncated
+
+    def trajectory(self) -> Trajectory:
+        """The episode, once it has ended."""
+        correct = self._turns[-1].info["correct"]
+        return Trajectory(self._prompt_ids, self._turns, self._group_id, "policy", self._reward, correct, *self._ended)
+
+
+class RecordedView(DiscreteActions):
+    """A view that keeps the episodes that somebody wants, whoever plays them.
+
+    Args:
+        *settings, **more: As of `DiscreteActions`.
+        player: Who plays; asked again for what it does in episodes that are kept.
+        begin: Called at the beginning of each episode; None if it is not wanted.
+        keep: Called with each wanted episode that has ended.
+    """
+
+    def __init__(
+        self,
+        *settings: Any,
+        player: Player,
+        begin: Callable[[str], Record | None],
+        keep: Callable[[Trajectory], None],
+        **more: Any,
+    ) -> None:
+        super().__init__(*settings, **more)
+        self._player, self._begin, self._keep = player, begin, keep
+        self._record: Record | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, StepInfo]:  # type: ignore[override]
+        """See `DiscreteActions.reset`."""
+        self._seen, info = super().reset(seed=seed, options=options)
+        self._record = self._begin(self.reply)
+        return self._seen, info
+
+    def step(self, action: SupportsInt) -> tuple[np.ndarray, float, bool, bool, StepInfo]:  # type: ignore[override]
+        """See `DiscreteActions.step`."""
+        if self._record is None:
+            return super().step(action)
+        log_prob = self._player.log_probs(self._seen, self.action_masks())[int(action)]
+        text = self.text(self.meaning(int(action)))
+        self._seen, reward, terminated, truncated, info = super().step(action)
+        self._record.add(text, log_prob, self.reply, reward, terminated, truncated, info)
+        if terminated or truncated:
+            self._keep(self._record.trajectory())
+        return self._seen, reward, terminated, truncated, info
+
+
+class Sample:
+    """Some episodes of each update that is asked for, chosen when they begin, so that short ones are not preferred.
+
+    Args:
+        size: Most episodes of an update.
+        tokenizer: Of the trajectories.
+        wanted: Whether any are to be kept of the present update.
+    """
+
+    def __init__(self, size: int, tokenizer: PreTrainedTokenizerBase, wanted: Callable[[], bool]) -> None:
+        self._size, self._tokenizer, self._wanted = size, tokenizer, wanted
+        self._kept: list[Trajectory] = []
+        self._begun = 0
+
+    def begin(self, prompt: str) -> Record | None:
+        """See `RecordedView`."""
+        if self._begun >= self._size or not self._wanted():
+            return None
+        self._begun += 1
+        return Record(self._tokenizer, prompt, self._begun - 1)
+
+    def keep(self, trajectory: Trajectory) -> None:
+        """See `RecordedView`. What ends after its update is left out."""
+        if self._wanted():
+            self._kept.append(trajectory)
+
+    def take(self) -> list[Trajectory]:
+        """What has been kept of the present update; the next one begins anew."""
+        taken, self._kept, self._begun = self._kept, [], 0
+        return taken
+
+
+def play(
+    view: DiscreteActions,
+    index: int,
+    player: Player,
+    temperature: float,
+    rng: np.random.Generator,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Trajectory:
+    """One episode.
+
+    Args:
+        view: Where.
+        index: Of the question.
+        player: Who plays.
+        temperature: 0: the likeliest action; else actions are drawn from their distribution at this temperature.
+        rng: For the draws.
+        tokenizer: See `Record`.
+    """
+    observation, _ = view.reset(options={"question_index": index})
+    record, ended = Record(tokenizer, view.reply, index), False
+    while not ended:
+        log_probs = player.log_probs(observation, view.action_masks())
+        action = pick(log_probs, temperature, rng)
+        text = view.text(view.meaning(action))
+        observation, reward, terminated, truncated, info = view.step(action)
+        record.add(text, log_probs[action], view.reply, reward, terminated, truncated, info)
+        ended = terminated or truncated
+    return record.trajectory()
+
+
+def pick(log_probs: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    """An action: the likeliest one at temperature 0, else a drawn one.
+
+    Args:
+        log_probs: [actions] nats; minus infinity where an action is not possible.
+        temperature: At least 0.
+        rng: For the draw.
+    """
+    best = int(log_probs.argmax())
+    if temperature == 0:
+        return best
+    weights = np.exp((log_probs.astype(np.float64) - log_probs[best]) / temperature)
+    return int(rng.choice(len(weights), p=weights / weights.sum()))
+
+
+def single(envs: AgenticRAGVectorEnv) -> AgenticRAGEnv:
+    """One environment with the questions, the retriever and the rules of many.
+
+    Raises:
+        ConfigurationError: They are of another kind.
+    """
+    if not isinstance(envs, AgenticRAGVectorEnv):
+        raise ConfigurationError(f"An outside learner needs env=agentic_rag, got a {type(envs).__name__}.")
+    return AgenticRAGEnv(dataset=envs.dataset, retriever=envs.retriever, top_k=envs.top_k, **vars(envs.rules))

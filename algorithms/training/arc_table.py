@@ -1,0 +1,117 @@
+"""The figures of the ARC probes in the terminal: capabilities down, models across, weak points marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from agentic_rag_env.probes import Figure
+from algorithms.training.evaluation import Evaluated
+
+#: Shares at least this far from the best they could be are marked.
+WEAK = 0.5
+
+
+class Row(NamedTuple):
+    """A figure worth a glance.
+
+    Attributes:
+        probe, metric: Where it stands in the summary.
+        label: What it is called here.
+        best: Its best value if it is a share, 0.0 or 1.0; None where neither much nor little of it is weak.
+    """
+
+    probe: str
+    metric: str
+    label: str
+    best: float | None = None
+
+
+ROWS = (
+    Row("source_referencing", "exact_match", "reads the answer off gold passages", 1.0),
+    Row("source_referencing", "distractors_exact_match", "... among distractors", 1.0),
+    Row("source_referencing", "distractors_effect", "... effect of the distractors"),
+    Row("source_referencing", "absent_invented", "invents where there is no evidence", 0.0),
+    Row("thinking", "exact_match", "thinks over gold passages and answers", 1.0),
+    Row("thinking", "gain", "... gain over answering at once"),
+    Row("thinking", "format_failures", "... thought never closed or no action", 0.0),
+    Row("query_rewriting", "hit_first_round", "first query finds the answer"),
+    Row("query_rewriting", "gain_over_verbatim", "... gain over the question itself"),
+    Row("query_rewriting", "hit_any_round", "any query finds the answer", 1.0),
+    Row("search_behaviour", "num_searches", "searches per episode"),
+    Row("search_behaviour", "evidence_complete", "sees all of the evidence", 1.0),
+    Row("search_behaviour", "stopped_too_early", "wrong answer before any evidence", 0.0),
+    Row("search_behaviour", "stopped_midway", "wrong answer with half of the evidence", 0.0),
+    Row("search_behaviour", "searched_on", "searches on with all of it", 0.0),
+    Row("search_behaviour", "malformed_fraction", "malformed turns", 0.0),
+    Row("search_behaviour", "unanswered", "episodes without an answer", 0.0),
+)
+
+
+def show_arc(terminal: Console, evaluated: Sequence[Evaluated]) -> None:
+    """Print what the probes found, and each model's weakest point; nothing where there was no probe.
+
+    Args:
+        terminal: Where to.
+        evaluated: The models; those that were not probed are left out.
+    """
+    probed = [model for model in evaluated if model.arc]
+    if not probed:
+        return
+    terminal.print(arc_table(probed))
+    for model in probed:
+        terminal.print(f"weakest of {model.name}: {weakest(model)}", markup=False, highlight=False)
+
+
+def arc_table(probed: Sequence[Evaluated]) -> Table:
+    """A row per figure of which any model has a value."""
+    title = f"ARC probes (own definitions), 95 % intervals; !: {WEAK} or more off the best"
+    table = Table(title=title)
+    table.add_column("capability")
+    for model in probed:
+        table.add_column(model.name, justify="right")
+    last = ROWS[0].probe
+    for row in ROWS:
+        figures = [_figure(model, row) for model in probed]
+        if any(figures):
+            if row.probe != last:
+                table.add_section()
+            last = row.probe
+            table.add_row(row.label, *(_cell(figure, row) for figure in figures))
+    return table
+
+
+def weakest(model: Evaluated) -> str:
+    """The share of a model that is furthest from the best it could be, in words."""
+    found = [
+        (abs(figure["value"] - row.best), row, figure)
+        for row in ROWS
+        if row.best is not None and (figure := _figure(model, row))
+    ]
+    if not found:
+        return "nothing that was probed is a share"
+    distance, row, figure = max(found, key=lambda weakness: weakness[0])
+    if not distance:
+        return "nothing"
+    return f"{row.label.removeprefix('... ')} ({row.probe}/{row.metric} {figure['value']:.3f})"
+
+
+def _figure(model: Evaluated, row: Row) -> Figure | None:
+    return model.arc.get(row.probe, {}).get(row.metric)
+
+
+def _cell(figure: Figure | None, row: Row) -> Text:
+    if figure is None:
+        return Text("-")
+    low, high = figure["interval"]
+    sign = "+" if row.metric.startswith("gain") or row.metric.endswith("effect") else ""
+    text = f"{figure['value']:{sign}.3f} ({low:{sign}.2f} to {high:{sign}.2f})"
+    if row.best is None:
+        return Text(text)
+    distance = abs(figure["value"] - row.best)
+    style = "red" if distance >= WEAK else "yellow" if distance >= WEAK / 2 else "green"
+    return Text(("! " if distance >= WEAK else "") + text, style=style)

@@ -1,0 +1,221 @@
+"""Where a training step gets its trajectories: the policy's fresh rollouts, or the teacher's stored demonstrations."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.assets import resolve_model
+from algorithms.learner import seeding
+from algorithms.learner.algorithm import Algorithm, Progress
+from algorithms.learner.types import RolloutStats, Trajectory
+from algorithms.rollout.player import RolloutEngine
+from algorithms.rollout.replay import Replay
+from algorithms.training import demonstrations
+from algorithms.training.build import Environments, Networks
+from algorithms.training.demonstrations import Demonstrations
+from algorithms.training.evaluation import episode_means
+from algorithms.training.fingerprints import of_playing, of_retriever
+from algorithms.training.settings import RunConfig
+
+
+class Sources:
+    """Trajectories of a run, the same for the same seed, stage and step, so that a resumed run draws them again.
+
+    Args:
+        config: The run's.
+        networks, environments: Who plays, and where.
+        stages: The algorithms of the run.
+
+    Attributes:
+        demonstrations: Of the teacher, for each algorithm that trains on them.
+        replay: Of the policy's rollouts in the present stage.
+        demonstrations_s: Seconds that collecting or reading them took.
+
+    Raises:
+        ConfigurationError: There are none for the last algorithm. Another one is skipped in that case, with a warning.
+            Or rollouts would be drawn from another distribution than policy gradients are of.
+    """
+
+    def __init__(
+        self, config: RunConfig, networks: Networks, environments: Environments, stages: Sequence[Algorithm]
+    ) -> None:
+        _check_sampling(config, stages)
+        self._config, self._networks, self._environments = config, networks, environments
+        self.replay = Replay(0)
+        self._players: dict[float | None, RolloutEngine] = {}
+        started = time.perf_counter()
+        self.demonstrations = {
+            stage: self._demonstrate(stage.config) for stage in stages if "teacher" in stage.trains_on
+        }
+        self.demonstrations_s = time.perf_counter() - started
+        for stage, found in self.demonstrations.items():
+            if len(found.trajectories) < found.num_wanted:
+                _report_shortage(stages, stages.index(stage), found)
+            if 0 < len(found.trajectories) <= stage.num_validation:
+                raise ConfigurationError(
+                    f"{stage.name} has {len(found.trajectories)} demonstrations, and num_validation="
+                    f"{stage.num_validation} are to be held out, which leaves none to train on; lower it."
+                )
+
+    def to_train_on(self, algorithm: Algorithm) -> list[Trajectory]:
+        """The demonstrations of an algorithm but for those held out; none if it has none."""
+        found = self.demonstrations.get(algorithm)
+        return found.trajectories[algorithm.num_validation :] if found else []
+
+    def held_out(self, algorithm: Algorithm) -> list[Trajectory]:
+        """The demonstrations that an algorithm is validated on; none if it is not."""
+        found = self.demonstrations.get(algorithm)
+        return found.trajectories[: algorithm.num_validation] if found else []
+
+    def demonstrated(self, algorithm: Algorithm, stage: int, step: int) -> list[Trajectory]:
+        """A batch of the step-th training step from passes over the demonstrations, each in an order of its own."""
+        size = algorithm.config.batch_size
+        stored = self.to_train_on(algorithm)
+        epoch, batch = divmod(step, -(-len(stored) // size))
+        order = seeding.rng(self._config.seed, stage, "demonstrations", epoch).permutation(len(stored))
+        return [stored[row] for row in order[batch * size :][:size]]
+
+    def played(self, algorithm: Algorithm, stage: int, step: int) -> tuple[list[Trajectory], RolloutStats]:
+        """Fresh rollouts of the policy on training questions, as many as a batch holds; groups stand together.
+
+        Raises:
+            RetrieverError: More episodes than the configured share end in a failed search.
+        """
+        of_each, num_questions = algorithm.rollouts_per_prompt, len(self._environments.dataset("train"))
+        size = algorithm.config.batch_size // of_each
+        questions = draw_questions(self._config.seed, stage, step * size, size, num_questions)
+        return self._player(algorithm.sampling_temperature).rollout(
+            np.repeat(questions, of_each).tolist(),
+            seed=(self._config.seed, stage, step),
+            group_ids=np.repeat(np.arange(size), of_each).tolist(),
+        )
+
+    def _player(self, temperature: float | None) -> RolloutEngine:
+        """The policy in the training environments; kept, because reading a large vocabulary takes a while."""
+        if temperature not in self._players:
+            networks, envs = self._networks, self._environments.envs("train")
+            self._players[temperature] = networks.engine(networks.policy, envs, temperature)
+        return self._players[temperature]
+
+    def _demonstrate(self, wanted: Any) -> Demonstrations:
+        """What an algorithm's settings ask for."""
+        config, envs = self._config, self._environments.envs("train")
+        settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "seed", "num_envs")}
+        settings["rollout"] = vars(config.rollout)
+        asking = {
+            "count": wanted.num_demonstrations,
+            "max_questions": wanted.num_demonstrations * wanted.max_questions_per_demonstration,
+            "correct_only": wanted.correct_only,
+        }
+        networks = self._networks
+        settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
+        settings["searched"] = of_retriever(envs.retriever)
+        teacher = resolve_model(str(config.model.teacher))
+        key = of_playing(settings, teacher, networks.tokenizer, envs.dataset)
+        folder = Path(config.cache_dir).expanduser() / "demonstrations"
+        path, parts = folder / f"{key}.jsonl.gz", folder / f"{key}.parts"
+
+        def make() -> Demonstrations:
+            engine = networks.engine(networks.teacher(), envs)
+            return demonstrations.collect(engine, **asking, seed=config.seed, parts=parts)
+
+        found = demonstrations.cached(path, make, networks.tokenizer)
+        shutil.rmtree(parts, ignore_errors=True)
+        return found
+
+
+def _check_sampling(config: RunConfig, stages: Sequence[Algorithm]) -> None:
+    """Policy gradients are of the full distribution, so nothing may be left out of the draws that they come from."""
+    top_p, top_k = config.rollout.top_p, config.rollout.top_k
+    for stage in stages:
+        is_gradient = type(stage).estimate_advantages is not Algorithm.estimate_advantages
+        if is_gradient and "policy" in stage.trains_on and (top_p < 1 or top_k):
+            raise ConfigurationError(
+                f"{stage.name} estimates gradients of the policy's full distribution, and rollout.top_p={top_p}, "
+                f"rollout.top_k={top_k} would leave tokens out of its rollouts; set rollout.top_p=1 and "
+                "rollout.top_k=0 to train. python -m algorithms.evaluate takes other values."
+            )
+
+
+def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrations) -> None:
+    """Warn that an algorithm has fewer demonstrations than wanted.
+
+    Raises:
+        ConfigurationError: It has none, and nothing comes after it.
+    """
+    settings: Any = stages[index].config
+    count = len(found.trajectories)
+    place = "algo" + ".warm_start" * (len(stages) - 1 - index)
+    name = stages[index].name
+    asked = f"{count} of {found.num_asked} training questions"
+    right = f"the teacher was right on {asked}"
+    message = right if settings.correct_only else f"the teacher answered {asked} without a malformed turn"
+    message += f", and {found.num_wanted} demonstrations are wanted (num_demonstrations)"
+    limit = settings.num_demonstrations * settings.max_questions_per_demonstration
+    more = "give more training questions"
+    if found.num_asked >= limit:
+        more = f"ask more ({place}.max_questions_per_demonstration, now {settings.max_questions_per_demonstration})"
+    remedy = f"{more}, or choose a teacher that knows the task"
+    if settings.correct_only:
+        remedy += f", or keep wrong answers too ({place}.correct_only=false)"
+    if count:
+        warnings.warn(f"{name}: {message}; training goes on with {count}. To have more, {remedy}.", stacklevel=3)
+    elif index < len(stages) - 1:
+        warnings.warn(f"{name} is SKIPPED: {message}. To have it, {remedy}.", stacklevel=3)
+    else:
+        raise ConfigurationError(f"{name} has nothing to train on: {message}. To have some, {remedy}.")
+
+
+def choose_source(algorithm: Algorithm, progress: Progress, rng: np.random.Generator) -> str:
+    """What `Algorithm.source` answers, if it can be had.
+
+    Raises:
+        ConfigurationError: `trains_on` does not declare it, or there is nothing to replay yet.
+    """
+    source = algorithm.source(progress, rng)
+    if source not in algorithm.trains_on:
+        raise ConfigurationError(
+            f"{algorithm.name}: source returned {source!r}, which is none of what trains_on declares: "
+            f"{', '.join(sorted(algorithm.trains_on))}."
+        )
+    if source == "replay" and not progress.replay_size:
+        raise ConfigurationError(
+            f"{algorithm.name}: source returned 'replay' in step {progress.step}, with nothing kept to replay; "
+            f"let the policy play first, and set replay_capacity (now {algorithm.replay_capacity})."
+        )
+    return source
+
+
+def draw_questions(seed: int, stage: int, start: int, count: int, num_questions: int) -> list[int]:
+    """Questions number `start` to `start + count` of an endless series of passes over the dataset, each shuffled."""
+    questions: list[int] = []
+    while len(questions) < count:
+        epoch, offset = divmod(start + len(questions), num_questions)
+        order = seeding.rng(seed, stage, "questions", epoch).permutation(num_questions)
+        questions += order[offset : offset + count - len(questions)].tolist()
+    return questions
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory], stats: RolloutStats) -> dict[str, float]:
+    """Means over the episodes of one rollout, named as they are logged."""
+    means = episode_means(trajectories)
+    num_cached = stats.cache_hits + stats.cache_misses
+    return {
+        "rollout/exact_match": means["exact_match"],
+        "rollout/reward": float(np.mean([trajectory.reward for trajectory in trajectories])),
+        "rollout/num_searches": means["num_searches"],
+        "rollout/malformed_fraction": means["malformed_fraction"],
+        "rollout/truncated_fraction": float(np.mean([trajectory.truncated for trajectory in trajectories])),
+        "rollout/tokens_per_episode": means["tokens"],
+        "rollout/retriever_errors": float(stats.retriever_errors),
+        **({"rollout/cache_hit_rate": stats.cache_hits / num_cached} if num_cached else {}),
+        "time/rollout_s": stats.seconds,
+    }

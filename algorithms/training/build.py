@@ -1,0 +1,191 @@
+"""From a configuration to the parts of a run: environments, networks and the chain of algorithms."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from gymnasium.vector import AutoresetMode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
+from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.assets import resolve_model
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
+from algorithms.learner.networks import (
+    declared_vocab_size,
+    freeze,
+    load_model,
+    load_tokenizer,
+    logit_width,
+    shared_vocab_size,
+)
+from algorithms.rollout.player import RolloutEngine
+from algorithms.rollout.tokenization import PlainEncoder
+from algorithms.training.settings import RunConfig
+
+
+def build_stages(spec: Any) -> list[Algorithm]:
+    """An algorithm and those it starts from, the first to be trained first.
+
+    Args:
+        spec: A name, or a mapping with `name` and settings; its `warm_start` is such a spec or None.
+
+    Returns:
+        The algorithms with their names; a name that stands in the chain again gets a number.
+
+    Raises:
+        ConfigurationError: A warm start leads back to itself, or trains no language model.
+    """
+    stages: list[Algorithm] = []
+    while spec is not None:
+        if len(stages) > 8:
+            raise ConfigurationError(f"warm_start of {spec!r} goes on without end; set warm_start=null somewhere.")
+        stage = ALGORITHMS.build(_with_nested(spec))
+        if not isinstance(stage, Algorithm):
+            name = spec if isinstance(spec, str) else spec["name"]
+            raise ConfigurationError(
+                f"{name} trains no language model, so nothing can start from it; choose another warm_start."
+            )
+        stages.append(stage)
+        spec = stage.config.warm_start
+    stages.reverse()
+    names: list[str] = []
+    for stage in stages:
+        name = next(name for name in ALGORITHMS.names() if ALGORITHMS.get(name).factory is type(stage))
+        names.append(name)
+        stage.name = f"{name}-{names.count(name)}" if names.count(name) > 1 else name
+    return stages
+
+
+class Environments:
+    """The environments of a run, made when first asked for; splits over one corpus share one retriever.
+
+    Args:
+        config: The run's.
+        tokenizer: For observation budgets in tokens.
+    """
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._made: dict[str, AgenticRAGVectorEnv] = {}
+        self._datasets: dict[str, QuestionSet] = {}
+        self._retrievers: dict[int, Any] = {}
+
+    def dataset(self, split: str) -> QuestionSet:
+        """The questions of a split."""
+        if split not in self._datasets:
+            self._datasets[split] = DATASETS.build({**self._config.dataset, "split": split})
+        return self._datasets[split]
+
+    def envs(self, split: str) -> AgenticRAGVectorEnv:
+        """The vector environment of a split."""
+        if split not in self._made:
+            dataset = self.dataset(split)
+            corpus = id(dataset.corpus)
+            if corpus not in self._retrievers:
+                self._retrievers[corpus] = RETRIEVERS.build(self._config.retriever, corpus=dataset.corpus)
+            self._made[split] = ENVS.build(
+                self._config.env,
+                num_envs=self._config.num_envs,
+                autoreset_mode=AutoresetMode.DISABLED,
+                dataset=dataset,
+                retriever=self._retrievers[corpus],
+                reward=self._config.reward,
+                tokenizer=PlainEncoder(self._tokenizer),
+            )
+        return self._made[split]
+
+
+class Networks:
+    """The networks of a run: the policy always, the teacher only while somebody needs it.
+
+    Args:
+        config: The run's.
+
+    Raises:
+        ConfigurationError: A model is missing or broken, or the teacher's vocabulary is not the policy's.
+
+    Attributes:
+        device: Where they live: the first GPU if there is one.
+        tokenizer: The policy's.
+        policy: The network being trained, float32.
+        vocab_size: Ids that policy and teacher have in common.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = load_tokenizer(resolve_model(config.model.policy))
+        self.policy = load_model(resolve_model(config.model.policy), device=self.device)
+        self.vocab_size = self._shared_vocab_size()
+        self._teacher: PreTrainedModel | None = None
+        self._teachers: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+    def teacher(self) -> PreTrainedModel:
+        """The frozen teacher, loaded if it is not in memory; bfloat16 on a GPU.
+
+        Raises:
+            ConfigurationError: No teacher is configured, or it can't be loaded.
+        """
+        if self._teacher is None:
+            if self._config.model.teacher is None:
+                raise ConfigurationError("This algorithm needs a teacher, and model.teacher is null; name a model.")
+            path = resolve_model(self._config.model.teacher)
+            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+            self._teacher = freeze(load_model(path, device=self.device, dtype=dtype))
+            self._teachers.add(self._teacher)
+        return self._teacher
+
+    def _shared_vocab_size(self) -> int:
+        # The same whether or not this process ever loads the teacher: with demonstrations at hand it may not.
+        if self._config.model.teacher is None:
+            return logit_width(self.policy)
+        path = resolve_model(self._config.model.teacher)
+        widths = (logit_width(self.policy), declared_vocab_size(path))
+        return shared_vocab_size(self.tokenizer, load_tokenizer(path), *widths)
+
+    def release_teacher(self) -> None:
+        """Take the teacher out of memory."""
+        self._teacher = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def teacher_in_memory(self) -> bool:
+        """Whether any teacher that was ever loaded still exists, whoever holds it."""
+        return len(self._teachers) > 0
+
+    def engine(
+        self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float | None = None
+    ) -> RolloutEngine:
+        """A rollout engine for a network; at the run's temperature, or at another one."""
+        rollout = self._config.rollout
+        if temperature is not None:
+            rollout = dataclasses.replace(rollout, temperature=temperature)
+        return RolloutEngine(
+            model,
+            self.tokenizer,
+            envs,
+            rollout,
+            vocab_size=self.vocab_size,
+            precision=self._config.learner.precision,
+            max_retriever_error_fraction=self._config.max_retriever_error_fraction,
+        )
+
+
+def _with_nested(spec: Any) -> Any:
+    """Optimizer settings as dataclasses, where a configuration has mappings."""
+    if not isinstance(spec, Mapping):
+        return spec
+    return {
+        key: OptimizerConfig(**value) if key.endswith("optimizer") and isinstance(value, Mapping) else value
+        for key, value in spec.items()
+    }

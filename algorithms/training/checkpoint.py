@@ -1,0 +1,307 @@
+"""Checkpoints that survive a crash at any moment: complete and verified, or not there at all.
+
+A checkpoint is a folder `<run>/checkpoints/<step>/` in Hugging Face format, with the training state beside the
+weights and a manifest of sizes and checksums. It is written under another name, synced to disk and renamed, so the
+final name never holds half a checkpoint; what a broken disk does to it later, the manifest shows.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from agentic_rag_env.errors import ConfigurationError, DataError
+from algorithms.learner.networks import no_progress_bars
+
+MANIFEST = "manifest.json"
+TRAINING_STATE = "training_state.pt"
+_UNFINISHED = ".unfinished"
+_REPLACED = ".replaced"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """What a checkpoint holds beside the weights.
+
+    Attributes:
+        step: Training steps done.
+        learner: `Learner.state_dict()`, tensors on the CPU.
+        trainer: Whatever the trainer put in.
+    """
+
+    step: int
+    learner: dict[str, Any]
+    trainer: dict[str, Any]
+
+
+def save(
+    run_dir: str | os.PathLike[str],
+    step: int,
+    *,
+    policy: PreTrainedModel,
+    tokenizer: Any,
+    critic: nn.Module | None = None,
+    learner_state: Mapping[str, Any],
+    trainer_state: Mapping[str, Any],
+    keep_last: int | None = None,
+    keep_steps: Collection[int] = (),
+) -> Path:
+    """Write one checkpoint, then remove those that it makes superfluous.
+
+    Superfluous are all but the newest `keep_last`, and any of a later step: they belong to a run that was taken back
+    to an earlier checkpoint, and must not be taken for its latest.
+
+    Args:
+        run_dir: The run directory.
+        step: Training steps done.
+        policy: Saved with `save_pretrained`, in the precision it has.
+        tokenizer: Saved beside it.
+        critic: Saved whole in the training state.
+        learner_state: Of `Learner.state_dict()`.
+        trainer_state: Tensors, numbers, strings, None, and lists, tuples and dicts of them.
+        keep_last: How many to keep, this one included; None: all.
+        keep_steps: Steps never removed on account of their age, such as the best so far.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ConfigurationError: `keep_last` is below 1.
+        TypeError: A state holds an object that could not be loaded back safely.
+        OSError: The disk is full or not writable; earlier checkpoints are as they were.
+    """
+    if keep_last is not None and keep_last < 1:
+        raise ConfigurationError(f"keep_last must be at least 1, or null to keep all; got {keep_last}.")
+    state: dict[str, Any] = {"learner": dict(learner_state), "trainer": dict(trainer_state)}
+    _require_plain(state, "state")
+    state["critic"] = None if critic is None else critic.state_dict()
+    root = Path(run_dir) / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    _clean_up(root)
+    final = root / f"{step:06d}"
+    unfinished = root / f"{step:06d}{_UNFINISHED}"
+    try:
+        unfinished.mkdir()
+        with no_progress_bars():
+            policy.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+        torch.save(state, unfinished / TRAINING_STATE)
+        _write_manifest(unfinished, step)
+        _sync(unfinished)
+        _put_in_place(unfinished, final)
+    except BaseException as error:
+        full = _is_disk_full(error, root)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if full:
+            raise OSError(errno.ENOSPC, _disk_full_message(final)) from error
+        raise
+    _prune(root, step, keep_last, keep_steps)
+    return final
+
+
+def latest(run_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint of a run, None if there is none; broken ones are skipped with a warning."""
+    root = Path(run_dir) / "checkpoints"
+    _put_back(root)
+    for path in reversed(_checkpoints(root)):
+        problem = find_problem(path)
+        if problem is None:
+            return path
+        warnings.warn(f"Checkpoint {path} is skipped: {problem}.", stacklevel=2)
+    return None
+
+
+def load(path: str | os.PathLike[str], *, policy: PreTrainedModel, critic: nn.Module | None = None) -> TrainingState:
+    """Put the weights of a checkpoint into the given networks and return the rest.
+
+    Nothing is executed from the file: weights are safetensors, the state is read with `weights_only=True`.
+
+    Args:
+        path: A checkpoint's folder.
+        policy: Of the architecture that was saved.
+        critic: Likewise; must be given exactly if one was saved.
+
+    Raises:
+        DataError: The checkpoint is incomplete or damaged, or does not fit the networks.
+    """
+    path = Path(path)
+    state = _read_state(path)
+    if (state["critic"] is None) != (critic is None):
+        saved, given = ("without a", "one was given") if critic is not None else ("with a", "none was given")
+        raise DataError(f"Checkpoint {path} was saved {saved} critic and {given}; resume with the same algorithm.")
+    with no_progress_bars():
+        saved_policy = type(policy).from_pretrained(path, dtype=policy.dtype, local_files_only=True)
+    try:
+        policy.load_state_dict(saved_policy.state_dict())
+        if critic is not None:
+            critic.load_state_dict(state["critic"])
+    except RuntimeError as error:
+        raise DataError(f"Checkpoint {path} does not fit the networks of this run: {error}") from error
+    step = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]
+    return TrainingState(step, state["learner"], state["trainer"])
+
+
+def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the trainer put into a checkpoint, without any weights.
+
+    Args:
+        path: A checkpoint's folder, as `latest` gives it.
+    """
+    state = torch.load(Path(path) / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)
+    return state["trainer"]
+
+
+def find_problem(path: Path, checksums: bool = True) -> str | None:
+    """What is wrong with a checkpoint, None if it is complete.
+
+    Args:
+        path: Its folder.
+        checksums: Read every byte; otherwise only names and sizes are compared.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        step, files = int(manifest["step"]), dict(manifest["files"])
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was not finished"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} is damaged ({error!r})"
+    if path.name != f"{step:06d}":
+        return f"its {MANIFEST} says step {step}"
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if checksums and _sha256(file) != digest:
+            return f"{name} does not have the checksum it was saved with"
+    return None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    if problem := find_problem(path):
+        raise DataError(f"Checkpoint {path} can't be loaded: {problem}. Choose another one of {path.parent}.")
+    return torch.load(path / TRAINING_STATE, map_location="cpu", weights_only=True)
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Folders named after a step, oldest first."""
+    return sorted((path for path in root.glob("*") if path.name.isdecimal()), key=lambda path: int(path.name))
+
+
+def _put_back(root: Path) -> None:
+    """Finish what a crash between the two renames of `_put_in_place` left."""
+    for replaced in root.glob(f"*{_REPLACED}"):
+        final = replaced.with_suffix("")
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.replace(final)
+
+
+def _clean_up(root: Path) -> None:
+    _put_back(root)
+    for leftover in root.glob(f"*{_UNFINISHED}"):
+        shutil.rmtree(leftover)
+
+
+def _require_plain(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _require_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _require_plain(item, f"{where}[{index}]")
+    elif value is not None and type(value) not in (bool, int, float, str, bytes) and not isinstance(value, Tensor):
+        raise TypeError(
+            f"{where} is a {type(value).__name__}, which can't be loaded back safely; store tensors, numbers, strings,"
+            " None, and lists, tuples or dicts of them."
+        )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    entries = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+    }
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=1), encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that all of a folder is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(unfinished: Path, final: Path) -> None:
+    """Rename; a checkpoint of that step that is already there steps aside first, since a folder can't be replaced."""
+    if final.exists():
+        replaced = final.with_name(final.name + _REPLACED)
+        final.replace(replaced)
+        unfinished.replace(final)
+        shutil.rmtree(replaced)
+    else:
+        unfinished.replace(final)
+    _sync_one(final.parent)
+
+
+def _prune(root: Path, step: int, keep_last: int | None, keep_steps: Collection[int]) -> None:
+    others = [path for path in _checkpoints(root) if int(path.name) != step]
+    superfluous = [path for path in others if int(path.name) > step]
+    if keep_last is not None:
+        earlier = [path for path in others if int(path.name) < step]
+        complete = [path for path in earlier if find_problem(path, checksums=False) is None]
+        kept = complete[-(keep_last - 1) :] if keep_last > 1 else []
+        superfluous += [path for path in earlier if path not in kept and int(path.name) not in keep_steps]
+    for path in superfluous:
+        doomed = path.with_name(f"{path.name}{_UNFINISHED}")
+        path.replace(doomed)
+        shutil.rmtree(doomed)
+
+
+def _is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether a write failed for want of space; safetensors and torch do not always say so with an OSError."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, Exception) and (
+        "No space left" in str(error) or "os error 28" in str(error) or shutil.disk_usage(folder).free < 1 << 20
+    )
+
+
+def _disk_full_message(final: Path) -> str:
+    earlier = _checkpoints(final.parent)
+    resume = f"the latest is still {earlier[-1]}" if earlier else "there is none yet"
+    free = shutil.disk_usage(final.parent).free / 2**20
+    return (
+        f"No space left to save checkpoint {final} ({free:.0f} MiB free once the attempt was removed). Earlier"
+        f" checkpoints are untouched: {resume}. Free some space, then resume the run"
+    )

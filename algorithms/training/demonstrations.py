@@ -1,0 +1,125 @@
+"""The teacher's trajectories to imitate: collected once, kept on disk, reused by every run that would collect them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agentic_rag_env.errors import DataError
+from agentic_rag_env.files import write_whole
+from algorithms.learner import seeding
+from algorithms.learner.types import Trajectory
+from algorithms.rollout.player import RolloutEngine
+from algorithms.rollout.trajectory_files import read_trajectories, write_trajectories
+from algorithms.training.file_locks import exclusively
+from algorithms.training.run_logger import progress
+
+
+@dataclass
+class Demonstrations:
+    """What came of asking the teacher.
+
+    Attributes:
+        trajectories: Those to train on, in the order of asking; possibly fewer than wanted, or none.
+        num_wanted: Trajectories asked for.
+        num_asked: Training questions that the teacher was asked.
+        num_sampled_tokens: Tokens that it wrote on all of them.
+    """
+
+    trajectories: list[Trajectory]
+    num_wanted: int
+    num_asked: int
+    num_sampled_tokens: int
+
+    def counts(self) -> dict[str, int]:
+        """The numbers for the summary."""
+        return {"wanted": self.num_wanted, "found": len(self.trajectories), "asked": self.num_asked}
+
+
+def collect(
+    engine: RolloutEngine,
+    count: int,
+    *,
+    max_questions: int,
+    correct_only: bool = True,
+    seed: int,
+    parts: Path | None = None,
+) -> Demonstrations:
+    """Let the teacher answer training questions, each at most once, until enough trajectories are worth imitating.
+
+    Args:
+        engine: Plays the teacher in the training environments.
+        count: Trajectories wanted.
+        max_questions: Most questions to ask; where they do not bring enough, there are fewer trajectories.
+        correct_only: See `is_demonstration`.
+        seed: Of the order of questions and of the teacher's draws.
+        parts: Folder where what comes of each rollout is kept meanwhile, for a process that takes over after a crash.
+    """
+    order = seeding.rng(seed, "demonstrations").permutation(len(engine.envs.dataset))[:max_questions].tolist()
+    result = Demonstrations([], count, 0, 0)
+    size = engine.envs.num_envs
+    with progress("collecting demonstrations", count) as show:
+        for start in range(0, len(order), size):
+            ask = partial(_ask, engine, order[start : start + size], (seed, start), correct_only)
+            part = cached(parts / f"{start:08d}.jsonl.gz", ask, engine.tokenizer) if parts else ask()
+            result.num_asked += part.num_asked
+            result.num_sampled_tokens += part.num_sampled_tokens
+            result.trajectories += part.trajectories
+            show(min(len(result.trajectories), count), count)
+            if len(result.trajectories) >= count:
+                break
+    del result.trajectories[count:]
+    return result
+
+
+def _ask(engine: RolloutEngine, questions: list[int], seed: tuple[int, int], correct_only: bool) -> Demonstrations:
+    """What comes of asking the teacher some questions once."""
+    played, stats = engine.rollout(questions, seed=seed, source="teacher")
+    found = [each for each in played if is_demonstration(each, correct_only)]
+    return Demonstrations(found, len(questions), len(played), stats.sampled_tokens)
+
+
+def is_demonstration(trajectory: Trajectory, correct_only: bool = True) -> bool:
+    """Whether a trajectory is worth imitating: answered, and no malformed turn on the way.
+
+    Args:
+        trajectory: The teacher's.
+        correct_only: The answer must also match exactly.
+    """
+    return (
+        trajectory.terminated
+        and (trajectory.correct or not correct_only)
+        and all(turn.info["action"] != "malformed" for turn in trajectory.turns)
+    )
+
+
+def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> Demonstrations:
+    """What a file holds, made and written first if it is not there; by one run, where several want it at once.
+
+    Args:
+        path: Ends in `.jsonl.gz`. The counts stand beside it in a `.json` file, which is written last.
+        make: Collects.
+        tokenizer: For the text in the file.
+
+    Raises:
+        DataError: The files are damaged; the message says what to delete.
+    """
+    counts = path.with_name(path.name.removesuffix(".jsonl.gz") + ".json")
+    if not counts.exists():
+        with exclusively(
+            counts.with_suffix(".lock"), "waiting for another run, which collects the same demonstrations"
+        ):
+            if not counts.exists():
+                made = make()
+                write_trajectories(path, made.trajectories, tokenizer)
+                numbers = {name: value for name, value in vars(made).items() if name != "trajectories"}
+                write_whole(counts, json.dumps(numbers).encode())
+    try:
+        numbers = json.loads(counts.read_text(encoding="utf-8"))
+        return Demonstrations(read_trajectories(path), **numbers)
+    except (json.JSONDecodeError, TypeError, FileNotFoundError) as error:
+        raise DataError(f"{counts} and {path.name} beside it are no pair ({error}); delete both.") from error

@@ -1,0 +1,308 @@
+"""What a policy is worth: exact match and its companions on questions it was not trained on, with intervals."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.files import write_whole
+from agentic_rag_env.probes import Figures, Material, interval, macro_interval, run_probes
+from agentic_rag_env.rewards import sub_exact_match
+from agentic_rag_env.types import Question
+from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.learner.types import Trajectory
+from algorithms.rollout.generator import Generator
+from algorithms.rollout.player import Progress, RolloutEngine
+from algorithms.rollout.trajectory_files import write_trajectories
+from algorithms.training.build import Networks
+from algorithms.training.evaluation_cache import Kept
+from algorithms.training.run_logger import printable, progress
+from algorithms.training.settings import ScoringConfig
+
+#: Scores of an episode whose means are the figures of an evaluation, and have an interval.
+SCORES = ("exact_match", "f1", "sub_exact_match")
+
+
+@dataclass
+class Evaluated:
+    """A model on the questions of an evaluation.
+
+    Attributes:
+        name: What it is called in tables and files.
+        teacher_in_memory: Whether a teacher network existed at the time, beside or as the model measured.
+        trajectories: By temperature.
+        figures: `measure` by temperature.
+        arc: Figures of the probes by their names.
+        probes_s: Seconds that the probes took.
+        group_names: Of the groups of questions.
+        kept: Whether all of it was kept from an earlier run, and nothing played.
+    """
+
+    name: str
+    teacher_in_memory: bool = False
+    kept: bool = False
+    trajectories: dict[float, list[Trajectory]] = field(default_factory=dict)
+    figures: dict[float, dict[str, Any]] = field(default_factory=dict)
+    arc: dict[str, Figures] = field(default_factory=dict)
+    probes_s: float = 0.0
+    group_names: list[str] = field(default_factory=list)
+
+    @property
+    def num_questions(self) -> int:
+        """How many questions were played, the first ones of the dataset, in every mode."""
+        return len(next(iter(self.trajectories.values())))
+
+    def by_mode(self) -> dict[str, dict[str, Any]]:
+        """The figures by name of the mode of decoding, as `summary.json` holds them."""
+        return {mode_name(temperature): figures for temperature, figures in self.figures.items()}
+
+
+def evaluate_model(
+    name: str,
+    load: Callable[[], PreTrainedModel],
+    networks: Networks,
+    envs: AgenticRAGVectorEnv,
+    config: ScoringConfig,
+    folder: Path,
+    split: str = "test",
+    probes: Sequence[Any] = (),
+    kept_in: Path | None = None,
+) -> Evaluated:
+    """Evaluate a language model and probe it.
+
+    Args:
+        name: Of the model.
+        load: Returns the model; not called if everything is kept.
+        networks: Makes the rollout engine.
+        envs: Where.
+        config: How many questions, and the modes.
+        folder: The run directory.
+        split: What part of the dataset the questions are.
+        probes: Names, or mappings with `name` and settings.
+        kept_in: Folder with what this model played under these conditions before, or for what it plays now; None to
+            keep nothing.
+    """
+    model, kept = cache(load), Kept(kept_in, networks.tokenizer)
+
+    @cache
+    def engine(temperature: float) -> RolloutEngine:
+        return networks.engine(model(), envs, temperature)
+
+    def play(temperature: float, count: int, show: Progress) -> list[Trajectory]:
+        return kept.episodes(
+            mode_name(temperature),
+            lambda: engine(temperature).rollout(range(count), seed=(config.seed, 1), progress=show)[0],
+        )
+
+    result = evaluate_player(name, play, envs.dataset, networks.tokenizer, config, folder, split)
+    if probes:
+        started = time.perf_counter()
+        # The lowest temperature is greedy if there is such a mode.
+        lowest = min(result.trajectories)
+
+        def ask() -> tuple[dict[str, Figures], bool]:
+            material = _material(engine(lowest), result.trajectories[lowest], config.seed)
+            return run_probes(material, probes), not material.any_search_failed
+
+        result.arc = kept.arc(ask)
+        result.probes_s = time.perf_counter() - started
+    result.teacher_in_memory, result.kept = networks.teacher_in_memory(), kept.found_all
+    return result
+
+
+def evaluate_player(
+    name: str,
+    play: Callable[[float, int, Progress], list[Trajectory]],
+    dataset: QuestionSet,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ScoringConfig,
+    folder: Path,
+    split: str = "test",
+) -> Evaluated:
+    """Let anybody play the first questions of a dataset in every mode of decoding, and keep all of it.
+
+    Args:
+        name: Of the player.
+        play: Plays the first so many questions at a temperature; the third argument is to be called on the way.
+        dataset: The questions.
+        tokenizer: Of the trajectories.
+        config: How many questions, and the modes.
+        folder: The run directory. Transcripts go to `trajectories/<split>-<name>-<mode>.jsonl.gz` in it, predictions
+            to `predictions/<split>-<name>-<mode>.jsonl`.
+        split: What part of the dataset the questions are.
+    """
+    count = min(config.num_questions or len(dataset), len(dataset))
+    result = Evaluated(name, group_names=list(dict.fromkeys(_group(question, dataset) for question in dataset[:count])))
+    for temperature in config.temperatures:
+        mode = mode_name(temperature)
+        with progress(f"evaluating {name}, {mode}", count) as show:
+            trajectories = play(temperature, count, show)
+        result.trajectories[temperature] = trajectories
+        result.figures[temperature] = measure(trajectories, dataset, config.seed)
+        file = f"{split}-{name}-{mode}.jsonl"
+        write_trajectories(folder / "trajectories" / f"{file}.gz", trajectories, tokenizer, dataset)
+        write_predictions(folder / "predictions" / file, trajectories, dataset)
+    return result
+
+
+def probe(
+    engine: RolloutEngine, trajectories: Sequence[Trajectory], probes: Sequence[Any], seed: int = 0
+) -> dict[str, Figures]:
+    """Figures of the ARC probes.
+
+    Args:
+        engine: Played the trajectories, at whatever temperature; what the probes have it read it reads greedily.
+        trajectories: Of the first questions of its environments' dataset, in the order of these.
+        probes: Names, or mappings with `name` and settings.
+        seed: Of what the probes draw, and of the bootstrap.
+
+    Returns:
+        By probe.
+    """
+    return run_probes(_material(engine, trajectories, seed), probes)
+
+
+def _material(engine: RolloutEngine, trajectories: Sequence[Trajectory], seed: int) -> Material:
+    envs = engine.envs
+    return Material(
+        questions=envs.dataset[: len(trajectories)],
+        generate=Generator(engine),
+        episodes=[[turn.info for turn in trajectory.turns] for trajectory in trajectories],
+        retriever=envs.retriever,
+        corpus=envs.dataset.corpus,
+        prompt=envs.rules.prompt,
+        top_k=envs.top_k,
+        seed=seed,
+    )
+
+
+def arc_metrics(arc: Mapping[str, Figures], prefix: str = "arc") -> dict[str, float]:
+    """Values of probes as they are logged: `arc/<probe>/<metric>`."""
+    return {f"{prefix}/{name}/{metric}": figure["value"] for name, of in arc.items() for metric, figure in of.items()}
+
+
+def write_predictions(path: Path, trajectories: Sequence[Trajectory], dataset: QuestionSet) -> None:
+    """Write what was answered, a JSON line per question: id, dataset, golden answers, prediction and scores."""
+    lines = []
+    for trajectory, question in zip(trajectories, dataset, strict=False):
+        info = trajectory.turns[-1].info
+        row = {
+            "question_id": question.id,
+            "dataset": _group(question, dataset),
+            "golden_answers": list(question.golden_answers),
+            "prediction": info["answer"],
+            "correct": trajectory.correct,
+            "f1": info["f1"],
+            "sub_exact_match": sub_exact_match(info["answer"], question.golden_answers),
+            "num_searches": info["num_searches"],
+        }
+        lines.append(printable(json.dumps(row, ensure_ascii=False)) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(lines).encode())
+
+
+def mode_name(temperature: float) -> str:
+    """What a mode of decoding is called: `greedy`, or `T=` and the temperature."""
+    return "greedy" if temperature == 0 else f"T={temperature:g}"
+
+
+def measure(trajectories: Sequence[Trajectory], dataset: QuestionSet, seed: int = 0) -> dict[str, Any]:
+    """Figures of an evaluation.
+
+    Args:
+        trajectories: Of the first questions of the dataset, in its order.
+        dataset: Groups the figures by the "dataset" of a question's metadata.
+        seed: Of the bootstrap.
+
+    Returns:
+        `all` and one entry per group, each with n, exact_match, f1 and sub_exact_match, the 95 % bootstrap interval of
+        each over questions (`<score>_interval`), num_searches, malformed_fraction (of turns), answered_fraction and
+        tokens, all means over episodes, and retriever_errors, the number of episodes that a failed search ended.
+        `all` has `macro_<score>` and `macro_<score>_interval` too: the unweighted mean over the groups.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, question in enumerate(dataset[: len(trajectories)]):
+        groups.setdefault(_group(question, dataset), []).append(number)
+    scores = _scores(trajectories, dataset)
+    by_group = {name: {score: values[numbers] for score, values in scores.items()} for name, numbers in groups.items()}
+    figures = {"all": _figures(trajectories, scores, seed) | _macro(list(by_group.values()), seed)}
+    if len(groups) > 1:
+        for name, numbers in groups.items():
+            figures[name] = _figures([trajectories[number] for number in numbers], by_group[name], seed)
+    return figures
+
+
+def _group(question: Question, dataset: QuestionSet) -> str:
+    return str(question.metadata.get("dataset", dataset.name))
+
+
+def _scores(trajectories: Sequence[Trajectory], dataset: QuestionSet) -> dict[str, np.ndarray]:
+    """Each of `SCORES` of every episode, [n]."""
+    infos = [trajectory.turns[-1].info for trajectory in trajectories]
+    golden = [question.golden_answers for question in dataset[: len(trajectories)]]
+    columns = (
+        [float(trajectory.correct) for trajectory in trajectories],
+        [info["f1"] for info in infos],
+        [sub_exact_match(info["answer"], answers) for info, answers in zip(infos, golden, strict=True)],
+    )
+    return {name: np.array(column) for name, column in zip(SCORES, columns, strict=True)}
+
+
+def _figures(trajectories: Sequence[Trajectory], scores: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+    return {
+        "n": len(trajectories),
+        **episode_means(trajectories),
+        **{name: float(values.mean()) for name, values in scores.items()},
+        **{f"{name}_interval": interval(values, seed) for name, values in scores.items()},
+        "retriever_errors": sum(trajectory.turns[-1].info["error"] is not None for trajectory in trajectories),
+    }
+
+
+def _macro(groups: Sequence[Mapping[str, np.ndarray]], seed: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name in SCORES:
+        values = [group[name] for group in groups]
+        figures[f"macro_{name}"] = float(np.mean([of_group.mean() for of_group in values]))
+        figures[f"macro_{name}_interval"] = macro_interval(values, seed)
+    return figures
+
+
+def episode_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Means over episodes, of `malformed_fraction` over turns; in training and in evaluation the same."""
+    last = [trajectory.turns[-1].info for trajectory in trajectories]
+    actions = [turn.info["action"] for trajectory in trajectories for turn in trajectory.turns]
+    return {
+        "exact_match": float(np.mean([trajectory.correct for trajectory in trajectories])),
+        "f1": float(np.mean([info["f1"] for info in last])),
+        "num_searches": float(np.mean([info["num_searches"] for info in last])),
+        "malformed_fraction": actions.count("malformed") / len(actions),
+        "answered_fraction": float(np.mean([trajectory.terminated for trajectory in trajectories])),
+        "tokens": float(np.mean([trajectory.num_action_tokens for trajectory in trajectories])),
+    }
+
+
+def dev_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What a check on the dev split logs of its episodes."""
+    figures = episode_means(trajectories)
+    return {f"dev/{name}": figures[name] for name in ("exact_match", "num_searches", "malformed_fraction")}
+
+
+def gain(after: Sequence[Trajectory], before: Sequence[Trajectory], seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Gain in exact match on the same questions, and its 95 % interval over questions (paired bootstrap).
+
+    Args:
+        after: Trajectories of the better model, or so one hopes.
+        before: Of the other one, on the same questions in the same order.
+        seed: Of the resampling.
+    """
+    difference = np.array([float(a.correct) - float(b.correct) for a, b in zip(after, before, strict=True)])
+    return float(difference.mean()), interval(difference, seed)

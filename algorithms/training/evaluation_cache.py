@@ -1,0 +1,106 @@
+"""What a model played, kept on disk between runs: a model that all of them measure alike is measured by one of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from agentic_rag_env.errors import DataError
+from agentic_rag_env.files import write_whole
+from agentic_rag_env.probes import Figures
+from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.learner.types import Trajectory
+from algorithms.rollout.trajectory_files import read_trajectories, write_trajectories
+from algorithms.training.build import Networks
+from algorithms.training.fingerprints import of_code, of_playing, of_retriever
+from algorithms.training.settings import RunConfig, ScoringConfig
+
+
+def place(
+    root: Path, config: RunConfig, networks: Networks, envs: AgenticRAGVectorEnv, model: str, is_teacher: bool
+) -> Path | None:
+    """Where an evaluation is kept: under a hash of all that it depends on.
+
+    Args:
+        root: Folder of all evaluations.
+        config: Of the run.
+        networks: Who plays with the model, and how.
+        envs: Where.
+        model: Folder or hub id.
+        is_teacher: The teacher may be loaded in another precision.
+
+    Returns:
+        The folder; None where some of what the evaluation depends on is not known.
+    """
+    searched, code = of_retriever(envs.retriever), of_code()
+    if searched is None or code is None:
+        return None
+    settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "num_envs", "probes")}
+    settings |= {
+        "rollout": vars(config.rollout),
+        "scoring": {field.name: getattr(config.evaluation, field.name) for field in fields(ScoringConfig)},
+        "precision": config.learner.precision,
+        "vocab_size": networks.vocab_size,
+        "device": networks.device.type,
+        "is_teacher": is_teacher,
+        "searched": searched,
+        "code": code,
+    }
+    key = of_playing(settings, model, networks.tokenizer, envs.dataset)
+    return root / key
+
+
+class Kept:
+    """Episodes of one model under one set of conditions, and the figures of probes on them.
+
+    Args:
+        folder: Of nothing else; None to keep nothing.
+        tokenizer: For the text in the files.
+
+    Attributes:
+        found_all: Whether all that was asked for was there.
+    """
+
+    def __init__(self, folder: Path | None, tokenizer: Any) -> None:
+        self._folder, self._tokenizer = folder, tokenizer
+        self.found_all = True
+
+    def episodes(self, mode: str, play: Callable[[], list[Trajectory]]) -> list[Trajectory]:
+        """Those of a mode of decoding, played if they are not there.
+
+        Episodes are not kept if a search has failed in any of them: another time it may not.
+        """
+        path = self._folder and self._folder / f"{mode}.jsonl.gz"
+        if path and path.exists():
+            return read_trajectories(path)
+        self.found_all = False
+        played = play()
+        if any(trajectory.turns[-1].info["error"] is not None for trajectory in played):
+            self._folder = None
+        elif path:
+            write_trajectories(path, played, self._tokenizer)
+        return played
+
+    def arc(self, ask: Callable[[], tuple[dict[str, Figures], bool]]) -> dict[str, Figures]:
+        """Figures of the probes, measured if they are not there.
+
+        Args:
+            ask: Measures them, and says whether to keep them: not if a search has failed meanwhile.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        path = self._folder and self._folder / "arc.json"
+        if path and path.exists():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise DataError(f"{path} is damaged ({error}); delete the folder that it is in.") from error
+        self.found_all = False
+        figures, is_lasting = ask()
+        if path and is_lasting:
+            write_whole(path, json.dumps(figures).encode())
+        return figures

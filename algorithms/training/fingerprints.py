@@ -1,0 +1,129 @@
+"""What a run was asked and what it searched, told by hashes: equal where the data are, wherever they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import agentic_rag_env
+from agentic_rag_env.corpus import fingerprint
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.errors import AgenticRAGError
+from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS
+from agentic_rag_env.retrievers.base import hash_of
+from agentic_rag_env.types import Question
+from agentic_rag_env.vector import AgenticRAGVectorEnv
+
+_PACKAGES = ("torch", "transformers", "gymnasium", "bm25s", "hydra-core", "agentic-rag-env")
+#: The architecture, and which tokens end a text.
+_MODEL_SETTINGS = ("config.json", "generation_config.json")
+#: The code that an episode and its figures may depend on: the environment's package, and the rooms that play and
+#: measure.
+_ZOO = Path(__file__).parents[1]
+_CODE = (Path(agentic_rag_env.__file__).parent, *(_ZOO / room for room in ("learner", "rollout", "training")))
+
+
+def fingerprints(
+    tested: AgenticRAGVectorEnv, num_tested: int, trained: Sequence[Question] | None = None
+) -> dict[str, str | None]:
+    """Hashes of the data behind the figures of a run.
+
+    Args:
+        tested: The environments of the evaluation.
+        num_tested: How many of their questions were asked, the first ones.
+        trained: The training questions; None where nothing was trained.
+
+    Returns:
+        `questions` and `training_questions`: of ids, texts and golden answers, in their order. `corpus`: of the
+        dataset's passages. `retriever`: of all that the results of a search depend on, the passages included. None
+        stands for what does not exist or can't tell; nothing holds a path, and nothing reads a corpus on disk again.
+    """
+    corpus = tested.dataset.corpus
+    return {
+        "questions": of_questions(tested.dataset[:num_tested]),
+        "training_questions": None if trained is None else of_questions(trained),
+        "corpus": None if corpus is None else fingerprint(corpus),
+        "retriever": of_retriever(tested.retriever),
+    }
+
+
+def of_questions(questions: Sequence[Question]) -> str:
+    """Hash of ids, texts and golden answers in their order."""
+    return hash_of([[question.id, question.text, list(question.golden_answers)] for question in questions])
+
+
+def of_retriever(retriever: Any) -> str | None:
+    """What a retriever says of itself; None for a service that can't be asked or does not tell."""
+    try:
+        said = getattr(retriever, "fingerprint", None)
+    except AgenticRAGError as error:
+        # Wherever it is asked, the same line: so it is said once.
+        warnings.warn(f"What was searched is not known to the summary: {error}", stacklevel=1)
+        return None
+    return None if said is None else str(said)
+
+
+def of_playing(settings: Mapping[str, Any], model_folder: str, tokenizer: Any, dataset: QuestionSet) -> str:
+    """Hash of everything that decides which episodes a model plays.
+
+    Args:
+        settings: Of environment, retriever, reward, rollout, device and the like, as plain data.
+        model_folder: Its weights and settings are read; a hub id counts by its name.
+        tokenizer: With which the model reads and writes.
+        dataset: Its questions, and its passages if it has any.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    folder = Path(model_folder)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if file.suffix in (".safetensors", ".bin") or file.name in _MODEL_SETTINGS:
+            digest.update(_of_file(file))
+    digest.update(model_folder.encode() if not folder.is_dir() else b"")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    splitting = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
+    digest.update(repr((splitting, tokenizer.chat_template)).encode("utf-8", "backslashreplace"))
+    passages = None if dataset.corpus is None else fingerprint(dataset.corpus)
+    digest.update(repr((of_questions(dataset), passages)).encode())
+    return digest.hexdigest()[:32]
+
+
+def of_code() -> str | None:
+    """Hash of the code that plays and measures episodes, plug-ins included; None where some of it is in no file."""
+    files = {file for folder in _CODE for file in folder.rglob("*.py")}
+    for module in _registering_modules():
+        if (file := getattr(module, "__file__", None)) is None:
+            return None
+        files.add(Path(file))
+    return hash_of([versions(), *(_of_file(file).hex() for file in sorted(files))])
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that figures may depend on; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _registering_modules() -> Iterator[Any]:
+    """The modules that parts of an environment come from, with all of their package that is loaded."""
+    registries = (ENVS, DATASETS, RETRIEVERS, REWARDS, PROBES)
+    origins = {registry.get(name).factory.__module__ for registry in registries for name in registry.names()}
+    packages = tuple(origin.partition(".")[0] + "." for origin in origins)
+    for name, module in list(sys.modules.items()):
+        if name in origins or name.startswith(packages):
+            yield module
+
+
+def _of_file(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

@@ -1,0 +1,246 @@
+"""Where the numbers of a run go: TensorBoard, `metrics.jsonl` and one line in the terminal.
+
+All three are written at every step, so that a run that is killed has kept what it measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from agentic_rag_env.errors import DataError
+from agentic_rag_env.files import write_whole
+
+#: Metrics of the progress line, and what they are called there.
+_SHOWN = {"rollout/exact_match": "exact match", "dev/exact_match": "dev exact match", "train/loss": "loss"}
+_RATE_WINDOW = 20
+_PLAIN_INTERVAL_S = 10.0
+
+
+class RunLogger:
+    """Writes the metrics of one run; use it as a context manager.
+
+    Args:
+        run_dir: The run directory; made if absent.
+        total_steps: Training steps of the whole run.
+        start_step: Steps already done. What an earlier, killed run wrote about later steps is removed.
+        console: Where the progress goes; the standard output by default. In a terminal it is one live line,
+            elsewhere (a file, CI) a plain line every ten seconds, without control characters.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        directory = Path(run_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        truncate_metrics(path, start_step)
+        self._lines = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(directory / "tb"), purge_step=start_step + 1)
+        self._progress = _ProgressLine(total_steps, start_step, console or Console())
+
+    def write(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
+        """Record the metrics of one step.
+
+        Args:
+            step: Training steps done; equal or higher than in the last call.
+            metrics: Full names (`train/loss`) to numbers. One that is not finite becomes null in `metrics.jsonl`.
+            stage: What the run is at, such as the algorithm being trained.
+        """
+        numbers = {name: float(value) for name, value in metrics.items()}
+        line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._lines.write(json.dumps({"step": step, "stage": stage, **line}, allow_nan=False) + "\n")
+        self._lines.flush()
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+        self._progress.update(step, numbers, stage)
+
+    def text(self, name: str, transcript: str, step: int) -> None:
+        """Show a transcript in TensorBoard's text tab, word for word."""
+        # An indented block: TensorBoard reads Markdown, which would swallow <search> as an HTML tag.
+        block = "\n".join("    " + line for line in printable(transcript).split("\n"))
+        self._tensorboard.add_text(name, block, step)
+        self._tensorboard.flush()
+
+    def message(self, text: str) -> None:
+        """Print something for the person who watches, without tearing the progress line."""
+        self._progress.message(printable(text))
+
+    def close(self) -> None:
+        """Write out everything and leave the terminal as it was."""
+        self._progress.close()
+        self._lines.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def cost_metrics(costs: Mapping[str, float]) -> dict[str, float]:
+    """Costs since the start of a run as they are logged, `cost/<name>`; seconds stand under `time/` instead."""
+    return {f"cost/{name}": cost for name, cost in costs.items() if not name.endswith("_s")}
+
+
+def write_results(
+    run_dir: str | os.PathLike[str], config: Mapping[str, Any], metrics: Mapping[str, float], step: int
+) -> None:
+    """Put the final metrics of a run into TensorBoard, and with its settings into the table of hyperparameters.
+
+    Args:
+        run_dir: The run directory.
+        config: Settings, nested.
+        metrics: Full names (`eval/tiny/exact_match`) to numbers.
+        step: Training steps done.
+    """
+    with SummaryWriter(str(Path(run_dir) / "tb")) as writer:
+        for summary in hparams(_flatten(config), {name: float(value) for name, value in metrics.items()}):
+            writer._get_file_writer().add_summary(summary)
+        for name, value in metrics.items():
+            writer.add_scalar(name, float(value), step)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something is that takes a while: in a terminal by a bar, elsewhere by a line that says it began.
+
+    Args:
+        description: What is done.
+        total: How many there are.
+
+    Yields:
+        To be called with how many are done, and anything.
+    """
+    if not sys.stdout.isatty():
+        print(f"{description} ({total})", flush=True)
+        yield lambda done, _: None
+        return
+    with Progress(transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done, _: bar.update(task, completed=done)
+
+
+def printable(text: str) -> str:
+    r"""Text with halves of surrogate pairs, which no file can hold, written out as `\udc80`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Remove the lines after a step, and a last line that was cut off in the middle.
+
+    Args:
+        path: A `metrics.jsonl`; need not exist.
+        last_step: The last step to keep.
+
+    Raises:
+        DataError: Another line than the last is not what `RunLogger.write` writes.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(
+                f"{path}, line {number} is not a JSON object with a 'step'; repair or remove the file to resume."
+            ) from error
+        if step <= last_step and line.endswith(b"\n"):
+            kept.append(line)
+    if kept == lines:
+        return
+    write_whole(path, b"".join(kept))
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
+    """Nested settings as `{"optimizer.learning_rate": 0.001}`, with values that TensorBoard can show."""
+    flat: dict[str, str | float | bool] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float)) else printable(str(value))
+    return flat
+
+
+class _ProgressLine:
+    """Steps, rate, time left, exact match and loss."""
+
+    def __init__(self, total_steps: int, start_step: int, console: Console) -> None:
+        self._total = total_steps
+        self._step = start_step
+        self._marks = deque([(time.monotonic(), start_step)], maxlen=_RATE_WINDOW)
+        self._latest: dict[str, float] = {}
+        self._console = console
+        self._next_plain = 0.0
+        self._live: Progress | None = None
+        # Not `console.is_terminal`: FORCE_COLOR, which CI systems set, makes that true of a log file.
+        if console.file.isatty() and not console.is_dumb_terminal:
+            columns = [
+                TextColumn("{task.fields[stage]}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[figures]}"),
+            ]
+            self._live = Progress(*columns, console=console)
+            self._task = self._live.add_task("", total=total_steps, completed=start_step, stage="", figures="")
+            self._live.start()
+
+    def update(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
+        self._latest.update((_SHOWN[name], value) for name, value in metrics.items() if name in _SHOWN)
+        now = time.monotonic()
+        if step > self._step:
+            self._step = step
+            self._marks.append((now, step))
+        if self._live is not None:
+            self._live.update(self._task, completed=step, stage=stage, figures=self._figures())
+        elif now >= self._next_plain or step >= self._total:
+            self._next_plain = now + _PLAIN_INTERVAL_S
+            self.message(f"{stage} {self._figures()}")
+
+    def message(self, text: str) -> None:
+        encoding = getattr(self._console.file, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        if self._live is not None:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._console.file, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _figures(self) -> str:
+        (first_time, first_step), (last_time, last_step) = self._marks[0], self._marks[-1]
+        parts = [f"{self._step}/{self._total}"]
+        if last_step > first_step:
+            seconds = (last_time - first_time) / (last_step - first_step)
+            left = round(seconds * max(0, self._total - self._step))
+            rate = f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s/step"
+            parts += [rate, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"]
+        parts += [f"{name} {self._latest[name]:.3f}" for name in _SHOWN.values() if name in self._latest]
+        return "  ".join(parts)

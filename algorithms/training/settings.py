@@ -1,0 +1,286 @@
+"""The configuration's shape: every setting of a run, its type and its default, known to Hydra under `schema/`.
+
+Parts that have a registry (algorithms, environments, retrievers, datasets, rewards) bring their own dataclass; here
+each gets a `name` field and becomes selectable by that name, plug-ins included, without a YAML file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+import algorithms
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.probes import DEFAULT_PROBES
+from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS, Registry, did_you_mean
+from algorithms.learner.algorithm import ALGORITHMS, check_settings
+from algorithms.learner.training_step import LearnerConfig
+from algorithms.rollout.player import RolloutConfig
+
+
+@dataclass
+class ModelConfig:
+    """Which networks.
+
+    Attributes:
+        policy: Start of the policy: a bundled name, a Hugging Face folder or a hub id.
+        teacher: Likewise; None where no teacher is to be had.
+    """
+
+    policy: str = "tiny-student"
+    teacher: str | None = "tiny-teacher"
+
+
+@dataclass
+class ScoringConfig:
+    """How a model is measured.
+
+    Attributes:
+        num_questions: The first so many questions of the split; None takes all of them.
+        temperatures: Modes of decoding; 0 is greedy.
+        seed: Of the sampled modes and of the bootstrap.
+    """
+
+    num_questions: int | None = None
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self, "at least 1, or null for all", lambda value: value is None or value >= 1, "num_questions")
+        check_settings(
+            self, "one or more numbers of at least 0", lambda value: value and min(value) >= 0, "temperatures"
+        )
+        check_settings(self, "at least 0", lambda value: value >= 0, "seed")
+
+
+@dataclass
+class EvaluationConfig(ScoringConfig):
+    """What a run measures at its end, and on the way.
+
+    Attributes:
+        num_questions: Test questions at the end; None takes all of them.
+        every: Training steps between checks on the dev split; 0 for none.
+        num_dev_questions: Questions of such a check.
+    """
+
+    num_questions: int | None = 600
+    every: int = 20
+    num_dev_questions: int = 96
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, "at least 0", lambda value: value >= 0, "every")
+        check_settings(self, "at least 1", lambda value: value >= 1, "num_dev_questions")
+
+
+@dataclass
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+        seed: Of everything random but the evaluation.
+        resume: Run directory to go on with; its own configuration is used.
+        num_envs: Episodes played at once.
+        max_retriever_error_fraction: Share of a rollout's episodes that a failed search may end; past it the run stops.
+        cache_dir: Where teacher trajectories, and evaluations of models that other runs measure too, are kept between
+            runs.
+        checkpoint_every: Training steps between checkpoints.
+        keep_checkpoints: How many of the newest are kept, besides the end of every stage and its best on the dev split;
+            None: all.
+        probes: ARC probes at the end, by name or as a mapping with `name` and settings; empty for none.
+        probe_every: Training steps between probes on the questions of a check on the dev split; 0 for none.
+        threads: CPU threads; None leaves PyTorch's choice.
+    """
+
+    algo: Any = MISSING
+    env: Any = MISSING
+    dataset: Any = MISSING
+    retriever: Any = MISSING
+    reward: Any = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    resume: str | None = None
+    num_envs: int = 96
+    max_retriever_error_fraction: float = 0.2
+    cache_dir: str = "~/.cache/agentic_rag_env"
+    checkpoint_every: int = 25
+    keep_checkpoints: int | None = 2
+    probes: list[Any] = field(default_factory=lambda: list(DEFAULT_PROBES))
+    probe_every: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self, "in [0, 2**32)", lambda value: 0 <= value < 2**32, "seed")
+        check_settings(self, "at least 1", lambda value: value >= 1, "num_envs", "checkpoint_every")
+        check_settings(self, "at least 0", lambda value: value >= 0, "probe_every")
+        for probe in self.probes:
+            PROBES.build(probe)  # a misspelled one is found before training, not after it
+        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "max_retriever_error_fraction")
+        check_settings(
+            self, "at least 1, or null", lambda value: value is None or value >= 1, "threads", "keep_checkpoints"
+        )
+
+
+@dataclass
+class EvaluateConfig:
+    """Settings of `algorithms.evaluate`.
+
+    `env`, `dataset`, `retriever`, `reward` and `rollout` are those of the run that the checkpoint comes from, else the
+    defaults of a run. A single setting changes one of them (`env.max_turns=2`), a name replaces all (`dataset=jsonl`).
+
+    Attributes:
+        checkpoint: A run directory, a Hugging Face folder, a bundled name or a hub id.
+        num_envs: Episodes played at once.
+        max_retriever_error_fraction: Share of the episodes that a failed search may end; past it the evaluation stops.
+        probes: ARC probes, by name or as a mapping with `name` and settings; empty for none.
+        threads: CPU threads; None leaves PyTorch's choice.
+    """
+
+    checkpoint: str = MISSING
+    env: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    retriever: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = field(default_factory=dict)
+    rollout: dict[str, Any] = field(default_factory=dict)
+    evaluation: ScoringConfig = field(default_factory=ScoringConfig)
+    num_envs: int = 96
+    max_retriever_error_fraction: float = 0.2
+    probes: list[Any] = field(default_factory=lambda: list(DEFAULT_PROBES))
+    threads: int | None = None
+
+
+#: The parts of a run where nothing else is said, as in conf/config.yaml.
+_DEFAULT_PARTS = {"env": "agentic_rag", "dataset": "tiny", "retriever": "bm25", "reward": "exact_match"}
+
+
+def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> RunConfig:
+    """The settings of an evaluation, in the form of a run's.
+
+    Args:
+        given: From the command line, shaped like `EvaluateConfig`; "???" stands for what is missing.
+        model: Folder or hub id of the model.
+        of_run: Settings of the run that it comes from; empty if there is none.
+
+    Raises:
+        ConfigurationError: A value can't work, is missing or unknown.
+    """
+    registries = {registry.group: registry for registry in (ENVS, DATASETS, RETRIEVERS, REWARDS)}
+    schemas: dict[str, Any] = {"rollout": RolloutConfig}
+    specs = {"rollout": {**of_run.get("rollout", {}), **given["rollout"]}}
+    for group, default in _DEFAULT_PARTS.items():
+        chosen = given[group]
+        specs[group] = chosen if "name" in chosen else {**of_run.get(group, {"name": default}), **chosen}
+        schemas[group] = named_config(registries[group], specs[group]["name"])
+    try:
+        typed = OmegaConf.merge({group: OmegaConf.structured(schema) for group, schema in schemas.items()}, specs)
+        parts = _plain(typed)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    return RunConfig(
+        algo=None,
+        model=ModelConfig(policy=model, teacher=None),
+        rollout=RolloutConfig(**parts.pop("rollout")),
+        evaluation=EvaluationConfig(**given["evaluation"]),
+        **{name: given[name] for name in ("num_envs", "max_retriever_error_fraction", "probes", "threads")},
+        **parts,
+    )
+
+
+def run_config(composed: DictConfig) -> RunConfig:
+    """A composed configuration as typed settings; the parts with a registry stay mappings with a `name`.
+
+    Raises:
+        ConfigurationError: A value can't work, is missing or unknown.
+    """
+    settings = _plain(composed)
+    sections = {
+        "model": ModelConfig,
+        "learner": LearnerConfig,
+        "rollout": RolloutConfig,
+        "evaluation": EvaluationConfig,
+    }
+    _check_names(RunConfig, "", settings)
+    for name, section in sections.items():
+        _check_names(section, f"{name}.", settings[name])
+        settings[name] = section(**settings[name])
+    return RunConfig(**settings)
+
+
+def _plain(composed: Any) -> dict[str, Any]:
+    """A configuration as plain data, if nothing in it is missing."""
+    try:
+        settings: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigurationError(f"{error.full_key} has no default and must be set: {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    return settings
+
+
+def _check_names(section: type, prefix: str, settings: dict[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(section)]
+    for given in settings:
+        if given not in known:
+            raise ConfigurationError(f"There is no setting {prefix}{given}.{did_you_mean(given, known)}")
+    if missing := [f"{prefix}{name}" for name in known if name not in settings]:
+        raise ConfigurationError(
+            f"The configuration lacks {', '.join(missing)}; it was cut off, or is of another version."
+        )
+
+
+def import_zoo() -> None:
+    """Import every algorithm file, so that its decorator has run."""
+    for module in pkgutil.iter_modules(algorithms.__path__):
+        if not module.ispkg and module.name not in algorithms.COMMANDS:
+            importlib.import_module(f"algorithms.{module.name}")
+
+
+def register_schemas() -> None:
+    """Tell Hydra about the configuration; must run before it composes.
+
+    A name that a YAML file of `conf/` also bears is left to that file, which binds to `schema/<group>/<name>`.
+    """
+    import_zoo()
+    store = ConfigStore.instance()
+    store.store("run_schema", RunConfig)
+    evaluate_schema = OmegaConf.structured(EvaluateConfig)
+    for group in ("rollout", *_DEFAULT_PARTS):
+        OmegaConf.set_struct(evaluate_schema[group], False)  # single settings of what the checkpoint brings
+    store.store("evaluate_schema", evaluate_schema)
+    store.store("model", ModelConfig, group="schema/model")
+    registries: tuple[Registry, ...] = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
+    for registry in registries:
+        for name in registry.names():
+            schema = named_config(registry, name)
+            store.store(name, schema, group=f"schema/{registry.group}")
+            store.store(name, _selectable(registry, name, schema), group=registry.group)
+
+
+def named_config(registry: Registry, name: str) -> type:
+    """The settings of a registered part with a `name` field in front, as a dataclass."""
+    config = registry.get(name).config
+    return dataclasses.make_dataclass(
+        config.__name__ if config else f"{name.title()}Config",
+        [("name", str, field(default=name, kw_only=True))],
+        bases=(config,) if config else (),
+        namespace={"__post_init__": lambda self: None},
+    )
+
+
+def _selectable(registry: Registry, name: str, schema: type) -> Any:
+    """A config-group option; a warm start is composed in place, so that its settings are typed too."""
+    for setting in dataclasses.fields(schema):
+        if setting.name == "warm_start" and setting.default_factory is not dataclasses.MISSING:
+            start = setting.default_factory()["name"]
+            return {"defaults": [{f"/schema/{registry.group}@_here_": name}, {f"/{registry.group}@warm_start": start}]}
+    return schema

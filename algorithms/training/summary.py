@@ -1,0 +1,324 @@
+"""The end of a run: every model measured on the same test questions, a table, a transcript and `summary.json`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agentic_rag_env.files import write_whole
+from algorithms.assets import resolve_model
+from algorithms.learner.networks import load_model
+from algorithms.learner.types import Trajectory
+from algorithms.rollout.trajectory_files import transcript
+from algorithms.training import evaluation
+from algorithms.training.arc_table import show_arc
+from algorithms.training.build import Environments
+from algorithms.training.evaluation import Evaluated, mode_name
+from algorithms.training.evaluation_cache import place
+from algorithms.training.file_locks import exclusively
+from algorithms.training.fingerprints import fingerprints, versions
+from algorithms.training.run_logger import printable, write_results
+from algorithms.training.settings import RunConfig
+from algorithms.training.trainer import Trainer
+
+#: Linux counts in kilobytes, macOS in bytes.
+_MAXRSS_PER_MB = 2**20 if sys.platform == "darwin" else 2**10
+
+
+def finish(trainer: Trainer) -> dict[str, Any]:
+    """Evaluate, print and write everything; returns the summary.
+
+    The policy's models are measured before the teacher is loaded again to be measured itself. What other runs measure
+    alike (every model but the trained one) is measured once and kept under `cache_dir`; what there is of the trained
+    one is kept in the run directory until all is there, for a run that is killed meanwhile.
+    """
+    started = time.perf_counter()
+    evaluated = [_evaluate(trainer, model) for model in _models(trainer)]
+    seconds = time.perf_counter() - started
+    trainer.position.spend(evaluation_s=seconds, probes_s=sum(model.probes_s for model in evaluated))
+    summary = _summary(trainer, evaluated)
+    publish(trainer.run_dir, trainer.config, summary, evaluated, trainer.networks.tokenizer)
+    shutil.rmtree(trainer.run_dir / "evaluations", ignore_errors=True)
+    return summary
+
+
+# --- what every run shares -------------------------------------------------------------------------------------------
+
+
+def summarize(
+    config: RunConfig,
+    stages: Sequence[Mapping[str, Any]],
+    evaluated: Sequence[Evaluated],
+    costs: Mapping[str, float],
+    device: torch.device,
+    environments: Environments,
+    **more: Any,
+) -> dict[str, Any]:
+    """What `summary.json` holds of every run.
+
+    Args:
+        config: The run's.
+        stages: What was trained, first to last: `name`, `steps` and `checkpoint` of each.
+        evaluated: Models, the trained one included.
+        costs: Seconds, tokens, episodes and steps, by name.
+        device: Where the networks were.
+        environments: Of the training and of the test.
+        **more: What takes the place of an entry that otherwise says: no gain measured, no demonstrations, no estimator.
+    """
+    summary = {
+        "algo": config.algo["name"],
+        "stages": list(stages),
+        "seed": config.seed,
+        "evaluation": {model.name: model.by_mode() for model in evaluated},
+        "arc": {model.name: model.arc for model in evaluated if model.arc},
+        "evaluated_before": [model.name for model in evaluated if model.kept],
+        "gain": {},
+        "teacher_in_memory_during_policy_evaluation": any(
+            model.teacher_in_memory for model in evaluated if model.name != "teacher"
+        ),
+        "demonstrations": {},
+        "costs": {name: round(cost, 3) for name, cost in sorted(costs.items())},
+        "teacher_share_of_training": _teacher_share(costs),
+        "kl_estimator": None,
+        "fingerprints": fingerprints(
+            environments.envs("test"), evaluated[0].num_questions, environments.dataset("train")
+        ),
+        "config": asdict(config),
+        **provenance(device),
+    }
+    return summary | more
+
+
+def publish(
+    run_dir: Path,
+    config: RunConfig,
+    summary: Mapping[str, Any],
+    evaluated: Sequence[Evaluated],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write `summary.json`, put the final figures into TensorBoard, and print them with a whole episode."""
+    write_summary(run_dir, summary)
+    _log(run_dir, config, summary, evaluated[0].group_names)
+    _show(console(), run_dir, evaluated, summary, tokenizer)
+
+
+# --- what the evaluation of a single checkpoint shares ---------------------------------------------------------------
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`, whole or not at all."""
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What the figures were made with: versions, machine and the most memory that the process ever had."""
+    return {
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_PER_MB),
+        "versions": versions(),
+        "machine": {"device": str(device), "processor": platform.machine()},
+    }
+
+
+def console() -> Console:
+    """The terminal; where the output goes to a file, 120 characters wide."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def results_table(evaluated: Sequence[Evaluated]) -> Table:
+    """A row per model and mode of decoding: exact match per group of questions, and over all of them the rest."""
+    groups = next(iter(evaluated[0].figures.values()))
+    table = Table(title=f"exact match on {groups['all']['n']} questions, with 95 % bootstrap intervals")
+    table.add_column("model")
+    table.add_column("decoding")
+    for group in groups:
+        table.add_column(group, justify="center")
+    for name in ("F1", "searches", "malformed"):
+        table.add_column(name, justify="right")
+    for model in evaluated:
+        for mode, figures in model.by_mode().items():
+            cells = []
+            for of_group in figures.values():
+                low, high = of_group["exact_match_interval"]
+                cells.append(f"{of_group['exact_match']:.3f}\n{low:.2f}-{high:.2f}")
+            whole = figures["all"]
+            rest = f"{whole['f1']:.3f}", f"{whole['num_searches']:.2f}", f"{whole['malformed_fraction']:.1%}"
+            table.add_row(model.name, mode, *cells, *rest)
+        table.add_section()
+    return table
+
+
+def show_episode(
+    terminal: Console, name: str, trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Print one whole episode, if possible a right one with searches in it."""
+    shown = next((t for t in trajectories if t.correct and len(t.turns) > 2), trajectories[0])
+    terminal.rule(f"a test episode of {name}: {'right' if shown.correct else 'wrong'}")
+    terminal.print(printable(transcript(shown, tokenizer)), markup=False, highlight=False)
+    terminal.rule()
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+class _Model(NamedTuple):
+    """A model to be measured."""
+
+    name: str
+    path: str
+    load: Callable[[], PreTrainedModel]
+
+
+def _models(trainer: Trainer) -> list[_Model]:
+    """The raw policy, the policy after each stage that had any step, and the teacher."""
+    networks, config = trainer.networks, trainer.config
+    paths = [("raw", resolve_model(config.model.policy))]
+    trained = [stage for stage in _stages(trainer) if stage["steps"]]
+    paths += [(stage["name"], str(trainer.run_dir / stage["checkpoint"])) for stage in trained]
+    models = [_Model(name, path, partial(load_model, path, device=networks.device)) for name, path in paths]
+    if config.model.teacher is not None:
+        models.append(_Model("teacher", resolve_model(config.model.teacher), networks.teacher))
+    return models
+
+
+def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
+    """Measure a model, which is in memory only meanwhile."""
+    networks, config, envs = trainer.networks, trainer.config, trainer.environments.envs("test")
+    is_trained = model.name == _stages(trainer)[-1]["name"]
+    root = trainer.run_dir if is_trained else Path(config.cache_dir).expanduser()
+    kept_in = place(root / "evaluations", config, networks, envs, model.path, model.name == "teacher")
+    waiting = "waiting for another run, which evaluates the same model"
+    with exclusively(kept_in.with_suffix(".lock"), waiting) if kept_in else nullcontext():
+        result = evaluation.evaluate_model(
+            model.name,
+            model.load,
+            networks,
+            envs,
+            config.evaluation,
+            trainer.run_dir,
+            probes=config.probes,
+            kept_in=kept_in,
+        )
+    networks.release_teacher()
+    if result.kept:
+        print(f"{model.name}: measured before, kept in {kept_in}", flush=True)
+    return result
+
+
+def _stages(trainer: Trainer) -> list[dict[str, Any]]:
+    """What was trained, first to last; a stage without steps has no checkpoint, one without checks no best one."""
+
+    def named(step: int) -> str:
+        return f"checkpoints/{trainer.checkpoint_path(step).name}"
+
+    position = trainer.position
+    of_stages = zip(trainer.stages, pairwise(position.stage_starts), position.best_checks[:-1], strict=True)
+    return [
+        {
+            "name": stage.name,
+            "steps": end - start,
+            "checkpoint": named(end) if end > start else None,
+            "best_on_dev": None if best is None else {"checkpoint": named(best[0]), "exact_match": best[1]},
+        }
+        for stage, (start, end), best in of_stages
+    ]
+
+
+def _summary(trainer: Trainer, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
+    config = trainer.config
+    demonstrations = {stage.name: found for stage, found in trainer.sources.demonstrations.items()}
+    costs = dict(trainer.position.costs, demonstrations_s=trainer.sources.demonstrations_s)
+    costs["teacher_sampled_tokens"] = sum(found.num_sampled_tokens for found in demonstrations.values())
+    return summarize(
+        config,
+        _stages(trainer),
+        evaluated,
+        costs,
+        trainer.networks.device,
+        trainer.environments,
+        gain=_gains(evaluated, config.evaluation.seed),
+        demonstrations={name: found.counts() for name, found in demonstrations.items()},
+        kl_estimator=getattr(trainer.stages[-1].config, "kl_estimator", None),
+    )
+
+
+def _gains(evaluated: Sequence[Evaluated], seed: int) -> dict[str, Any]:
+    """Exact match of the final policy minus that of the model it started from, by mode of decoding."""
+    final = _final(evaluated)
+    before = evaluated[[model.name for model in evaluated].index(final.name) - 1]
+    gains = {}
+    for temperature, trajectories in final.trajectories.items():
+        difference, bounds = evaluation.gain(trajectories, before.trajectories[temperature], seed)
+        gains[mode_name(temperature)] = {"over": before.name, "exact_match": difference, "interval": bounds}
+    return gains
+
+
+def _final(evaluated: Sequence[Evaluated]) -> Evaluated:
+    """The policy after the last stage: the last model, or the one before the teacher."""
+    return evaluated[-2] if evaluated[-1].name == "teacher" else evaluated[-1]
+
+
+def _teacher_share(costs: Mapping[str, float]) -> float:
+    """Tokens that went through the teacher over all tokens of training, sampled and trained."""
+    of_teacher = costs.get("teacher_sampled_tokens", 0.0) + costs.get("teacher_scored_tokens", 0.0)
+    of_policy = costs.get("sampled_tokens", 0.0) + costs.get("trained_tokens", 0.0)
+    return of_teacher / (of_teacher + of_policy) if of_teacher + of_policy else 0.0
+
+
+def _log(run_dir: Path, config: RunConfig, summary: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Put the final figures and the settings into TensorBoard, a single group of questions by its name too."""
+    final = summary["stages"][-1]["name"]
+    step = sum(stage["steps"] for stage in summary["stages"])
+    with_groups = {
+        f"eval/{group}/exact_match" + ("" if mode == "greedy" else f"/{mode}"): figures["exact_match"]
+        for mode, groups in summary["evaluation"][final].items()
+        for group, figures in {**dict.fromkeys(names, groups["all"]), **groups}.items()
+    }
+    of_probes = evaluation.arc_metrics(summary["arc"].get(final, {}))
+    write_results(run_dir, asdict(config), with_groups | of_probes, step)
+
+
+def _show(
+    terminal: Console,
+    run_dir: Path,
+    evaluated: Sequence[Evaluated],
+    summary: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Print the tables of results and one whole episode of the trained policy."""
+    terminal.print(results_table(evaluated))
+    show_arc(terminal, evaluated)
+    for name, counts in summary["demonstrations"].items():
+        found = f"{counts['found']} demonstrations of {counts['wanted']} wanted"
+        found = found if counts["found"] else "SKIPPED for want of demonstrations"
+        terminal.print(f"{name}: {found}, from {counts['asked']} training questions")
+    for mode, gained in summary["gain"].items():
+        low, high = gained["interval"]
+        terminal.print(
+            f"gain over {gained['over']}, {mode}: {gained['exact_match']:+.3f} "
+            f"(95 % interval {low:+.3f} to {high:+.3f})"
+        )
+    best = summary["stages"][-1].get("best_on_dev")
+    if best is not None and best["checkpoint"] != summary["stages"][-1]["checkpoint"]:
+        terminal.print(f"best on the dev split ({best['exact_match']:.3f}), and earlier than what is measured above:")
+        terminal.print(f"python -m algorithms.evaluate checkpoint={run_dir / best['checkpoint']}", soft_wrap=True)
+    final = _final(evaluated)
+    trajectories = next(iter(final.trajectories.values()))
+    show_episode(terminal, f"the policy after {final.name}", trajectories, tokenizer)
+    terminal.print(f"run directory: {run_dir}", soft_wrap=True)
+    terminal.print(f"curves:        tensorboard --logdir {run_dir / 'tb'}", soft_wrap=True)

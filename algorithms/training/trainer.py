@@ -1,0 +1,314 @@
+"""A run from beginning to end: stage after stage of training, checkpoints on the way, and resuming from any of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.assets import resolve_model
+from algorithms.learner import seeding
+from algorithms.learner.algorithm import Algorithm, Progress
+from algorithms.learner.collate import collate
+from algorithms.learner.networks import Critic, freeze, load_model, pad_id
+from algorithms.learner.training_step import Learner
+from algorithms.learner.types import Batch, Trajectory
+from algorithms.rollout.replay import Replay
+from algorithms.rollout.trajectory_files import transcript
+from algorithms.training import checkpoint, evaluation
+from algorithms.training.batches import Sources, choose_source, rollout_metrics
+from algorithms.training.build import Environments, Networks, build_stages
+from algorithms.training.run_logger import RunLogger, cost_metrics
+from algorithms.training.settings import RunConfig
+from algorithms.training.trajectory_samples import is_due, token_figures, write_check, write_sample
+
+
+@dataclass
+class Position:
+    """Where a run stands; with the weights and the learner's state, all that a resumed run needs.
+
+    Attributes:
+        stage: Index of the stage being trained.
+        stage_step: Steps done in it.
+        stage_starts: Step of the whole run at which each stage so far began.
+        dev_exact_match: Last check on the dev split in this stage, None before the first.
+        best_checks: The best check on the dev split of each stage so far, None before the first: the step of the whole
+            run, and the exact match.
+        costs: Seconds and tokens so far, by name.
+    """
+
+    stage: int = 0
+    stage_step: int = 0
+    stage_starts: list[int] = field(default_factory=lambda: [0])
+    dev_exact_match: float | None = None
+    best_checks: list[tuple[int, float] | None] = field(default_factory=lambda: [None])
+    costs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Training steps of the whole run."""
+        return self.stage_starts[-1] + self.stage_step
+
+    def next_stage(self) -> None:
+        """Go to the beginning of the next stage."""
+        self.stage_starts.append(self.step)
+        self.stage += 1
+        self.stage_step = 0
+        self.dev_exact_match = None
+        self.best_checks.append(None)
+
+    def note_check(self, exact_match: float) -> None:
+        """Take note of a check on the dev split, made at the present step."""
+        self.dev_exact_match, best = exact_match, self.best_checks[-1]
+        if best is None or exact_match > best[1]:
+            self.best_checks[-1] = self.step, exact_match
+
+    def best_steps(self) -> list[int]:
+        """The steps of the best checks."""
+        return [check[0] for check in self.best_checks if check is not None]
+
+    def spend(self, **costs: float) -> None:
+        """Add to the costs."""
+        for name, cost in costs.items():
+            self.costs[name] = self.costs.get(name, 0.0) + cost
+
+
+class Trainer:
+    """Trains the chain of algorithms of a configuration.
+
+    Args:
+        config: The run's.
+        run_dir: Where everything is written. If it holds checkpoints, training goes on after the newest.
+
+    Attributes:
+        stages: The algorithms, first to last.
+        position: Where the run stands.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.stages = build_stages(config.algo)
+        self.networks = Networks(config)
+        self.environments = Environments(config, self.networks.tokenizer)
+        self._refuse_what_fails_late()
+        self.position = Position()
+        self._resume_from = checkpoint.latest(run_dir)
+        if any(need.startswith("teacher") for stage in self.stages for need in stage.needs):
+            self.networks.teacher()
+        self.sources = Sources(config, self.networks, self.environments, self.stages)
+        self._check_last_batches()
+
+    def _refuse_what_fails_late(self) -> None:
+        """Meet now the mistakes in settings and files that would otherwise end a run after hours."""
+        if not self.config.evaluation.every:
+            for stage in self.stages:
+                if getattr(stage.config, "hand_over_exact_match", None) is not None:
+                    raise ConfigurationError(
+                        f"hand_over_exact_match of {stage.name} looks at the checks on the dev split, and "
+                        "evaluation.every=0 switches them off; give the number of steps between them."
+                    )
+        for split in ("train", "dev", "test"):
+            self.environments.dataset(split)
+        self.networks.engine(self.networks.policy, self.environments.envs("train"))
+        cache_dir = Path(self.config.cache_dir).expanduser()
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache_dir, os.W_OK):
+            raise ConfigurationError(f"cache_dir={cache_dir} can't be written to; name another folder.")
+
+    def _check_last_batches(self) -> None:
+        """The last batch of a pass over stored trajectories may be small, but not smaller than its minibatches."""
+        for stage in self.sources.demonstrations:
+            count, config = len(self.sources.to_train_on(stage)), stage.config
+            last = count % config.batch_size or config.batch_size
+            if count and last < config.num_minibatches:
+                raise ConfigurationError(
+                    f"{stage.name}: {count} demonstrations in batches of {config.batch_size} leave {last} for "
+                    f"the last batch, which can't be split into num_minibatches={config.num_minibatches}; choose "
+                    "another batch_size or lower num_minibatches."
+                )
+
+    def num_steps(self, stage: Algorithm) -> int:
+        """Training steps of a stage, if it is not ended early; 0 if it has nothing to train on."""
+        return stage.num_steps(len(self.sources.to_train_on(stage)))
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Folder of a checkpoint."""
+        return self.run_dir / "checkpoints" / f"{step:06d}"
+
+    def train(self) -> None:
+        """Train all stages to their end. The teacher is out of memory afterwards."""
+        total = sum(self.num_steps(stage) for stage in self.stages)
+        if self._resume_from is not None:
+            self.position = Position(**checkpoint.read_trainer_state(self._resume_from)["position"])
+        with RunLogger(self.run_dir, total, start_step=self.position.step) as logger:
+            stages = ", then ".join(f"{stage.name} ({self.num_steps(stage)} steps)" for stage in self.stages)
+            logger.message(f"training: {stages}; written to {self.run_dir}")
+            if self._resume_from is not None:
+                logger.message(f"resuming after step {self.position.step} of {total}")
+            while self.position.stage < len(self.stages):
+                self._train_stage(self.stages[self.position.stage], logger)
+                self.position.next_stage()
+        self.networks.release_teacher()
+
+    def _train_stage(self, algorithm: Algorithm, logger: RunLogger) -> None:
+        total = self.num_steps(algorithm)
+        if total == 0:
+            return
+        learner = self._make_learner(algorithm, total)
+        self.sources.replay = Replay(algorithm.replay_capacity)
+        if self._resume_from is not None:
+            saved = checkpoint.load(self._resume_from, policy=self.networks.policy, critic=learner.critic)
+            learner.load_state_dict(saved.learner)
+            self.sources.replay.load_state_dict(saved.trainer["replay"])
+            self._resume_from = None
+        while not self._stage_is_over(algorithm, total):
+            metrics = self._validate(learner) if self.position.stage_step == 0 else {}
+            metrics |= self._train_step(learner, total)
+            self.position.stage_step += 1
+            metrics |= self._validate(learner) if self._is_end_of_pass(algorithm) else {}
+            checks, probes = (
+                is_due(every, self.position.stage_step, total)
+                for every in (self.config.evaluation.every, self.config.probe_every)
+            )
+            if checks or probes:
+                metrics |= self._check_on_dev(logger, self.config.probes if probes else ())
+            logger.write(self.position.step, metrics | cost_metrics(self.position.costs), algorithm.name)
+            is_due_anyway = self.position.stage_step % self.config.checkpoint_every == 0
+            is_best = self.position.step in self.position.best_steps()
+            if is_due_anyway or is_best or self._stage_is_over(algorithm, total):
+                self._save(learner)
+
+    def _stage_is_over(self, algorithm: Algorithm, total_steps: int) -> bool:
+        if self.position.stage_step >= total_steps:
+            return True
+        threshold = getattr(algorithm.config, "hand_over_exact_match", None)
+        reached = self.position.dev_exact_match
+        return threshold is not None and reached is not None and reached >= threshold
+
+    def _make_learner(self, algorithm: Algorithm, total_steps: int) -> Learner:
+        """The learner of a stage, with the networks that its algorithm needs as they are when the stage begins."""
+        needs, policy = algorithm.needs, self.networks.policy
+        return Learner(
+            algorithm,
+            policy,
+            critic=Critic(policy, shared=self.config.learner.critic == "shared") if "values" in needs else None,
+            reference=self._policy_at_stage_start() if any(need.startswith("ref") for need in needs) else None,
+            teacher=self.networks.teacher() if any(need.startswith("teacher") for need in needs) else None,
+            config=self.config.learner,
+            total_steps=total_steps,
+            vocab_size=self.networks.vocab_size,
+            temperature=self.config.rollout.temperature,
+        )
+
+    def _policy_at_stage_start(self) -> PreTrainedModel:
+        start = self.position.stage_starts[-1]
+        path = str(self.checkpoint_path(start)) if start else resolve_model(self.config.model.policy)
+        return freeze(load_model(path, device=self.networks.device))
+
+    def _draw(self, algorithm: Algorithm, source: str) -> tuple[list[Trajectory], dict[str, float]]:
+        """The trajectories of the next step, and figures of the rollout if there was one."""
+        stage, step = self.position.stage, self.position.stage_step
+        if source == "teacher":
+            return self.sources.demonstrated(algorithm, stage, step), {}
+        if source == "replay":
+            draw = seeding.rng(self.config.seed, stage, "replay", step)
+            return self.sources.replay.sample(algorithm.config.batch_size, draw), {}
+        trajectories, stats = self.sources.played(algorithm, stage, step)
+        self.sources.replay.add(trajectories)
+        self.position.spend(
+            rollout_s=stats.seconds,
+            sampled_tokens=stats.sampled_tokens,
+            episodes=len(trajectories),
+            env_steps=sum(len(trajectory.turns) for trajectory in trajectories),
+        )
+        return trajectories, rollout_metrics(trajectories, stats)
+
+    def _train_step(self, learner: Learner, total_steps: int) -> dict[str, float]:
+        stage, step, replay = self.position.stage, self.position.stage_step, self.sources.replay
+        progress = Progress(step, total_steps, len(replay), replay.is_full)
+        source = choose_source(learner.algorithm, progress, seeding.rng(self.config.seed, stage, "source", step))
+        trajectories, metrics = self._draw(learner.algorithm, source)
+        started = time.perf_counter()
+        batch = self._collate(trajectories)
+        learner.score(batch)
+        scored = time.perf_counter()
+        draw = seeding.rng(self.config.seed, "minibatches", self.position.step)
+        # At another temperature than that of the losses it was another policy that sampled.
+        as_trained = learner.algorithm.sampling_temperature in (None, self.config.rollout.temperature)
+        figures = learner.update(batch, draw, fresh=source == "policy" and as_trained)
+        ended = time.perf_counter()
+        self.position.spend(**{f"{source}_batches": 1})
+        tokens = float(batch.attention_mask.sum())
+        self.position.spend(score_s=scored - started, update_s=ended - scored, trained_tokens=tokens)
+        if learner.teacher is not None:
+            self.position.spend(teacher_scored_tokens=tokens)
+        if is_due(self.config.evaluation.every, step + 1, total_steps):
+            self._save_sample(trajectories, batch, learner)
+        metrics |= {f"train/{name}": value for name, value in figures.items()}
+        return metrics | {"time/score_s": scored - started, "time/update_s": ended - scored}
+
+    def _save_sample(self, trajectories: Sequence[Trajectory], batch: Batch, learner: Learner) -> None:
+        """Keep some of the trajectories that the present step has trained on."""
+        started = time.perf_counter()
+        path = self.run_dir / "trajectories" / f"train-{self.position.step + 1:06d}.jsonl.gz"
+        dataset = self.environments.dataset("train")
+        write_sample(path, trajectories, dataset, self.networks.tokenizer, token_figures(batch, learner))
+        self.position.spend(samples_s=time.perf_counter() - started)
+
+    def _collate(self, trajectories: Sequence[Trajectory]) -> Batch:
+        return collate(trajectories, pad_id(self.networks.tokenizer), self.networks.device)
+
+    def _is_end_of_pass(self, algorithm: Algorithm) -> bool:
+        """Whether as many steps are done as whole passes over the demonstrations take."""
+        per_pass = -(-len(self.sources.to_train_on(algorithm)) // algorithm.config.batch_size)
+        return per_pass > 0 and self.position.stage_step % per_pass == 0
+
+    def _validate(self, learner: Learner) -> dict[str, float]:
+        """Loss on the demonstrations held out, if any are."""
+        held_out = self.sources.held_out(learner.algorithm)
+        if not held_out:
+            return {}
+        batch = self._collate(held_out)
+        if learner.teacher is not None:
+            self.position.spend(teacher_scored_tokens=float(batch.attention_mask.sum()))
+        loss = learner.validate(batch)
+        learner.algorithm.after_validation(loss)
+        return {"train/validation_loss": loss}
+
+    def _check_on_dev(self, logger: RunLogger, probes: Sequence[Any]) -> dict[str, float]:
+        """Greedy figures on a few questions of the dev split, and probes there; some of the transcripts are kept."""
+        started = time.perf_counter()
+        envs, step = self.environments.envs("dev"), self.position.step
+        count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))
+        engine = self.networks.engine(self.networks.policy, envs, temperature=0.0)
+        trajectories, _ = engine.rollout(range(count), seed=(0,))
+        metrics = evaluation.dev_metrics(trajectories)
+        self.position.note_check(metrics["dev/exact_match"])
+        logger.text("transcripts/dev", transcript(trajectories[step % count], self.networks.tokenizer), step)
+        path = self.run_dir / "trajectories" / f"dev-{step:06d}.jsonl.gz"
+        write_check(path, trajectories, envs.dataset, self.networks.tokenizer)
+        metrics |= evaluation.arc_metrics(evaluation.probe(engine, trajectories, probes), "dev/arc")
+        seconds = time.perf_counter() - started
+        self.position.spend(dev_s=seconds)
+        return metrics | {"time/dev_s": seconds}
+
+    def _save(self, learner: Learner) -> None:
+        started = time.perf_counter()
+        checkpoint.save(
+            self.run_dir,
+            self.position.step,
+            policy=self.networks.policy,
+            tokenizer=self.networks.tokenizer,
+            critic=learner.critic,
+            learner_state=learner.state_dict(),
+            trainer_state={"position": asdict(self.position), "replay": self.sources.replay.state_dict()},
+            keep_last=self.config.keep_checkpoints,
+            keep_steps=[*self.position.stage_starts, *self.position.best_steps()],
+        )
+        self.position.spend(checkpoint_s=time.perf_counter() - started)

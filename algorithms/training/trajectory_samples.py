@@ -1,0 +1,79 @@
+"""A few trajectories on disk: of training steps, with what a step made of every token, and of checks on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentic_rag_env.datasets.base import QuestionSet
+from algorithms.learner.training_step import Learner
+from algorithms.learner.types import Batch, Trajectory
+from algorithms.rollout.trajectory_files import write_trajectories
+
+NUM_SAVED = 8
+_NUM_CHECKED = 16
+
+
+def is_due(every: int, step: int, total_steps: int) -> bool:
+    """Whether what is done every so many steps of a stage, and at its end, is done after a step; 0: never."""
+    return bool(every) and (step % every == 0 or step == total_steps)
+
+
+def write_sample(
+    path: Path,
+    trajectories: Sequence[Trajectory],
+    dataset: QuestionSet,
+    tokenizer: Any,
+    figures: Sequence[Mapping[str, np.ndarray]] = (),
+) -> None:
+    """Write the first trajectories that a step has trained on.
+
+    Args:
+        path: `trajectories/train-<step>.jsonl.gz` of the run.
+        trajectories: Of the step.
+        dataset: Has their questions.
+        tokenizer: For the text beside the ids.
+        figures: Of the first trajectories, see `token_figures`.
+    """
+    saved = trajectories[:NUM_SAVED]
+    ids = [trajectory.turns[-1].info["question_id"] for trajectory in saved]
+    questions = {question.id: question for question in dataset if question.id in ids}
+    write_trajectories(path, saved, tokenizer, [questions[each] for each in ids], figures)
+
+
+def write_check(path: Path, trajectories: Sequence[Trajectory], dataset: QuestionSet, tokenizer: Any) -> None:
+    """Write the first trajectories of a check on the dev split.
+
+    Args:
+        path: `trajectories/dev-<step>.jsonl.gz` of the run.
+        trajectories: Of the first questions of the dataset.
+        dataset: The questions.
+        tokenizer: For the text beside the ids.
+    """
+    write_trajectories(path, trajectories[:_NUM_CHECKED], tokenizer, dataset)
+
+
+def token_figures(batch: Batch, learner: Learner) -> list[dict[str, np.ndarray]]:
+    """What is known of the model-written tokens of the first trajectories of a batch, after an update on them.
+
+    Args:
+        batch: As `Learner.update` left it.
+        learner: Trained on it.
+
+    Returns:
+        For each of the first `NUM_SAVED` trajectories, [n] float32 by name: `advantages`, where the algorithm has any;
+        `ref_kl` and `teacher_kl`, where the learner has that network, the exact KL(policy || network) over the
+        vocabulary in nats, of the policy as the update left it.
+    """
+    batch = batch.select(range(min(NUM_SAVED, len(batch))))
+    columns = {} if batch.advantages is None else {"advantages": batch.advantages}
+    for name, network in (("ref", learner.reference), ("teacher", learner.teacher)):
+        if network is not None:
+            columns[f"{name}_kl"] = learner.scorer.kl(learner.policy, network, batch)
+    return [
+        {name: column[row][mask].float().cpu().numpy() for name, column in columns.items()}
+        for row, mask in enumerate(batch.response_mask)
+    ]

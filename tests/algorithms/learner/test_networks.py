@@ -1,0 +1,220 @@
+"""Loading, shared vocabularies, hidden states, logits and the critic, on tiny models written to disk."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tokenizers import AddedToken
+from toy_policy import make_policy, make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner.networks import (
+    Critic,
+    backbone_hidden,
+    check_lm_head,
+    freeze,
+    lm_logits,
+    load_model,
+    load_tokenizer,
+    logit_width,
+    pad_id,
+    shared_vocab_size,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=280, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer("whole").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_load_from_a_folder(folder):
+    model, tokenizer = load_model(folder), load_tokenizer(str(folder))
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert logit_width(model) == 280
+    assert load_model(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert tokenizer.get_vocab() == make_tokenizer("whole").get_vocab()
+    text = " ada who?\n<search> rome</search>\n\nçé"
+    assert tokenizer.encode(text) == make_tokenizer("whole").encode(text)
+
+
+def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"config\.json is missing \(found: nothing\).*save_pretrained"):
+        load_model(tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"found: summary\.json"):
+        load_model(tmp_path)
+    with pytest.raises(ConfigurationError, match="found: no such folder"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_a_folder_without_weights_says_so(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"Cannot load .*incomplete.*safetensors"):
+        load_model(folder)
+
+
+def test_a_folder_without_a_tokenizer_says_which_files_are_missing(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ConfigurationError, match=r"no tokenizer: none of tokenizer\.json.*Copy these files"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_an_unreachable_hub_id_says_what_to_do(load, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigurationError, match=r"'nobody/nothing'.*neither a folder here nor reachable.*hf download"):
+        load("nobody/nothing")
+
+
+def with_tokens(*tokens: str) -> PreTrainedTokenizerFast:
+    backend = make_tokenizer("whole").backend_tokenizer
+    backend = backend.from_str(backend.to_str())
+    backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def test_shared_vocabulary_of_one_family_is_the_narrower_logits():
+    """As Qwen2.5: 0.5B has 151936 logits and 7B has 152064, for the same tokens."""
+    tokenizer = make_tokenizer("whole")
+    size = len(tokenizer)
+    assert shared_vocab_size(tokenizer, copy.deepcopy(tokenizer), size + 13, size + 5) == size + 5
+    assert shared_vocab_size(tokenizer, tokenizer, size + 13) == size + 13
+
+
+def test_tokens_that_only_one_has_are_left_out():
+    tokenizer = make_tokenizer("whole")
+    size = len(tokenizer)
+    assert shared_vocab_size(tokenizer, with_tokens("<tool>"), size + 64, size + 64) == size
+
+
+def test_different_vocabularies_show_sizes_the_first_difference_and_ways_out():
+    one, other = with_tokens("<a>", "<b>"), with_tokens("<a>", "<c>", "<d>")
+    size = len(make_tokenizer("whole"))
+    with pytest.raises(ConfigurationError) as caught:
+        shared_vocab_size(one, other, 512, 640)
+    for part in (f"({size + 2} and {size + 3} ids", "512 and 640", f"id {size + 1} on", "'<b>'", "'<c>'", "one family"):
+        assert part in str(caught.value)
+
+
+def test_filler_is_the_pad_token_or_end_of_text():
+    tokenizer = copy.deepcopy(make_tokenizer("whole"))
+    assert pad_id(tokenizer) == tokenizer.eos_token_id
+    tokenizer.pad_token = "?"
+    assert pad_id(tokenizer) == tokenizer.convert_tokens_to_ids("?") != tokenizer.eos_token_id
+
+
+def test_hidden_states_and_logits_are_the_models_own_wherever_the_padding_is():
+    model = make_policy("whole")
+    ids = torch.randint(logit_width(model), (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0]
+        for left, right in ((0, 0), (0, 4), (3, 0), (2, 2)):
+            mask = torch.tensor([[False] * left + [True] * 9 + [False] * right])
+            padded = torch.full(mask.shape, 5)
+            padded[mask] = ids[0]
+            logits = lm_logits(model, backbone_hidden(model, padded, mask)[mask], logit_width(model))
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_attention_over_a_batch_padded_on_the_right_is_causal_without_a_mask(monkeypatch):
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **settings):
+        calls.append(settings)
+        return attention(*args, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    backbone_hidden(make_policy("whole"), torch.full(mask.shape, 5), mask)
+    assert calls
+    assert all(settings["attn_mask"] is None and settings["is_causal"] for settings in calls)
+
+
+def test_logits_are_cut_before_anything_else_and_float32():
+    model = make_policy("whole").bfloat16()
+    hidden = torch.randn(4, 32, dtype=torch.bfloat16)
+    logits = lm_logits(model, hidden, 10)
+    assert (logits.shape, logits.dtype) == ((4, 10), torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[10:] = 1e4
+    torch.testing.assert_close(lm_logits(model, hidden, 10).softmax(-1), logits.softmax(-1), atol=0, rtol=0)
+
+
+def test_families_that_cap_or_scale_logits_are_refused_by_name():
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+    torch.manual_seed(0)
+    for family, settings in (
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 0.5, "attn_logit_softcapping": None}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.06}),
+    ):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **settings)).eval()
+        with torch.no_grad():
+            model.get_input_embeddings().weight.normal_()
+        with pytest.raises(ConfigurationError, match=f"'{family}'.*not supported"):
+            check_lm_head(model)
+    check_lm_head(make_policy("whole"))
+    check_lm_head(make_policy("whole").bfloat16())
+
+
+def test_freeze():
+    model = make_policy("whole").train()
+    assert freeze(model) is model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def critic_inputs():
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    return ids, mask, torch.tensor([0, 0, 1]), torch.tensor([2, 3, 1])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_values_start_at_zero_and_read_the_named_positions(shared):
+    model = make_policy("whole")
+    critic = Critic(model, shared=shared)
+    ids, mask, rows, columns = critic_inputs()
+    assert critic.values(ids, mask, rows, columns).tolist() == [0.0, 0.0, 0.0]
+    with torch.no_grad():
+        critic.head.weight.normal_()
+        critic.head.bias.fill_(0.5)
+        hidden = model.model(input_ids=ids).last_hidden_state
+        expected = hidden[rows, columns] @ critic.head.weight[0] + 0.5
+    torch.testing.assert_close(critic.values(ids, mask, rows, columns), expected, atol=1e-5, rtol=0)
+
+
+def test_a_separate_critic_learns_without_touching_the_policy():
+    model = make_policy("whole")
+    critic = Critic(freeze(model))
+    with torch.no_grad():
+        critic.head.weight.normal_()
+    critic.values(*critic_inputs()).sum().backward()
+    own, policy = dict(critic.named_parameters()), list(model.parameters())
+    assert {"head.weight", "head.bias", "backbone.norm.weight"} <= set(own)
+    assert own["backbone.layers.0.mlp.up_proj.weight"].grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in policy)
+    assert not {id(parameter) for parameter in own.values()} & {id(parameter) for parameter in policy}
+
+
+def test_a_shared_critic_owns_a_head_only_and_trains_the_policys_trunk():
+    model = make_policy("whole")
+    critic = Critic(model, shared=True)
+    assert set(dict(critic.named_parameters())) == set(critic.state_dict()) == {"head.weight", "head.bias"}
+    with torch.no_grad():
+        critic.head.weight.normal_()
+    critic.values(*critic_inputs()).sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0

@@ -1,0 +1,561 @@
+"""The chunked training step against a plain one that builds [B, T, V], and the invariances a step must have."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.dgpo import DGPO, DGPOConfig
+from algorithms.kd import KD, KDConfig
+from algorithms.learner import scoring
+from algorithms.learner.algorithm import Algorithm, AlgorithmConfig, OptimizerConfig
+from algorithms.learner.networks import Critic, freeze
+from algorithms.learner.training_step import Learner, LearnerConfig
+from algorithms.learner.types import Batch
+from algorithms.ppo import PPO, PPOConfig
+from algorithms.sft import SFT, SFTConfig
+
+VOCAB = 23
+
+
+def make_model(seed: int, vocab_size: int = VOCAB) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def make_batch(seed: int = 0, num_rows: int = 6, extra_padding: int = 0) -> Batch:
+    """Prompt of 3, then turns of model text and observations; row 1 is short, the last row ends in an observation."""
+    generator = torch.Generator().manual_seed(seed)
+    length = 18
+    ids = torch.randint(VOCAB, (num_rows, length), generator=generator)
+    attention = torch.ones(num_rows, length, dtype=torch.bool)
+    response = torch.zeros(num_rows, length, dtype=torch.bool)
+    response[:, 3:7] = True
+    response[:, 10:15] = True
+    response[::2, 15:18] = True
+    attention[1, 6:], response[1, 6:] = False, False
+    if num_rows > 4:
+        attention[4, 12:], response[4, 12:] = False, False
+    ids[~attention] = 0
+    old = torch.where(response, -torch.rand(num_rows, length, generator=generator) * 3, 0.0)
+    pad = (0, extra_padding)
+    correct = torch.arange(num_rows) % 2 == 0
+    return Batch(
+        input_ids=torch.nn.functional.pad(ids, pad),
+        attention_mask=torch.nn.functional.pad(attention, pad),
+        response_mask=torch.nn.functional.pad(response, pad),
+        old_logprobs=torch.nn.functional.pad(old, pad),
+        rewards=correct.float(),
+        correct=correct,
+        group_ids=torch.arange(num_rows),
+    )
+
+
+def sgd_free(learning_rate: float = 1e-3, **settings) -> OptimizerConfig:
+    return OptimizerConfig(learning_rate=learning_rate, max_grad_norm=1e9, **settings)
+
+
+def make_learner(algorithm, seed: int = 0, policy=None, shared: bool = False, temperature: float = 1.0, **settings):
+    policy = policy or make_model(seed)
+    needs = algorithm.needs
+    return Learner(
+        algorithm,
+        policy,
+        critic=Critic(policy, shared=shared) if "values" in needs else None,
+        reference=freeze(make_model(100)) if "ref_logprobs" in needs else None,
+        teacher=freeze(make_model(200)) if any(need.startswith("teacher") for need in needs) else None,
+        config=LearnerConfig(**settings),
+        total_steps=10,
+        vocab_size=VOCAB,
+        temperature=temperature,
+    )
+
+
+def make_ppo(**settings) -> PPO:
+    defaults = {"num_minibatches": 1, "critic_warmup_steps": 0, "optimizer": sgd_free(), "critic_optimizer": sgd_free()}
+    return PPO(PPOConfig(**{**defaults, **settings}))
+
+
+def make_kd(**settings) -> KD:
+    return KD(KDConfig(**{"optimizer": sgd_free(), **settings}))
+
+
+def full_logits(model, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """[B, T, V]: entry t is the distribution of token t, entry 0 is meaningless."""
+    positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), position_ids=positions).logits
+    return torch.roll(logits, 1, dims=1) / temperature
+
+
+def naive_logprobs(model, batch: Batch, temperature: float = 1.0) -> Tensor:
+    table = full_logits(model, batch, temperature).log_softmax(-1)
+    return table.gather(-1, batch.input_ids[..., None])[..., 0]
+
+
+def gradients(learner: Learner, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+    """What the optimizers saw in the last minibatch of an update."""
+    found = {}
+
+    def watch(optimizer, network, prefix):
+        apply = optimizer.apply
+
+        def record(*args):
+            found.update({prefix + name: p.grad.clone() for name, p in network.named_parameters()})
+            return apply(*args)
+
+        optimizer.apply = record
+
+    watch(learner.policy_optimizer, learner.policy, "")
+    if learner.critic is not None:
+        watch(learner.critic_optimizer, learner.critic, "critic.")
+    learner.score(batch)
+    learner.update(batch, np.random.default_rng(seed))
+    return found
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        scale = max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(value / scale, second[name] / scale, atol=tolerance, rtol=0, msg=name)
+
+
+# --- against the plain implementation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean"])
+def test_cross_entropy_gradient_equals_the_plain_one(reduction):
+    batch = make_batch()
+    found = gradients(
+        make_learner(SFT(SFTConfig(optimizer=sgd_free(), loss_reduction=reduction)), chunk_tokens=5), batch
+    )
+    model = make_model(0)
+    losses = -naive_logprobs(model, batch)
+    mask = batch.response_mask
+    if reduction == "token-mean":
+        loss = losses[mask].mean()
+    else:
+        loss = torch.stack([row[m].mean() for row, m in zip(losses, mask, strict=True)]).mean()
+    loss.backward()
+    assert_same(found, {name: p.grad for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kd_gradient_equals_the_plain_one(temperature):
+    batch = make_batch()
+    learner = make_learner(make_kd(kl_coef=0.5), temperature=temperature, chunk_tokens=4, micro_batch_tokens=40)
+    found = gradients(learner, batch)
+    model = make_model(0)
+    log_q = full_logits(model, batch, temperature).log_softmax(-1)
+    log_p = full_logits(make_model(200), batch, temperature).log_softmax(-1).detach()
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    cross_entropy = -log_q.gather(-1, batch.input_ids[..., None])[..., 0]
+    (cross_entropy + 0.5 * divergence)[batch.response_mask].mean().backward()
+    assert_same(found, {name: p.grad for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_ppo_gradient_equals_the_plain_one(shared):
+    batch = make_batch()
+    algorithm = make_ppo(entropy_coef=0.1, kl_coef=0.05, gae_lambda=0.9)
+    learner = make_learner(algorithm, shared=shared, chunk_tokens=4, micro_batch_tokens=40, value_coef=0.3)
+    torch.nn.init.normal_(learner.critic.head.weight, std=0.3)
+    head = copy.deepcopy(learner.critic.head)
+    found = gradients(learner, batch)
+
+    model, trunk, mask = make_model(0), make_model(0), batch.response_mask
+    torch.testing.assert_close(batch.ref_logprobs[mask], naive_logprobs(make_model(100), batch)[mask])
+    assert not batch.ref_logprobs[~mask].any()
+    assert not batch.values[~mask].any()
+    log_q = full_logits(model, batch).log_softmax(-1)
+    logprobs = log_q.gather(-1, batch.input_ids[..., None])[..., 0]
+    entropy = -(log_q.exp() * log_q).sum(-1)
+    ratio = (logprobs - batch.old_logprobs).exp()
+    surrogate = -torch.minimum(ratio * batch.advantages, ratio.clamp(0.8, 1.2) * batch.advantages)
+    policy_loss = (surrogate - 0.1 * entropy)[mask].mean()
+    values_of = model if shared else trunk
+    hidden = values_of.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).last_hidden_state
+    values = torch.roll(head(hidden)[..., 0], 1, dims=1)
+    torch.testing.assert_close(batch.values[mask], values[mask].detach())
+    value_loss = 0.5 * (values - batch.returns)[mask].square().mean()
+    (policy_loss + (0.3 if shared else 1.0) * value_loss).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    if not shared:
+        expected |= {f"critic.backbone.{name}": p.grad for name, p in trunk.model.named_parameters()}
+    expected |= {f"critic.head.{name}": p.grad for name, p in head.named_parameters()}
+    assert_same(found, expected)
+
+
+# --- invariances -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [make_kd, make_ppo])
+@pytest.mark.parametrize("settings", [{"chunk_tokens": 1}, {"micro_batch_tokens": 1}, {"gradient_checkpointing": True}])
+def test_splitting_changes_nothing(make, settings):
+    whole = gradients(make_learner(make()), make_batch())
+    assert_same(whole, gradients(make_learner(make(), **settings), make_batch()))
+
+
+def test_checkpointing_recomputes_layers_and_is_off_outside_the_update():
+    learner, batch = make_learner(make_ppo(), gradient_checkpointing=True), make_batch()
+    calls = []
+    for network in (learner.policy, learner.critic):
+        for layer in network.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.mlp.register_forward_pre_hook(lambda module, *_: calls.append(module.training))
+    learner.score(batch)
+    calls.clear()
+    learner.update(batch, np.random.default_rng(0))
+    assert calls == [False] * 8  # 2 networks, 2 layers, forward and again in backward; dropout stays off
+    assert not any(module.training for module in learner.policy.modules())
+
+
+@pytest.mark.parametrize("make", [make_kd, make_ppo])
+def test_padding_and_order_change_nothing(make):
+    batch = make_batch()
+    whole = gradients(make_learner(make()), batch)
+    assert_same(whole, gradients(make_learner(make()), make_batch(extra_padding=9)))
+    shuffled = make_batch().select([5, 3, 0, 1, 4, 2])
+    assert_same(whole, gradients(make_learner(make()), shuffled, seed=3))
+
+
+@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean"])
+def test_a_trajectory_without_model_tokens_is_harmless(reduction):
+    batch = make_batch()
+    batch.response_mask[3] = False
+    batch.old_logprobs[3] = 0
+    algorithm = SFT(SFTConfig(optimizer=sgd_free(), loss_reduction=reduction))
+    found = gradients(make_learner(algorithm, micro_batch_tokens=1), batch)
+    others = gradients(make_learner(algorithm), batch.select([0, 1, 2, 4, 5]))
+    share = 5 / 6 if reduction == "seq-mean" else 1.0
+    assert_same(found, {name: value * share for name, value in others.items()})
+
+
+def test_labels_after_the_last_model_token_and_padding_never_matter():
+    batch, other = make_batch(), make_batch()
+    last = torch.where(batch.response_mask, torch.arange(18), -1).amax(dim=1)
+    after = torch.arange(18) > last[:, None]
+    assert after.any()
+    other.input_ids[after] = 7
+    other.old_logprobs[~other.response_mask] = 5.0
+    assert_same(gradients(make_learner(make_ppo()), batch), gradients(make_learner(make_ppo()), other), 0.0)
+
+
+def test_logits_where_the_model_did_not_write_are_not_computed(monkeypatch):
+    seen = []
+    original = scoring.lm_logits
+    monkeypatch.setattr(scoring, "lm_logits", lambda *a: seen.append(original(*a)) or seen[-1])
+    batch = make_batch()
+    gradients(make_learner(SFT(SFTConfig(optimizer=sgd_free()))), batch)
+    assert sum(len(logits) for logits in seen) == int(batch.response_mask.sum())
+
+
+def test_context_text_does_matter():
+    batch, other = make_batch(), make_batch()
+    other.input_ids[:, 8] = (other.input_ids[:, 8] + 1) % VOCAB
+    first, second = gradients(make_learner(make_kd()), batch), gradients(make_learner(make_kd()), other)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(first[name], second[name])
+
+
+def test_vocabulary_beyond_the_shared_part_changes_nothing():
+    batch, wide = make_batch(), make_model(0, VOCAB + 4)
+    with torch.no_grad():
+        for (name, target), source in zip(wide.named_parameters(), make_model(0).parameters(), strict=True):
+            target[: len(source)] = source
+            if name == "model.embed_tokens.weight":
+                target[VOCAB:] = 50.0
+    found = gradients(make_learner(make_ppo(), policy=wide), batch)
+    narrow = gradients(make_learner(make_ppo()), make_batch())
+    name = "model.embed_tokens.weight"
+    assert not found[name][VOCAB:].any()
+    for each in (name, f"critic.backbone.{name.removeprefix('model.')}"):
+        found[each] = found[each][:VOCAB]
+    assert_same(found, narrow)
+
+
+def test_teacher_does_not_matter_to_dgpo_if_all_is_correct():
+    def run(teacher_seed: int) -> dict[str, Tensor]:
+        batch = make_batch()
+        batch.correct[:], batch.rewards[:] = True, 1.0
+        settings = {"num_minibatches": 1, "critic_warmup_steps": 0, "optimizer": sgd_free()}
+        learner = make_learner(DGPO(DGPOConfig(**settings)))
+        learner.teacher = freeze(make_model(teacher_seed))
+        return gradients(learner, batch)
+
+    assert_same(run(200), run(300), 0.0)
+
+
+# --- PPO at the policy that sampled ----------------------------------------------------------------------------------
+
+
+def on_policy_batch() -> Batch:
+    batch = make_batch()
+    batch.old_logprobs = torch.where(batch.response_mask, naive_logprobs(make_model(0), batch).detach(), 0.0)
+    return batch
+
+
+def test_ratio_is_one_at_the_sampling_policy():
+    batch, learner = on_policy_batch(), make_learner(make_ppo())
+    learner.score(batch)
+    metrics = learner.update(batch, np.random.default_rng(0))
+    assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["clip_fraction"] == 0.0
+    assert metrics["sampler_drift"] < 1e-6
+    assert abs(metrics["approx_kl"]) < 1e-6
+    with torch.no_grad():
+        log_q = full_logits(make_model(0), batch).log_softmax(-1)[batch.response_mask]
+    assert metrics["entropy"] == pytest.approx(float(-(log_q.exp() * log_q).sum(-1).mean()), abs=1e-5)
+
+
+def test_drift_is_that_of_the_first_minibatch_alone():
+    batch = make_batch()
+    learner = make_learner(make_ppo(optimizer=sgd_free(0.1)))
+    with torch.no_grad():
+        expected = (naive_logprobs(make_model(0), batch) - batch.old_logprobs)[batch.response_mask].abs().mean()
+    learner.algorithm.config.num_epochs = 3
+    learner.score(batch)
+    assert learner.update(batch, np.random.default_rng(0))["sampler_drift"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_zero_advantages_give_no_policy_gradient():
+    class Flat(PPO):
+        def estimate_advantages(self, batch):
+            zeros = torch.zeros_like(batch.old_logprobs)
+            return zeros, zeros
+
+    learner = make_learner(Flat(make_ppo(entropy_coef=0.0).config))
+    found = gradients(learner, on_policy_batch())
+    assert not any(value.any() for name, value in found.items() if not name.startswith("critic."))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_only_the_critic_trains_during_its_warm_up(shared):
+    learner, batch = make_learner(make_ppo(critic_warmup_steps=1), shared=shared), make_batch()
+    before = copy.deepcopy(learner.policy.state_dict())
+    learner.score(batch)
+    metrics = learner.update(batch, np.random.default_rng(0))
+    assert all(torch.equal(value, before[name]) for name, value in learner.policy.state_dict().items())
+    assert learner.critic.head.weight.any()
+    assert "loss" not in metrics
+    assert metrics["value_loss"] > 0
+    learner.score(batch)
+    assert "loss" in learner.update(batch, np.random.default_rng(0))
+    assert not torch.equal(learner.policy.model.norm.weight, before["model.norm.weight"])
+
+
+# --- steps, schedule, resume -----------------------------------------------------------------------------------------
+
+
+def test_constant_reduction_divides_the_sum_by_a_length_of_its_own():
+    batch = make_batch()
+    policy = make_model(0)
+    expected = -naive_logprobs(policy, batch)[batch.response_mask].sum().item() / (len(batch) * 50)
+    config = SFTConfig(optimizer=sgd_free(), loss_reduction="constant", reduction_length=50)
+    metrics = make_learner(SFT(config), policy=policy).update(batch, np.random.default_rng(0))
+    assert metrics["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_exact_divergence_of_the_networks_is_the_sum_over_the_vocabulary(temperature):
+    batch, policy, teacher = make_batch(), make_model(0), make_model(200)
+    algorithm = DGPO(DGPOConfig(kl_estimator="exact"))
+    learner = make_learner(algorithm, policy=policy, temperature=temperature, chunk_tokens=4, micro_batch_tokens=40)
+    learner.score(batch)
+    assert batch.teacher_logprobs is None
+    log_q = full_logits(policy, batch, temperature).log_softmax(-1)
+    log_p = full_logits(teacher, batch, temperature).log_softmax(-1)
+    expected = torch.where(batch.response_mask, (log_q.exp() * (log_q - log_p)).sum(-1), 0.0)
+    torch.testing.assert_close(batch.teacher_kl, expected, rtol=0, atol=1e-5)
+
+
+def test_validation_is_the_mean_loss_and_changes_nothing():
+    batch, policy = make_batch(), make_model(0)
+    before = copy.deepcopy(policy.state_dict())
+    learner = make_learner(make_kd(), policy=policy, chunk_tokens=3, micro_batch_tokens=30)
+    loss = learner.validate(batch)
+    teacher = make_model(200)
+    log_q, log_p = (full_logits(model, batch).log_softmax(-1) for model in (policy, teacher))
+    per_token = -naive_logprobs(policy, batch) + (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert loss == pytest.approx(per_token[batch.response_mask].mean().item(), abs=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_every_row_is_used_once_per_epoch():
+    @dataclass(kw_only=True)
+    class Config(AlgorithmConfig):
+        optimizer: OptimizerConfig = field(default_factory=sgd_free)
+
+    class Recorder(Algorithm):
+        def __init__(self, config):
+            super().__init__(config)
+            self.seen, self.steps = [], 0
+
+        def token_loss(self, tokens):
+            self.seen.append(torch.stack([tokens.sequence_ids, tokens.ids]))
+            return -tokens.logprobs
+
+        def after_step(self, metrics):
+            self.steps += 1
+
+    algorithm, batch = Recorder(Config(num_epochs=2, num_minibatches=3)), make_batch()
+    learner = make_learner(algorithm, chunk_tokens=3, micro_batch_tokens=30)
+    metrics = learner.update(batch, np.random.default_rng(0), fresh=False)
+    rows, _ = torch.nonzero(batch.response_mask, as_tuple=True)
+    expected = torch.stack([rows, batch.input_ids[batch.response_mask]]).repeat(1, 2)
+    found = torch.cat(algorithm.seen, dim=1)
+    assert sorted(map(tuple, found.T.tolist())) == sorted(map(tuple, expected.T.tolist()))
+    assert (algorithm.steps, learner.step) == (1, 1)
+    assert set(metrics) == {"loss", "entropy", "grad_norm", "learning_rate"}
+
+
+def test_loss_is_the_mean_over_minibatches():
+    batch = make_batch()
+    algorithm = SFT(SFTConfig(optimizer=sgd_free(1e-12)))
+    algorithm.config.num_minibatches = 3
+    learner = make_learner(algorithm)
+    metrics = learner.update(batch, np.random.default_rng(5))
+    losses = -naive_logprobs(make_model(0), batch).detach()
+    parts = np.array_split(np.random.default_rng(5).permutation(6), 3)
+    expected = np.mean([float(losses[part][batch.response_mask[part]].mean()) for part in parts])
+    assert metrics["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_resume_is_bit_identical():
+    def start() -> Learner:
+        optimizer = OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.3, schedule="cosine", weight_decay=0.1)
+        algorithm = make_ppo(num_minibatches=2, optimizer=optimizer, critic_optimizer=optimizer)
+        return make_learner(algorithm, micro_batch_tokens=40)
+
+    def train(learner: Learner, steps: range) -> list[dict[str, float]]:
+        history = []
+        for step in steps:
+            batch = make_batch(step)
+            learner.score(batch)
+            history.append(learner.update(batch, np.random.default_rng(step)))
+        return history
+
+    straight = start()
+    whole = train(straight, range(6))
+    first = start()
+    train(first, range(3))
+    second = start()
+    second.load_state_dict(first.state_dict())
+    second.policy.load_state_dict(first.policy.state_dict())
+    second.critic.load_state_dict(first.critic.state_dict())
+    assert train(second, range(3, 6)) == whole[3:]
+    for one, other in ((straight.policy, second.policy), (straight.critic, second.critic)):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_metrics_follow_the_schedule():
+    optimizer = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.4, schedule="cosine")
+    learner = make_learner(SFT(SFTConfig(optimizer=optimizer)))
+    rates = [learner.policy_optimizer.learning_rate(step) for step in range(11)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[5:] == pytest.approx([(1 + np.cos(np.pi * k / 6)) / 2 for k in range(1, 7)], abs=1e-12)
+    assert learner.update(make_batch(), np.random.default_rng(0))["learning_rate"] == 0.25
+    assert learner.update(make_batch(), np.random.default_rng(0))["learning_rate"] == 0.5
+    assert {group["lr"] for group in learner.policy_optimizer.adamw.param_groups} == {0.5}
+    learner.policy_optimizer.config.schedule = "constant"
+    assert [learner.policy_optimizer.learning_rate(step) for step in (3, 4, 9)] == [1.0, 1.0, 1.0]
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before():
+    learner = make_learner(SFT(SFTConfig(optimizer=OptimizerConfig(max_grad_norm=1e-3))))
+    adamw = learner.policy_optimizer.adamw
+    norms = []
+    adamw.register_step_pre_hook(
+        lambda *_: norms.append(torch.stack([p.grad.norm() for p in learner.policy.parameters()]).norm())
+    )
+    metrics = learner.update(make_batch(), np.random.default_rng(0))
+    assert [float(norm) for norm in norms] == pytest.approx([1e-3], rel=1e-3)
+    assert metrics["grad_norm"] > 0.1
+
+
+def test_weight_decay_spares_vectors():
+    optimizer = OptimizerConfig(learning_rate=1e-3, weight_decay=0.5)
+    groups = make_learner(SFT(SFTConfig(optimizer=optimizer))).policy_optimizer.adamw.param_groups
+    decay = {p.dim(): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay == {2: 0.5, 1: 0.0}
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_than_a_chunk_of_logits_is_computed_at_once():
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                # [d, V] is the gradient of the head, which must exist.
+                if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[-1] == VOCAB and len(tensor) != 16:
+                    largest = max(largest, tensor.numel())
+            return out
+
+    learner, batch = make_learner(make_kd(), chunk_tokens=3), make_batch()
+    with Watch():
+        learner.update(batch, np.random.default_rng(0))
+    assert largest == 3 * VOCAB
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(value):
+    class Broken(SFT):
+        def token_loss(self, tokens):
+            return super().token_loss(tokens) * value
+
+    learner = make_learner(Broken(SFTConfig(optimizer=sgd_free())))
+    before = copy.deepcopy(learner.policy.state_dict())
+    with pytest.raises(FloatingPointError, match=r"Training step 1: the loss of the policy is .* lower learning rate"):
+        learner.update(make_batch(), np.random.default_rng(0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.policy.state_dict().items())
+
+
+def test_errors_say_what_to_do():
+    with pytest.raises(ConfigurationError, match="KD needs teacher_logits, so the learner needs a teacher"):
+        Learner(make_kd(), make_model(0), config=LearnerConfig(), total_steps=1, vocab_size=VOCAB)
+    with pytest.raises(ConfigurationError, match="precision must be one of auto, float32, bfloat16, got 'fp8'"):
+        LearnerConfig(precision="fp8")
+    learner = make_learner(make_ppo(num_minibatches=7))
+    with pytest.raises(ConfigurationError, match="batch of 6 trajectories can't be split into num_minibatches=7"):
+        learner.update(make_batch(), np.random.default_rng(0))
+    learner = make_learner(SFT(SFTConfig(optimizer=sgd_free())))
+    learner.scorer = scoring.Scorer(vocab_size=5)
+    with pytest.raises(ConfigurationError, match="token id 22, written by a model, but the vocabulary"):
+        learner.update(make_batch(), np.random.default_rng(0))
+
+
+def test_bfloat16_is_close_and_keeps_float32_weights():
+    exact = gradients(make_learner(make_ppo()), make_batch())
+    learner = make_learner(make_ppo(), precision="bfloat16", chunk_tokens=7)
+    rough = gradients(learner, make_batch())
+    assert all(p.dtype == torch.float32 for p in learner.policy.parameters())
+    flat = [torch.cat([g.flatten() for g in found.values()]) for found in (exact, rough)]
+    assert float(torch.nn.functional.cosine_similarity(*flat, dim=0)) > 0.99

@@ -1,0 +1,163 @@
+"""Trajectories of the teacher: which are kept, how many are asked for, and what happens where there are too few."""
+
+from __future__ import annotations
+
+import shutil
+from unittest.mock import patch
+
+import pytest
+from small_runs import DGPO, SFT, TINY, assert_same_run, command, resume, train
+
+from agentic_rag_env.errors import DataError, RetrieverError
+from algorithms.assets import resolve_model
+from algorithms.learner.networks import load_tokenizer
+from algorithms.rollout.player import RolloutEngine
+from algorithms.training.build import Environments, Networks
+from algorithms.training.demonstrations import Demonstrations, cached, collect, is_demonstration
+from algorithms.training.settings import EvaluateConfig, evaluate_config
+
+IGNORANT = "model.teacher=tiny-student"
+SKIPPED = (
+    r"kd is SKIPPED: the teacher was right on 0 of 60 training questions, and 24 demonstrations are "
+    r"wanted.*give more training questions.*algo\.warm_start\.correct_only=false"
+)
+
+
+@pytest.fixture(scope="module")
+def teacher_engine():
+    """The bundled teacher in front of 60 training questions, 16 at once."""
+    world = {"split": "train", "num_passages": 150, "num_questions": 60}
+    given = vars(EvaluateConfig()) | {"evaluation": {}, "num_envs": 16, "dataset": world}
+    config = evaluate_config(given, resolve_model("tiny-teacher"), {})
+    networks = Networks(config)
+    return networks.engine(networks.policy, Environments(config, networks.tokenizer).envs("train"))
+
+
+def ids(found: Demonstrations) -> list[str]:
+    return [trajectory.turns[-1].info["question_id"] for trajectory in found.trajectories]
+
+
+def test_asking_ends_with_enough_or_with_the_most_questions(teacher_engine):
+    enough = collect(teacher_engine, 10, max_questions=60, seed=0)
+    assert enough.counts() == {"wanted": 10, "found": 10, "asked": 16}, "one round of 16 episodes brings ten right ones"
+    assert all(trajectory.correct for trajectory in enough.trajectories)
+
+    bounded = collect(teacher_engine, 60, max_questions=20, seed=0)
+    assert bounded.num_asked == 20
+    assert 10 <= len(bounded.trajectories) <= 20
+    assert ids(bounded)[:10] == ids(enough), "the same questions in the same order"
+
+    everything = collect(teacher_engine, 100, max_questions=400, seed=0)
+    assert everything.num_asked == 60, "each question once"
+    assert len(set(ids(everything))) == len(everything.trajectories)
+    assert everything.num_sampled_tokens > sum(t.num_action_tokens for t in everything.trajectories)
+
+
+def test_wrong_answers_are_kept_on_request_but_nothing_malformed(teacher_engine):
+    right = collect(teacher_engine, 60, max_questions=60, seed=0)
+    answered = collect(teacher_engine, 60, max_questions=60, correct_only=False, seed=0)
+    assert set(ids(right)) < set(ids(answered))
+    for trajectory in answered.trajectories:
+        assert trajectory.terminated
+        assert all(turn.info["action"] != "malformed" for turn in trajectory.turns)
+    wrong = [trajectory for trajectory in answered.trajectories if not trajectory.correct]
+    assert wrong
+    assert not any(is_demonstration(trajectory) for trajectory in wrong)
+    assert all(is_demonstration(trajectory, correct_only=False) for trajectory in wrong)
+
+
+def test_a_crash_costs_one_rollout_of_the_teacher(teacher_engine, tmp_path):
+    rollout, asked = RolloutEngine.rollout, []
+
+    def failing(engine, questions, **settings):
+        asked.append(questions)
+        if len(asked) == 2:
+            raise RetrieverError("the server is gone")
+        return rollout(engine, questions, **settings)
+
+    settings = {"max_questions": 60, "seed": 0}
+    with patch.object(RolloutEngine, "rollout", failing):
+        with pytest.raises(RetrieverError):
+            collect(teacher_engine, 60, **settings, parts=tmp_path)
+        taken_over = collect(teacher_engine, 60, **settings, parts=tmp_path)
+    assert asked[2] == asked[1], "the first questions are not asked again"
+    whole = collect(teacher_engine, 60, **settings)
+    assert ids(taken_over) == ids(whole)
+    assert taken_over.counts() == whole.counts()
+    assert taken_over.num_sampled_tokens == whole.num_sampled_tokens
+
+
+def test_the_outcome_is_read_back_whole_and_not_made_twice(teacher_engine, tmp_path):
+    tokenizer = load_tokenizer(resolve_model("tiny-teacher"))
+    path = tmp_path / "key.jsonl.gz"
+    made = collect(teacher_engine, 3, max_questions=16, seed=0)
+    for outcome in (made, Demonstrations([], 7, 28, 123)):
+        read = cached(path, lambda outcome=outcome: outcome, tokenizer)
+        again = cached(path, lambda: pytest.fail("collected again"), tokenizer)
+        assert read.counts() == again.counts() == outcome.counts()
+        assert again.num_sampled_tokens == outcome.num_sampled_tokens
+        assert ids(again) == ids(outcome)
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+
+def test_half_written_demonstrations_are_collected_again_and_damaged_ones_named(teacher_engine, tmp_path):
+    tokenizer = load_tokenizer(resolve_model("tiny-teacher"))
+    path = tmp_path / "key.jsonl.gz"
+    cached(path, lambda: Demonstrations([], 1, 4, 0), tokenizer)
+    (tmp_path / "key.json").unlink()  # a crash after the first of the two files
+    assert cached(path, lambda: Demonstrations([], 2, 8, 0), tokenizer).num_asked == 8
+    for damage in ("{", "[]", '{"num_wanted": 1}'):
+        (tmp_path / "key.json").write_text(damage)
+        with pytest.raises(DataError, match=r"key\.json and key\.jsonl\.gz beside it are no pair .*; delete both"):
+            cached(path, lambda: pytest.fail("collected again"), tokenizer)
+
+
+def test_fewer_than_wanted_are_trained_on_with_a_warning(tmp_path, cache):
+    few = ["algo.max_questions_per_demonstration=1", "algo.num_demonstrations=32", "evaluation.temperatures=[0]"]
+    with pytest.warns(UserWarning, match=r"right on \d+ of 32 .*; training goes on with .*ask more \(algo\.max"):
+        run = train(tmp_path / "run", cache, "algo=sft", *SFT, *few)
+    counts = run.summary["demonstrations"]["sft"]
+    assert counts["wanted"] == counts["asked"] == 32
+    assert 16 <= counts["found"] < 32
+    assert run.summary["stages"][0]["steps"] == 2 * -(-counts["found"] // 8)
+    assert f"sft: {counts['found']} demonstrations of 32 wanted, from 32 training questions" in run.out
+    assert run.summary["costs"]["teacher_sampled_tokens"] > 0
+
+
+@pytest.fixture(scope="module")
+def skipped(tmp_path_factory, cache):
+    """DGPO whose teacher knows nothing, so that there is no cold start."""
+    with pytest.warns(UserWarning, match=SKIPPED):
+        return train(tmp_path_factory.mktemp("runs") / "skipped", cache, *DGPO, IGNORANT)
+
+
+def test_a_stage_without_any_is_skipped(skipped):
+    summary = skipped.summary
+    assert summary["demonstrations"] == {"kd": {"wanted": 24, "found": 0, "asked": 60}}
+    assert [(stage["name"], stage["steps"], stage["checkpoint"]) for stage in summary["stages"]] == [
+        ("kd", 0, None),
+        ("dgpo", 4, "checkpoints/000004"),
+    ]
+    assert list(summary["evaluation"]) == ["raw", "dgpo", "teacher"]
+    assert {gain["over"] for gain in summary["gain"].values()} == {"raw"}
+    assert {row["stage"] for row in skipped.metrics} == {"dgpo"}
+    assert "kd: SKIPPED for want of demonstrations" in skipped.out
+
+
+def test_a_run_without_its_first_stage_resumes_exactly(skipped, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(skipped.path, run)
+    shutil.rmtree(run / "checkpoints" / "000004")
+    (run / "summary.json").unlink()
+    with pytest.warns(UserWarning, match="SKIPPED"):
+        assert_same_run(resume(run), skipped)
+
+
+@pytest.mark.parametrize("algo", ["sft", "kd"])
+def test_nothing_to_train_on_at_all_is_an_error(algo, tmp_path, cache):
+    run = command(*TINY, f"algo={algo}", *SFT, IGNORANT, f"hydra.run.dir={tmp_path}/run", f"cache_dir={cache}")
+    assert run.code == 1
+    assert f"{algo} has nothing to train on: the teacher was right on 0 of" in run.err
+    assert "algo.correct_only=false" in run.err
+    assert not (tmp_path / "run" / "checkpoints").exists()

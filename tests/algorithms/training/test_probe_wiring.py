@@ -1,0 +1,290 @@
+"""Probes over a network, at the end of a run and alone; what an evaluation measures and leaves behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from small_runs import DGPO, SFT, Run, train
+from toy_policy import SPELLINGS, make_envs, make_policy, make_tokenizer
+
+from agentic_rag_env.actions import CLOSING_TAGS
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.probes import DEFAULT_PROBES, Prompt, interval
+from agentic_rag_env.types import Question, StepInfo
+from algorithms import evaluate
+from algorithms.learner.types import Trajectory, Turn
+from algorithms.rollout import generator
+from algorithms.rollout.generator import Generator
+from algorithms.rollout.player import RolloutConfig, RolloutEngine
+from algorithms.rollout.tokenization import encode_plain
+from algorithms.rollout.trajectory_files import read_trajectories
+from algorithms.training import evaluation
+from algorithms.training.arc_table import arc_table, show_arc, weakest
+from algorithms.training.evaluation import Evaluated
+
+FEW = ["threads=1", "num_envs=16", "dataset.num_passages=150", "dataset.num_questions=40", "rollout.max_new_tokens=24",
+       "evaluation.num_questions=12", "evaluation.temperatures=[0]"]  # fmt: skip
+
+
+# --- a network as a generator ----------------------------------------------------------------------------------------
+
+
+def engine(spelling: str, num_envs: int = 5, **settings) -> RolloutEngine:
+    policy, tokenizer = make_policy(spelling, seed=3, pull=0.5), make_tokenizer(spelling)
+    return RolloutEngine(
+        policy, tokenizer, make_envs(num_envs), RolloutConfig(**{"max_new_tokens": 12, "max_tokens": 256, **settings})
+    )
+
+
+@torch.no_grad()
+def one_by_one(played: RolloutEngine, prompt: str, max_new_tokens: int = 12) -> str:
+    """Greedy text from whole forward passes over one prompt, cut as soon as a closing tag stands in it."""
+    ids, written = played.tokenizer.encode(prompt, add_special_tokens=False), []
+    while len(written) < max_new_tokens:
+        logits = played.model(input_ids=torch.tensor([ids + written])).logits[0, -1, : played.vocab_size]
+        token = int(logits.argmax())
+        if token == played.tokenizer.eos_token_id:
+            break
+        written.append(token)
+        text = played.tokenizer.decode(written)
+        if any(tag in text for tag in CLOSING_TAGS):
+            break
+    return played.tokenizer.decode(written)
+
+
+PROMPTS = [
+    *(Prompt(f"who{' ada' * row} lives?\n", "\n\nin oslo\n\n" * (row % 3), "<answer>") for row in range(7)),
+    *(Prompt(f"where bob{' works' * row}?", "", opening) for row in range(3) for opening in ("<search>", "")),
+    " ada",
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_generated_text_is_that_of_plain_greedy_decoding(spelling):
+    played = engine(spelling)
+    texts = Generator(played)(PROMPTS)
+    assert texts == [one_by_one(played, prompt) for prompt in PROMPTS]
+    assert len({len(text) for text in texts}) > 1, "they end at different times, so that rows are moved"
+
+
+def test_generated_text_does_not_depend_on_how_prompts_share_a_pass(monkeypatch):
+    expected = Generator(engine("pieces", num_envs=1))(PROMPTS)
+    monkeypatch.setattr(generator, "_MAX_PREFILL_TOKENS", 60)
+    assert Generator(engine("pieces", num_envs=14))(PROMPTS) == expected
+    assert Generator(engine("pieces", num_envs=4))(PROMPTS[::-1]) == expected[::-1]
+
+
+def test_the_parts_of_a_prompt_are_encoded_apart_and_only_the_message_goes_through_the_chat_template():
+    played = engine("overrun")  # where ">\n\n" is one token
+    played.tokenizer.chat_template = "{% for m in messages %}U{{ m.content }}A{% endfor %}"
+    (ids,) = Generator(played)._encode([Prompt("who?", "</information>", "\n\n<answer>")])
+    expected = [encode_plain(played.tokenizer, [part])[0] for part in ("Uwho?A", "</information>", "\n\n<answer>")]
+    assert ids.tolist() == np.concatenate(expected).tolist()
+    played.tokenizer.chat_template = None
+
+
+def test_a_prompt_that_is_too_long_stays_without_text_and_is_told():
+    played = engine("whole", max_tokens=20)
+    with pytest.warns(UserWarning, match="1 of 2 prompts have at least max_tokens=20"):
+        texts = Generator(played)([" ada" * 20, " ada" * 15])
+    assert texts[0] == ""
+    assert texts[1] == one_by_one(played, " ada" * 15, max_new_tokens=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Generator(played)([]) == []
+
+
+def test_a_model_in_training_stays_in_training():
+    played = engine("whole")
+    played.model.train()
+    Generator(played)(PROMPTS[:2])
+    assert played.model.training
+
+
+# --- figures of an evaluation ----------------------------------------------------------------------------------------
+
+
+def played(question: Question, answer: str | None, f1: float, correct: bool) -> Trajectory:
+    info = StepInfo(
+        question_id=question.id, turn=1, action="answer" if answer else "malformed", query=None, passages=(),
+        answer=answer, exact_match=float(correct), f1=f1, num_searches=0, correct=correct, error=None,
+    )  # fmt: skip
+    ids = np.array([1, 2])
+    turn = Turn(ids, np.zeros(2, dtype=np.float32), ids[:0], info)
+    return Trajectory(ids, [turn], 0, "policy", float(correct), correct, answer is not None, answer is None)
+
+
+QUESTIONS = QuestionSet("mixed", [
+    Question("n1", "?", ("Rome",), {"dataset": "nq"}),
+    Question("n2", "?", ("Oslo",), {"dataset": "nq"}),
+    Question("n3", "?", ("Bern", "Berne"), {"dataset": "nq"}),
+    Question("m1", "?", ("Tiber",), {"dataset": "musique"}),
+])  # fmt: skip
+PLAYED = [
+    played(QUESTIONS[0], "Rome", 1.0, True),
+    played(QUESTIONS[1], "the city of Oslo", 0.5, False),
+    played(QUESTIONS[2], None, 0.0, False),
+    played(QUESTIONS[3], "Tiber", 1.0, True),
+]
+
+
+def test_scores_per_dataset_and_their_macro_average_by_hand():
+    figures = evaluation.measure(PLAYED, QUESTIONS)
+    assert list(figures) == ["all", "nq", "musique"]
+    shown = {name: [of[score] for score in evaluation.SCORES] for name, of in figures.items()}
+    assert shown == {
+        "all": pytest.approx([2 / 4, 2.5 / 4, 3 / 4]),
+        "nq": pytest.approx([1 / 3, 1.5 / 3, 2 / 3]),
+        "musique": [1, 1, 1],
+    }
+    macro = [figures["all"][f"macro_{score}"] for score in evaluation.SCORES]
+    assert macro == pytest.approx([2 / 3, 3 / 4, 5 / 6])
+    assert figures["nq"]["f1_interval"] == interval([1, 0.5, 0])
+    low, high = figures["all"]["macro_exact_match_interval"]
+    assert (low, high) == (0.5, 1.0)  # musique is 1 in every sample, nq anything from 0 to 1
+    assert [of["n"] for of in figures.values()] == [4, 3, 1]
+    one = evaluation.measure(PLAYED[:3], QUESTIONS)
+    assert list(one) == ["all"]
+    assert one["all"]["macro_exact_match"] == one["all"]["exact_match"]
+
+
+def test_predictions_are_a_line_for_each_question(tmp_path):
+    evaluation.write_predictions(tmp_path / "new" / "p.jsonl", PLAYED, QUESTIONS)
+    rows = [json.loads(line) for line in (tmp_path / "new" / "p.jsonl").read_text().splitlines()]
+    assert rows[1] == {
+        "question_id": "n2", "dataset": "nq", "golden_answers": ["Oslo"], "prediction": "the city of Oslo",
+        "correct": False, "f1": 0.5, "sub_exact_match": 1.0, "num_searches": 0,
+    }  # fmt: skip
+    assert [row["prediction"] for row in rows] == ["Rome", "the city of Oslo", None, "Tiber"]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def figure(value: float):
+    return {"value": value, "n": 10, "interval": (value, value)}
+
+
+def test_the_table_marks_what_is_weak_and_names_the_weakest_point():
+    good, bad = Evaluated("good", False), Evaluated("bad", False)
+    good.arc = {"source_referencing": {"exact_match": figure(0.9)}, "thinking": {"gain": figure(-0.75)},
+                "search_behaviour": {"searched_on": figure(0.3)}}  # fmt: skip
+    bad.arc = {"source_referencing": {"exact_match": figure(0.2)}}
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    show_arc(console, [good, Evaluated("not probed", False), bad])
+    lines = [line.split("│") for line in console.export_text().splitlines()]
+    cells = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines if len(line) > 3}
+    assert cells["reads the answer off gold passages"] == ["0.900 (0.90 to 0.90)", "! 0.200 (0.20 to 0.20)"]
+    assert cells["... gain over answering at once"] == ["-0.750 (-0.75 to -0.75)", "-"]
+    assert "first query finds the answer" not in cells
+    assert weakest(good) == "searches on with all of it (search_behaviour/searched_on 0.300)"
+    assert weakest(bad) == "reads the answer off gold passages (source_referencing/exact_match 0.200)"
+    assert arc_table([bad]).row_count == 1
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(tmp_path, capsys):
+    """`python -m algorithms.evaluate ...` without a new process."""
+
+    def score(*overrides: str) -> Run:
+        path = tmp_path / f"scored-{len(list(tmp_path.glob('scored-*')))}"
+        code: int | str | None = 0
+        try:
+            with patch.object(sys, "argv", ["evaluate", *FEW, *overrides, f"hydra.run.dir={path}"]):
+                evaluate.main()
+        except SystemExit as end:
+            code = end.code
+        return Run(path, code, *capsys.readouterr())
+
+    return score
+
+
+def test_a_checkpoint_is_probed_alone(scored):
+    score = scored("checkpoint=tiny-teacher")
+    assert score.code == 0, score.err
+    arc = score.summary["arc"]["checkpoint"]
+    assert list(arc) == list(DEFAULT_PROBES)
+    for of in arc.values():
+        for name, found in of.items():
+            assert found.keys() == {"value", "n", "interval"}, name
+            assert found["interval"][0] <= found["value"] <= found["interval"][1]
+    assert {found["n"] for found in arc["query_rewriting"].values()} == {12}
+    greedy = score.summary["evaluation"]["checkpoint"]["greedy"]["all"]
+    assert arc["search_behaviour"]["num_searches"]["value"] == greedy["num_searches"]
+    assert arc["search_behaviour"]["malformed_fraction"]["value"] == greedy["malformed_fraction"]
+    assert arc["query_rewriting"]["hit_any_round"]["value"] >= greedy["exact_match"] > 0.5
+    assert "weakest of checkpoint" in score.out
+    assert score.summary["costs"]["probes_s"] > 0
+    (file,) = (score.path / "predictions").iterdir()
+    assert file.name == "test-checkpoint-greedy.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    whole = read_trajectories(score.path / "trajectories" / "test-checkpoint-greedy.jsonl.gz")
+    assert [row["correct"] for row in rows] == [trajectory.correct for trajectory in whole]
+    assert [row["question_id"] for row in rows] == [t.turns[-1].info["question_id"] for t in whole]
+    assert scored("checkpoint=tiny-teacher").summary["arc"]["checkpoint"] == arc, "the same again"
+
+
+def test_probes_are_chosen_by_name_and_have_settings(scored):
+    chosen = scored("checkpoint=tiny-student", "probes=[{name: source_referencing, num_distractors: 1}]")
+    (arc,) = chosen.summary["arc"]["checkpoint"].values()
+    assert "position_2_exact_match" in arc
+    assert "position_3_exact_match" not in arc
+    none = scored("checkpoint=tiny-student", "probes=[]")
+    assert none.summary["arc"] == {"checkpoint": {}}
+    assert "ARC" not in none.out
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("probes=[thinkin]", "Unknown probe 'thinkin'. Did you mean 'thinking'?"),
+        ("probes=[{name: source_referencing, num_distractors: 0}]", "num_distractors must be at least 1, got 0"),
+        ("probes=thinking", "probes"),
+    ],
+)
+def test_probes_that_do_not_exist_are_refused_before_anything_is_played(scored, override, said):
+    score = scored("checkpoint=tiny-student", override)
+    assert score.code == 1
+    assert said in score.err
+    assert "evaluating" not in score.out
+
+
+def test_a_run_ends_with_the_probes_of_every_model(tmp_path, cache):
+    all_of_them = f"probes=[{','.join(DEFAULT_PROBES)}]"
+    run = train(tmp_path / "run", cache, *DGPO, all_of_them, "evaluation.num_questions=8")
+    arc = run.summary["arc"]
+    assert list(arc) == ["raw", "kd", "dgpo", "teacher"]
+    for name, of in arc.items():
+        assert list(of) == list(DEFAULT_PROBES), name
+        greedy = run.summary["evaluation"][name]["greedy"]["all"]
+        assert of["search_behaviour"]["num_searches"]["value"] == greedy["num_searches"]
+    scalars = run.scalars()
+    for probe, of in arc["dgpo"].items():
+        for metric, found in of.items():
+            ((_, value),) = scalars[f"arc/{probe}/{metric}"]
+            assert value == pytest.approx(found["value"], abs=1e-6)
+    assert run.summary["costs"]["probes_s"] > 0
+    assert "weakest of dgpo" in run.out
+    names = {file.name for file in (run.path / "predictions").iterdir()}
+    assert names == {f"test-{m}-{d}.jsonl" for m in arc for d in ("greedy", "T=1")}
+
+
+def test_probes_on_the_way(tmp_path, cache):
+    settings = ("probe_every=4", "evaluation.every=3", "probes=[search_behaviour]")
+    run = train(tmp_path / "run", cache, "algo=sft", *SFT, *settings)
+    probed = [row["step"] for row in run.metrics if "dev/arc/search_behaviour/num_searches" in row]
+    checked = [row["step"] for row in run.metrics if "dev/exact_match" in row]
+    assert (probed, checked) == ([4, 6], [3, 4, 6])  # and both at the end
+    for row in run.metrics:
+        if row["step"] in probed:
+            assert row["dev/arc/search_behaviour/num_searches"] == row["dev/num_searches"]

@@ -1,0 +1,147 @@
+"""Numbers must reach TensorBoard, `metrics.jsonl` and the terminal, and a resumed run must not contradict itself."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agentic_rag_env.errors import DataError
+from algorithms.training import run_logger
+from algorithms.training.run_logger import RunLogger, printable, write_results
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def open_logger(run_dir: Path, total: int = 5, file: io.StringIO | None = None, **settings) -> RunLogger:
+    return RunLogger(run_dir, total, console=Console(file=file or io.StringIO(), width=150), **settings)
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(run_dir: Path) -> EventAccumulator:
+    return EventAccumulator(str(run_dir / "tb"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+
+
+def scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events(run_dir).Scalars(name)]
+
+
+def test_a_step_is_on_disk_at_once(tmp_path):
+    logger = open_logger(tmp_path)
+    logger.write(1, {"train/loss": 0.5, "rollout/exact_match": 0.25}, "dgpo")
+    assert lines(tmp_path) == [{"step": 1, "stage": "dgpo", "train/loss": 0.5, "rollout/exact_match": 0.25}]
+    assert scalars(tmp_path, "train/loss") == [(1, 0.5)]
+    logger.close()
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    with open_logger(tmp_path) as logger:
+        logger.write(1, {"a": math.nan, "b": math.inf, "c": 1}, "kd")
+    assert lines(tmp_path) == [{"step": 1, "stage": "kd", "a": None, "b": None, "c": 1.0}]
+    assert math.isnan(scalars(tmp_path, "a")[0][1])
+
+
+def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path):
+    with open_logger(tmp_path) as logger:
+        for step in range(5):
+            logger.write(step, {"x": float(step)}, "kd")
+    with open_logger(tmp_path, start_step=2) as logger:
+        assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+        logger.write(3, {"x": 30.0}, "kd")
+    assert [(line["step"], line["x"]) for line in lines(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, 30)]
+    assert scalars(tmp_path, "x") == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "sta', b'{"step": 2}', b"\xff\xfe", b"nonsense\n"])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "stage": "kd"}\n' + torn)
+    with open_logger(tmp_path, start_step=2) as logger:
+        logger.write(3, {}, "kd")
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3]
+
+
+def test_a_damaged_line_elsewhere_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"step": 2}\n')
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is not a JSON object with a 'step'"):
+        open_logger(tmp_path, start_step=2)
+
+
+def test_transcripts_are_shown_word_for_word(tmp_path):
+    text = "<search> héllo \ud83d </search>\n```\n<information>\x00</information>"
+    with open_logger(tmp_path) as logger:
+        logger.text("transcript", text, 3)
+    (event,) = events(tmp_path).Tensors("transcript/text_summary")
+    shown = event.tensor_proto.string_val[0].decode()
+    assert event.step == 3
+    assert shown.split("\n") == [
+        "    <search> héllo \\ud83d </search>", "    ```", "    <information>\x00</information>",
+    ]  # fmt: skip
+    assert printable("\udc80a") == "\\udc80a"
+
+
+def test_hyperparameters_accept_any_configuration(tmp_path):
+    config = {"algo": {"name": "dgpo", "kl_coef": 0.1, "betas": (0.9, 0.99)}, "resume": None, "path": "\udc80"}
+    write_results(tmp_path, config, {"eval/tiny/exact_match": 0.5}, step=7)
+    content = events(tmp_path)
+    assert "_hparams_/session_start_info" in content.summary_metadata
+    start = content.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    for expected in (b"algo.kl_coef", b"(0.9, 0.99)", b"dgpo", b"\\udc80"):
+        assert expected in start
+    assert [(event.step, event.value) for event in content.Scalars("eval/tiny/exact_match")] == [(7, 0.5)]
+
+
+def test_a_log_file_gets_plain_lines_now_and_then(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(run_logger.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    file = io.StringIO()
+    with open_logger(tmp_path, 100, file) as logger:
+        for step in range(1, 101):
+            now[0] += 2.0
+            logger.write(step, {"train/loss": 1.5, "rollout/exact_match": 0.25}, "dgpo")
+    shown = file.getvalue().splitlines()
+    assert len(shown) == 21  # every ten seconds, and the last step
+    assert shown[0] == "dgpo 1/100  2.0 s/step  0:03:18 left  exact match 0.250  loss 1.500"
+    assert shown[-1] == "dgpo 100/100  2.0 s/step  0:00:00 left  exact match 0.250  loss 1.500"
+    assert all(character.isprintable() for character in "".join(shown))
+
+
+def test_a_terminal_gets_one_live_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal()
+    with open_logger(tmp_path, 4, file) as logger:
+        for step in range(1, 5):
+            logger.write(step, {"dev/exact_match": 0.125}, "[kd]")
+        logger.message("saved [bold]\ud800")
+    shown = file.getvalue()
+    assert "4/4" in shown
+    assert "dev exact match 0.125" in shown
+    assert "saved [bold]\\ud800" in shown
+    assert "\x1b" in shown
+
+
+def test_a_message_survives_a_terminal_that_knows_ascii_only(tmp_path):
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with open_logger(tmp_path, 1, file) as logger:
+        logger.message("é \ud800")
+    file.flush()
+    assert file.buffer.getvalue() == b"\\xe9 \\ud800\n"
+
+
+def test_a_run_without_steps_and_a_repeated_step(tmp_path):
+    with open_logger(tmp_path, 0) as logger:
+        logger.write(0, {"train/loss": 1.0}, "kd")
+        logger.write(0, {"train/loss": 2.0}, "kd")
+    assert [line["train/loss"] for line in lines(tmp_path)] == [1.0, 2.0]

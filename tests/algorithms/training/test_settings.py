@@ -1,0 +1,297 @@
+"""The configuration: every name in it composes and builds, and a wrong one is refused with the right ones beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gymnasium.vector import AutoresetMode
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from small_runs import command
+
+import conf
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS
+from agentic_rag_env.types import Passage
+from algorithms.assets import ASSETS
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
+from algorithms.learner.networks import load_tokenizer
+from algorithms.learner.training_step import LearnerConfig
+from algorithms.rollout.player import RolloutConfig
+from algorithms.training.build import build_stages
+from algorithms.training.settings import EvaluationConfig, ModelConfig, RunConfig, register_schemas, run_config
+
+ROOT = Path(__file__).parents[3]
+CONF = Path(conf.__file__).parent
+TINY_STUDENT = ASSETS / "tiny-student"
+PAPER = ["+experiment=paper", "retriever.url=http://127.0.0.1:9/retrieve"]
+REGISTRIES = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
+NAMES = [(registry, name) for registry in REGISTRIES for name in registry.names()]
+DEFAULT_GROUPS = ("algo", "env", "dataset", "retriever", "reward", "model")
+FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+
+register_schemas()
+
+
+def configure(*overrides: str) -> RunConfig:
+    with initialize_config_module("conf", version_base="1.3"):
+        return run_config(compose("config", list(overrides)))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """What parts without a usable default need to be told."""
+    for name in ("q.jsonl", "train.jsonl"):
+        (tmp_path / name).write_text('{"id": "q", "question": "Who?", "golden_answers": ["I"]}\n')
+    (tmp_path / "c.jsonl").write_text('{"id": "1", "contents": "A\\nI am."}\n')
+    corpus = f"dataset.corpus={tmp_path / 'c.jsonl'}"
+    return {
+        "jsonl": [f"dataset.questions={tmp_path / 'q.jsonl'}", corpus],
+        "http": ["retriever.url=http://127.0.0.1:9/retrieve"],
+        "rerank": ["retriever.model=no-such-folder"],
+        "benchmark": [f"dataset.path={tmp_path / 'train.jsonl'}"],
+        "mixture": [f"+dataset.sources.one={{name: benchmark, path: {tmp_path / 'train.jsonl'}}}"],
+    }
+
+
+# --- every name ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("registry", "name"), NAMES, ids=[f"{registry.group}={name}" for registry, name in NAMES])
+def test_every_registered_name_composes_and_builds(registry, name, files):
+    config = configure(f"{registry.group}={name}", *files.get(name, []))
+    spec = getattr(config, registry.group)
+    assert spec["name"] == name
+    if registry is ALGORITHMS:
+        if issubclass(registry.get(name).factory, Algorithm):
+            assert build_stages(spec)[-1].name == name
+        return
+    if name == "rerank":  # with a network of its own in its own test
+        return
+    context = {
+        ENVS: {"num_envs": 2, "autoreset_mode": AutoresetMode.DISABLED, "tokenizer": load_tokenizer(TINY_STUDENT)},
+        RETRIEVERS: {"corpus": [Passage("1", "A\nI am.")]},
+    }.get(registry, {})
+    built = registry.build(spec, **context)
+    if registry is DATASETS:
+        assert len(built) > 0
+    if registry is ENVS:
+        prompts, _ = built.reset(seed=0)
+        assert len(prompts) == 2
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_preset_composes_into_known_settings(file):
+    group, option = file.parent.name, file.stem
+    choice = f"{group}={option}" if group in DEFAULT_GROUPS else f"+{group}={option}"
+    config = configure(*(PAPER if (group, option) == ("experiment", "paper") else [choice]))
+    assert config.algo["name"] == "maskable_ppo" or build_stages(config.algo)
+
+
+def test_the_baseline_that_the_paper_preset_names():
+    config = configure("algo=ppo", "algo.warm_start=null", *PAPER)
+    (stage,) = build_stages(config.algo)
+    assert stage.name == "ppo"
+    assert stage.config.steps == 1000
+    assert config.env["prompt"] == "search_r1"
+    assert config.dataset["members"]["train"] == ["nq", "hotpotqa"]
+    assert len(config.dataset["sources"]) == 7
+
+
+def test_the_defaults_are_those_of_the_dataclasses():
+    config = configure()
+    assert config.learner == LearnerConfig()
+    assert config.rollout == RolloutConfig()
+    assert config.evaluation == EvaluationConfig()
+    assert config.model == ModelConfig()
+    for registry in REGISTRIES:
+        name = getattr(config, registry.group)["name"]
+        settings = registry.get(name).config
+        if settings is not None and registry is not ALGORITHMS:
+            assert getattr(config, registry.group) == {"name": name, **dataclasses.asdict(settings())}
+    stages = build_stages(config.algo)
+    assert [stage.name for stage in stages] == ["kd", "dgpo"]
+    for stage in stages:
+        expected = type(stage.config)(warm_start=stage.config.warm_start)
+        assert dataclasses.asdict(stage.config, dict_factory=_with_tuples) == dataclasses.asdict(
+            expected, dict_factory=_with_tuples
+        )
+
+
+def _with_tuples(items):
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in items}
+
+
+# --- overrides reach the objects -------------------------------------------------------------------------------------
+
+
+def stages(*overrides: str):
+    return build_stages(configure(*overrides).algo)
+
+
+def test_settings_of_every_depth_arrive():
+    kd, dgpo = stages(
+        "algo.steps=7",
+        "algo.optimizer.learning_rate=0.25",
+        "algo.critic_optimizer.betas=[0.5,0.75]",
+        "algo.warm_start.epochs=3",
+        "algo.warm_start.optimizer.schedule=constant",
+    )
+    assert dgpo.config.steps == 7
+    assert isinstance(dgpo.config.optimizer, OptimizerConfig)
+    assert dgpo.config.optimizer.learning_rate == 0.25
+    assert tuple(dgpo.config.critic_optimizer.betas) == (0.5, 0.75)
+    assert kd.config.epochs == 3
+    assert kd.config.optimizer.schedule == "constant"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["algo.warm_start=null"], ["dgpo"]),
+        (["algo.warm_start=sft"], ["sft", "dgpo"]),
+        (["algo@algo.warm_start=sft", "algo.warm_start.epochs=3"], ["sft", "dgpo"]),
+        (["algo=ppo"], ["ppo"]),
+        (["algo=ppo", "algo.warm_start=kd"], ["kd", "ppo"]),
+        (["algo=ppo", "+algo@algo.warm_start=kd", "algo.warm_start.epochs=3"], ["kd", "ppo"]),
+        (["algo=kd", "+algo@algo.warm_start=dgpo"], ["kd", "dgpo", "kd-2"]),  # the inverted order, after a cold start
+        (["algo=kd", "+algo@algo.warm_start=dgpo", "algo.warm_start.warm_start=null"], ["dgpo", "kd"]),
+    ],
+)
+def test_stages_are_a_matter_of_configuration(overrides, expected):
+    built = stages(*overrides)
+    assert [stage.name for stage in built] == expected
+    if "algo.warm_start.epochs=3" in overrides:
+        assert built[0].config.epochs == 3
+
+
+# --- what is wrong is refused ----------------------------------------------------------------------------------------
+
+BAD = [
+    ("algo=dgpp", ["Could not find 'algo/dgpp'", "dgpo", "kd", "ppo", "sft"]),
+    ("retriever=bm52", ["Could not find 'retriever/bm52'", "bm25", "http"]),
+    ("algo.kl_cof=1", ["'kl_cof' not in 'DGPOConfig'"]),
+    ("algo.warm_start.epoch=1", ["'epoch' not in 'KDConfig'"]),
+    ("evaluation.evry=1", ["'evry' not in 'EvaluationConfig'"]),
+    ("algo@algo.warm_start=dkpo", ["Could not find 'algo/dkpo'"]),
+    ("algo.warm_start=dkpo", ["Unknown algo 'dkpo'", "Known: dgpo, "]),
+    ("algo.steps=many", ["'many'", "could not be converted to Integer", "algo.steps"]),
+    ("algo.selective=3.5", ["3.5", "bool", "algo.selective"]),
+    ("algo.optimizer.learning_rate=fast", ["'fast'", "Float", "algo.optimizer.learning_rate"]),
+    ("algo.optimizer.betas=0.9", ["betas", "0.9"]),
+    ("seed=x", ["'x'", "Integer", "seed"]),
+    ("algo.steps=-3", ["steps must be above 0, got -3"]),
+    ("algo.warm_start.epochs=0", ["epochs must be at least 1, got 0"]),
+    ("algo.num_minibatches=1000", ["num_minibatches must be at most batch_size", "1000"]),
+    ("algo.optimizer.schedule=linear", ["schedule must be 'constant' or 'cosine', got 'linear'"]),
+    ("algo.kl_estimator=k4", ["kl_estimator must be one of k1, k2, k3, exact, got 'k4'"]),
+    ("algo.warm_start={name:sft}", ["algo 'sft' has no setting 'kl_coef'"]),
+    ("+algo.foo=1", ["algo 'dgpo' has no setting 'foo'"]),
+    ("+foo=1", ["no setting foo", "seed"]),
+    ("+model.polcy=x", ["no setting model.polcy", "Did you mean 'policy'"]),
+    ("learner.precision=float8", ["precision must be one of", "got 'float8'"]),
+    ("rollout.top_p=0", ["top_p must be in (0, 1], got 0"]),
+    ("evaluation.num_questions=0", ["num_questions must be at least 1, or null for all, got 0"]),
+    ("evaluation.temperatures=[]", ["temperatures must be one or more numbers of at least 0, got []"]),
+    ("evaluation.num_dev_questions=0", ["num_dev_questions must be at least 1, got 0"]),
+    ("seed=-1", ["seed must be in [0, 2**32), got -1"]),
+    ("num_envs=0", ["num_envs must be at least 1, got 0"]),
+    ("checkpoint_every=0", ["checkpoint_every must be at least 1, got 0"]),
+    ("threads=0", ["threads must be at least 1, or null, got 0"]),
+    ("max_retriever_error_fraction=2", ["max_retriever_error_fraction must be in [0, 1], got 2"]),
+    ("dataset=jsonl", ["dataset.questions has no default and must be set"]),
+    ("seed=${sed}", ["sed"]),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), BAD, ids=[override for override, _ in BAD])
+def test_a_wrong_setting_is_refused_in_a_few_words(override, expected, tmp_path):
+    run = command(override, f"hydra.run.dir={tmp_path / 'run'}")
+    assert run.code == 1
+    assert run.out == ""
+    assert "Traceback" not in run.err
+    message = run.err.partition("\n\nSet the environment variable")[0]
+    for part in expected:
+        assert part in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_stages_that_lead_back_to_themselves_are_refused():
+    class Endless(dict):
+        def __getitem__(self, key):
+            return self if key == "warm_start" else super().__getitem__(key)
+
+        def items(self):
+            return [("name", "ppo"), ("warm_start", self)]
+
+    with pytest.raises(ConfigurationError, match=r"goes on without end; set warm_start=null"):
+        build_stages(Endless(name="ppo", warm_start=None))
+
+
+# --- for a newcomer --------------------------------------------------------------------------------------------------
+
+
+def test_help_says_what_it_is_how_to_use_it_and_what_there_is():
+    run = command("--help")
+    assert run.code == 0
+    lines = run.out.splitlines()
+    assert lines[0] == "Train a search agent, measure it, and write everything into a run directory."
+    assert any("python -m algorithms.run resume=outputs/dgpo/<time>" in line for line in lines)
+    assert f"algo: {', '.join(ALGORITHMS.names())}" in lines
+    assert "  kl_coef: 0.02" in lines
+
+
+def test_the_examples_in_the_help_compose():
+    shown = [line.strip().partition("#")[0].split() for line in command("--help").out.splitlines()]
+    examples = [words[3:] for words in shown if words[:3] == ["python", "-m", "algorithms.run"]]
+    assert len(examples) >= 8
+    for words in examples:
+        if not {"-m", "--cfg"} & set(words):
+            words = [word.replace("<", "").replace(">", "") for word in words]
+            assert build_stages(configure(*words).algo)
+
+
+def test_the_settings_can_be_seen_without_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = command("--cfg", "job", "algo=ppo")
+    assert run.code == 0
+    assert OmegaConf.create(run.out).algo.name == "ppo"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_installed_command_finds_the_configuration_from_anywhere(tmp_path):
+    code = "import sys; from algorithms.run import main; sys.argv = ['agentic-rag-run', '--cfg', 'job']; main()"
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert OmegaConf.create(done.stdout).model.policy == "tiny-student"
+
+
+def test_names_of_other_packages_become_options_too():
+    @dataclasses.dataclass
+    class Settings:
+        strength: float = 0.5
+
+    @REWARDS.register("from_elsewhere", Settings)
+    class FromElsewhere:
+        def __init__(self, config):
+            self.config = config
+
+        def __call__(self, outcome):
+            return self.config.strength
+
+    try:
+        register_schemas()
+        reward = configure("reward=from_elsewhere", "reward.strength=0.25").reward
+        assert REWARDS.build(reward)(None) == 0.25
+    finally:
+        del REWARDS._entries["from_elsewhere"]
+        for folder in (ConfigStore.instance().repo["reward"], ConfigStore.instance().repo["schema"]["reward"]):
+            del folder["from_elsewhere.yaml"]
