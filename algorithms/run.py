@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -54,4 +55,5 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    # By its importable name: what other launchers pickle then finds this module, and with it all that it registers.
+    importlib.import_module("algorithms.run").main()

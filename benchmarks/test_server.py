@@ -43,7 +43,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from agentic_rag_env.corpus import CorpusStore
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.server import listen_at
+from agentic_rag_env.retrievers.serving.cli import listen_at
 from agentic_rag_env.retrievers.serving.service import ServerConfig
 
 class Request(BaseModel):
@@ -75,7 +75,7 @@ def server(kind: str, spec: dict[str, Any], corpus: Path) -> Iterator[int]:
         command = ["-c", PLAIN, json.dumps(spec), str(corpus)]
     else:
         settings = [f"{key}={value}" for key, value in spec.items() if key != "name"]
-        module = "agentic_rag_env.retrievers.server"
+        module = "agentic_rag_env.retrievers.serving.cli"
         command = ["-m", module, spec["name"], *settings, "--corpus", str(corpus), "--port", "0"]
     root = Path(__file__).parents[1]
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, cwd=root)

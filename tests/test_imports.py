@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import agentic_rag_env.registry
 import algorithms
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,34 @@ def test_the_environment_stands_alone(name):
     if name == "agentic_rag_env.play":  # a program, which nothing imports
         allowed |= {"rich"}
     assert packages(imports(ENVIRONMENT[name], at_top=True)) <= allowed
+
+
+#: What each room of the retrievers may import of the others; every other file there is a retriever.
+RETRIEVERS = "agentic_rag_env.retrievers"
+RETRIEVER_ROOMS = {
+    "base": set(),
+    "index_folder": {"base"},
+    "vectors": {"base", "index_folder"},
+    "cache_file": set(),
+    "indexing": {"base", "bm25", "index_folder", "vectors"},
+    "serving": {"base"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in ENVIRONMENT if name.startswith(f"{RETRIEVERS}.")])
+def test_the_rooms_of_the_retrievers_import_in_one_direction(name):
+    room = name.split(".")[2]
+    allowed = RETRIEVER_ROOMS.get(room, {"base", "index_folder", "vectors", "cache_file"})
+    used = {module.split(".")[2] for module in imports(ENVIRONMENT[name]) if module.startswith(f"{RETRIEVERS}.")}
+    assert used - {room} <= allowed
+
+
+def test_a_retriever_has_a_file_of_its_name_or_belongs_to_a_plug_in():
+    for name in agentic_rag_env.registry.RETRIEVERS.names():
+        module = agentic_rag_env.registry.RETRIEVERS.get(name).factory.__module__
+        assert module == f"{RETRIEVERS}.{name}" or not module.startswith("agentic_rag_env.")
+    files = {name.split(".")[2] for name in ENVIRONMENT if name.startswith(f"{RETRIEVERS}.")}
+    assert files - RETRIEVER_ROOMS.keys() <= set(agentic_rag_env.registry.RETRIEVERS.names())
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("algorithms")])

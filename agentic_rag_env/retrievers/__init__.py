@@ -2,17 +2,17 @@
 
 from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
-from agentic_rag_env.retrievers.cache import CachedConfig, CachedRetriever
+from agentic_rag_env.retrievers.cached import CachedConfig, CachedRetriever
 from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever
-from agentic_rag_env.retrievers.encoders import ENCODERS, Encoder, StoredEncoder
-from agentic_rag_env.retrievers.faults import FaultyConfig, FaultyRetriever
-from agentic_rag_env.retrievers.hashed_ngram import HashedNgramConfig, HashedNgramEncoder
+from agentic_rag_env.retrievers.faulty import FaultyConfig, FaultyRetriever
 from agentic_rag_env.retrievers.http import HttpConfig, HttpRetriever
-from agentic_rag_env.retrievers.huggingface import HuggingFaceConfig, HuggingFaceEncoder
 from agentic_rag_env.retrievers.hybrid import HybridConfig, HybridRetriever
 from agentic_rag_env.retrievers.rerank import RerankConfig, RerankRetriever
 from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
 from agentic_rag_env.retrievers.torch_exact import TorchExactConfig, TorchExactRetriever
+from agentic_rag_env.retrievers.vectors.encoders import ENCODERS, Encoder, StoredEncoder
+from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramConfig, HashedNgramEncoder
+from agentic_rag_env.retrievers.vectors.huggingface import HuggingFaceConfig, HuggingFaceEncoder
 
 __all__ = [
     "ENCODERS",

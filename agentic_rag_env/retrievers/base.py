@@ -1,15 +1,18 @@
-"""What every retriever is, and the checks they share."""
+"""What every retriever is, the checks that all share, and what one retriever asks of another."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.types import Passage
 
 #: Places in the corpus and scores, best first; equal scores in the order of the corpus.
@@ -113,3 +116,64 @@ def encodable(text: str) -> str:
     Tokenizers and JSON parsers refuse such characters, and a model can be made to write them.
     """
     return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def fingerprint_of(retriever: Any, spec: Any, corpus: Sequence[Passage] | None) -> str:
+    """The identity of a retriever: with equal fingerprints, equal queries have equal results.
+
+    A retriever says it in an attribute `fingerprint` (str): a hash of corpus, encoder and all settings that a result
+    depends on; None says that it has none. For one without the attribute, made from a name or mapping over a corpus, it
+    is put together from settings and passages; a retriever whose results depend on anything else must have it.
+
+    Args:
+        retriever: The retriever.
+        spec: What it was built from: a name, a mapping or itself.
+        corpus: What it was built over.
+
+    Raises:
+        ConfigurationError: It has no identity.
+    """
+    own = getattr(retriever, "fingerprint", "")
+    if own is None:
+        raise _no_identity(retriever, "a part of it cannot tell what it is")
+    if own:
+        return str(own)
+    if not isinstance(spec, (str, Mapping)) or corpus is None:
+        raise _no_identity(retriever, "it has no attribute 'fingerprint' and is not built over a corpus by name")
+    settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = settings.pop("name")
+    if (config := RETRIEVERS.get(name).config) is not None:
+        settings = vars(config(**settings))
+    try:
+        plain = json.dumps({"name": name, **settings}, sort_keys=True, default=dataclasses.asdict)
+    except (TypeError, ValueError) as error:
+        raise _no_identity(retriever, f"its settings are no plain data ({error})") from error
+    return f"{plain} corpus={fingerprint(corpus)} version={version('agentic-rag-env')}"
+
+
+def build_wrapped(wrapper: str, spec: Any, corpus: Sequence[Passage] | None) -> Retriever:
+    """The retriever behind another one.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    retriever = RETRIEVERS.build(spec, corpus=corpus)
+    if not isinstance(retriever, Retriever):
+        raise ConfigurationError(
+            f"{wrapper} needs a retriever: a name, a mapping or an object with search(queries, top_k), got "
+            f"{retriever!r}."
+        )
+    return retriever
+
+
+def stats_of(retriever: Any) -> Mapping[str, int]:
+    """What a retriever has counted since it was made; nothing, unless it has a method `stats`."""
+    stats = getattr(retriever, "stats", None)
+    return stats() if callable(stats) else {}
+
+
+def _no_identity(retriever: Any, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{type(retriever).__name__} has no identity to keep results under: {reason}. Give it an attribute "
+        "'fingerprint', or name what it searches with fingerprint=<name>, another one for every change of it."
+    )

@@ -98,7 +98,7 @@ class HttpRetriever:
 
     @property
     def fingerprint(self) -> str:
-        """See `cache.fingerprint_of`; asked of the servers at `/health`.
+        """See `base.fingerprint_of`; asked of the servers at `/health`.
 
         Raises:
             ConfigurationError: A server does not tell, or two differ.

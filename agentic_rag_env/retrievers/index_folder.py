@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agentic_rag_env.corpus import CorpusStore, fingerprint, open_corpus
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import written_whole
 from agentic_rag_env.retrievers.base import require_corpus
-from agentic_rag_env.retrievers.encoders import Encoder, StoredEncoder, build_encoder
 from agentic_rag_env.types import Passage
 
 #: Written last: a folder with a manifest is complete.
@@ -84,34 +83,6 @@ def corpus_of_index(
             "corpus, or build the index again."
         )
     return corpus
-
-
-def encoder_of_index(manifest: Mapping[str, Any], given: Any) -> Encoder:
-    """The encoder that an index was built with.
-
-    Args:
-        manifest: Of the index.
-        given: An encoder, or what `build_encoder` makes one from, where the manifest's is elsewhere; or None.
-
-    Raises:
-        ConfigurationError: It cannot be made.
-        DataError: It is not the one that the index was built with.
-    """
-    built_with = manifest["encoder"]
-    encoder = build_encoder(built_with["settings"] if given is None else given)
-    if not isinstance(encoder, StoredEncoder):
-        raise ConfigurationError(
-            f"encoder {type(encoder).__name__} cannot be compared with that of the index {manifest['folder']}: it "
-            "lacks a fingerprint (see StoredEncoder)."
-        )
-    encoder.load_state(read_json(Path(manifest["folder"]) / ENCODER_STATE)["state"])
-    if encoder.fingerprint != built_with["fingerprint"]:
-        raise DataError(
-            f"{manifest['folder']}: was built with the encoder {built_with['fingerprint']} ({built_with['settings']}), "
-            f"but the encoder given is {encoder.fingerprint} ({encoder.settings()}); give that encoder, or build the "
-            "index again."
-        )
-    return encoder
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import Retriever, check_search, encodable, hash_of
-from agentic_rag_env.retrievers.encoders import DTYPES
-from agentic_rag_env.retrievers.pretrained import hash_of_weights, load_pretrained
+from agentic_rag_env.retrievers.vectors.encoders import DTYPES
+from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
 from agentic_rag_env.types import Found, Passage
 
 #: Scores are compared after rounding to this many decimals: another batch changes a logit by some 1e-6.

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.dense import is_flat, read_index, vectors_of_flat
-from agentic_rag_env.retrievers.embedding import VECTORS_FILE, EmbeddingConfig, EmbeddingRetriever
-from agentic_rag_env.retrievers.encoders import DTYPES
-from agentic_rag_env.retrievers.nearest import VectorSearch
-from agentic_rag_env.retrievers.torch_search import TorchSearch
+from agentic_rag_env.retrievers.vectors.encoders import DTYPES
+from agentic_rag_env.retrievers.vectors.faiss_search import is_flat, read_index, vectors_of_flat
+from agentic_rag_env.retrievers.vectors.ranking import VectorSearch
+from agentic_rag_env.retrievers.vectors.retriever import VECTORS_FILE, EmbeddingConfig, EmbeddingRetriever
+from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 from agentic_rag_env.types import Passage
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
-from agentic_rag_env.retrievers.cache import stats_of
+from agentic_rag_env.retrievers.base import stats_of
 from agentic_rag_env.types import StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
 from algorithms.learner.networks import autocast, lm_logits, logit_width, pad_id

@@ -13,8 +13,7 @@ from typing import Any
 
 from agentic_rag_env.corpus import json_type
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
-from agentic_rag_env.retrievers.base import Retriever, encodable
-from agentic_rag_env.retrievers.cache import stats_of
+from agentic_rag_env.retrievers.base import Retriever, encodable, stats_of
 from agentic_rag_env.retrievers.serving.batcher import Batcher, BusyError
 from agentic_rag_env.retrievers.serving.metrics import ServerMetrics
 from agentic_rag_env.types import Found, Passage

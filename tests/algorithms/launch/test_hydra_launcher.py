@@ -311,7 +311,7 @@ def test_failures_are_shown_and_how_to_go_on(tmp_path, monkeypatch):
 def test_a_process_of_another_launcher_finds_the_plug_ins():
     """What submitit pickles names this launcher, too; the process of its job has not begun with our command."""
     code = (
-        "import pickle, algorithms.training.settings\n"
+        "import pickle, algorithms.run\n"
         "found = pickle.loads(b'chydra_plugins.agentic_rag_env\\nSlotsLauncher\\n.')\n"
         "print(found is algorithms.launch.hydra_launcher.SlotsLauncher)"
     )
@@ -329,7 +329,7 @@ def held():
 
     def hold(path: Path) -> subprocess.Popen:
         code = (
-            "import sys, pathlib, algorithms.training.file_locks as locks\n"
+            "import sys, pathlib, algorithms.training.file_locks as file_locks\n"
             "print(file_locks.hold(pathlib.Path(sys.argv[1])), flush=True)\ninput()"
         )
         process = subprocess.Popen(

@@ -21,9 +21,9 @@ from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.retrievers.base import Retriever, stats_of
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
-from agentic_rag_env.retrievers.cache import CachedConfig, CachedRetriever, stats_of
+from agentic_rag_env.retrievers.cached import CachedConfig, CachedRetriever
 from agentic_rag_env.types import Found, Passage
 
 QUERIES = ["capital of France", "Seine", "", "xyzzy", "Paris", "日本 \U0001f600", "Seine"]

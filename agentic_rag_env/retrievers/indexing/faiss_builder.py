@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.retrievers.dense import FaissSearch, import_faiss, set_parameter
-from agentic_rag_env.retrievers.encoders import Encoder
-from agentic_rag_env.retrievers.nearest import nearest
-from agentic_rag_env.retrievers.torch_search import TorchSearch
+from agentic_rag_env.retrievers.vectors.encoders import Encoder
+from agentic_rag_env.retrievers.vectors.faiss_search import FaissSearch, import_faiss, set_parameter
+from agentic_rag_env.retrievers.vectors.ranking import nearest
+from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 
 #: Up to so many passages `auto` is exact, and up to so many it keeps whole vectors.
 MAX_FLAT, MAX_WHOLE = 200_000, 2_000_000

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.retrievers.base import encodable, hash_of
-from agentic_rag_env.retrievers.encoders import ENCODERS
+from agentic_rag_env.retrievers.vectors.encoders import ENCODERS
 
 
 @dataclass

@@ -29,8 +29,7 @@ from typing import Any
 from agentic_rag_env.corpus import open_corpus
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from agentic_rag_env.registry import DATASETS
-from agentic_rag_env.retrievers.base import Retriever
-from agentic_rag_env.retrievers.cache import build_wrapped, fingerprint_of
+from agentic_rag_env.retrievers.base import Retriever, build_wrapped, fingerprint_of
 from agentic_rag_env.retrievers.serving.app import make_app, missing_library, patient_protocol
 from agentic_rag_env.retrievers.serving.service import ServerConfig, Service
 from agentic_rag_env.types import Passage

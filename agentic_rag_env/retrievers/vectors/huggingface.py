@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.retrievers.base import encodable, hash_of
-from agentic_rag_env.retrievers.encoders import DTYPES, ENCODERS
-from agentic_rag_env.retrievers.pretrained import hash_of_weights, load_pretrained
+from agentic_rag_env.retrievers.vectors.encoders import DTYPES, ENCODERS
+from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
 
 
 @dataclass

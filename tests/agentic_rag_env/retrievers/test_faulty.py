@@ -13,7 +13,7 @@ from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
-from agentic_rag_env.retrievers.faults import FaultyConfig, FaultyRetriever
+from agentic_rag_env.retrievers.faulty import FaultyConfig, FaultyRetriever
 from agentic_rag_env.types import Passage
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
 
@@ -91,7 +91,7 @@ def test_faulty_queries_are_not_searched_and_the_others_go_together() -> None:
 
 def test_delays_pass_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("agentic_rag_env.retrievers.faults.time.sleep", pauses.append)
+    monkeypatch.setattr("agentic_rag_env.retrievers.faulty.time.sleep", pauses.append)
     assert set(kinds(faulty(slow_fraction=1.0, delay_s=2.0), MANY)) == {"1 found"}
     assert set(kinds(faulty(timeout_fraction=1.0, delay_s=3.0), MANY)) == {"RetrieverError"}
     faulty(error_fraction=1.0, delay_s=4.0).search(MANY, 3)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.retrievers.nearest import SCORE_DECIMALS, Candidates
+from agentic_rag_env.retrievers.vectors.ranking import SCORE_DECIMALS, Candidates
 
 #: Rows of a block: on a CPU its scores for some hundred queries fit into the cache, on a GPU those for 512 take half a
 #: gigabyte.

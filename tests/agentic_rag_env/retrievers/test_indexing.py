@@ -24,14 +24,15 @@ import pytest
 from agentic_rag_env.corpus import CorpusStore, fingerprint, write_store
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers import faiss_builder, torch_search
 from agentic_rag_env.retrievers.bm25 import BM25Config
-from agentic_rag_env.retrievers.build import main
-from agentic_rag_env.retrievers.dense import FlatSearch
-from agentic_rag_env.retrievers.encoders import StoredEncoder, build_encoder
-from agentic_rag_env.retrievers.faiss_builder import default_index
-from agentic_rag_env.retrievers.hashed_ngram import HashedNgramEncoder
-from agentic_rag_env.retrievers.index_builder import DenseIndexConfig, build_bm25, build_dense
+from agentic_rag_env.retrievers.indexing import faiss_builder
+from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
+from agentic_rag_env.retrievers.indexing.cli import main
+from agentic_rag_env.retrievers.indexing.faiss_builder import default_index
+from agentic_rag_env.retrievers.vectors import torch_search
+from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder
+from agentic_rag_env.retrievers.vectors.faiss_search import FlatSearch
+from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramEncoder
 from agentic_rag_env.types import Passage
 
 NUM_PASSAGES = 600
@@ -173,7 +174,7 @@ def test_recall_is_measured_and_not_assumed(store: CorpusStore) -> None:
     empty = faiss.IndexFlatIP(16)
     empty.add(np.zeros_like(vectors))
     from agentic_rag_env.corpus import Texts
-    from agentic_rag_env.retrievers.index_builder import _silent
+    from agentic_rag_env.retrievers.indexing.builder import _silent
 
     report = faiss_builder.measure_recall(empty, vectors, Texts(store), CrcEncoder(), 0, _silent)
     assert report["recall@3"] < 0.1

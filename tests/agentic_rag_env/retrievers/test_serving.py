@@ -24,9 +24,9 @@ from agentic_rag_env.corpus import CorpusStore
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
-from agentic_rag_env.retrievers.cache import CachedConfig, CachedRetriever
+from agentic_rag_env.retrievers.cached import CachedConfig, CachedRetriever
 from agentic_rag_env.retrievers.http import HttpConfig, HttpRetriever
-from agentic_rag_env.retrievers.server import listen_at, main, make_server
+from agentic_rag_env.retrievers.serving.cli import listen_at, main, make_server
 from agentic_rag_env.retrievers.serving.service import ServerConfig
 from agentic_rag_env.types import Found, Passage
 
@@ -584,7 +584,7 @@ def test_metrics() -> None:
 @contextlib.contextmanager
 def program(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The server as a process, and its port."""
-    command = [sys.executable, "-m", "agentic_rag_env.retrievers.server", *arguments, "--port", "0"]
+    command = [sys.executable, "-m", "agentic_rag_env.retrievers.serving.cli", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout
@@ -689,7 +689,7 @@ def test_a_corpus_is_opened_and_not_read(
         opened.append(corpus)
         raise ConfigurationError("far enough")
 
-    monkeypatch.setattr("agentic_rag_env.retrievers.server.build_wrapped", stop)
+    monkeypatch.setattr("agentic_rag_env.retrievers.serving.cli.build_wrapped", stop)
     file, store = tmp_path / "corpus.jsonl", tmp_path / "corpus.jsonl.arrow"
     file.write_text('{"id": "a", "contents": "alpha"}\n')
     for given in (file, store):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from agentic_rag_env.corpus import Texts
 from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
 from agentic_rag_env.retrievers.base import CorpusRetriever, Ranking, hash_of
-from agentic_rag_env.retrievers.encoders import Encoder, StoredEncoder, build_encoder
-from agentic_rag_env.retrievers.index_folder import corpus_of_index, encoder_of_index, read_manifest
-from agentic_rag_env.retrievers.nearest import VectorSearch, nearest
+from agentic_rag_env.retrievers.index_folder import ENCODER_STATE, corpus_of_index, read_json, read_manifest
+from agentic_rag_env.retrievers.vectors.encoders import Encoder, StoredEncoder, build_encoder
+from agentic_rag_env.retrievers.vectors.ranking import VectorSearch, nearest
 from agentic_rag_env.types import Passage
 
 #: Files of an index folder: the FAISS index, and the vectors it was built from.
@@ -149,6 +149,34 @@ class EmbeddingRetriever(CorpusRetriever):
             f"the index {self.config.index} holds vectors of {self._search.dim} numbers, but the encoder gives {dim}; "
             "give the encoder that it was built with."
         )
+
+
+def encoder_of_index(manifest: Mapping[str, Any], given: Any) -> Encoder:
+    """The encoder that an index was built with.
+
+    Args:
+        manifest: Of the index.
+        given: An encoder, or what `build_encoder` makes one from, where the manifest's is elsewhere; or None.
+
+    Raises:
+        ConfigurationError: It cannot be made.
+        DataError: It is not the one that the index was built with.
+    """
+    built_with = manifest["encoder"]
+    encoder = build_encoder(built_with["settings"] if given is None else given)
+    if not isinstance(encoder, StoredEncoder):
+        raise ConfigurationError(
+            f"encoder {type(encoder).__name__} cannot be compared with that of the index {manifest['folder']}: it "
+            "lacks a fingerprint (see StoredEncoder)."
+        )
+    encoder.load_state(read_json(Path(manifest["folder"]) / ENCODER_STATE)["state"])
+    if encoder.fingerprint != built_with["fingerprint"]:
+        raise DataError(
+            f"{manifest['folder']}: was built with the encoder {built_with['fingerprint']} ({built_with['settings']}), "
+            f"but the encoder given is {encoder.fingerprint} ({encoder.settings()}); give that encoder, or build the "
+            "index again."
+        )
+    return encoder
 
 
 def first_not_finite(vectors: NDArray[np.floating]) -> int | None:

@@ -24,7 +24,7 @@ from agentic_rag_env.corpus import open_corpus
 from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.registry import name_or_mapping
 from agentic_rag_env.retrievers.bm25 import BM25Config
-from agentic_rag_env.retrievers.index_builder import DenseIndexConfig, build_bm25, build_dense
+from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
 
 #: Without a terminal, a line is printed every so many seconds.
 _LINE_EVERY_S = 30.0

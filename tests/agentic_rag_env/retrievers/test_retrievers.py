@@ -26,10 +26,10 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
 from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever
-from agentic_rag_env.retrievers.encoders import build_encoder
-from agentic_rag_env.retrievers.hashed_ngram import HashedNgramConfig, HashedNgramEncoder
-from agentic_rag_env.retrievers.huggingface import HuggingFaceEncoder
 from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
+from agentic_rag_env.retrievers.vectors.encoders import build_encoder
+from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramConfig, HashedNgramEncoder
+from agentic_rag_env.retrievers.vectors.huggingface import HuggingFaceEncoder
 from agentic_rag_env.types import Passage
 
 #: `rerank` needs a model, see `test_hybrid_rerank.py`.
@@ -369,7 +369,7 @@ def test_same_bits_in_every_process() -> None:
         "for retriever in (DenseRetriever(DenseConfig(), corpus), BM25Retriever(BM25Config(), corpus)):\n"
         "    print(hashlib.sha256(repr(retriever.search(['word1 other2', 'third4'], 10)).encode()).hexdigest())\n"
     )
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     outputs = {
         subprocess.run(
             [sys.executable, "-c", script],

@@ -10,8 +10,7 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import check_search
-from agentic_rag_env.retrievers.cache import build_wrapped, fingerprint_of, stats_of
+from agentic_rag_env.retrievers.base import build_wrapped, check_search, fingerprint_of, stats_of
 from agentic_rag_env.types import Found, Passage
 
 
@@ -85,7 +84,7 @@ class FaultyRetriever:
 
     @property
     def fingerprint(self) -> str:
-        """See `cache.fingerprint_of`."""
+        """See `base.fingerprint_of`."""
         inner = fingerprint_of(self._retriever, self._config.retriever, self._corpus)
         return f"faulty({inner}, {self._fractions}, seed={self._config.seed})"
 

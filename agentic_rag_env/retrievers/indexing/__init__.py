@@ -1,0 +1,1 @@
+"""Builds index folders, which retrievers open at once."""
