@@ -11,6 +11,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.env import AgenticRAGEnv, check_options
 from agentic_rag_env.episode import Episode, check_count, search
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError
@@ -56,7 +57,12 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
         parts = AgenticRAGEnv(**settings)
         self.num_envs = num_envs
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
-        self.metadata = {"render_modes": ["ansi"], "render_fps": 4, "autoreset_mode": self.autoreset_mode}
+        self.metadata = {
+            "render_modes": ["ansi"],
+            "render_fps": 4,
+            "autoreset_mode": self.autoreset_mode,
+            "action_ends": CLOSING_TAGS,
+        }
         self.render_mode = parts.render_mode
         self.dataset = parts.dataset
         self.retriever = parts.retriever

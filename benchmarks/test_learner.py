@@ -25,7 +25,9 @@ from algorithms.learner.collate import collate
 from algorithms.learner.networks import freeze, load_model, load_tokenizer, pad_id
 from algorithms.learner.training_step import Learner, LearnerConfig
 from algorithms.learner.types import Batch
-from algorithms.rollout.player import RolloutConfig, RolloutEngine
+from algorithms.rollout.config import RolloutConfig
+from algorithms.rollout.engine import CachedEngine
+from algorithms.rollout.player import Player
 from algorithms.rollout.tokenization import PlainEncoder
 from algorithms.sft import SFT, SFTConfig
 
@@ -153,7 +155,9 @@ def test_step_time_of_unequal_lengths(benchmark, monkeypatch, split):
     student, teacher = load_model(ASSETS / "tiny-student"), freeze(load_model(ASSETS / "tiny-teacher"))
     tokenizer = load_tokenizer(ASSETS / "tiny-teacher")
     envs = AgenticRAGVectorEnv(32, autoreset_mode=AutoresetMode.DISABLED, tokenizer=PlainEncoder(tokenizer))
-    episodes, _ = RolloutEngine(teacher, tokenizer, envs, RolloutConfig()).rollout(range(32), seed=(0,))
+    ends = envs.metadata["action_ends"]
+    engine = CachedEngine(teacher, tokenizer, RolloutConfig(), num_rows=32, action_ends=ends)
+    episodes, _ = Player(engine, envs).rollout(range(32), seed=(0,))
     batch = collate(episodes, pad_id(tokenizer))
     learner = Learner(
         KD(KDConfig()), student, teacher=teacher, config=LearnerConfig(), total_steps=1000, vocab_size=len(tokenizer)

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, 
 from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets.tokenizer import build_tokenizer
-from algorithms.rollout.player import RolloutConfig, RolloutEngine
+from algorithms.rollout.config import RolloutConfig
+from algorithms.rollout.engine import CachedEngine
+from algorithms.rollout.player import Player
 
 NUM_ENVS, MAX_NEW_TOKENS = 64, 30
 QUESTIONS = list(range(NUM_ENVS))
@@ -51,19 +53,19 @@ def make_policy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return model
 
 
-def play_with_engine(engine: RolloutEngine) -> int:
+def play_with_engine(player: Player) -> int:
     """Returns the number of sampled tokens."""
-    _, stats = engine.rollout(QUESTIONS, seed=(0,))
+    _, stats = player.rollout(QUESTIONS, seed=(0,))
     return stats.sampled_tokens
 
 
-def play_with_generate(engine: RolloutEngine) -> int:
+def play_with_generate(player: Player) -> int:
     """The usual loop: keep text, encode all of it in every turn, generate, cut the text, step.
 
     Returns:
         The number of sampled tokens, up to the end of each action.
     """
-    model, tokenizer, envs = engine.model, engine.tokenizer, engine.envs
+    model, tokenizer, envs = player.engine.model, player.engine.tokenizer, player.envs
     torch.manual_seed(0)
     prompts, _ = envs.reset(options={"question_index": torch.tensor(QUESTIONS).numpy()})
     transcripts = dict(enumerate(prompts))
@@ -94,30 +96,31 @@ def play_with_generate(engine: RolloutEngine) -> int:
 
 
 @pytest.fixture(scope="module")
-def engine() -> RolloutEngine:
+def player() -> Player:
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     envs = AgenticRAGVectorEnv(NUM_ENVS, autoreset_mode=AutoresetMode.DISABLED)
     config = RolloutConfig(max_new_tokens=MAX_NEW_TOKENS, max_tokens=1024)
-    return RolloutEngine(make_policy(tokenizer), tokenizer, envs, config)
+    engine = CachedEngine(make_policy(tokenizer), tokenizer, config, num_rows=NUM_ENVS, action_ends=CLOSING_TAGS)
+    return Player(engine, envs)
 
 
 @pytest.mark.parametrize("play", [play_with_engine, play_with_generate])
-def test_one_batch_of_episodes(benchmark, engine, play):
+def test_one_batch_of_episodes(benchmark, player, play):
     benchmark.group = f"{NUM_ENVS} episodes of the tiny world, random policy of 3 layers, 1 thread"
-    num_tokens = benchmark.pedantic(play, (engine,), rounds=3, warmup_rounds=1)
+    num_tokens = benchmark.pedantic(play, (player,), rounds=3, warmup_rounds=1)
     benchmark.extra_info["sampled tokens per second"] = round(num_tokens / benchmark.stats.stats.min)
 
 
-def test_the_engine_is_several_times_faster(engine, capsys):
+def test_the_engine_is_several_times_faster(player, capsys):
     """In CPU time of this process, so that other load on the machine counts less."""
     rates = {}
     for play in (play_with_engine, play_with_generate):
-        play(engine)
+        play(player)
         runs = []
         for _ in range(3):
             start = time.process_time()
-            runs.append(play(engine) / (time.process_time() - start))
+            runs.append(play(player) / (time.process_time() - start))
         rates[play.__name__] = max(runs)
     ratio = rates["play_with_engine"] / rates["play_with_generate"]
     with capsys.disabled():

@@ -1,86 +1,80 @@
-"""The policy plays the vector environment: questions in, trajectories out, every token computed once."""
+"""The policy plays a vector environment: questions in, trajectories out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
-from agentic_rag_env.retrievers.base import stats_of
+from agentic_rag_env.retrievers.cached import stats_of
 from agentic_rag_env.types import StepInfo
-from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
-from algorithms.learner.networks import autocast, lm_logits, logit_width, pad_id
+from agentic_rag_env.vector import info_at
 from algorithms.learner.seeding import rng
 from algorithms.learner.types import RolloutStats, Trajectory, Turn
-from algorithms.rollout.kv_cache import EpisodeCache, check_cache
-from algorithms.rollout.sampling import ActionEnd, RolloutConfig, sample
+from algorithms.rollout.engine import Action, Engine
 from algorithms.rollout.tokenization import encode_plain, encode_prompts
-
-__all__ = ["RolloutConfig", "RolloutEngine"]
 
 #: Called with the number of finished episodes and of all episodes.
 Progress = Callable[[int, int], None]
 
-_MAX_PREFILL_TOKENS = 16_384
+
+class TextEnvs(Protocol):
+    """What the player asks of a vector environment: texts in and out, row by row.
+
+    Attributes:
+        num_envs: Rows.
+        metadata: `autoreset_mode` is `AutoresetMode.DISABLED`; `action_ends` are the texts that end an action.
+    """
+
+    num_envs: int
+    metadata: dict[str, Any]
+
+    def reset(self, *, options: Mapping[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
+        """Begin the question `question_index` [N] in each row of `reset_mask` [N]; returns prompts and infos."""
+        ...
+
+    def step(
+        self, actions: Sequence[str | None]
+    ) -> tuple[Sequence[str], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Take a turn in each row that gets a text; infos have `correct` and `error` at least."""
+        ...
+
+    def cut_off(self, row: int) -> float:
+        """End the episode of a row for which there is no more room; returns what it earns."""
+        ...
 
 
-class RolloutEngine:
-    """Plays episodes with a policy.
+class Player:
+    """Plays episodes with an engine.
 
-    Each environment has a row in a key-value cache that lives as long as the episode: prompt, actions and observations
-    are appended and never computed again. Rows write independently of each other; as soon as half of them have ended
-    their actions, these take one step of the environment together, with one call of the retriever, while the others
-    pause. A finished episode's row goes to the next question.
+    Each environment has a row of the engine. As soon as the engine returns some actions, these take one step of the
+    environment together, with one call of the retriever, while the other rows pause. A finished episode's row goes to
+    the next question.
 
     Args:
-        model: The policy, with full attention in every layer.
-        tokenizer: Its tokenizer. If it has a chat template, the prompt becomes the message of a user.
+        engine: Writes; has a row for each environment.
         envs: Environments with `AutoresetMode.DISABLED`; their number bounds the episodes played at once.
-        config: How to write.
-        vocab_size: Only ids below it are sampled, and probabilities are normalized over them; None: all.
-        precision: Of the computation, see `models.autocast`.
         max_retriever_error_fraction: Share of a rollout's episodes that a failed search may end.
 
     Raises:
-        ConfigurationError: The environments reset themselves, the model's context is too short, or the model's family
-            cannot be computed token by token with this cache.
+        ConfigurationError: The environments reset themselves.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        envs: AgenticRAGVectorEnv,
-        config: RolloutConfig,
-        vocab_size: int | None = None,
-        precision: str = "float32",
-        max_retriever_error_fraction: float = 1.0,
-    ) -> None:
+    def __init__(self, engine: Engine, envs: TextEnvs, max_retriever_error_fraction: float = 1.0) -> None:
         if (mode := envs.metadata.get("autoreset_mode")) != AutoresetMode.DISABLED:
             raise ConfigurationError(
-                f"RolloutEngine decides itself which question comes next, but the environments have autoreset_mode "
+                f"The player decides itself which question comes next, but the environments have autoreset_mode "
                 f"{mode}; make them with autoreset_mode=AutoresetMode.DISABLED."
             )
-        _check_context(model, config)
-        check_cache(model)
-        self.model = model
-        self.backbone: Any = model.base_model
-        self.tokenizer = tokenizer
-        self.envs = envs
-        self.config = config
-        self.precision = precision
+        assert engine.num_rows >= envs.num_envs
+        # Any: what goes beyond `TextEnvs`, such as a dataset, is known to those who made the environments.
+        self.engine, self.envs = engine, envs
         self.max_retriever_error_fraction = max_retriever_error_fraction
-        self.vocab_size = vocab_size or logit_width(model)
-        self.action_end = ActionEnd(model, tokenizer, self.vocab_size)
-        self.pad_id = pad_id(tokenizer)
 
     def rollout(
         self,
@@ -108,13 +102,11 @@ class RolloutEngine:
             ConfigurationError: A prompt leaves no room for an action within `max_tokens`.
             RetrieverError: Too many searches fail.
         """
-        was_training = self.model.training
-        self.model.eval()
+        rollout = _Rollout(self, question_indices, seed, group_ids, source, progress)
         try:
-            with torch.inference_mode(), autocast(self.model.device, self.precision):
-                return _Rollout(self, question_indices, seed, group_ids, source, progress).run()
+            return rollout.run()
         finally:
-            self.model.train(was_training)
+            self.engine.close(list(rollout.episodes))
 
 
 @dataclass(slots=True)
@@ -124,135 +116,115 @@ class _Episode:
     number: int
     rng: np.random.Generator
     prompt_ids: np.ndarray
+    num_tokens: int
     turns: list[Turn] = field(default_factory=list)
     reward: float = 0.0
 
 
 class _Rollout:
-    """The state of one call of `RolloutEngine.rollout`.
-
-    Arrays are indexed by environment. `envs_by_row` says which environment's episode a row of the cache holds; the rows
-    are kept in the order running (in the middle of an action), waiting (action ended), idle (nothing left to play).
-    """
+    """The state of one call of `Player.rollout`; `episodes` are those being played, by environment."""
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        player: Player,
         question_indices: Sequence[int],
         seed: tuple[int, ...],
         group_ids: Sequence[int] | None,
         source: str,
         progress: Progress | None,
     ) -> None:
-        self.engine = engine
+        self.player, self.engine, self.envs = player, player.engine, player.envs
         self.questions = [int(index) for index in question_indices]
         self.group_ids = range(len(self.questions)) if group_ids is None else group_ids
         self.seed, self.source, self.progress = seed, source, progress
-        num_envs, max_new_tokens = engine.envs.num_envs, engine.config.max_new_tokens
-        self.cache = EpisodeCache(num_envs)
-        self.envs_by_row = np.arange(num_envs)
-        self.num_running = 0
-        self.num_live = num_envs
         self.episodes: dict[int, _Episode] = {}
         self.num_started = 0
         self.num_finished = 0
         self.trajectories: list[Any] = [None] * len(self.questions)
         self.stats = RolloutStats()
-        # Tokens in the cache, sampled so far in this action, and at most to be sampled in it.
-        self.lengths = np.zeros(num_envs, dtype=np.int64)
-        self.counts = np.zeros(num_envs, dtype=np.int64)
-        self.limits = np.zeros(num_envs, dtype=np.int64)
-        self.action_ids = np.zeros((num_envs, max_new_tokens), dtype=np.int64)
-        self.action_logprobs = np.zeros((num_envs, max_new_tokens), dtype=np.float32)
-        self.uniforms = np.zeros((num_envs, max_new_tokens))
 
     def run(self) -> tuple[list[Trajectory], RolloutStats]:
         """Play until every question has its trajectory."""
-        start, before = time.perf_counter(), stats_of(self.engine.envs.retriever)
-        if self.questions:
-            self._tick()
-        while self.num_live:
-            if self.num_running > self.num_live // 2:
-                self._decode()
-            else:
-                self._tick()
+        retriever = getattr(self.envs, "retriever", None)
+        start, before, computed = time.perf_counter(), stats_of(retriever), self.engine.computed_tokens
+        self._start(range(self.envs.num_envs))
+        while actions := self.engine.write():
+            self._step(actions)
+            self._start([action.row for action in actions if action.row not in self.episodes])
         self.stats.seconds = time.perf_counter() - start
-        after = stats_of(self.engine.envs.retriever)
+        self.stats.computed_tokens = self.engine.computed_tokens - computed
+        after = stats_of(retriever)
         for name in ("cache_hits", "cache_misses"):
             setattr(self.stats, name, after.get(name, 0) - before.get(name, 0))
         return self.trajectories, self.stats
 
-    def _decode(self) -> None:
-        """One more token for every running row."""
-        envs = self.envs_by_row[: self.num_running]
-        last = self.action_ids[envs, self.counts[envs] - 1]
-        hidden = self._forward(last[:, None], self.lengths[envs][:, None], first_row=0)
-        self.lengths[envs] += 1
-        self.stats.computed_tokens += len(envs)
-        self._sample(envs, hidden[:, 0])
-
-    def _tick(self) -> None:
-        """Let the waiting episodes take a step, fill the rows of finished ones, and start the next actions."""
-        waiting = self.envs_by_row[self.num_running : self.num_live].tolist()
-        pending = self._step([env for env in waiting if env in self.episodes])
-        pending |= self._start([env for env in waiting if env not in self.episodes])
-        goes_on = np.zeros(len(self.envs_by_row), dtype=bool)
-        goes_on[list(pending)] = True
-        self.num_live = self._to_front(goes_on, self.num_running, self.num_live)
-        if pending:
-            self._prefill(pending)
-
-    def _step(self, envs: Sequence[int]) -> dict[int, np.ndarray]:
-        """Send the ended actions of these environments and record what comes back.
-
-        Returns:
-            By environment, the tokens to append where the episode goes on.
-        """
+    def _start(self, envs: Sequence[int]) -> None:
+        """Give these environments the next questions, as far as there are any."""
+        numbers = range(self.num_started, min(self.num_started + len(envs), len(self.questions)))
+        envs = list(envs[: len(numbers)])
         if not envs:
-            return {}
-        actions: list[str | None] = [None] * self.engine.envs.num_envs
-        for env in envs:
-            actions[env] = self.engine.action_end.text(self.action_ids[env, : self.counts[env]])
-        texts, rewards, terminations, truncations, infos = self.engine.envs.step(actions)
-        observations = encode_plain(self.engine.tokenizer, [texts[env] for env in envs])
-        pending = {}
-        for env, observation in zip(envs, observations, strict=True):
+            return
+        mask = np.zeros(self.envs.num_envs, dtype=bool)
+        mask[envs] = True
+        indices = np.full(self.envs.num_envs, -1, dtype=np.int64)
+        indices[envs] = [self.questions[number] for number in numbers]
+        texts, infos = self.envs.reset(options={"reset_mask": mask, "question_index": indices})
+        prompts = encode_prompts(self.engine.tokenizer, [texts[env] for env in envs])
+        max_tokens = self.engine.config.max_tokens
+        for env, number, prompt in zip(envs, numbers, prompts, strict=True):
+            if len(prompt) >= max_tokens:
+                raise ConfigurationError(
+                    f"The prompt of question {info_at(infos, env)['question_id']!r} has {len(prompt)} tokens and "
+                    f"leaves no room for an action; raise max_tokens, which is {max_tokens}."
+                )
+            episode = _Episode(number, rng(*self.seed, "episode", number), prompt, len(prompt))
+            self.engine.open(env, prompt, self._draws(episode))
+            self.episodes[env] = episode
+        self.num_started += len(envs)
+
+    def _draws(self, episode: _Episode) -> np.ndarray:
+        return episode.rng.random(self.engine.config.max_new_tokens)
+
+    def _step(self, actions: Sequence[Action]) -> None:
+        """Send these actions, record what comes back, and continue the rows whose episodes go on."""
+        sent: list[str | None] = [None] * self.envs.num_envs
+        for action in actions:
+            sent[action.row] = action.text
+        texts, rewards, terminations, truncations, infos = self.envs.step(sent)
+        observations = encode_plain(self.engine.tokenizer, [texts[action.row] for action in actions])
+        for action, observation in zip(actions, observations, strict=True):
+            env = action.row
+            episode = self.episodes[env]
+            episode.num_tokens += len(action.ids)
             terminated, truncated = bool(terminations[env]), bool(truncations[env])
-            # The last token of the action, the observation, and at least one token of the next action.
             reward = float(rewards[env])
-            full = self.lengths[env] + len(observation) + 2 > self.engine.config.max_tokens
+            # The observation, and at least one token of the next action.
+            full = episode.num_tokens + len(observation) + 1 > self.engine.config.max_tokens
             if full and not (terminated or truncated):
                 truncated = True
-                reward += self.engine.envs.cut_off(env)
+                reward += self.envs.cut_off(env)
             ended = terminated or truncated
-            turn = self._record_turn(env, observation[:0] if ended else observation, info_at(infos, env))
-            self.episodes[env].reward += reward
+            info = self._record_turn(episode, action, observation[:0] if ended else observation, info_at(infos, env))
+            episode.reward += reward
             if ended:
-                self._finish(env, turn.info, terminated)
+                self._finish(env, info, terminated)
             else:
-                pending[env] = np.concatenate((turn.action_ids[-1:], observation))
-        if self.progress and len(pending) < len(envs):
+                episode.num_tokens += len(observation)
+                self.engine.append(env, observation, self._draws(episode))
+        if self.progress and any(action.row not in self.episodes for action in actions):
             self.progress(self.num_finished, len(self.questions))
-        return pending
 
-    def _record_turn(self, env: int, observation_ids: np.ndarray, info: StepInfo) -> Turn:
-        count = self.counts[env]
-        turn = Turn(
-            action_ids=self.action_ids[env, :count].copy(),
-            action_logprobs=self.action_logprobs[env, :count].copy(),
-            observation_ids=observation_ids,
-            info=info,
-        )
-        self.episodes[env].turns.append(turn)
-        self.stats.sampled_tokens += int(count)
+    def _record_turn(self, episode: _Episode, action: Action, observation_ids: np.ndarray, info: StepInfo) -> StepInfo:
+        episode.turns.append(Turn(action.ids, action.logprobs, observation_ids, info))
+        self.stats.sampled_tokens += len(action.ids)
         if info["error"] is not None:
             self._count_failed_search(info["error"])
-        return turn
+        return info
 
     def _count_failed_search(self, message: str) -> None:
         self.stats.retriever_errors += 1
         failed, asked = self.stats.retriever_errors, len(self.questions)
-        allowed = self.engine.max_retriever_error_fraction
+        allowed = self.player.max_retriever_error_fraction
         if failed > allowed * asked:
             raise RetrieverError(
                 f"{failed} of {asked} episodes ended in a failed search, more than max_retriever_error_fraction="
@@ -261,6 +233,7 @@ class _Rollout:
 
     def _finish(self, env: int, info: StepInfo, terminated: bool) -> None:
         episode = self.episodes.pop(env)
+        self.engine.close([env])
         self.trajectories[episode.number] = Trajectory(
             prompt_ids=episode.prompt_ids,
             turns=episode.turns,
@@ -272,116 +245,3 @@ class _Rollout:
             truncated=not terminated,
         )
         self.num_finished += 1
-
-    def _start(self, envs: Sequence[int]) -> dict[int, np.ndarray]:
-        """Give these environments the next questions, as far as there are any.
-
-        Returns:
-            The prompts by environment.
-        """
-        numbers = range(self.num_started, min(self.num_started + len(envs), len(self.questions)))
-        envs = envs[: len(numbers)]
-        if not envs:
-            return {}
-        mask = np.zeros(self.engine.envs.num_envs, dtype=bool)
-        mask[envs] = True
-        indices = np.full(self.engine.envs.num_envs, -1, dtype=np.int64)
-        indices[envs] = [self.questions[number] for number in numbers]
-        texts, infos = self.engine.envs.reset(options={"reset_mask": mask, "question_index": indices})
-        prompts = encode_prompts(self.engine.tokenizer, [texts[env] for env in envs])
-        for env, number, prompt in zip(envs, numbers, prompts, strict=True):
-            if len(prompt) >= self.engine.config.max_tokens:
-                raise ConfigurationError(
-                    f"The prompt of question {info_at(infos, env)['question_id']!r} has {len(prompt)} tokens and "
-                    f"leaves no room for an action; raise max_tokens, which is {self.engine.config.max_tokens}."
-                )
-            self.episodes[env] = _Episode(number, rng(*self.seed, "episode", number), prompt)
-            self.lengths[env] = 0
-        self.num_started += len(envs)
-        return dict(zip(envs, prompts, strict=True))
-
-    def _prefill(self, pending: dict[int, np.ndarray]) -> None:
-        """Append tokens to all waiting rows and draw the first token of their actions."""
-        config = self.engine.config
-        longest = max(map(len, pending.values()))
-        is_long = np.zeros(len(self.envs_by_row), dtype=bool)
-        is_long[[env for env, ids in pending.items() if 2 * len(ids) > longest]] = True
-        # A hint of few tokens is not padded to the length of a passage.
-        middle = self._to_front(is_long, self.num_running, self.num_live)
-        hidden = self._append(pending, self.num_running, middle)
-        hidden += self._append(pending, middle, self.num_live)
-        waiting = self.envs_by_row[self.num_running : self.num_live].copy()
-        for env in waiting:
-            self.uniforms[env] = self.episodes[env].rng.random(config.max_new_tokens)
-        self.counts[waiting] = 0
-        self.limits[waiting] = np.minimum(config.max_new_tokens, config.max_tokens - self.lengths[waiting])
-        self.num_running = self.num_live
-        self._sample(waiting, torch.cat(hidden))
-
-    def _append(self, pending: dict[int, np.ndarray], start: int, stop: int) -> list[Tensor]:
-        """Append tokens to the rows between `start` and `stop`.
-
-        Returns:
-            The hidden states of the last tokens, [n, d] for each portion of the rows.
-        """
-        hidden = []
-        while start < stop:
-            width = max(len(pending[env]) for env in self.envs_by_row[start:stop])
-            envs = self.envs_by_row[start : min(stop, start + max(1, _MAX_PREFILL_TOKENS // width))]
-            input_ids = np.full((len(envs), width), self.engine.pad_id, dtype=np.int64)
-            for row, env in enumerate(envs):
-                input_ids[row, : len(pending[env])] = pending[env]
-            positions = self.lengths[envs][:, None] + np.arange(width)
-            widths = np.array([len(pending[env]) for env in envs])
-            states = self._forward(input_ids, positions, start)
-            hidden.append(states[self._tensor(np.arange(len(envs))), self._tensor(widths - 1)])
-            self.lengths[envs] += widths
-            self.stats.computed_tokens += int(widths.sum())
-            start += len(envs)
-        return hidden
-
-    def _sample(self, envs: np.ndarray, hidden: Tensor) -> None:
-        """Draw a token for each of these running episodes, and set those aside whose action it ends."""
-        engine, counts = self.engine, self.counts[envs]
-        logits = lm_logits(engine.model, hidden, engine.vocab_size)
-        ids, logprobs = sample(logits, self._tensor(self.uniforms[envs, counts]), engine.config)
-        tokens = ids.cpu().numpy()
-        self.action_ids[envs, counts] = tokens
-        self.action_logprobs[envs, counts] = logprobs.cpu().numpy()
-        self.counts[envs] = counts + 1
-        end = engine.action_end
-        ended = end.is_eos[tokens] | (counts + 1 >= self.limits[envs])
-        for row in np.flatnonzero(end.may_close[tokens] & ~ended):
-            ended[row] = end.closes(self.action_ids[envs[row], : counts[row] + 1])
-        if ended.any():
-            goes_on = np.ones(len(self.envs_by_row), dtype=bool)
-            goes_on[envs[ended]] = False
-            self.num_running = self._to_front(goes_on, 0, self.num_running)
-
-    def _to_front(self, goes_on: np.ndarray, start: int, stop: int) -> int:
-        """Swap rows between `start` and `stop` so that environments that go on come first; returns where they end."""
-        flags = goes_on[self.envs_by_row[start:stop]]
-        end = start + int(flags.sum())
-        these = start + np.flatnonzero(~flags[: end - start])
-        those = end + np.flatnonzero(flags[end - start :])
-        if len(these):
-            self.cache.swap(self._tensor(these), self._tensor(those), int(self.lengths.max()))
-            self.envs_by_row[these], self.envs_by_row[those] = self.envs_by_row[those], self.envs_by_row[these]
-        return end
-
-    def _forward(self, input_ids: np.ndarray, positions: np.ndarray, first_row: int) -> Tensor:
-        return self.cache.forward(self.engine.backbone, self._tensor(input_ids), self._tensor(positions), first_row)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.engine.model.device)
-
-
-def _check_context(model: PreTrainedModel, config: RolloutConfig) -> None:
-    settings = model.config.get_text_config()
-    for name in ("max_position_embeddings", "sliding_window", "attention_chunk_size"):
-        bound = getattr(settings, name, None)
-        if bound is not None and config.max_tokens > bound:
-            raise ConfigurationError(
-                f"max_tokens is {config.max_tokens}, but the model's {name} is {bound}, and an episode is read whole. "
-                f"Set max_tokens to at most {bound}, or choose a model with a longer context."
-            )

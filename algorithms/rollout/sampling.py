@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -10,41 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agentic_rag_env.actions import CLOSING_TAGS
-from agentic_rag_env.errors import ConfigurationError
+from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.tokenization import decode
-
-
-@dataclass
-class RolloutConfig:
-    """How the policy writes.
-
-    Attributes:
-        temperature: Divides the logits; 0 takes the most probable token instead of drawing one.
-        top_p: Draw among the fewest tokens with at least this share of the probability, in (0, 1].
-        top_k: Draw among this many most probable tokens; 0: all.
-        max_new_tokens: Most tokens of one action.
-        max_tokens: Most tokens of an episode: prompt, actions and observations. One that needs more is cut off,
-            and earns what the reward gives an episode without an answer.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 48
-    max_tokens: int = 4096
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigurationError(f"temperature must be at least 0 (0: greedy), got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigurationError(f"top_p must be in (0, 1], got {self.top_p}; 1 switches it off.")
-        if self.top_k < 0:
-            raise ConfigurationError(f"top_k must be at least 0, got {self.top_k}; 0 switches it off.")
-        if self.max_new_tokens < 1:
-            raise ConfigurationError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if self.max_tokens < 2:
-            raise ConfigurationError(f"max_tokens must be at least 2 (prompt and action), got {self.max_tokens}.")
 
 
 def sample(logits: Tensor, uniforms: Tensor, config: RolloutConfig) -> tuple[Tensor, Tensor]:
@@ -90,24 +57,26 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class ActionEnd:
-    """Recognizes the last token of an action: an end-of-text id, or the one that completes a closing tag.
+    """Recognizes the last token of an action: an end-of-text id, or the one that completes a text that ends actions.
 
-    Tags are found in the text, whichever tokens spell them. Only tokens with a ">" can complete one, so only then is
-    text looked at.
+    These texts, such as closing tags, are found in what was written, whichever tokens spell them. Only a token with the
+    last character of one can complete it, so only then is text looked at.
 
     Args:
         model: Its generation settings may name several end-of-text ids.
         tokenizer: Decodes; may name one more.
         vocab_size: Number of ids that can be sampled.
+        action_ends: The texts that end an action, none of them empty.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int, action_ends: Sequence[str]
+    ) -> None:
+        self.action_ends = tuple(action_ends)
         self.tokenizer = tokenizer
         self.eos_ids = _eos_ids(model, tokenizer)
         self.is_eos = np.isin(np.arange(vocab_size), list(self.eos_ids))
-        # In its vocabulary every tokenizer spells ">" as it is, or as "<0x3E>".
-        tokens = tokenizer.convert_ids_to_tokens(list(range(vocab_size)))
-        self.may_close = np.array([token is not None and ">" in token for token in tokens])
+        self.may_close = _may_complete(tokenizer, vocab_size, {text[-1] for text in action_ends})
         self._piece = lru_cache(maxsize=None)(lambda token_id: decode(tokenizer, [token_id]))
 
     def text(self, action_ids: np.ndarray) -> str:
@@ -116,10 +85,23 @@ class ActionEnd:
         return decode(self.tokenizer, ids.tolist())
 
     def closes(self, action_ids: np.ndarray) -> bool:
-        """Whether the last of these tokens completes a closing tag."""
-        # Each token of a tag holds at least one of its characters, so a tag lies within as many tokens.
-        tail = "".join(map(self._piece, action_ids[-max(map(len, CLOSING_TAGS)) :].tolist()))
-        return any(tag in tail for tag in CLOSING_TAGS) and any(tag in self.text(action_ids) for tag in CLOSING_TAGS)
+        """Whether the last of these tokens completes a text that ends actions."""
+        # Each token of such a text holds at least one of its characters, so it lies within as many tokens.
+        tail = "".join(map(self._piece, action_ids[-max(map(len, self.action_ends)) :].tolist()))
+        if not any(end in tail for end in self.action_ends):
+            return False
+        text = self.text(action_ids)
+        return any(end in text for end in self.action_ends)
+
+
+def _may_complete(tokenizer: PreTrainedTokenizerBase, vocab_size: int, characters: set[str]) -> np.ndarray:
+    """Which ids have one of these characters in their text, [vocab_size] bool."""
+    if not all(character.isascii() and character.isprintable() and character != " " for character in characters):
+        return np.ones(vocab_size, dtype=bool)  # a character that vocabularies spell in ways of their own
+    # In its vocabulary every tokenizer spells such a character as it is, or as "<0x3E>".
+    spelled = [*characters, *(f"<0x{ord(character):02X}>" for character in characters)]
+    tokens = tokenizer.convert_ids_to_tokens(list(range(vocab_size)))
+    return np.array([token is not None and any(part in token for part in spelled) for token in tokens])
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

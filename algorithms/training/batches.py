@@ -16,7 +16,7 @@ from algorithms.assets import resolve_model
 from algorithms.learner import seeding
 from algorithms.learner.algorithm import Algorithm, Progress
 from algorithms.learner.types import RolloutStats, Trajectory
-from algorithms.rollout.player import RolloutEngine
+from algorithms.rollout.player import Player
 from algorithms.rollout.replay import Replay
 from algorithms.training import demonstrations
 from algorithms.training.build import Environments, Networks
@@ -50,7 +50,7 @@ class Sources:
         _check_sampling(config, stages)
         self._config, self._networks, self._environments = config, networks, environments
         self.replay = Replay(0)
-        self._players: dict[float | None, RolloutEngine] = {}
+        self._players: dict[float | None, Player] = {}
         started = time.perf_counter()
         self.demonstrations = {
             stage: self._demonstrate(stage.config) for stage in stages if "teacher" in stage.trains_on
@@ -92,17 +92,19 @@ class Sources:
         of_each, num_questions = algorithm.rollouts_per_prompt, len(self._environments.dataset("train"))
         size = algorithm.config.batch_size // of_each
         questions = draw_questions(self._config.seed, stage, step * size, size, num_questions)
-        return self._player(algorithm.sampling_temperature).rollout(
+        player = self._player(algorithm.sampling_temperature)
+        player.engine.set_weights(self._networks.policy)
+        return player.rollout(
             np.repeat(questions, of_each).tolist(),
             seed=(self._config.seed, stage, step),
             group_ids=np.repeat(np.arange(size), of_each).tolist(),
         )
 
-    def _player(self, temperature: float | None) -> RolloutEngine:
+    def _player(self, temperature: float | None) -> Player:
         """The policy in the training environments; kept, because reading a large vocabulary takes a while."""
         if temperature not in self._players:
             networks, envs = self._networks, self._environments.envs("train")
-            self._players[temperature] = networks.engine(networks.policy, envs, temperature)
+            self._players[temperature] = networks.player(networks.policy, envs, temperature)
         return self._players[temperature]
 
     def _demonstrate(self, wanted: Any) -> Demonstrations:
@@ -124,8 +126,8 @@ class Sources:
         path, parts = folder / f"{key}.jsonl.gz", folder / f"{key}.parts"
 
         def make() -> Demonstrations:
-            engine = networks.engine(networks.teacher(), envs)
-            return demonstrations.collect(engine, **asking, seed=config.seed, parts=parts)
+            player = networks.player(networks.teacher(), envs)
+            return demonstrations.collect(player, len(envs.dataset), **asking, seed=config.seed, parts=parts)
 
         found = demonstrations.cached(path, make, networks.tokenizer)
         shutil.rmtree(parts, ignore_errors=True)

@@ -26,7 +26,9 @@ from algorithms.learner.networks import (
     logit_width,
     shared_vocab_size,
 )
-from algorithms.rollout.player import RolloutEngine
+from algorithms.rollout.engine import CachedEngine, Engine
+from algorithms.rollout.generator import Generator
+from algorithms.rollout.player import Player
 from algorithms.rollout.tokenization import PlainEncoder
 from algorithms.training.settings import RunConfig
 
@@ -163,21 +165,24 @@ class Networks:
         """Whether any teacher that was ever loaded still exists, whoever holds it."""
         return len(self._teachers) > 0
 
-    def engine(
-        self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float | None = None
-    ) -> RolloutEngine:
-        """A rollout engine for a network; at the run's temperature, or at another one."""
-        rollout = self._config.rollout
-        if temperature is not None:
-            rollout = dataclasses.replace(rollout, temperature=temperature)
-        return RolloutEngine(
+    def player(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float | None = None) -> Player:
+        """A network that plays in environments; at the run's temperature, or at another one."""
+        engine = self._engine(model, envs, self._config.rollout.temperature if temperature is None else temperature)
+        return Player(engine, envs, self._config.max_retriever_error_fraction)
+
+    def generator(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv) -> Generator:
+        """A network that continues prompts greedily, up to where an action of the environments ends."""
+        return Generator(self._engine(model, envs, 0.0))
+
+    def _engine(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float) -> Engine:
+        return CachedEngine(
             model,
             self.tokenizer,
-            envs,
-            rollout,
+            dataclasses.replace(self._config.rollout, temperature=temperature),
+            num_rows=envs.num_envs,
+            action_ends=envs.metadata["action_ends"],
             vocab_size=self.vocab_size,
             precision=self._config.learner.precision,
-            max_retriever_error_fraction=self._config.max_retriever_error_fraction,
         )
 
 

@@ -13,7 +13,7 @@ from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import write_whole
 from algorithms.learner import seeding
 from algorithms.learner.types import Trajectory
-from algorithms.rollout.player import RolloutEngine
+from algorithms.rollout.player import Player
 from algorithms.rollout.trajectory_files import read_trajectories, write_trajectories
 from algorithms.training.file_locks import exclusively
 from algorithms.training.run_logger import progress
@@ -41,7 +41,8 @@ class Demonstrations:
 
 
 def collect(
-    engine: RolloutEngine,
+    player: Player,
+    num_questions: int,
     count: int,
     *,
     max_questions: int,
@@ -52,20 +53,21 @@ def collect(
     """Let the teacher answer training questions, each at most once, until enough trajectories are worth imitating.
 
     Args:
-        engine: Plays the teacher in the training environments.
+        player: Plays the teacher in the training environments.
+        num_questions: Questions of these environments.
         count: Trajectories wanted.
         max_questions: Most questions to ask; where they do not bring enough, there are fewer trajectories.
         correct_only: See `is_demonstration`.
         seed: Of the order of questions and of the teacher's draws.
         parts: Folder where what comes of each rollout is kept meanwhile, for a process that takes over after a crash.
     """
-    order = seeding.rng(seed, "demonstrations").permutation(len(engine.envs.dataset))[:max_questions].tolist()
+    order = seeding.rng(seed, "demonstrations").permutation(num_questions)[:max_questions].tolist()
     result = Demonstrations([], count, 0, 0)
-    size = engine.envs.num_envs
+    size = player.envs.num_envs
     with progress("collecting demonstrations", count) as show:
         for start in range(0, len(order), size):
-            ask = partial(_ask, engine, order[start : start + size], (seed, start), correct_only)
-            part = cached(parts / f"{start:08d}.jsonl.gz", ask, engine.tokenizer) if parts else ask()
+            ask = partial(_ask, player, order[start : start + size], (seed, start), correct_only)
+            part = cached(parts / f"{start:08d}.jsonl.gz", ask, player.engine.tokenizer) if parts else ask()
             result.num_asked += part.num_asked
             result.num_sampled_tokens += part.num_sampled_tokens
             result.trajectories += part.trajectories
@@ -76,9 +78,9 @@ def collect(
     return result
 
 
-def _ask(engine: RolloutEngine, questions: list[int], seed: tuple[int, int], correct_only: bool) -> Demonstrations:
+def _ask(player: Player, questions: list[int], seed: tuple[int, int], correct_only: bool) -> Demonstrations:
     """What comes of asking the teacher some questions once."""
-    played, stats = engine.rollout(questions, seed=seed, source="teacher")
+    played, stats = player.rollout(questions, seed=seed, source="teacher")
     found = [each for each in played if is_demonstration(each, correct_only)]
     return Demonstrations(found, len(questions), len(played), stats.sampled_tokens)
 

@@ -21,7 +21,7 @@ from agentic_rag_env.types import Question
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.generator import Generator
-from algorithms.rollout.player import Progress, RolloutEngine
+from algorithms.rollout.player import Player, Progress
 from algorithms.rollout.trajectory_files import write_trajectories
 from algorithms.training.build import Networks
 from algorithms.training.evaluation_cache import Kept
@@ -94,13 +94,13 @@ def evaluate_model(
     model, kept = cache(load), Kept(kept_in, networks.tokenizer)
 
     @cache
-    def engine(temperature: float) -> RolloutEngine:
-        return networks.engine(model(), envs, temperature)
+    def player(temperature: float) -> Player:
+        return networks.player(model(), envs, temperature)
 
     def play(temperature: float, count: int, show: Progress) -> list[Trajectory]:
         return kept.episodes(
             mode_name(temperature),
-            lambda: engine(temperature).rollout(range(count), seed=(config.seed, 1), progress=show)[0],
+            lambda: player(temperature).rollout(range(count), seed=(config.seed, 1), progress=show)[0],
         )
 
     result = evaluate_player(name, play, envs.dataset, networks.tokenizer, config, folder, split)
@@ -110,7 +110,8 @@ def evaluate_model(
         lowest = min(result.trajectories)
 
         def ask() -> tuple[dict[str, Figures], bool]:
-            material = _material(engine(lowest), result.trajectories[lowest], config.seed)
+            generator = networks.generator(model(), envs)
+            material = _material(generator, envs, result.trajectories[lowest], config.seed)
             return run_probes(material, probes), not material.any_search_failed
 
         result.arc = kept.arc(ask)
@@ -155,27 +156,33 @@ def evaluate_player(
 
 
 def probe(
-    engine: RolloutEngine, trajectories: Sequence[Trajectory], probes: Sequence[Any], seed: int = 0
+    generator: Generator,
+    envs: AgenticRAGVectorEnv,
+    trajectories: Sequence[Trajectory],
+    probes: Sequence[Any],
+    seed: int = 0,
 ) -> dict[str, Figures]:
     """Figures of the ARC probes.
 
     Args:
-        engine: Played the trajectories, at whatever temperature; what the probes have it read it reads greedily.
-        trajectories: Of the first questions of its environments' dataset, in the order of these.
+        generator: The model that played the trajectories.
+        envs: Where it played.
+        trajectories: Its episodes on the first questions of the environments' dataset, in the order of these.
         probes: Names, or mappings with `name` and settings.
         seed: Of what the probes draw, and of the bootstrap.
 
     Returns:
         By probe.
     """
-    return run_probes(_material(engine, trajectories, seed), probes)
+    return run_probes(_material(generator, envs, trajectories, seed), probes)
 
 
-def _material(engine: RolloutEngine, trajectories: Sequence[Trajectory], seed: int) -> Material:
-    envs = engine.envs
+def _material(
+    generator: Generator, envs: AgenticRAGVectorEnv, trajectories: Sequence[Trajectory], seed: int
+) -> Material:
     return Material(
         questions=envs.dataset[: len(trajectories)],
-        generate=Generator(engine),
+        generate=generator,
         episodes=[[turn.info for turn in trajectory.turns] for trajectory in trajectories],
         retriever=envs.retriever,
         corpus=envs.dataset.corpus,

@@ -22,7 +22,7 @@ from agentic_rag_env.probes import DEFAULT_PROBES
 from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS, Registry, did_you_mean
 from algorithms.learner.algorithm import ALGORITHMS, check_settings
 from algorithms.learner.training_step import LearnerConfig
-from algorithms.rollout.player import RolloutConfig
+from algorithms.rollout.config import RolloutConfig
 
 
 @dataclass

@@ -115,7 +115,7 @@ class Trainer:
                     )
         for split in ("train", "dev", "test"):
             self.environments.dataset(split)
-        self.networks.engine(self.networks.policy, self.environments.envs("train"))
+        self.networks.player(self.networks.policy, self.environments.envs("train"))
         cache_dir = Path(self.config.cache_dir).expanduser()
         cache_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(cache_dir, os.W_OK):
@@ -286,14 +286,17 @@ class Trainer:
         started = time.perf_counter()
         envs, step = self.environments.envs("dev"), self.position.step
         count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))
-        engine = self.networks.engine(self.networks.policy, envs, temperature=0.0)
-        trajectories, _ = engine.rollout(range(count), seed=(0,))
+        player = self.networks.player(self.networks.policy, envs, temperature=0.0)
+        trajectories, _ = player.rollout(range(count), seed=(0,))
         metrics = evaluation.dev_metrics(trajectories)
         self.position.note_check(metrics["dev/exact_match"])
         logger.text("transcripts/dev", transcript(trajectories[step % count], self.networks.tokenizer), step)
         path = self.run_dir / "trajectories" / f"dev-{step:06d}.jsonl.gz"
         write_check(path, trajectories, envs.dataset, self.networks.tokenizer)
-        metrics |= evaluation.arc_metrics(evaluation.probe(engine, trajectories, probes), "dev/arc")
+        if probes:
+            generator = self.networks.generator(self.networks.policy, envs)
+            arc = evaluation.probe(generator, envs, trajectories, probes)
+            metrics |= evaluation.arc_metrics(arc, "dev/arc")
         seconds = time.perf_counter() - started
         self.position.spend(dev_s=seconds)
         return metrics | {"time/dev_s": seconds}

@@ -10,6 +10,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_policy import make_player
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from agentic_rag_env.actions import Answer, Search, parse_action
@@ -18,7 +19,7 @@ from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets import ASSETS, pretrain, traces
 from algorithms.assets.tokenizer import EOS, build_tokenizer
 from algorithms.learner.networks import load_model, load_tokenizer
-from algorithms.rollout.player import RolloutConfig, RolloutEngine
+from algorithms.rollout.config import RolloutConfig
 
 MODELS = ("tiny-student", "tiny-teacher")
 
@@ -49,8 +50,8 @@ def test_the_student_is_no_agent_and_the_teacher_is_one(name, lowest, highest, t
     dataset = {"name": "tiny", "split": "test", "seed": 7}
     envs = AgenticRAGVectorEnv(100, dataset=dataset, autoreset_mode=AutoresetMode.DISABLED)
     model, tokenizer = load_model(ASSETS / name), load_tokenizer(ASSETS / name)
-    engine = RolloutEngine(model, tokenizer, envs, RolloutConfig(temperature=temperature, max_new_tokens=32))
-    trajectories, _ = engine.rollout(range(100), seed=(0,))
+    player = make_player(model, tokenizer, envs, RolloutConfig(temperature=temperature, max_new_tokens=32))
+    trajectories, _ = player.rollout(range(100), seed=(0,))
     assert lowest <= np.mean([trajectory.correct for trajectory in trajectories]) <= highest
 
 

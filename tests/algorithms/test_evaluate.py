@@ -185,7 +185,7 @@ def test_a_retriever_that_is_down_ends_the_evaluation_instead_of_looking_like_wr
     envs = Environments(config, networks.tokenizer).envs("test")
     envs.retriever = Broken()
     with pytest.raises(RetrieverError, match=r"5 of 20 episodes ended in a failed search.*=0\.2 .*connection refused"):
-        networks.engine(networks.policy, envs, temperature=0.0).rollout(range(20), seed=(0,))
+        networks.player(networks.policy, envs, temperature=0.0).rollout(range(20), seed=(0,))
 
 
 def test_the_summary_is_plain_json_with_versions_and_machine(dgpo_run, scored):

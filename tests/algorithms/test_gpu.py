@@ -46,7 +46,7 @@ def test_bfloat16_rollouts_agree_with_the_training_pass(tmp_path):
     trainer = Trainer(config(tmp_path), tmp_path / "run")
     networks: Networks = trainer.networks
     envs = trainer.environments.envs("train")
-    trajectories, _ = networks.engine(networks.teacher(), envs).rollout(range(32), seed=(0,))
+    trajectories, _ = networks.player(networks.teacher(), envs).rollout(range(32), seed=(0,))
     batch = collate(trajectories, pad_id(networks.tokenizer), networks.device)
     scorer = Scorer(vocab_size=networks.vocab_size, precision="auto")
     logprobs = scorer.logprobs(networks.teacher(), batch)

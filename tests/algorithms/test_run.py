@@ -32,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from algorithms.assets import ASSETS
-from algorithms.rollout.player import RolloutEngine
+from algorithms.rollout.player import Player
 from algorithms.rollout.trajectory_files import read_trajectories, transcript
 from algorithms.training import demonstrations
 from algorithms.training.build import Networks
@@ -399,7 +399,7 @@ def test_a_single_set_of_questions_stands_in_tensorboard_by_its_name(tmp_path):
 
 
 def test_interrupting_a_run_says_how_to_go_on(tmp_path, cache):
-    rollout, calls = RolloutEngine.rollout, []
+    rollout, calls = Player.rollout, []
 
     def interrupted(*args, **settings):
         calls.append(1)
@@ -407,7 +407,7 @@ def test_interrupting_a_run_says_how_to_go_on(tmp_path, cache):
             raise KeyboardInterrupt
         return rollout(*args, **settings)
 
-    with patch.object(RolloutEngine, "rollout", interrupted):
+    with patch.object(Player, "rollout", interrupted):
         run = command(*TINY, "algo=ppo", *PPO, f"hydra.run.dir={tmp_path / 'run'}", f"cache_dir={cache}")
     assert run.code == 130
     going_on = f"Checkpoints are kept. To go on: python -m algorithms.run resume={tmp_path / 'run'}"

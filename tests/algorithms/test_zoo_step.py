@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import command
-from test_training_step import make_batch, make_learner, make_model
+from toy_learner import make_batch, make_learner, make_model
 
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm
 from algorithms.learner.training_step import Learner

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.types import Passage, Question
 from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.rollout.engine import CachedEngine
+from algorithms.rollout.player import Player
 
 WORDS = [" ada", " bob", " city", " lives", " works", " in", " rome", " oslo", " who", " where", "?"]
 TAGS = ["<search>", "</search>", "<answer>", "</answer>"]
@@ -108,6 +110,12 @@ def make_world(seed: int = 0) -> QuestionSet:
     passages += [Passage(f"q{row}", f"bob{words(1)}\nbob{words(3)}") for row in range(4)]
     questions = [Question(f"t{row}", f"who{words(1 + row)}", ("rome", "oslo")) for row in range(8)]
     return QuestionSet("toy", questions, passages)
+
+
+def make_player(model, tokenizer, envs, config, error_fraction: float = 1.0, **settings) -> Player:
+    ends = envs.metadata["action_ends"]
+    engine = CachedEngine(model, tokenizer, config, num_rows=envs.num_envs, action_ends=ends, **settings)
+    return Player(engine, envs, error_fraction)
 
 
 def make_envs(num_envs: int, world: QuestionSet | None = None, **settings) -> AgenticRAGVectorEnv:

@@ -10,7 +10,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_policy import SPELLINGS, TAGS, make_envs, make_policy, make_tokenizer, make_world
+from toy_policy import SPELLINGS, TAGS, make_envs, make_player, make_policy, make_tokenizer, make_world
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from agentic_rag_env.env import AgenticRAGEnv
@@ -20,8 +20,10 @@ from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner.collate import collate, predicting_positions
 from algorithms.learner.seeding import rng
 from algorithms.learner.types import Trajectory, Turn
-from algorithms.rollout import kv_cache, player
-from algorithms.rollout.player import RolloutConfig, RolloutEngine
+from algorithms.rollout import engine as engine_module
+from algorithms.rollout import kv_cache
+from algorithms.rollout.config import RolloutConfig
+from algorithms.rollout.player import Player
 from algorithms.rollout.sampling import sample
 from algorithms.rollout.tokenization import decode, encode_plain, encode_prompts
 
@@ -29,10 +31,10 @@ CLOSING = ("</search>", "</answer>")
 BASE = {"max_new_tokens": 20, "max_tokens": 400}
 
 
-def make_engine(spelling="whole", seed=0, num_envs=3, world=None, env_settings=None, model=None, **config):
+def make_toy_player(spelling="whole", seed=0, num_envs=3, world=None, env_settings=None, model=None, **config):
     model = model or make_policy(spelling, seed)
     envs = make_envs(num_envs, world, **(env_settings or {}))
-    return RolloutEngine(model, make_tokenizer(spelling), envs, RolloutConfig(**{**BASE, **config}))
+    return make_player(model, make_tokenizer(spelling), envs, RolloutConfig(**{**BASE, **config}))
 
 
 def full_ids(trajectory: Trajectory) -> np.ndarray:
@@ -70,18 +72,18 @@ def assert_same(ours: list[Trajectory], theirs: list[Trajectory], tolerance: flo
     torch.testing.assert_close(sampled_logprobs(ours), sampled_logprobs(theirs), atol=tolerance, rtol=0)
 
 
-def play_naively(engine: RolloutEngine, questions, seed) -> list[Trajectory]:
+def play_naively(player: Player, questions, seed) -> list[Trajectory]:
     """One episode after the other in the single environment, the whole history through the model for every token."""
-    config, tokenizer, model = engine.config, engine.tokenizer, engine.model
+    config, tokenizer, model = player.engine.config, player.engine.tokenizer, player.engine.model
     eos = tokenizer.eos_token_id
     trajectories = []
     for number, question in enumerate(questions):
-        rules = engine.envs.rules
+        rules = player.envs.rules
         env = AgenticRAGEnv(
-            dataset=engine.envs.dataset,
-            retriever=engine.envs.retriever,
+            dataset=player.envs.dataset,
+            retriever=player.envs.retriever,
             max_turns=rules.max_turns,
-            top_k=engine.envs.top_k,
+            top_k=player.envs.top_k,
         )
         text, _ = env.reset(options={"question_index": question})
         draws = rng(*seed, "episode", number)
@@ -147,7 +149,7 @@ def test_any_rollout_is_what_the_model_and_the_environment_say(
 ):
     env_settings = {"max_turns": max_turns, "final_turn": final_turn}
     config = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    engine = make_engine(
+    player = make_toy_player(
         spelling,
         seed,
         num_envs,
@@ -159,23 +161,23 @@ def test_any_rollout_is_what_the_model_and_the_environment_say(
     )
     questions = [index % 8 for index in range(seed, seed + 7)]
     groups = [number // group for number in range(7)]
-    trajectories, stats = engine.rollout(questions, seed=(seed, 1), group_ids=groups, source="teacher")
+    trajectories, stats = player.rollout(questions, seed=(seed, 1), group_ids=groups, source="teacher")
 
-    expected = plain_logprobs(engine.model, trajectories, temperature)
+    expected = plain_logprobs(player.engine.model, trajectories, temperature)
     torch.testing.assert_close(sampled_logprobs(trajectories), expected, atol=1e-4, rtol=0)
     assert stats.sampled_tokens == len(expected) == int(collate(trajectories, 0).response_mask.sum())
     assert stats.computed_tokens == sum(trajectory.num_tokens - 1 for trajectory in trajectories)
     assert [trajectory.group_id for trajectory in trajectories] == groups
     assert {trajectory.source for trajectory in trajectories} == {"teacher"}
-    single = AgenticRAGEnv(dataset=engine.envs.dataset, top_k=2, **env_settings)
+    single = AgenticRAGEnv(dataset=player.envs.dataset, top_k=2, **env_settings)
     for question, trajectory in zip(questions, trajectories, strict=True):
         assert trajectory.num_tokens == len(full_ids(trajectory)) <= max_tokens
-        replay(single, question, trajectory, engine)
+        replay(single, question, trajectory, player)
 
 
-def replay(env: AgenticRAGEnv, question: int, trajectory: Trajectory, engine: RolloutEngine) -> None:
+def replay(env: AgenticRAGEnv, question: int, trajectory: Trajectory, player: Player) -> None:
     """The texts of the actions, given to a single environment, lead to the recorded transcript and result."""
-    tokenizer, config = engine.tokenizer, engine.config
+    tokenizer, config = player.engine.tokenizer, player.engine.config
     eos = tokenizer.eos_token_id
     transcript, _ = env.reset(options={"question_index": question})
     reward, length = 0.0, len(trajectory.prompt_ids)
@@ -208,27 +210,29 @@ def replay(env: AgenticRAGEnv, question: int, trajectory: Trajectory, engine: Ro
 def test_same_episodes_as_a_naive_player_for_any_number_of_environments(spelling, temperature):
     questions = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
     model = make_policy(spelling, seed=4)
-    engines = [make_engine(spelling, num_envs=num_envs, model=model, temperature=temperature) for num_envs in (1, 3, 8)]
+    engines = [
+        make_toy_player(spelling, num_envs=num_envs, model=model, temperature=temperature) for num_envs in (1, 3, 8)
+    ]
     expected = play_naively(engines[0], questions, seed=(5, 6))
-    for engine in engines:
-        trajectories, _ = engine.rollout(questions, seed=(5, 6))
+    for player in engines:
+        trajectories, _ = player.rollout(questions, seed=(5, 6))
         assert_same(trajectories, expected)
 
 
 def test_the_toy_policies_do_search_and_answer():
     """Else the other tests would say little."""
     for spelling in ("whole", "pieces", "overrun"):
-        trajectories, _ = make_engine(spelling, num_envs=8).rollout(list(range(8)) * 8, seed=(0,))
+        trajectories, _ = make_toy_player(spelling, num_envs=8).rollout(list(range(8)) * 8, seed=(0,))
         turns = [turn for trajectory in trajectories for turn in trajectory.turns]
         assert {"search", "answer", "malformed"} == {turn.info["action"] for turn in turns}, spelling
         assert any(turn.info["passages"] and len(turn.observation_ids) for turn in turns)
 
 
 def test_seed_and_position_decide_an_episode():
-    engine = make_engine(num_envs=4)
-    first, _ = engine.rollout([3] * 6, seed=(1, 2))
-    again, _ = engine.rollout([3] * 4, seed=(1, 2))
-    other, _ = engine.rollout([3] * 6, seed=(1, 3))
+    player = make_toy_player(num_envs=4)
+    first, _ = player.rollout([3] * 6, seed=(1, 2))
+    again, _ = player.rollout([3] * 4, seed=(1, 2))
+    other, _ = player.rollout([3] * 6, seed=(1, 3))
     assert_same(first[:4], again)
     texts = [tuple(full_ids(trajectory)) for trajectory in first]
     assert len(set(texts)) == len(texts)
@@ -236,18 +240,18 @@ def test_seed_and_position_decide_an_episode():
 
 
 def test_greedy_ignores_the_seed():
-    engine = make_engine(num_envs=4, temperature=0.0)
-    assert_same(engine.rollout([0, 1, 2], seed=(1,))[0], engine.rollout([0, 1, 2], seed=(2,))[0], tolerance=0)
+    player = make_toy_player(num_envs=4, temperature=0.0)
+    assert_same(player.rollout([0, 1, 2], seed=(1,))[0], player.rollout([0, 1, 2], seed=(2,))[0], tolerance=0)
 
 
 def test_no_token_goes_through_the_model_twice():
     """With one environment nothing is padded, so the model sees exactly every token but the last of each episode."""
-    engine = make_engine(num_envs=1)
+    player = make_toy_player(num_envs=1)
     seen = []
-    engine.model.base_model.register_forward_pre_hook(
+    player.engine.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
     )
-    trajectories, stats = engine.rollout([0, 1, 2, 3], seed=(0,))
+    trajectories, stats = player.rollout([0, 1, 2, 3], seed=(0,))
     expected = np.concatenate([full_ids(trajectory)[:-1] for trajectory in trajectories])
     np.testing.assert_array_equal(torch.cat([ids.flatten() for ids in seen]).numpy(), expected)
     assert stats.computed_tokens == len(expected)
@@ -255,28 +259,28 @@ def test_no_token_goes_through_the_model_twice():
 
 def test_rows_that_wait_cost_nothing():
     """With many environments only the padding of appended texts is computed beside the tokens themselves."""
-    engine = make_engine(num_envs=8)
+    player = make_toy_player(num_envs=8)
     appended, sampled = [], []
 
     def count(module, args, kwargs):
         (sampled if kwargs["input_ids"].shape[1] == 1 else appended).append(kwargs["input_ids"].numel())
 
-    engine.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    trajectories, stats = engine.rollout(list(range(8)) * 3, seed=(0,))
+    player.engine.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    trajectories, stats = player.rollout(list(range(8)) * 3, seed=(0,))
     tokens_after_actions = sum(len(trajectory.turns) for trajectory in trajectories)
     assert sum(sampled) == stats.sampled_tokens - tokens_after_actions
     assert sum(appended) >= stats.computed_tokens - sum(sampled)
 
 
 def test_a_changed_policy_is_played_as_it_is_now():
-    engine = make_engine(num_envs=4)
-    engine.rollout([0, 1, 2, 3], seed=(0,))
+    player = make_toy_player(num_envs=4)
+    player.rollout([0, 1, 2, 3], seed=(0,))
     with torch.no_grad():
-        for parameter in engine.model.parameters():
+        for parameter in player.engine.model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    trajectories, _ = engine.rollout([0, 1, 2, 3], seed=(0,))
+    trajectories, _ = player.rollout([0, 1, 2, 3], seed=(0,))
     torch.testing.assert_close(
-        sampled_logprobs(trajectories), plain_logprobs(engine.model, trajectories), atol=1e-4, rtol=0
+        sampled_logprobs(trajectories), plain_logprobs(player.engine.model, trajectories), atol=1e-4, rtol=0
     )
 
 
@@ -285,9 +289,9 @@ def test_training_mode_is_restored_and_dropout_off():
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    engine = make_engine(model=model)
+    player = make_toy_player(model=model)
     model.train()
-    trajectories, _ = engine.rollout([0, 1], seed=(0,))
+    trajectories, _ = player.rollout([0, 1], seed=(0,))
     assert model.training
     torch.testing.assert_close(
         sampled_logprobs(trajectories), plain_logprobs(model.eval(), trajectories), atol=1e-4, rtol=0
@@ -296,10 +300,10 @@ def test_training_mode_is_restored_and_dropout_off():
 
 def test_growing_and_chunked_prefill_change_nothing(monkeypatch):
     questions = list(range(8))
-    expected, _ = make_engine("bytes", num_envs=8).rollout(questions, seed=(3,))
+    expected, _ = make_toy_player("bytes", num_envs=8).rollout(questions, seed=(3,))
     monkeypatch.setattr(kv_cache, "_FIRST_CAPACITY", 1)
-    monkeypatch.setattr(player, "_MAX_PREFILL_TOKENS", 100)
-    assert_same(make_engine("bytes", num_envs=8).rollout(questions, seed=(3,))[0], expected)
+    monkeypatch.setattr(engine_module, "_MAX_PREFILL_TOKENS", 100)
+    assert_same(make_toy_player("bytes", num_envs=8).rollout(questions, seed=(3,))[0], expected)
 
 
 def test_keys_and_values_take_little_more_room_than_they_need():
@@ -316,9 +320,9 @@ def test_keys_and_values_take_little_more_room_than_they_need():
 
 
 def test_end_of_text_is_kept_in_the_ids_and_out_of_the_text():
-    engine = make_engine(model=make_policy("whole", eos_bias=50.0), num_envs=2)
-    (trajectory,), _ = engine.rollout([0], seed=(0,))
-    eos = engine.tokenizer.eos_token_id
+    player = make_toy_player(model=make_policy("whole", eos_bias=50.0), num_envs=2)
+    (trajectory,), _ = player.rollout([0], seed=(0,))
+    eos = player.engine.tokenizer.eos_token_id
     assert [turn.action_ids.tolist() for turn in trajectory.turns] == [[eos]] * 3
     assert {turn.info["action"] for turn in trajectory.turns} == {"malformed"}
     assert (trajectory.terminated, trajectory.truncated, trajectory.reward) == (False, True, 0.0)
@@ -331,7 +335,7 @@ def test_every_end_of_text_id_of_the_generation_settings_ends_an_action():
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, also_eos]
     with torch.no_grad():
         model.get_output_embeddings().bias[also_eos] = 50.0
-    (trajectory,), _ = make_engine(model=model).rollout([0], seed=(0,))
+    (trajectory,), _ = make_toy_player(model=model).rollout([0], seed=(0,))
     assert {tuple(turn.action_ids) for turn in trajectory.turns} == {(also_eos,)}
 
 
@@ -374,8 +378,8 @@ def test_bos_goes_before_the_prompt_only():
 
 
 def test_an_episode_without_room_is_cut_off():
-    engine = make_engine("bytes", num_envs=2, max_tokens=60, max_new_tokens=30)
-    trajectories, _ = engine.rollout(list(range(8)), seed=(0,))
+    player = make_toy_player("bytes", num_envs=2, max_tokens=60, max_new_tokens=30)
+    trajectories, _ = player.rollout(list(range(8)), seed=(0,))
     for trajectory in trajectories:
         assert trajectory.num_tokens <= 60
         if trajectory.turns[-1].info["action"] != "answer":
@@ -391,16 +395,19 @@ def test_the_reward_sees_an_episode_that_is_cut_off():
         outcomes.append(outcome)
         return 1.0 if outcome.answer is not None else -0.5
 
-    engine = make_engine(num_envs=4, max_tokens=60, env_settings={"reward": reward})
-    trajectories, _ = engine.rollout(list(range(8)) * 2, seed=(0,))
+    player = make_toy_player(num_envs=4, max_tokens=60, env_settings={"reward": reward})
+    trajectories, _ = player.rollout(list(range(8)) * 2, seed=(0,))
     assert {trajectory.terminated for trajectory in trajectories} == {True, False}
     assert any(len(trajectory.turns) < 3 for trajectory in trajectories if not trajectory.terminated)
     assert [trajectory.reward for trajectory in trajectories] == [
         1.0 if trajectory.terminated else -0.5 for trajectory in trajectories
     ]
+    engine = player.engine
     played = [
-        tuple((engine.action_end.text(turn.action_ids), decode(engine.tokenizer, turn.observation_ids.tolist()))
-              for turn in trajectory.turns)
+        tuple(
+            (engine.action_end.text(turn.action_ids), decode(engine.tokenizer, turn.observation_ids.tolist()))
+            for turn in trajectory.turns
+        )
         for trajectory in trajectories
     ]  # fmt: skip
     assert sorted(outcome.turns for outcome in outcomes) == sorted(played)
@@ -409,20 +416,20 @@ def test_the_reward_sees_an_episode_that_is_cut_off():
 def test_room_is_counted_to_the_token():
     """Actions are one end-of-text token each; then either nothing fits behind the hint, or exactly one token does."""
     model, tokenizer = make_policy("whole", eos_bias=50.0), make_tokenizer("whole")
-    (full,), _ = make_engine(model=model, max_tokens=512, env_settings={"max_turns": 2}).rollout([0], seed=(0,))
+    (full,), _ = make_toy_player(model=model, max_tokens=512, env_settings={"max_turns": 2}).rollout([0], seed=(0,))
     hint = full.turns[0].observation_ids
     assert tokenizer.decode(hint).startswith("\nMy previous action is invalid.")
     used = len(full.prompt_ids) + 1 + len(hint)
-    (tight,), _ = make_engine(model=model, max_tokens=used).rollout([0], seed=(0,))
+    (tight,), _ = make_toy_player(model=model, max_tokens=used).rollout([0], seed=(0,))
     assert [len(turn.observation_ids) for turn in tight.turns] == [0]
-    (roomy,), _ = make_engine(model=model, max_tokens=used + 1).rollout([0], seed=(0,))
+    (roomy,), _ = make_toy_player(model=model, max_tokens=used + 1).rollout([0], seed=(0,))
     assert [len(turn.observation_ids) for turn in roomy.turns] == [len(hint), 0]
     assert (tight.num_tokens, roomy.num_tokens) == (len(full.prompt_ids) + 1, used + 1)
 
 
 def test_a_prompt_without_room_is_refused():
     with pytest.raises(ConfigurationError, match=r"question 't7' has \d+ tokens.*max_tokens, which is 5"):
-        make_engine(max_tokens=5).rollout([7], seed=(0,))
+        make_toy_player(max_tokens=5).rollout([7], seed=(0,))
 
 
 class Flaky:
@@ -440,8 +447,8 @@ class Flaky:
 
 def test_failed_searches_end_episodes_and_are_counted():
     world = make_world()
-    engine = make_engine(num_envs=1, world=world, env_settings={"retriever": Flaky(world.corpus)})
-    trajectories, stats = engine.rollout(list(range(8)) * 4, seed=(0,))
+    player = make_toy_player(num_envs=1, world=world, env_settings={"retriever": Flaky(world.corpus)})
+    trajectories, stats = player.rollout(list(range(8)) * 4, seed=(0,))
     failed = [trajectory for trajectory in trajectories if trajectory.turns[-1].info["error"]]
     assert len(failed) == stats.retriever_errors == 1
     assert failed[0].truncated
@@ -451,21 +458,21 @@ def test_failed_searches_end_episodes_and_are_counted():
 
 
 def test_order_default_groups_and_progress():
-    engine = make_engine(num_envs=3)
+    player = make_toy_player(num_envs=3)
     reports = []
-    trajectories, _ = engine.rollout([5, 2, 7, 7, 0], seed=(0,), progress=lambda *report: reports.append(report))
+    trajectories, _ = player.rollout([5, 2, 7, 7, 0], seed=(0,), progress=lambda *report: reports.append(report))
     assert [trajectory.turns[0].info["question_id"] for trajectory in trajectories] == ["t5", "t2", "t7", "t7", "t0"]
     assert [trajectory.group_id for trajectory in trajectories] == [0, 1, 2, 3, 4]
     assert [done for done, _ in reports] == sorted({done for done, _ in reports})
     assert reports[-1] == (5, 5)
-    assert engine.rollout([], seed=(0,))[0] == []
+    assert player.rollout([], seed=(0,))[0] == []
 
 
 def test_vocab_size_bounds_what_is_sampled_and_normalized():
     model, tokenizer = make_policy("whole"), make_tokenizer("whole")
     vocab_size = 200
-    engine = RolloutEngine(model, tokenizer, make_envs(4), RolloutConfig(**BASE), vocab_size=vocab_size)
-    trajectories, _ = engine.rollout([0, 1, 2, 3], seed=(0,))
+    player = make_player(model, tokenizer, make_envs(4), RolloutConfig(**BASE), vocab_size=vocab_size)
+    trajectories, _ = player.rollout([0, 1, 2, 3], seed=(0,))
     for trajectory in trajectories:
         ids = torch.from_numpy(full_ids(trajectory))
         with torch.no_grad():
@@ -494,8 +501,8 @@ FAMILIES = {
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_families_of_models(family, attention):
     model = make_family(family, attn_implementation=attention, **FAMILIES[family])
-    engine = RolloutEngine(model, make_tokenizer("whole"), make_envs(4), RolloutConfig(**BASE))
-    trajectories, _ = engine.rollout([0, 1, 2, 3, 4], seed=(0,))
+    player = make_player(model, make_tokenizer("whole"), make_envs(4), RolloutConfig(**BASE))
+    trajectories, _ = player.rollout([0, 1, 2, 3, 4], seed=(0,))
     torch.testing.assert_close(sampled_logprobs(trajectories), plain_logprobs(model, trajectories), atol=1e-4, rtol=0)
 
 
@@ -527,7 +534,7 @@ def test_families_that_ignore_positions_are_refused_by_name():
     config = AutoConfig.for_model("bloom", vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ConfigurationError, match=r"'bloom'.*token by token"):
-        RolloutEngine(model, make_tokenizer("whole"), make_envs(1), RolloutConfig())
+        make_player(model, make_tokenizer("whole"), make_envs(1), RolloutConfig())
 
 
 def test_families_with_recurrent_state_are_refused_by_name():
@@ -535,28 +542,28 @@ def test_families_with_recurrent_state_are_refused_by_name():
     config = AutoConfig.for_model("mamba", vocab_size=300, hidden_size=32, num_hidden_layers=2)
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ConfigurationError, match=r"'mamba'.*token by token"):
-        RolloutEngine(model, make_tokenizer("whole"), make_envs(1), RolloutConfig())
+        make_player(model, make_tokenizer("whole"), make_envs(1), RolloutConfig())
 
 
 def test_a_window_or_context_shorter_than_an_episode_is_refused():
     with pytest.raises(ConfigurationError, match="max_tokens is 513, but the model's max_position_embeddings is 512"):
-        make_engine(max_tokens=513)
+        make_toy_player(max_tokens=513)
     model = make_family("mistral", sliding_window=100)
     with pytest.raises(ConfigurationError, match="max_tokens is 101, but the model's sliding_window is 100"):
-        make_engine(model=model, max_tokens=101)
-    trajectories, _ = make_engine(model=model, max_tokens=100).rollout([0, 1], seed=(0,))
+        make_toy_player(model=model, max_tokens=101)
+    trajectories, _ = make_toy_player(model=model, max_tokens=100).rollout([0, 1], seed=(0,))
     torch.testing.assert_close(sampled_logprobs(trajectories), plain_logprobs(model, trajectories), atol=1e-4, rtol=0)
 
 
 def test_environments_that_reset_themselves_are_refused():
     envs = AgenticRAGVectorEnv(2, dataset=make_world(), autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(ConfigurationError, match=r"AutoresetMode\.DISABLED"):
-        RolloutEngine(make_policy("whole"), make_tokenizer("whole"), envs, RolloutConfig())
+        make_player(make_policy("whole"), make_tokenizer("whole"), envs, RolloutConfig(max_tokens=400))
 
 
 def test_bfloat16():
     model = make_policy("whole").bfloat16()
-    trajectories, _ = make_engine(model=model, num_envs=4).rollout([0, 1, 2, 3, 4], seed=(0,))
+    trajectories, _ = make_toy_player(model=model, num_envs=4).rollout([0, 1, 2, 3, 4], seed=(0,))
     difference = sampled_logprobs(trajectories) - plain_logprobs(model, trajectories)
     assert float(difference.abs().mean()) < 0.1
 
@@ -565,7 +572,7 @@ def test_bfloat16():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(dtype):
     model = make_policy("whole").to("cuda", dtype)
-    trajectories, _ = make_engine(model=model, num_envs=4).rollout([0, 1, 2, 3, 4], seed=(0,))
+    trajectories, _ = make_toy_player(model=model, num_envs=4).rollout([0, 1, 2, 3, 4], seed=(0,))
     on_cpu = copy.deepcopy(model).to("cpu", torch.float32)
     difference = sampled_logprobs(trajectories) - plain_logprobs(on_cpu, trajectories)
     assert float(difference.abs().mean()) < (1e-4 if dtype == torch.float32 else 0.1)

@@ -11,7 +11,7 @@ from small_runs import DGPO, SFT, TINY, assert_same_run, command, resume, train
 from agentic_rag_env.errors import DataError, RetrieverError
 from algorithms.assets import resolve_model
 from algorithms.learner.networks import load_tokenizer
-from algorithms.rollout.player import RolloutEngine
+from algorithms.rollout.player import Player
 from algorithms.training.build import Environments, Networks
 from algorithms.training.demonstrations import Demonstrations, cached, collect, is_demonstration
 from algorithms.training.settings import EvaluateConfig, evaluate_config
@@ -30,7 +30,7 @@ def teacher_engine():
     given = vars(EvaluateConfig()) | {"evaluation": {}, "num_envs": 16, "dataset": world}
     config = evaluate_config(given, resolve_model("tiny-teacher"), {})
     networks = Networks(config)
-    return networks.engine(networks.policy, Environments(config, networks.tokenizer).envs("train"))
+    return networks.player(networks.policy, Environments(config, networks.tokenizer).envs("train"))
 
 
 def ids(found: Demonstrations) -> list[str]:
@@ -67,7 +67,7 @@ def test_wrong_answers_are_kept_on_request_but_nothing_malformed(teacher_engine)
 
 
 def test_a_crash_costs_one_rollout_of_the_teacher(teacher_engine, tmp_path):
-    rollout, asked = RolloutEngine.rollout, []
+    rollout, asked = Player.rollout, []
 
     def failing(engine, questions, **settings):
         asked.append(questions)
@@ -76,7 +76,7 @@ def test_a_crash_costs_one_rollout_of_the_teacher(teacher_engine, tmp_path):
         return rollout(engine, questions, **settings)
 
     settings = {"max_questions": 60, "seed": 0}
-    with patch.object(RolloutEngine, "rollout", failing):
+    with patch.object(Player, "rollout", failing):
         with pytest.raises(RetrieverError):
             collect(teacher_engine, 60, **settings, parts=tmp_path)
         taken_over = collect(teacher_engine, 60, **settings, parts=tmp_path)

@@ -17,7 +17,7 @@ from agentic_rag_env.registry import REWARDS
 from algorithms.assets import resolve_model
 from algorithms.learner.networks import load_tokenizer
 from algorithms.learner.types import Trajectory, Turn
-from algorithms.rollout.player import RolloutEngine
+from algorithms.rollout.player import Player
 from algorithms.training import fingerprints
 from algorithms.training.build import Environments, Networks
 from algorithms.training.evaluation_cache import Kept, place
@@ -60,7 +60,7 @@ def test_a_run_killed_in_its_evaluation_goes_on_with_it(dgpo_run, tmp_path):
     with patch("algorithms.training.summary.publish", side_effect=KeyboardInterrupt):
         assert command(f"resume={path}").code == 130
     assert (path / "evaluations").is_dir()
-    with patch.object(RolloutEngine, "rollout", side_effect=AssertionError("played again")):
+    with patch.object(Player, "rollout", side_effect=AssertionError("played again")):
         assert_same_run(dgpo_run, resume(path))
     assert not (path / "evaluations").exists()
 

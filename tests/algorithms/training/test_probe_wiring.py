@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from small_runs import DGPO, SFT, Run, train
-from toy_policy import SPELLINGS, make_envs, make_policy, make_tokenizer
+from toy_policy import SPELLINGS, make_policy, make_tokenizer
 
 from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.datasets.base import QuestionSet
@@ -20,9 +20,10 @@ from agentic_rag_env.probes import DEFAULT_PROBES, Prompt, interval
 from agentic_rag_env.types import Question, StepInfo
 from algorithms import evaluate
 from algorithms.learner.types import Trajectory, Turn
-from algorithms.rollout import generator
+from algorithms.rollout import engine as engine_module
+from algorithms.rollout.config import RolloutConfig
+from algorithms.rollout.engine import CachedEngine
 from algorithms.rollout.generator import Generator
-from algorithms.rollout.player import RolloutConfig, RolloutEngine
 from algorithms.rollout.tokenization import encode_plain
 from algorithms.rollout.trajectory_files import read_trajectories
 from algorithms.training import evaluation
@@ -36,15 +37,14 @@ FEW = ["threads=1", "num_envs=16", "dataset.num_passages=150", "dataset.num_ques
 # --- a network as a generator ----------------------------------------------------------------------------------------
 
 
-def engine(spelling: str, num_envs: int = 5, **settings) -> RolloutEngine:
+def engine(spelling: str, num_rows: int = 5, **settings) -> CachedEngine:
     policy, tokenizer = make_policy(spelling, seed=3, pull=0.5), make_tokenizer(spelling)
-    return RolloutEngine(
-        policy, tokenizer, make_envs(num_envs), RolloutConfig(**{"max_new_tokens": 12, "max_tokens": 256, **settings})
-    )
+    config = RolloutConfig(**{"temperature": 0.0, "max_new_tokens": 12, "max_tokens": 256, **settings})
+    return CachedEngine(policy, tokenizer, config, num_rows=num_rows, action_ends=CLOSING_TAGS)
 
 
 @torch.no_grad()
-def one_by_one(played: RolloutEngine, prompt: str, max_new_tokens: int = 12) -> str:
+def one_by_one(played: CachedEngine, prompt: str, max_new_tokens: int = 12) -> str:
     """Greedy text from whole forward passes over one prompt, cut as soon as a closing tag stands in it."""
     ids, written = played.tokenizer.encode(prompt, add_special_tokens=False), []
     while len(written) < max_new_tokens:
@@ -75,10 +75,10 @@ def test_generated_text_is_that_of_plain_greedy_decoding(spelling):
 
 
 def test_generated_text_does_not_depend_on_how_prompts_share_a_pass(monkeypatch):
-    expected = Generator(engine("pieces", num_envs=1))(PROMPTS)
-    monkeypatch.setattr(generator, "_MAX_PREFILL_TOKENS", 60)
-    assert Generator(engine("pieces", num_envs=14))(PROMPTS) == expected
-    assert Generator(engine("pieces", num_envs=4))(PROMPTS[::-1]) == expected[::-1]
+    expected = Generator(engine("pieces", num_rows=1))(PROMPTS)
+    monkeypatch.setattr(engine_module, "_MAX_PREFILL_TOKENS", 60)
+    assert Generator(engine("pieces", num_rows=14))(PROMPTS) == expected
+    assert Generator(engine("pieces", num_rows=4))(PROMPTS[::-1]) == expected[::-1]
 
 
 def test_the_parts_of_a_prompt_are_encoded_apart_and_only_the_message_goes_through_the_chat_template():

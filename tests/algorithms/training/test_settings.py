@@ -23,7 +23,7 @@ from algorithms.assets import ASSETS
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
 from algorithms.learner.networks import load_tokenizer
 from algorithms.learner.training_step import LearnerConfig
-from algorithms.rollout.player import RolloutConfig
+from algorithms.rollout.config import RolloutConfig
 from algorithms.training.build import build_stages
 from algorithms.training.settings import EvaluationConfig, ModelConfig, RunConfig, register_schemas, run_config
 

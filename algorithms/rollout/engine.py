@@ -1,0 +1,300 @@
+"""The engine writes: rows of token ids in, actions out, every token computed once.
+
+It knows no environment and no question. The player of episodes and the generator of the probes both work through the
+verbs of `Engine`: open rows with a prompt, write until actions end, append what came back, close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner.networks import autocast, lm_logits, logit_width, pad_id
+from algorithms.rollout.config import RolloutConfig
+from algorithms.rollout.kv_cache import EpisodeCache, check_cache
+from algorithms.rollout.sampling import ActionEnd, sample
+
+_MAX_PREFILL_TOKENS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What a row has written.
+
+    Attributes:
+        row: Which row.
+        ids: [n] int64, exactly as sampled.
+        logprobs: [n] float32, nats, of the whole distribution at the engine's temperature.
+        text: The action as an environment reads it, without the end-of-text token.
+    """
+
+    row: int
+    ids: np.ndarray
+    logprobs: np.ndarray
+    text: str
+
+
+class Engine(Protocol):
+    """Writes actions for rows of token ids.
+
+    A row is opened with a prompt, and `write` writes its action. Then the row is continued with `append`, or closed.
+    How many rows are computed together, and in which order, is the engine's affair: an action depends on the row's own
+    tokens and uniforms alone.
+
+    Attributes:
+        num_rows: Rows are numbered from 0 to `num_rows` - 1.
+        config: How it writes.
+        tokenizer: The model's.
+        computed_tokens: Tokens that have gone through the network so far.
+    """
+
+    num_rows: int
+    config: RolloutConfig
+    tokenizer: PreTrainedTokenizerBase
+    computed_tokens: int
+
+    def set_weights(self, model: PreTrainedModel) -> None:
+        """Write with these weights from now on; no row may be open."""
+        ...
+
+    def open(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
+        """Begin a row.
+
+        Args:
+            row: One that is not open.
+            ids: [p] int64, fewer than `config.max_tokens`.
+            uniforms: [config.max_new_tokens] float64 in [0, 1): the n-th decides the n-th token of the action. Only an
+                engine at temperature 0 can do without.
+        """
+        ...
+
+    def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
+        """Continue a row whose action has ended; arguments as in `open`, behind the tokens that the row has."""
+        ...
+
+    def write(self) -> list[Action]:
+        """Write until some of the open rows have ended their actions.
+
+        Returns:
+            Their actions, at least one if any row is open. An action ends with an end-of-text token, with the token
+            that completes one of the action ends, or where `config` leaves no room for another token.
+        """
+        ...
+
+    def close(self, rows: Iterable[int]) -> None:
+        """End rows; before the next `write`, each row whose action has ended is either continued or closed."""
+        ...
+
+
+class CachedEngine:
+    """An engine with a key-value cache that lives as long as its rows, in this process.
+
+    Rows write independently of each other. As soon as half of the open rows have ended their actions, `write` returns
+    these, and the others pause in the middle of theirs.
+
+    Args:
+        model: The policy, with full attention in every layer.
+        tokenizer: Its tokenizer.
+        config: How to write.
+        num_rows: Most rows at once.
+        action_ends: Texts that end an action, such as closing tags.
+        vocab_size: Only ids below it are sampled, and probabilities are normalized over them; None: all.
+        precision: Precision of the computation, see `networks.autocast`.
+
+    Raises:
+        ConfigurationError: The model's context is too short, or its family can't be computed token by token with this
+            cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RolloutConfig,
+        *,
+        num_rows: int,
+        action_ends: Sequence[str],
+        vocab_size: int | None = None,
+        precision: str = "float32",
+    ) -> None:
+        _check_context(model, config)
+        check_cache(model)
+        self.tokenizer, self.config, self.num_rows, self.precision = tokenizer, config, num_rows, precision
+        self.vocab_size = vocab_size or logit_width(model)
+        self.action_end = ActionEnd(model, tokenizer, self.vocab_size, action_ends)
+        self.computed_tokens = 0
+        self._pad_id = pad_id(tokenizer)
+        self._pending: dict[int, np.ndarray] = {}
+        # By row: tokens in the cache; of its action, the tokens so far, and how many there may be.
+        self._lengths = np.zeros(num_rows, dtype=np.int64)
+        self._counts = np.zeros(num_rows, dtype=np.int64)
+        self._limits = np.zeros(num_rows, dtype=np.int64)
+        self._ids = np.zeros((num_rows, config.max_new_tokens), dtype=np.int64)
+        self._logprobs = np.zeros((num_rows, config.max_new_tokens), dtype=np.float32)
+        self._uniforms = np.zeros((num_rows, config.max_new_tokens))
+        self._forget()
+        self.set_weights(model)
+
+    def _forget(self) -> None:
+        self._cache = EpisodeCache(self.num_rows)
+        # The cache's places, in the order running (in the middle of an action), waiting (action ended), closed; and
+        # which row is in each of them.
+        self._row_at = np.arange(self.num_rows)
+        self._num_running = self._num_open = 0
+        self._open: set[int] = set()
+
+    def set_weights(self, model: PreTrainedModel) -> None:
+        """See `Engine`."""
+        assert not self._open
+        self.model = model
+        self._backbone: Any = model.base_model
+
+    def open(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
+        """See `Engine`."""
+        assert row not in self._open
+        self._open.add(row)
+        self._lengths[row] = 0
+        self._wait(row, ids, uniforms)
+
+    def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
+        """See `Engine`."""
+        # The last token of an action has been sampled, but not yet read.
+        self._wait(row, np.concatenate((self._ids[row, self._counts[row] - 1 : self._counts[row]], ids)), uniforms)
+
+    def _wait(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None) -> None:
+        assert uniforms is not None or self.config.temperature == 0
+        self._pending[row] = ids
+        if uniforms is not None:
+            self._uniforms[row] = uniforms
+
+    def close(self, rows: Iterable[int]) -> None:
+        """See `Engine`."""
+        self._open.difference_update(rows)
+        if self._num_running and not self._open:  # given up in the middle of their actions
+            self._forget()
+
+    def write(self) -> list[Action]:
+        """See `Engine`; when no row is open, the memory of the cache is given back."""
+        if not self._open:
+            self._forget()
+            return []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode(), autocast(self.model.device, self.precision):
+                self._read_pending()
+                while self._num_running > self._num_open // 2:
+                    self._decode()
+        finally:
+            self.model.train(was_training)
+        return [self._action(row) for row in self._row_at[self._num_running : self._num_open].tolist()]
+
+    def _action(self, row: int) -> Action:
+        ids = self._ids[row, : self._counts[row]].copy()
+        return Action(row, ids, self._logprobs[row, : self._counts[row]].copy(), self.action_end.text(ids))
+
+    def _decode(self) -> None:
+        """Draw one more token in every running row."""
+        rows = self._row_at[: self._num_running]
+        last = self._ids[rows, self._counts[rows] - 1]
+        hidden = self._forward(last[:, None], self._lengths[rows][:, None], first_place=0)
+        self._lengths[rows] += 1
+        self.computed_tokens += len(rows)
+        self._sample(rows, hidden[:, 0])
+
+    def _read_pending(self) -> None:
+        """Read what was opened and appended, and draw the first token of each action."""
+        pending, self._pending = self._pending, {}
+        is_pending = np.zeros(self.num_rows, dtype=bool)
+        is_pending[list(pending)] = True
+        assert len(pending) + self._num_running == len(self._open)
+        self._num_open = self._to_front(is_pending, self._num_running, self.num_rows)
+        if not pending:
+            return
+        longest = max(map(len, pending.values()))
+        is_long = np.zeros(self.num_rows, dtype=bool)
+        is_long[[row for row, ids in pending.items() if 2 * len(ids) > longest]] = True
+        # A hint of few tokens is not padded to the length of a passage.
+        middle = self._to_front(is_long, self._num_running, self._num_open)
+        hidden = self._prefill(pending, self._num_running, middle)
+        hidden += self._prefill(pending, middle, self._num_open)
+        rows = self._row_at[self._num_running : self._num_open].copy()
+        self._counts[rows] = 0
+        self._limits[rows] = np.minimum(self.config.max_new_tokens, self.config.max_tokens - self._lengths[rows])
+        self._num_running = self._num_open
+        self._sample(rows, torch.cat(hidden))
+
+    def _prefill(self, pending: dict[int, np.ndarray], start: int, stop: int) -> list[Tensor]:
+        """Read the pending tokens of the rows in these places.
+
+        Returns:
+            The hidden states of the last tokens, [n, d] for each portion of the rows.
+        """
+        hidden = []
+        while start < stop:
+            width = max(len(pending[row]) for row in self._row_at[start:stop])
+            rows = self._row_at[start : min(stop, start + max(1, _MAX_PREFILL_TOKENS // width))]
+            input_ids = np.full((len(rows), width), self._pad_id, dtype=np.int64)
+            for place, row in enumerate(rows):
+                input_ids[place, : len(pending[row])] = pending[row]
+            positions = self._lengths[rows][:, None] + np.arange(width)
+            widths = np.array([len(pending[row]) for row in rows])
+            states = self._forward(input_ids, positions, start)
+            hidden.append(states[self._tensor(np.arange(len(rows))), self._tensor(widths - 1)])
+            self._lengths[rows] += widths
+            self.computed_tokens += int(widths.sum())
+            start += len(rows)
+        return hidden
+
+    def _sample(self, rows: np.ndarray, hidden: Tensor) -> None:
+        """Draw a token for each of these running rows, and set those aside whose action it ends."""
+        counts = self._counts[rows]
+        logits = lm_logits(self.model, hidden, self.vocab_size)
+        ids, logprobs = sample(logits, self._tensor(self._uniforms[rows, counts]), self.config)
+        tokens = ids.cpu().numpy()
+        self._ids[rows, counts] = tokens
+        self._logprobs[rows, counts] = logprobs.cpu().numpy()
+        self._counts[rows] = counts + 1
+        end = self.action_end
+        ended = end.is_eos[tokens] | (counts + 1 >= self._limits[rows])
+        for place in np.flatnonzero(end.may_close[tokens] & ~ended):
+            ended[place] = end.closes(self._ids[rows[place], : counts[place] + 1])
+        if ended.any():
+            goes_on = np.ones(self.num_rows, dtype=bool)
+            goes_on[rows[ended]] = False
+            self._num_running = self._to_front(goes_on, 0, self._num_running)
+
+    def _to_front(self, chosen: np.ndarray, start: int, stop: int) -> int:
+        """Swap places between `start` and `stop` so that the chosen rows come first; returns where they end."""
+        flags = chosen[self._row_at[start:stop]]
+        end = start + int(flags.sum())
+        these = start + np.flatnonzero(~flags[: end - start])
+        those = end + np.flatnonzero(flags[end - start :])
+        if len(these):
+            self._cache.swap(self._tensor(these), self._tensor(those), int(self._lengths.max()))
+            self._row_at[these], self._row_at[those] = self._row_at[those], self._row_at[these]
+        return end
+
+    def _forward(self, input_ids: np.ndarray, positions: np.ndarray, first_place: int) -> Tensor:
+        return self._cache.forward(self._backbone, self._tensor(input_ids), self._tensor(positions), first_place)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.model.device)
+
+
+def _check_context(model: PreTrainedModel, config: RolloutConfig) -> None:
+    settings = model.config.get_text_config()
+    for name in ("max_position_embeddings", "sliding_window", "attention_chunk_size"):
+        bound = getattr(settings, name, None)
+        if bound is not None and config.max_tokens > bound:
+            raise ConfigurationError(
+                f"max_tokens is {config.max_tokens}, but the model's {name} is {bound}, and an episode is read whole. "
+                f"Set max_tokens to at most {bound}, or choose a model with a longer context."
+            )
