@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from algorithms.analysis.comparison.study import Options, compare
-from algorithms.launch.run_guard import clear_errors
+from algorithms.launch.clear_errors import clear_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,13 +17,14 @@ KL(policy || teacher), which has a sign and is never clamped; time skips the env
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.types import Batch
 from algorithms.ppo import PPO, PPOConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True)

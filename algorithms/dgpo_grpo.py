@@ -13,13 +13,14 @@ own, in the loss.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from algorithms.grpo import GRPO, GRPOConfig
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.types import Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True)

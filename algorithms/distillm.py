@@ -16,15 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from algorithms.learner import ops
 from algorithms.learner.algorithm import ALGORITHMS, Progress, check_settings
 from algorithms.learner.types import Batch, Tokens
 from algorithms.sft import SFT, SFTConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _DIVERGENCES = {"skew_forward": ops.skew_forward_kl, "skew_reverse": ops.skew_reverse_kl}
 

@@ -8,20 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.assets import resolve_model
-from algorithms.launch.run_guard import CONFIG_FILE, clear_errors
+from algorithms.launch.clear_errors import clear_errors
+from algorithms.launch.run_guard import CONFIG_FILE
 from algorithms.sb3.learner import is_outside_learner
-from algorithms.training import checkpoint, evaluation
-from algorithms.training.arc_table import show_arc
-from algorithms.training.build import Environments, Networks
-from algorithms.training.fingerprints import fingerprints
 from algorithms.training.settings import RunConfig, evaluate_config, register_schemas
-from algorithms.training.summary import console, provenance, results_table, show_episode, write_summary
 
 with clear_errors():  # of a plug-in
     register_schemas()
@@ -69,6 +64,8 @@ def find(name: str | None) -> Found:
                 f"The run {name} trained {algorithm}, which is no language model and is measured by its "
                 "own run; see summary.json there, or train again with other dataset=... or evaluation=... settings."
             )
+        from algorithms.training import checkpoint
+
         newest = checkpoint.latest(path)
         if newest is None:
             raise ConfigurationError(f"The run {name} has no complete checkpoint yet, under {path / 'checkpoints'}.")
@@ -100,6 +97,15 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
     Returns:
         The summary, as `summary.json` holds it.
     """
+    # Here and not above: what does not measure, such as --help and a typo, need not wait for torch.
+    import torch
+
+    from algorithms.training import evaluation
+    from algorithms.training.arc_table import show_arc
+    from algorithms.training.build import Environments, Networks
+    from algorithms.training.fingerprints import fingerprints
+    from algorithms.training.summary import console, provenance, results_table, show_episode, write_summary
+
     if config.threads:
         torch.set_num_threads(config.threads)
     started = time.perf_counter()

@@ -16,15 +16,17 @@ jsd_beta 0 and 1, where the formula vanishes, the loss is KL(p || q) and KL(q ||
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from algorithms.learner import ops
 from algorithms.learner.algorithm import ALGORITHMS, Progress, check_settings
 from algorithms.learner.types import Tokens
 from algorithms.sft import SFT, SFTConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True)

@@ -15,50 +15,34 @@ KL(initial || policy), not of what its value estimates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from algorithms.learner import ops
-from algorithms.learner.algorithm import ALGORITHMS, Algorithm, AlgorithmConfig, OptimizerConfig, check_settings
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, PolicyGradientConfig, check_settings
 from algorithms.learner.types import Batch, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True)
-class GRPOConfig(AlgorithmConfig):
-    """Settings of `GRPO`; the defaults are those measured on the bundled tiny world.
+class GRPOConfig(PolicyGradientConfig):
+    """Settings of `GRPO`.
 
     Attributes:
-        steps: Training steps, a fresh rollout each.
         rollouts_per_prompt: Size of a group, at least 2; must divide `batch_size`.
         scale_rewards: What a reward's distance to its group's mean is divided by: the standard deviation of the
             "group", of the "batch", or "none".
-        kl_coef: Weight of the KL estimate in the loss.
-        kl_estimator: "k1", "k2" or "k3", see `ops.kl_estimate` for their gradients.
-        clip_range: Bound of the policy ratio's distance to 1.
-        entropy_coef: Weight of the entropy bonus.
+        kl_estimator: "k1", "k2" or "k3", see `ops.kl_estimate` for their gradients; it stands in the loss.
     """
 
-    batch_size: int = 96
-    num_minibatches: int = 3
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=1e-3, betas=(0.9, 0.99), warmup_fraction=0.05, schedule="cosine"
-        )
-    )
-    steps: int = 150
     rollouts_per_prompt: int = 6
     scale_rewards: str = "group"
-    kl_coef: float = 0.001
     kl_estimator: str = "k3"
-    clip_range: float = 0.2
-    entropy_coef: float = 0.001
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "above 0", lambda value: value > 0, "steps", "clip_range")
-        check_settings(self, "at least 0", lambda value: value >= 0, "kl_coef", "entropy_coef")
         check_settings(self, "at least 2", lambda value: value >= 2, "rollouts_per_prompt")
         allowed = f"a divisor of batch_size ({self.batch_size})"
         check_settings(self, allowed, lambda value: self.batch_size % value == 0, "rollouts_per_prompt")
@@ -94,7 +78,7 @@ class GRPO(Algorithm):
 
     def pays(self, tokens: Tokens) -> Tensor:
         """Which tokens the KL estimate counts for, [n] bool; here all."""
-        return torch.ones_like(tokens.correct)
+        return tokens.correct.new_ones(tokens.correct.shape)
 
     def token_loss(self, tokens: Tokens) -> Tensor:
         """Clipped surrogate plus KL estimate minus entropy bonus, [n]."""

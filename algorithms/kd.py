@@ -14,13 +14,15 @@ weight 1 and the divergence `kl_coef`, where other code has 1 - r and r (then kl
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from algorithms.learner import ops
 from algorithms.learner.algorithm import ALGORITHMS, check_settings
 from algorithms.learner.types import Tokens
 from algorithms.sft import SFT, SFTConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True)

@@ -17,16 +17,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.algorithm import ALGORITHMS, check_settings
-from algorithms.sb3.candidate_policy import policy_class, policy_settings
-from algorithms.sb3.learner import DiscreteActions, OutsideLearner, Report, StepInfo, episode_metrics
-from algorithms.training.settings import RunConfig
+from algorithms.sb3.learner import OutsideLearner, Report
+
+if TYPE_CHECKING:
+    from agentic_rag_env.types import StepInfo
+    from agentic_rag_env.wrappers import DiscreteActions
+    from algorithms.training.settings import RunConfig
 
 
 @dataclass(kw_only=True)
@@ -108,6 +110,8 @@ class MaskablePPO(OutsideLearner):
 
     def log_probs(self, observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """See `OutsideLearner.log_probs`."""
+        import torch
+
         with torch.no_grad():
             batch = torch.as_tensor(observation)[None]
             logits = self.model.policy.get_distribution(batch, mask[None]).distribution.logits[0].numpy()
@@ -118,6 +122,8 @@ class MaskablePPO(OutsideLearner):
         self.model.save(folder / "model.zip")
 
     def _make_model(self, library: Any, envs: Any, seed: int) -> Any:
+        from algorithms.sb3.candidate_policy import policy_class, policy_settings
+
         config = self.config
         return library(
             policy_class(),
@@ -138,6 +144,8 @@ class MaskablePPO(OutsideLearner):
 
     def _update(self, config: RunConfig) -> dict[str, float]:
         """Play some turns in every environment, learn from them, and say how it went."""
+        from algorithms.sb3.run import episode_metrics
+
         last: list[StepInfo] = []
         rewards: list[float] = []
         played_until = time.perf_counter()

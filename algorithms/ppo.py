@@ -14,58 +14,33 @@ critic's loss, where the code of Search-R1 lets it run through retrieved passage
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from algorithms.learner import ops
-from algorithms.learner.algorithm import ALGORITHMS, Algorithm, AlgorithmConfig, OptimizerConfig, check_settings
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, CriticConfig, PolicyGradientConfig, check_settings
 from algorithms.learner.types import Batch, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True)
-class PPOConfig(AlgorithmConfig):
-    """Settings of `PPO`; the defaults are those measured on the bundled tiny world.
+class PPOConfig(PolicyGradientConfig, CriticConfig):
+    """Settings of `PPO`.
 
     Attributes:
-        steps: Training steps, a fresh rollout each.
-        kl_coef: Weight of the KL penalty in the reward.
-        kl_estimator: Of the KL penalty, from the sampled token: "k1" (signed), "k2" or "k3", see `ops.kl_estimate`; or
-            "exact": the sum over the vocabulary, at the price of one more pass of the policy.
-        clip_range: Bound of the policy ratio's distance to 1.
-        value_clip_range: Bound of a value's distance to the value before the update.
-        entropy_coef: Weight of the entropy bonus.
-        discount: Per model-written token.
+        kl_estimator: How the KL penalty is estimated: "k1" (signed), "k2" or "k3" from the sampled token, see
+            `ops.kl_estimate`; or "exact": the sum over the vocabulary, at the price of one more pass of the policy.
+        discount: Weight of the next model-written token's value.
         gae_lambda: 1: return minus value; lower: credit stays local, at the price of the critic's bias.
-        critic_optimizer: Of the critic.
-        critic_warmup_steps: Steps at the start in which only the critic learns.
     """
 
-    batch_size: int = 96
-    num_minibatches: int = 3
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=1e-3, betas=(0.9, 0.99), warmup_fraction=0.05, schedule="cosine"
-        )
-    )
-    steps: int = 150
-    kl_coef: float = 0.001
-    kl_estimator: str = "k1"
-    clip_range: float = 0.2
-    value_clip_range: float = 0.5
-    entropy_coef: float = 0.001
     discount: float = 1.0
     gae_lambda: float = 1.0
-    critic_optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=1.5e-3, betas=(0.9, 0.99), warmup_fraction=0.05)
-    )
-    critic_warmup_steps: int = 6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "above 0", lambda value: value > 0, "steps", "clip_range", "value_clip_range")
-        check_settings(self, "at least 0", lambda value: value >= 0, "kl_coef", "entropy_coef", "critic_warmup_steps")
         check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "discount", "gae_lambda")
         estimators = (*ops.KL_ESTIMATORS, "exact")
         check_settings(self, f"one of {', '.join(estimators)}", estimators.__contains__, "kl_estimator")
@@ -95,7 +70,7 @@ class PPO(Algorithm):
 
     def penalty_weights(self, batch: Batch) -> Tensor:
         """What share of the KL penalty each trajectory pays, [B] float32; here all of it."""
-        return torch.ones_like(batch.rewards)
+        return batch.rewards.new_ones(batch.rewards.shape)
 
     def shape_rewards(self, batch: Batch) -> Tensor:
         """The reward at the last model-written token minus `kl_coef` times the KL estimate at each, [B, T]."""

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.hydra_launcher import register_launcher
-from algorithms.launch.run_guard import clear_errors, left_to_run
-from algorithms.learner import seeding
+from algorithms.launch.run_guard import left_to_run
 from algorithms.sb3.learner import outside_learner
 from algorithms.training.settings import RunConfig, register_schemas, run_config
-from algorithms.training.summary import finish
-from algorithms.training.trainer import Trainer
 
 with clear_errors():  # of a plug-in
     register_schemas()
@@ -44,6 +41,13 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     Returns:
         The summary, as `summary.json` holds it.
     """
+    # Here and not above: what does not train, such as --help and a typo, need not wait for torch.
+    import torch
+
+    from algorithms.learner import seeding
+    from algorithms.training.summary import finish
+    from algorithms.training.trainer import Trainer
+
     if config.threads:
         torch.set_num_threads(config.threads)
     seeding.seed_everything(config.seed)

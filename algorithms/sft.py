@@ -15,45 +15,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner.algorithm import ALGORITHMS, Algorithm, AlgorithmConfig, OptimizerConfig, check_settings
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, DemonstrationConfig, OptimizerConfig, check_settings
 from algorithms.learner.types import Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True)
-class SFTConfig(AlgorithmConfig):
+class SFTConfig(DemonstrationConfig):
     """Settings of `SFT`; the defaults are those measured on the bundled tiny world.
 
     Attributes:
-        num_demonstrations: Trajectories to collect from the teacher.
-        max_questions_per_demonstration: The teacher is asked at most this many times `num_demonstrations` training
-            questions; with what it got right on them, training goes on.
-        correct_only: Keep correct trajectories only; False: all with an answer and no malformed turn (DGPO's ablation
-            "all TGO").
         epochs: Passes over all of them.
         num_validation: So many of the demonstrations are held out: the loss on them is measured before training and
             after every pass.
-        hand_over_exact_match: Stop as soon as exact match on the development questions reaches this; None: never.
     """
 
     batch_size: int = 16
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=3e-3, schedule="cosine", betas=(0.9, 0.999))
     )
-    num_demonstrations: int = 400
-    max_questions_per_demonstration: int = 4
-    correct_only: bool = True
     epochs: int = 12
     num_validation: int = 0
-    hand_over_exact_match: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = ("num_demonstrations", "max_questions_per_demonstration", "epochs")
-        check_settings(self, "at least 1", lambda value: value >= 1, *counts)
+        check_settings(self, "at least 1", lambda value: value >= 1, "epochs")
         limit = self.num_demonstrations
         allowed = f"at least 0 and below num_demonstrations ({limit})"
         check_settings(self, allowed, lambda value: 0 <= value < limit, "num_validation")
@@ -62,9 +53,6 @@ class SFTConfig(AlgorithmConfig):
                 f"num_epochs must be 1 where batches are drawn from stored trajectories, got {self.num_epochs}; "
                 "set epochs, the number of passes over all of them."
             )
-        check_settings(
-            self, "in (0, 1] or null", lambda value: value is None or 0 < value <= 1, "hand_over_exact_match"
-        )
 
 
 @ALGORITHMS.register("sft", SFTConfig)

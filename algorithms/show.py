@@ -18,7 +18,7 @@ from algorithms.analysis.viewer.gallery import Gallery, Wanted, gather
 from algorithms.analysis.viewer.page import page
 from algorithms.analysis.viewer.shading import splitters
 from algorithms.analysis.viewer.terminal import Printer, page_through
-from algorithms.launch.run_guard import clear_errors
+from algorithms.launch.clear_errors import clear_errors
 
 PAGE = "trajectories.html"
 

@@ -17,14 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from algorithms.learner import ops
 from algorithms.learner.algorithm import ALGORITHMS, check_settings
 from algorithms.learner.types import Batch, Tokens
 from algorithms.sft import SFT, SFTConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True)

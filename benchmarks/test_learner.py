@@ -22,8 +22,9 @@ from algorithms.assets import ASSETS
 from algorithms.kd import KD, KDConfig
 from algorithms.learner import scoring
 from algorithms.learner.collate import collate
+from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import freeze, load_model, load_tokenizer, pad_id
-from algorithms.learner.training_step import Learner, LearnerConfig
+from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.engine import CachedEngine

@@ -30,6 +30,7 @@ ROOMS = {
 #: The only modules that know Hydra: settings, the launcher and what guards a run; and the commands.
 KNOW_HYDRA = {
     "algorithms.training.settings",
+    "algorithms.launch.clear_errors",
     "algorithms.launch.hydra_launcher",
     "algorithms.launch.run_guard",
     *(f"algorithms.{name}" for name in algorithms.COMMANDS),
@@ -144,11 +145,17 @@ def test_an_algorithm_imports_the_learner_and_at_most_one_parent(name):
     rooms = {room(module) for module in ours} - {""}
     assert rooms <= ({"learner", "training", "sb3"} if name == "algorithms.maskable_ppo" else {"learner"})
     assert len({module for module in ours if module in ZOO}) <= 1
-    assert {module for module in imports(ZOO[name]) if module.startswith("agentic_rag_env.")} <= {
-        "agentic_rag_env.errors",
-        "agentic_rag_env.errors.ConfigurationError",
-    }
+    if name != "algorithms.maskable_ppo":
+        assert {module for module in imports(ZOO[name]) if module.startswith("agentic_rag_env.")} <= {
+            "agentic_rag_env.errors",
+            "agentic_rag_env.errors.ConfigurationError",
+        }
     assert "transformers" not in packages(imports(ZOO[name]))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) == "analysis"])
+def test_finished_runs_are_read_without_a_network(name):
+    assert not packages(imports(MODULES[name])) & {"torch", "transformers", "safetensors"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name)])
@@ -195,6 +202,25 @@ def test_the_environment_imports_light():
     assert {"agentic_rag_env", "gymnasium", "numpy"} <= loaded
     heavy = {"torch", "transformers", "tokenizers", "hydra", "omegaconf", "bm25s", "faiss", "scipy", "httpx", "rich"}
     assert not loaded & {*heavy, "algorithms"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "import algorithms.training.settings as settings; settings.register_schemas()",
+        "import algorithms.run",
+        "import algorithms.evaluate",
+        "import algorithms.compare",
+        "import algorithms.show",
+    ],
+)
+def test_settings_and_finished_runs_need_no_torch(command):
+    """What a person waits for at `--help`, `--cfg job`, a typo, `compare` and `show`."""
+    code = f"import sys; {command}; print({{'torch', 'transformers', 'scipy', 'sklearn'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = done.stdout.strip()
+    assert "torch" not in loaded
+    assert "transformers" not in loaded
 
 
 # --- the tree --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,10 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 ALL = "all"
 
 
+#: What the settings without effect were when summaries did not name them.
+_WITHOUT_EFFECT_BEFORE = ("resume", "cache_dir", "threads", "checkpoint_every", "keep_checkpoints", "probe_every")
+
+
 @dataclass(frozen=True)
 class Run:
     """One run directory.
@@ -44,6 +48,11 @@ class Run:
     def fingerprints(self) -> Mapping[str, str | None]:
         """Hashes of the data, see `algorithms.training.fingerprints`; None for what can't tell."""
         return self.summary.get("fingerprints", {})
+
+    @property
+    def settings_without_effect(self) -> frozenset[str]:
+        """Settings that say how the run was carried out, not what came of it; runs that do not say so are older."""
+        return frozenset(self.summary.get("settings_without_effect", _WITHOUT_EFFECT_BEFORE))
 
     @property
     def name(self) -> str:

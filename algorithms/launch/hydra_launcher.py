@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
@@ -206,6 +205,8 @@ def register_launcher() -> None:
 
 def _visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may name, without making CUDA ready in this process."""
+    import torch  # takes seconds, and only multiruns ask
+
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else list(map(str, range(count))))[:count]

@@ -1,68 +1,23 @@
-"""What a command does around its work: errors become messages, and no run is overwritten by another one."""
+"""No run is taken for another one: what is begun, complete or left to run in a run directory, and who writes there."""
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
-from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
+from agentic_rag_env.errors import ConfigurationError
 from algorithms.launch.job_pool import file_name
 from algorithms.training import file_locks
+from algorithms.training.settings import settings_without_effect
 
 CONFIG_FILE = Path(".hydra") / "config.yaml"
-#: Settings that decide how a run is carried out, not what comes of it.
-NOT_COMPARED = ("cache_dir", "threads")
 _LOCK_FILE = Path(".hydra") / "lock"
-
-
-@contextmanager
-def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
-    """Say in a line or two what went wrong, and exit with code 1, where a user can mend it; bugs keep their traceback.
-
-    HYDRA_FULL_ERROR=1 shows the traceback of every error. In a multirun the jobs after a failed one still run.
-
-    Args:
-        run_dir: Named as the one to resume, if it holds checkpoints.
-    """
-    shown_before = warnings.formatwarning
-    warnings.formatwarning = _format_warning  # type: ignore[assignment]
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        _print_message("Interrupted.", run_dir)
-        raise SystemExit(130) from error
-    except (AgenticRAGError, OSError, FloatingPointError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        message = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise CompactHydraException(message) from error
-        _print_message(message, run_dir)
-        raise SystemExit(1) from error
-    finally:
-        warnings.formatwarning = shown_before
-
-
-def _format_warning(message: Warning | str, category: type[Warning], *_: Any) -> str:
-    return f"{category.__name__.removeprefix('User')}: {message}\n"
-
-
-def _print_message(message: str, run_dir: Path | None) -> None:
-    print(message, file=sys.stderr)
-    if run_dir is not None and any(run_dir.glob("checkpoints/*/manifest.json")):
-        print(f"Checkpoints are kept. To go on: python -m algorithms.run resume={run_dir}", file=sys.stderr)
 
 
 def begun(run_dir: Path) -> bool:
@@ -78,7 +33,7 @@ def complete(run_dir: Path) -> bool:
 def job_name(overrides: Sequence[str]) -> str:
     """What the directory of a job is called: its overrides, in an order that does not depend on how they were given."""
     pairs = [override.lstrip("+").partition("=") for override in overrides]
-    compared = sorted(("." in key, key, value) for key, _, value in pairs if key not in NOT_COMPARED)
+    compared = sorted(("." in key, key, value) for key, _, value in pairs if key not in settings_without_effect())
     return file_name("+".join(f"{key}-{value}" for _, key, value in compared) or "defaults")
 
 
@@ -161,7 +116,7 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
 
     Args:
         run_dir: The run directory.
-        given: The configuration of the present command line. What it sets must be as it was.
+        given: The configuration of the present command line. What it sets must be as it was, or be without effect.
 
     Raises:
         ConfigurationError: The folder is no run directory, or a setting differs: a run that goes on with other settings
@@ -174,7 +129,9 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
     for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+~").partition("=")[0].rpartition("@")[2]
         was, wanted = (_comparable(OmegaConf.select(config, key)) for config in (saved, given))
-        if key != "resume" and was != wanted:
+        if key in settings_without_effect():
+            OmegaConf.update(saved, key, wanted)
+        elif was != wanted:
             raise ConfigurationError(
                 f"resume goes on with the run's own settings, where {key} is {was}, not {wanted}. Leave it out; or "
                 f"begin a new run, from these weights if you like: model.policy={run_dir}/checkpoints/<step>."
@@ -199,7 +156,7 @@ def require_same(run_dir: Path, given: DictConfig) -> None:
         ConfigurationError: A setting differs; the message names it.
     """
     saved = OmegaConf.to_container(_load(run_dir))
-    task = OmegaConf.masked_copy(given, [str(key) for key in given if key not in ("hydra", *NOT_COMPARED)])
+    task = OmegaConf.masked_copy(given, [str(key) for key in given if key not in ("hydra", *settings_without_effect())])
     wanted = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(task)))
     found = [f"{key} is {there} there, {here} here" for key, there, here in _differences(saved, wanted)]
     if found:

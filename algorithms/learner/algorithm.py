@@ -6,107 +6,69 @@ all it takes; the training step calls the hooks in the order of their definition
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import Registry, did_you_mean
+from algorithms.learner.config import (
+    AlgorithmConfig,
+    CriticConfig,
+    DemonstrationConfig,
+    OptimizerConfig,
+    PolicyGradientConfig,
+    check_settings,
+)
 from algorithms.learner.types import Batch, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "ALGORITHMS",
+    "NEEDS",
+    "SOURCES",
+    "Algorithm",
+    "AlgorithmConfig",
+    "CriticConfig",
+    "DemonstrationConfig",
+    "OptimizerConfig",
+    "PolicyGradientConfig",
+    "Progress",
+    "Role",
+    "check_settings",
+]
 
 ALGORITHMS = Registry("algo")
 
-#: What `Algorithm.needs` may name. "values" brings a critic, "ref_" the frozen initial policy, "teacher_" the teacher.
-NEEDS = frozenset(
-    {"values", "ref_logprobs", "ref_kl", "teacher_logprobs", "teacher_kl", "entropy", "logits", "teacher_logits"}
-)
+
+class Role(StrEnum):
+    """A network beside the policy."""
+
+    CRITIC = "critic"
+    REFERENCE = "reference"
+    TEACHER = "teacher"
+
+
+#: What `Algorithm.needs` may name, and the network that it brings: the critic; the reference, which is the policy as it
+#: was when the stage began, frozen; or the teacher.
+NEEDS: dict[str, Role | None] = {
+    "values": Role.CRITIC,
+    "ref_logprobs": Role.REFERENCE,
+    "ref_kl": Role.REFERENCE,
+    "teacher_logprobs": Role.TEACHER,
+    "teacher_kl": Role.TEACHER,
+    "teacher_logits": Role.TEACHER,
+    "logits": None,
+    "entropy": None,
+}
 
 #: What `Algorithm.trains_on` may name, and `Algorithm.source` answer.
 SOURCES = frozenset({"policy", "teacher", "replay"})
-
-LOSS_REDUCTIONS = ("token-mean", "seq-mean", "constant")
-
-
-def check_settings(config: Any, allowed: str, test: Callable[[Any], bool], *names: str) -> None:
-    """Refuse settings outside their range; for the `__post_init__` of a config.
-
-    Args:
-        config: The dataclass of settings.
-        allowed: The range in words, as it follows "must be".
-        test: Whether one value is in that range.
-        *names: Fields to look at.
-
-    Raises:
-        ConfigurationError: A value fails the test; the message says the field, the range and the value.
-    """
-    for name in names:
-        if not test(value := getattr(config, name)):
-            raise ConfigurationError(f"{name} must be {allowed}, got {value!r}.")
-
-
-@dataclass(kw_only=True)
-class OptimizerConfig:
-    """AdamW and its schedule.
-
-    Attributes:
-        learning_rate: Peak learning rate.
-        betas: Decay of the running mean and of the running square.
-        weight_decay: Decoupled; on matrices only.
-        warmup_fraction: Share of the steps with a linear warm-up, in [0, 1]; the first step is not at zero.
-        schedule: "constant" after the warm-up, or "cosine" down to zero.
-        max_grad_norm: Bound of the gradient's norm.
-    """
-
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_fraction: float = 0.0
-    schedule: str = "constant"
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_settings(self, "above 0", lambda value: value > 0, "learning_rate", "max_grad_norm")
-        check_settings(self, "at least 0", lambda value: value >= 0, "weight_decay")
-        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "warmup_fraction")
-        check_settings(self, "'constant' or 'cosine'", lambda value: value in ("constant", "cosine"), "schedule")
-        check_settings(self, "two numbers in [0, 1)", lambda value: len(value) == 2 and min(value) >= 0, "betas")
-        check_settings(self, "two numbers in [0, 1)", lambda value: max(value) < 1, "betas")
-
-
-@dataclass(kw_only=True)
-class AlgorithmConfig:
-    """What the settings of every algorithm have; an algorithm's own config adds to it.
-
-    Attributes:
-        batch_size: Trajectories per step.
-        num_minibatches: Optimizer steps per pass over the batch.
-        num_epochs: Passes over one batch; 1 for a batch drawn from stored trajectories.
-        loss_reduction: "token-mean" over all model-written tokens of a minibatch, or "seq-mean": the mean over
-            trajectories of each one's token mean; or "constant": the mean over trajectories of each one's token sum
-            divided by `reduction_length`, so that no length is favoured (Dr. GRPO, arXiv:2503.20783).
-        reduction_length: Tokens; read only where `loss_reduction` is "constant".
-        optimizer: Of the policy.
-        warm_start: Settings (with `name`) of the algorithm whose result this one starts from; None: the raw model.
-    """
-
-    batch_size: int = 64
-    num_minibatches: int = 1
-    num_epochs: int = 1
-    loss_reduction: str = "token-mean"
-    reduction_length: int = 128
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    warm_start: Any = None
-
-    def __post_init__(self) -> None:
-        check_settings(self, "at least 1", lambda value: value >= 1, "batch_size", "num_minibatches", "num_epochs")
-        check_settings(self, "at least 1", lambda value: value >= 1, "reduction_length")
-        limit = self.batch_size
-        check_settings(self, f"at most batch_size ({limit})", lambda value: value <= limit, "num_minibatches")
-        check_settings(self, f"one of {', '.join(LOSS_REDUCTIONS)}", LOSS_REDUCTIONS.__contains__, "loss_reduction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +120,38 @@ class Algorithm:
 
     def __init__(self, config: AlgorithmConfig) -> None:
         for name, allowed in (("needs", NEEDS), ("trains_on", SOURCES)):
-            unknown = getattr(self, name) - allowed
+            unknown = getattr(self, name) - frozenset(allowed)
             if unknown:
                 raise ConfigurationError(
                     f"{type(self).__name__}.{name} declares {', '.join(map(repr, sorted(unknown)))}."
                     f"{did_you_mean(min(unknown), allowed)}"
                 )
         self.config = config
+        self._refuse_what_is_lacking()
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The networks beside the policy that the needs bring."""
+        return frozenset(role for need in self.needs if (role := NEEDS[need]) is not None)
+
+    def _refuse_what_is_lacking(self) -> None:
+        """Say at the start what would be missed after the first rollouts."""
+        name, kind = type(self).__name__, type(self)
+        hooks = {"num_steps": True, "token_loss": True, "value_loss": Role.CRITIC in self.roles}
+        hooks["source"] = len(self.trains_on) != 1
+        reasons = {"value_loss": ", since it needs values", "source": ", since trains_on has several entries"}
+        for hook, is_needed in hooks.items():
+            if is_needed and getattr(kind, hook) is getattr(Algorithm, hook):
+                why = reasons.get(hook, "")
+                raise ConfigurationError(f"{name} must define {hook}{why}; see Algorithm.{hook} in {__name__}.")
+        bases = {DemonstrationConfig: "teacher" in self.trains_on, CriticConfig: Role.CRITIC in self.roles}
+        for base, is_needed in bases.items():
+            if is_needed and not isinstance(self.config, base):
+                reason = "needs values" if base is CriticConfig else "trains on the teacher's trajectories"
+                raise ConfigurationError(
+                    f"{name} {reason}, so its settings, {type(self.config).__name__}, must extend {base.__name__} of "
+                    f"{__name__}."
+                )
 
     def num_steps(self, num_demonstrations: int) -> int:
         """Training steps of a whole run.
@@ -193,12 +180,8 @@ class Algorithm:
         Returns:
             [B, T] float32, 0 where the model did not write.
         """
-        token_rewards = torch.zeros_like(batch.old_logprobs)
-        columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-        last = torch.where(batch.response_mask, columns, -1).amax(dim=1)
-        rows = torch.nonzero(last >= 0).squeeze(1)
-        token_rewards[rows, last[rows]] = batch.rewards[rows]
-        return token_rewards
+        is_last = batch.response_mask & (batch.response_mask.flip(1).cumsum(dim=1).flip(1) == 1)
+        return batch.rewards[:, None].to(batch.old_logprobs.dtype) * is_last
 
     def estimate_advantages(self, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
         """Advantages and returns, both [B, T] float32; None (the default) where the loss reads neither.

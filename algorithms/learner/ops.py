@@ -8,11 +8,12 @@ and no function here answers NaN because of it, neither as a value nor as a grad
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from agentic_rag_env.errors import ConfigurationError
+
+if TYPE_CHECKING:  # only methods of tensors are used, so that settings can name this module without loading torch
+    from torch import Tensor
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 REWARD_SCALES = ("group", "batch", "none")
@@ -32,8 +33,8 @@ def log_softmax(logits: Tensor) -> Tensor:
     """
     empty = logits.amax(dim=-1, keepdim=True) == -math.inf
     if not empty.any():
-        return torch.log_softmax(logits, dim=-1)
-    return torch.log_softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, -math.inf)
+        return logits.log_softmax(dim=-1)
+    return logits.masked_fill(empty, 0.0).log_softmax(dim=-1).masked_fill(empty, -math.inf)
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     if empty.any():
         return log_softmax(logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     # Without the table of all log-probabilities, which autograd would keep for the backward pass.
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
 def token_entropy(logits: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
     # The gradient of logaddexp(-inf, -inf) is NaN.
     neither = (log_p == -math.inf) & (log_q == -math.inf)
     log_p, log_q = log_p.masked_fill(neither, 0.0), log_q.masked_fill(neither, 0.0)
-    return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight)).masked_fill(neither, -math.inf)
+    return (log_p + math.log(weight)).logaddexp(log_q + math.log1p(-weight)).masked_fill(neither, -math.inf)
 
 
 def _check_fraction(name: str, value: float) -> None:
@@ -223,7 +224,7 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str) -> Ten
     if estimator == "k2":
         return k1.square() / 2
     if estimator == "k3":
-        return torch.expm1(-k1) + k1
+        return (-k1).expm1() + k1
     raise ConfigurationError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}.")
 
 
@@ -238,7 +239,7 @@ def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor
     """
     ratio = _difference(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantages * ratio, -advantages * clipped)
+    return (-advantages * ratio).maximum(-advantages * clipped)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
@@ -251,7 +252,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
         clip_range: The clipped value stays this near to the old one; infinity: plain squared error.
     """
     clipped = values.clamp(old_values - clip_range, old_values + clip_range)
-    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+    return (values - returns).square().maximum((clipped - returns).square()) / 2
 
 
 def _difference(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
@@ -263,7 +264,6 @@ def _difference(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
 # --- credit ----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def gae(
     token_rewards: Tensor, values: Tensor, response_mask: Tensor, discount: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
@@ -292,26 +292,27 @@ def gae(
             "token_rewards, values and response_mask must have the same shape [B, T], got "
             f"{tuple(token_rewards.shape)}, {tuple(values.shape)} and {tuple(response_mask.shape)}."
         )
-    response_mask = response_mask.bool()
+    token_rewards, values, response_mask = token_rewards.detach(), values.detach(), response_mask.bool()
     # Model-written tokens to the front of each row, in their order; zeros behind them change nothing.
-    order = (~response_mask).to(torch.uint8).argsort(dim=1, stable=True)
+    order = (~response_mask).byte().argsort(dim=1, stable=True)
     order = order[:, : int(response_mask.sum(dim=1).max()) if len(response_mask) else 0]
     present = response_mask.gather(1, order)
     reward = token_rewards.gather(1, order).masked_fill(~present, 0.0)
     value = values.gather(1, order).masked_fill(~present, 0.0)
-    next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], dim=1)
+    next_value = value.roll(-1, dims=1)
+    next_value[:, -1:] = 0
     advantage = reward + discount * next_value - value
     # A_t = sum_k (discount * gae_lambda)^k delta_{t+k}, doubling the number of summed terms in each pass.
     reach = 1
     while reach < advantage.shape[1]:
-        further = (discount * gae_lambda) ** reach * advantage[:, reach:]
-        advantage = advantage + torch.nn.functional.pad(further, (0, reach))
+        summed = advantage.clone()
+        summed[:, :-reach] += (discount * gae_lambda) ** reach * advantage[:, reach:]
+        advantage = summed
         reach *= 2
-    empty = torch.zeros(response_mask.shape, dtype=advantage.dtype, device=advantage.device)
+    empty = advantage.new_zeros(response_mask.shape)
     return empty.scatter(1, order, advantage), empty.scatter(1, order, advantage + value)
 
 
-@torch.no_grad()
 def standardize(x: Tensor, mask: Tensor) -> Tensor:
     """Shift and scale to mean 0 and variance 1 (Bessel's correction) over the entries that count.
 
@@ -322,16 +323,15 @@ def standardize(x: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (x - mean) / sqrt(variance + 1e-8), and 0 where mask is False. A single entry has no variance and becomes 0.
     """
-    mask = mask.bool()
+    x, mask = x.detach(), mask.bool()
     num_entries = mask.sum()
     centred = x.masked_fill(~mask, 0.0)
     centred = (centred - centred.sum() / num_entries.clamp(min=1)).masked_fill(~mask, 0.0)
     if num_entries < 2:
         return centred
-    return centred * torch.rsqrt(centred.square().sum() / (num_entries - 1) + 1e-8)
+    return centred * (centred.square().sum() / (num_entries - 1) + 1e-8).rsqrt()
 
 
-@torch.no_grad()
 def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "group") -> Tensor:
     """How much better each trajectory did than its siblings (GRPO, arXiv:2402.03300, section 4.1.2).
 
@@ -349,9 +349,8 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "group") -
     """
     if scale not in REWARD_SCALES:
         raise ConfigurationError(f"scale must be one of {', '.join(REWARD_SCALES)}, got {scale!r}.")
-    dtype = torch.promote_types(rewards.dtype, torch.float32)
     # On the CPU because some accelerators have no float64.
-    reward = rewards.detach().to("cpu", torch.float64)
+    reward = rewards.detach().cpu().double()
     groups, index, sizes = group_ids.cpu().unique(return_inverse=True, return_counts=True)
     if (sizes == 1).any():
         lonely = groups[sizes == 1].tolist()
@@ -363,13 +362,17 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "group") -
     mean = _group_sum(reward, index, len(groups)) / sizes
     centred = reward - mean[index]
     # Rounding noise in a constant group must not be blown up to unit size.
-    spread = torch.zeros_like(mean).scatter_reduce(0, index, centred.abs(), "amax")
-    centred = centred.masked_fill(torch.isclose(mean + spread, mean, rtol=1e-6, atol=1e-9)[index], 0.0)
+    spread = mean.new_zeros(mean.shape).scatter_reduce(0, index, centred.abs(), "amax")
+    centred = centred.masked_fill((mean + spread).isclose(mean, rtol=1e-6, atol=1e-9)[index], 0.0)
     if scale == "group":
-        centred = centred / (torch.sqrt(_group_sum(centred.square(), index, len(groups)) / (sizes - 1)) + 1e-6)[index]
+        centred = centred / ((_group_sum(centred.square(), index, len(groups)) / (sizes - 1)).sqrt() + 1e-6)[index]
     elif scale == "batch" and len(reward):
         centred = centred / (reward.std() + 1e-6)
-    return centred.to(rewards.device, dtype)
+    return (
+        centred.to(rewards)
+        if rewards.element_size() == 8 and rewards.is_floating_point()
+        else centred.float().to(rewards.device)
+    )
 
 
 def _group_sum(x: Tensor, index: Tensor, num_groups: int) -> Tensor:

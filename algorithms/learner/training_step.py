@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,45 +19,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import ops
-from algorithms.learner.algorithm import Algorithm, check_settings
+from algorithms.learner.algorithm import NEEDS, Algorithm, Role
+from algorithms.learner.config import LearnerConfig, PolicyGradientConfig
 from algorithms.learner.networks import Critic
 from algorithms.learner.optimizer import Optimizer
 from algorithms.learner.scoring import Scorer, gather_tokens, slice_tokens
 from algorithms.learner.types import Batch, Tokens
 
-PRECISIONS = ("auto", "float32", "bfloat16")
-CRITICS = ("separate", "shared")
-
 _Losses = dict[str, Tensor]
-
-
-@dataclass(kw_only=True)
-class LearnerConfig:
-    """How the training step uses the machine, and where the critic lives.
-
-    Attributes:
-        precision: Of the computation, rollouts included: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a
-            GPU, float32 elsewhere. Weights and optimizer are float32.
-        micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
-        chunk_tokens: Model-written tokens that go through the LM head at once; a chunk of logits is this times the
-            vocabulary times 4 bytes, and about four of them exist at the peak.
-        gradient_checkpointing: Keep one activation per layer and compute the others again in the backward pass.
-        critic: "separate": a network of its own; "shared": a head on the policy's backbone.
-        value_coef: Weight of the value loss in the gradient of a shared backbone.
-    """
-
-    precision: str = "auto"
-    micro_batch_tokens: int = 4096
-    chunk_tokens: int = 1024
-    gradient_checkpointing: bool = False
-    critic: str = "separate"
-    value_coef: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_settings(self, f"one of {', '.join(PRECISIONS)}", PRECISIONS.__contains__, "precision")
-        check_settings(self, f"one of {', '.join(CRITICS)}", CRITICS.__contains__, "critic")
-        check_settings(self, "at least 1", lambda value: value >= 1, "micro_batch_tokens", "chunk_tokens")
-        check_settings(self, "at least 0", lambda value: value >= 0, "value_coef")
 
 
 class Learner:
@@ -316,11 +284,10 @@ class Learner:
         if figures.first_minibatch:
             figures.add("sampler_drift", difference.abs())
         figures.add("approx_kl", ops.kl_estimate(tokens.old_logprobs, tokens.logprobs, "k3"))
-        clip_range = getattr(self.algorithm.config, "clip_range", None)
-        if clip_range is not None:
+        if isinstance(config := self.algorithm.config, PolicyGradientConfig):
             ratio = difference.exp()
             figures.add("ratio", ratio)
-            figures.add("clip_fraction", ((ratio - 1).abs() > clip_range).float())
+            figures.add("clip_fraction", ((ratio - 1).abs() > config.clip_range).float())
 
     def _trained(self) -> list[nn.Module]:
         return [self.policy] if self.critic is None or self.shared_critic else [self.policy, self.critic]
@@ -329,18 +296,13 @@ class Learner:
 
     def _check_settings(self) -> None:
         name, needs = type(self.algorithm).__name__, self.algorithm.needs
-        roles = {"values": ("critic", self.critic), "ref": ("reference", self.reference)}
-        roles["teacher"] = ("teacher", self.teacher)
+        networks = {Role.CRITIC: self.critic, Role.REFERENCE: self.reference, Role.TEACHER: self.teacher}
         for need in sorted(needs):
-            role, network = roles.get(need.split("_")[0], (None, None))
-            if role and network is None:
+            role = NEEDS[need]
+            if role is not None and networks[role] is None:
                 raise ConfigurationError(f"{name} needs {need}, so the learner needs a {role}; none was given.")
-        if self.critic is not None and "values" not in needs:
+        if self.critic is not None and Role.CRITIC not in self.algorithm.roles:
             raise ConfigurationError(f"{name} does not read values, but a critic was given; leave it out.")
-        if self.critic is not None and not hasattr(self.algorithm.config, "critic_optimizer"):
-            raise ConfigurationError(
-                f"{name} needs values, so its config must have critic_optimizer and critic_warmup_steps."
-            )
         if not self.scorer.temperature > 0:
             raise ConfigurationError(f"The temperature of training must be above 0, got {self.scorer.temperature}.")
 

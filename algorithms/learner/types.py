@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from agentic_rag_env.types import StepInfo
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: A tensor, or None unless it was asked for. Not `Tensor | None`: a hook reads only what its algorithm needs, and
 #: should not have to assert it.
-OnDemand = Tensor | Any
+OnDemand: TypeAlias = "Tensor | Any"
 
 
 @dataclass(slots=True)
@@ -121,7 +122,7 @@ class Batch:
         Args:
             rows: Row indices.
         """
-        rows = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
+        rows = self.group_ids.new_tensor(list(rows)) if isinstance(rows, Sequence) else rows.to(self.group_ids.device)
         length = int(self.attention_mask[rows].sum(dim=1).max())
         picked: dict[str, Any] = {}
         for name in self.__slots__:

@@ -21,7 +21,7 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes import DEFAULT_PROBES
 from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS, Registry, did_you_mean
 from algorithms.learner.algorithm import ALGORITHMS, check_settings
-from algorithms.learner.training_step import LearnerConfig
+from algorithms.learner.config import WITHOUT_EFFECT, LearnerConfig
 from algorithms.rollout.config import RolloutConfig
 
 
@@ -109,15 +109,15 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
-    resume: str | None = None
+    resume: str | None = field(default=None, metadata=WITHOUT_EFFECT)
     num_envs: int = 96
     max_retriever_error_fraction: float = 0.2
-    cache_dir: str = "~/.cache/agentic_rag_env"
-    checkpoint_every: int = 25
-    keep_checkpoints: int | None = 2
+    cache_dir: str = field(default="~/.cache/agentic_rag_env", metadata=WITHOUT_EFFECT)
+    checkpoint_every: int = field(default=25, metadata=WITHOUT_EFFECT)
+    keep_checkpoints: int | None = field(default=2, metadata=WITHOUT_EFFECT)
     probes: list[Any] = field(default_factory=lambda: list(DEFAULT_PROBES))
-    probe_every: int = 0
-    threads: int | None = None
+    probe_every: int = field(default=0, metadata=WITHOUT_EFFECT)
+    threads: int | None = field(default=None, metadata=WITHOUT_EFFECT)
 
     def __post_init__(self) -> None:
         check_settings(self, "in [0, 2**32)", lambda value: 0 <= value < 2**32, "seed")
@@ -236,6 +236,17 @@ def _check_names(section: type, prefix: str, settings: dict[str, Any]) -> None:
         raise ConfigurationError(
             f"The configuration lacks {', '.join(missing)}; it was cut off, or is of another version."
         )
+
+
+def settings_without_effect(section: type = RunConfig, prefix: str = "") -> frozenset[str]:
+    """Dotted names of the settings that say how a run is carried out, not what comes of it: `WITHOUT_EFFECT`."""
+    found = set()
+    for setting in dataclasses.fields(section):
+        if setting.metadata.get("without_effect"):
+            found.add(prefix + setting.name)
+        elif dataclasses.is_dataclass(inner := setting.default_factory):
+            found |= settings_without_effect(inner, f"{prefix}{setting.name}.")
+    return frozenset(found)
 
 
 def import_zoo() -> None:

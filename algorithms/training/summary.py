@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.files import write_whole
 from algorithms.assets import resolve_model
+from algorithms.learner.config import PolicyGradientConfig
 from algorithms.learner.networks import load_model
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.trajectory_files import transcript
@@ -34,7 +35,7 @@ from algorithms.training.evaluation_cache import place
 from algorithms.training.file_locks import exclusively
 from algorithms.training.fingerprints import fingerprints, versions
 from algorithms.training.run_logger import printable, write_results
-from algorithms.training.settings import RunConfig
+from algorithms.training.settings import RunConfig, settings_without_effect
 from algorithms.training.trainer import Trainer
 
 #: Linux counts in kilobytes, macOS in bytes.
@@ -100,6 +101,7 @@ def summarize(
             environments.envs("test"), evaluated[0].num_questions, environments.dataset("train")
         ),
         "config": asdict(config),
+        "settings_without_effect": sorted(settings_without_effect()),
         **provenance(device),
     }
     return summary | more
@@ -244,6 +246,7 @@ def _summary(trainer: Trainer, evaluated: Sequence[Evaluated]) -> dict[str, Any]
     demonstrations = {stage.name: found for stage, found in trainer.sources.demonstrations.items()}
     costs = dict(trainer.position.costs, demonstrations_s=trainer.sources.demonstrations_s)
     costs["teacher_sampled_tokens"] = sum(found.num_sampled_tokens for found in demonstrations.values())
+    trained_by = trainer.stages[-1].config
     return summarize(
         config,
         _stages(trainer),
@@ -253,7 +256,7 @@ def _summary(trainer: Trainer, evaluated: Sequence[Evaluated]) -> dict[str, Any]
         trainer.environments,
         gain=_gains(evaluated, config.evaluation.seed),
         demonstrations={name: found.counts() for name, found in demonstrations.items()},
-        kl_estimator=getattr(trainer.stages[-1].config, "kl_estimator", None),
+        kl_estimator=trained_by.kl_estimator if isinstance(trained_by, PolicyGradientConfig) else None,
     )
 
 

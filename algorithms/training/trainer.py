@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.assets import resolve_model
 from algorithms.learner import seeding
-from algorithms.learner.algorithm import Algorithm, Progress
+from algorithms.learner.algorithm import Algorithm, DemonstrationConfig, Progress, Role
 from algorithms.learner.collate import collate
 from algorithms.learner.networks import Critic, freeze, load_model, pad_id
 from algorithms.learner.training_step import Learner
@@ -99,7 +99,7 @@ class Trainer:
         self._refuse_what_fails_late()
         self.position = Position()
         self._resume_from = checkpoint.latest(run_dir)
-        if any(need.startswith("teacher") for stage in self.stages for need in stage.needs):
+        if any(Role.TEACHER in stage.roles for stage in self.stages):
             self.networks.teacher()
         self.sources = Sources(config, self.networks, self.environments, self.stages)
         self._check_last_batches()
@@ -108,7 +108,7 @@ class Trainer:
         """Meet now the mistakes in settings and files that would otherwise end a run after hours."""
         if not self.config.evaluation.every:
             for stage in self.stages:
-                if getattr(stage.config, "hand_over_exact_match", None) is not None:
+                if _hand_over(stage) is not None:
                     raise ConfigurationError(
                         f"hand_over_exact_match of {stage.name} looks at the checks on the dev split, and "
                         "evaluation.every=0 switches them off; give the number of steps between them."
@@ -187,19 +187,19 @@ class Trainer:
     def _stage_is_over(self, algorithm: Algorithm, total_steps: int) -> bool:
         if self.position.stage_step >= total_steps:
             return True
-        threshold = getattr(algorithm.config, "hand_over_exact_match", None)
+        threshold = _hand_over(algorithm)
         reached = self.position.dev_exact_match
         return threshold is not None and reached is not None and reached >= threshold
 
     def _make_learner(self, algorithm: Algorithm, total_steps: int) -> Learner:
         """The learner of a stage, with the networks that its algorithm needs as they are when the stage begins."""
-        needs, policy = algorithm.needs, self.networks.policy
+        roles, policy = algorithm.roles, self.networks.policy
         return Learner(
             algorithm,
             policy,
-            critic=Critic(policy, shared=self.config.learner.critic == "shared") if "values" in needs else None,
-            reference=self._policy_at_stage_start() if any(need.startswith("ref") for need in needs) else None,
-            teacher=self.networks.teacher() if any(need.startswith("teacher") for need in needs) else None,
+            critic=Critic(policy, shared=self.config.learner.critic == "shared") if Role.CRITIC in roles else None,
+            reference=self._policy_at_stage_start() if Role.REFERENCE in roles else None,
+            teacher=self.networks.teacher() if Role.TEACHER in roles else None,
             config=self.config.learner,
             total_steps=total_steps,
             vocab_size=self.networks.vocab_size,
@@ -315,3 +315,8 @@ class Trainer:
             keep_steps=[*self.position.stage_starts, *self.position.best_steps()],
         )
         self.position.spend(checkpoint_s=time.perf_counter() - started)
+
+
+def _hand_over(algorithm: Algorithm) -> float | None:
+    """Exact match at which a stage ends early; None: it does not."""
+    return algorithm.config.hand_over_exact_match if isinstance(algorithm.config, DemonstrationConfig) else None

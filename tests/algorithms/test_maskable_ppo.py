@@ -21,7 +21,7 @@ from algorithms.assets import ASSETS
 from algorithms.maskable_ppo import MaskablePPO, MaskablePPOConfig
 from algorithms.rollout.trajectory_files import read_trajectories, transcript
 from algorithms.sb3.episodes import pick
-from algorithms.sb3.learner import check_failures
+from algorithms.sb3.run import check_failures
 from algorithms.training.build import build_stages
 from algorithms.training.trajectory_samples import NUM_SAVED
 

@@ -18,7 +18,15 @@ from omegaconf.errors import ConfigKeyError
 import algorithms
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import ops
-from algorithms.learner.algorithm import ALGORITHMS, Algorithm, AlgorithmConfig, OptimizerConfig
+from algorithms.learner.algorithm import (
+    ALGORITHMS,
+    Algorithm,
+    AlgorithmConfig,
+    CriticConfig,
+    DemonstrationConfig,
+    OptimizerConfig,
+    Role,
+)
 from algorithms.learner.types import Batch, Tokens
 
 for found in pkgutil.iter_modules(algorithms.__path__):
@@ -293,3 +301,59 @@ def test_a_setting_that_cannot_work_is_refused_with_its_value(name, setting, mes
 def test_an_optimizer_setting_that_cannot_work_is_refused(setting, message):
     with pytest.raises(ConfigurationError, match=message):
         OptimizerConfig(**setting)
+
+
+# --- what an algorithm lacks is said at the start --------------------------------------------------------------------
+
+
+class Bare(Algorithm):
+    def num_steps(self, num_demonstrations):
+        return 1
+
+    def token_loss(self, tokens):
+        return -tokens.logprobs
+
+
+def test_an_algorithm_on_demonstrations_needs_the_settings_that_collect_them():
+    class FromTeacher(Bare):
+        trains_on = frozenset({"teacher"})
+
+    with pytest.raises(ConfigurationError, match=r"trains on the teacher's .* AlgorithmConfig, must extend Demonst"):
+        FromTeacher(AlgorithmConfig())
+    assert FromTeacher(DemonstrationConfig()).num_steps(3) == 1
+
+
+def test_an_algorithm_with_a_critic_needs_its_settings_and_its_loss():
+    class WithValues(Bare):
+        needs = frozenset({"values"})
+
+    with pytest.raises(ConfigurationError, match="must define value_loss, since it needs values"):
+        WithValues(CriticConfig())
+    WithValues.value_loss = lambda self, tokens: tokens.values
+    with pytest.raises(ConfigurationError, match=r"needs values, so its settings, .* must extend CriticConfig"):
+        WithValues(AlgorithmConfig())
+    assert WithValues(CriticConfig()).roles == {Role.CRITIC}
+
+
+def test_hooks_that_must_be_written_are_named():
+    class Nothing(Algorithm):
+        pass
+
+    class Two(Bare):
+        trains_on = frozenset({"teacher", "policy"})
+
+    with pytest.raises(ConfigurationError, match="Nothing must define num_steps"):
+        Nothing(AlgorithmConfig())
+    with pytest.raises(ConfigurationError, match="Two must define source, since trains_on has several"):
+        Two(DemonstrationConfig())
+
+
+def test_each_need_brings_its_role():
+    roles = {name: build(name).roles for name in ("sft", "kd", "ppo", "grpo", "dgpo")}
+    assert roles == {
+        "sft": set(),
+        "kd": {Role.TEACHER},
+        "ppo": {Role.CRITIC, Role.REFERENCE},
+        "grpo": {Role.REFERENCE},
+        "dgpo": {Role.CRITIC, Role.TEACHER},
+    }

@@ -6,8 +6,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from algorithms.learner.algorithm import OptimizerConfig
+from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import Critic, freeze
-from algorithms.learner.training_step import Learner, LearnerConfig
+from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch
 
 VOCAB = 23

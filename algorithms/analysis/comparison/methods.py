@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,6 @@ import numpy as np
 from algorithms.analysis.comparison import published, statistics
 from algorithms.analysis.comparison.statistics import Estimate
 from algorithms.analysis.runs import ALL, Run
-
-#: Settings that change where and when something is done, not what.
-_WITHOUT_EFFECT = ("seed", "resume", "cache_dir", "threads", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def without_copies(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     kept: list[Run] = []
     copies: list[Run] = []
     for run in runs:
-        key = repr((run.name, run.seed, _key(run, ()), run.summary["evaluation"]))
+        key = repr((run.name, run.seed, _key(run, frozenset()), run.summary["evaluation"]))
         (copies if key in seen else kept).append(run)
         seen.add(key)
     return kept, copies
@@ -97,13 +94,14 @@ def make_methods(runs: Sequence[Run], ignore: Sequence[str] = ()) -> list[Method
     Returns:
         In the order of the paper's table, then by label; within one, runs are sorted by seed.
     """
+    ignored = frozenset(ignore).union({"seed"}, *(run.settings_without_effect for run in runs))
     found: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        found.setdefault((run.name, _key(run, ignore)), []).append(run)
+        found.setdefault((run.name, _key(run, ignored)), []).append(run)
     methods = []
     for base in dict.fromkeys(name for name, _ in found):
         same = [members for (name, _), members in found.items() if name == base]
-        for members, suffix in zip(same, _differences(same, ignore), strict=True):
+        for members, suffix in zip(same, _differences(same, ignored), strict=True):
             ordered = sorted(members, key=lambda run: (run.seed is None, run.seed or 0, str(run.path)))
             methods.append(Method(f"{base} ({suffix})" if suffix else base, base, tuple(ordered)))
     return sorted(methods, key=lambda method: (_place(method.base), _natural(method.label)))
@@ -120,19 +118,19 @@ def _place(base: str) -> int:
     return known.index(base) if base in known else len(known)
 
 
-def _relevant(run: Run, ignore: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name, value in run.settings.items() if name not in (*_WITHOUT_EFFECT, *ignore)}
+def _relevant(run: Run, ignored: Set[str]) -> dict[str, Any]:
+    return {name: value for name, value in run.settings.items() if name not in ignored}
 
 
-def _key(run: Run, ignore: Sequence[str]) -> str:
-    return repr(sorted((name, repr(value)) for name, value in _relevant(run, ignore).items()))
+def _key(run: Run, ignored: Set[str]) -> str:
+    return repr(sorted((name, repr(value)) for name, value in _relevant(run, ignored).items()))
 
 
-def _differences(groups: Sequence[Sequence[Run]], ignore: Sequence[str]) -> list[str]:
+def _differences(groups: Sequence[Sequence[Run]], ignored: Set[str]) -> list[str]:
     """For methods of one base, the settings that tell them apart: those of the command line if they suffice."""
     if len(groups) == 1:
         return [""]
-    settings = [_relevant(members[0], ignore) for members in groups]
+    settings = [_relevant(members[0], ignored) for members in groups]
     names = [name for name in dict.fromkeys(name for each in settings for name in each) if _varies(name, settings)]
     said = {
         override.lstrip("+~").partition("=")[0] for members in groups for run in members for override in run.overrides

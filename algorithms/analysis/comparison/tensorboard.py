@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from algorithms.analysis.comparison.curves import CURVES
 from algorithms.analysis.comparison.methods import Method
@@ -35,19 +39,33 @@ def write_board(folder: Path, methods: Sequence[Method], images: Mapping[str, by
             }
             final |= {f"cost/{name}": value for name, value in cost_figures(run).items() if np.isfinite(value)}
             chosen = {name: _shown(run.settings.get(name)) for name in settings} | {"method": method.label}
-            with SummaryWriter(str(folder / f"{method.label}/seed{run.seed}".replace(" ", ""))) as writer:
+            with _event_file(folder / f"{method.label}/seed{run.seed}".replace(" ", "")) as writer:
                 for row in run.metrics:
                     for name in CURVES:
                         if row.get(name) is not None:
-                            writer.add_scalar(name, row[name], row["step"])
+                            _add(writer, row["step"], tag=name, simple_value=row[name])
                 last = run.metrics[-1]["step"] if run.metrics else 0
                 for name, value in final.items():
-                    writer.add_scalar(name, value, last)
-                for summary in hparams(chosen, final):
-                    writer._get_file_writer().add_summary(summary)
-    with SummaryWriter(str(folder / "figures")) as writer:
-        for name, content in images.items():
-            writer.add_image(name, _pixels(content), 0, dataformats="HWC")
+                    _add(writer, last, tag=name, simple_value=value)
+                writer.add_event(Event(wall_time=time.time(), summary=hparams_pb(chosen)))
+    with _event_file(folder / "figures") as writer:
+        for name, png in images.items():
+            width, height = struct.unpack(">II", png[16:24])  # where every PNG file says its size
+            _add(writer, 0, tag=name, image=Summary.Image(encoded_image_string=png, width=width, height=height))
+
+
+@contextmanager
+def _event_file(folder: Path) -> Iterator[EventFileWriter]:
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = EventFileWriter(str(folder))
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def _add(writer: EventFileWriter, step: int, **value: object) -> None:
+    writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[Summary.Value(**value)])))
 
 
 def _varying_settings(methods: Sequence[Method]) -> list[str]:
@@ -62,9 +80,3 @@ def _varying_settings(methods: Sequence[Method]) -> list[str]:
 
 def _shown(value: object) -> str | float | bool:
     return value if isinstance(value, (bool, int, float)) else str(value)
-
-
-def _pixels(png: bytes) -> np.ndarray:
-    from matplotlib.image import imread
-
-    return (imread(io.BytesIO(png), format="png") * 255).astype(np.uint8)

@@ -17,8 +17,9 @@ from algorithms.dgpo import DGPO, DGPOConfig
 from algorithms.kd import KD, KDConfig
 from algorithms.learner import scoring
 from algorithms.learner.algorithm import Algorithm, AlgorithmConfig, OptimizerConfig
+from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import freeze
-from algorithms.learner.training_step import Learner, LearnerConfig
+from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch
 from algorithms.ppo import PPO, PPOConfig
 from algorithms.sft import SFT, SFTConfig
@@ -344,6 +345,9 @@ def test_every_row_is_used_once_per_epoch():
         def __init__(self, config):
             super().__init__(config)
             self.seen, self.steps = [], 0
+
+        def num_steps(self, num_demonstrations):
+            return 1
 
         def token_loss(self, tokens):
             self.seen.append(torch.stack([tokens.sequence_ids, tokens.ids]))

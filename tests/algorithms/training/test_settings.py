@@ -21,8 +21,8 @@ from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS
 from agentic_rag_env.types import Passage
 from algorithms.assets import ASSETS
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
+from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import load_tokenizer
-from algorithms.learner.training_step import LearnerConfig
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training.build import build_stages
 from algorithms.training.settings import EvaluationConfig, ModelConfig, RunConfig, register_schemas, run_config

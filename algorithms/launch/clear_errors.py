@@ -1,0 +1,62 @@
+"""Errors of a user become messages of a line or two; bugs keep their traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from agentic_rag_env.errors import AgenticRAGError
+
+
+@contextmanager
+def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
+    """Say in a line or two what went wrong, and exit with code 1, where a user can mend it; bugs keep their traceback.
+
+    HYDRA_FULL_ERROR=1 shows the traceback of every error. In a multirun the jobs after a failed one still run.
+
+    Args:
+        run_dir: Named as the one to resume, if it holds checkpoints.
+    """
+    shown_before = warnings.formatwarning
+    warnings.formatwarning = _format_warning  # type: ignore[assignment]
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        _print_message("Interrupted.", run_dir)
+        raise SystemExit(130) from error
+    except (AgenticRAGError, OSError, FloatingPointError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        message = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+        if _is_job_of_a_multirun():
+            from hydra.errors import CompactHydraException
+
+            raise CompactHydraException(message) from error
+        _print_message(message, run_dir)
+        raise SystemExit(1) from error
+    finally:
+        warnings.formatwarning = shown_before
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *_: Any) -> str:
+    return f"{category.__name__.removeprefix('User')}: {message}\n"
+
+
+def _print_message(message: str, run_dir: Path | None) -> None:
+    print(message, file=sys.stderr)
+    if run_dir is not None and any(run_dir.glob("checkpoints/*/manifest.json")):
+        print(f"Checkpoints are kept. To go on: python -m algorithms.run resume={run_dir}", file=sys.stderr)
+
+
+def _is_job_of_a_multirun() -> bool:
+    if "hydra" not in sys.modules:  # a command without it
+        return False
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -1,0 +1,203 @@
+"""Settings of the learner and of the kinds of algorithms, without the libraries that obey them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentic_rag_env.errors import ConfigurationError
+
+#: Metadata of a field whose setting says how a run is carried out, and changes nothing in what comes of it.
+WITHOUT_EFFECT = {"without_effect": True}
+LOSS_REDUCTIONS = ("token-mean", "seq-mean", "constant")
+PRECISIONS = ("auto", "float32", "bfloat16")
+CRITICS = ("separate", "shared")
+
+
+def check_settings(config: Any, allowed: str, test: Callable[[Any], bool], *names: str) -> None:
+    """Refuse settings outside their range; for the `__post_init__` of a config.
+
+    Args:
+        config: The dataclass of settings.
+        allowed: The range in words, as it follows "must be".
+        test: Whether one value is in that range.
+        *names: Fields to look at.
+
+    Raises:
+        ConfigurationError: A value fails the test; the message says the field, the range and the value.
+    """
+    for name in names:
+        if not test(value := getattr(config, name)):
+            raise ConfigurationError(f"{name} must be {allowed}, got {value!r}.")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        betas: Decay of the running mean and of the running square.
+        weight_decay: Decoupled; on matrices only.
+        warmup_fraction: Share of the steps with a linear warm-up, in [0, 1]; the first step is not at zero.
+        schedule: "constant" after the warm-up, or "cosine" down to zero.
+        max_grad_norm: Bound of the gradient's norm.
+    """
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_fraction: float = 0.0
+    schedule: str = "constant"
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_settings(self, "above 0", lambda value: value > 0, "learning_rate", "max_grad_norm")
+        check_settings(self, "at least 0", lambda value: value >= 0, "weight_decay")
+        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "warmup_fraction")
+        check_settings(self, "'constant' or 'cosine'", lambda value: value in ("constant", "cosine"), "schedule")
+        check_settings(self, "two numbers in [0, 1)", lambda value: len(value) == 2 and min(value) >= 0, "betas")
+        check_settings(self, "two numbers in [0, 1)", lambda value: max(value) < 1, "betas")
+
+
+@dataclass(kw_only=True)
+class AlgorithmConfig:
+    """What the settings of every algorithm have; an algorithm's own config adds to it.
+
+    Attributes:
+        batch_size: Trajectories per step.
+        num_minibatches: Optimizer steps per pass over the batch.
+        num_epochs: Passes over one batch; 1 for a batch drawn from stored trajectories.
+        loss_reduction: "token-mean" over all model-written tokens of a minibatch, or "seq-mean": the mean over
+            trajectories of each one's token mean; or "constant": the mean over trajectories of each one's token sum
+            divided by `reduction_length`, so that no length is favoured (Dr. GRPO, arXiv:2503.20783).
+        reduction_length: Tokens; read only where `loss_reduction` is "constant".
+        optimizer: Of the policy.
+        warm_start: Settings (with `name`) of the algorithm whose result this one starts from; None: the raw model.
+    """
+
+    batch_size: int = 64
+    num_minibatches: int = 1
+    num_epochs: int = 1
+    loss_reduction: str = "token-mean"
+    reduction_length: int = 128
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    warm_start: Any = None
+
+    def __post_init__(self) -> None:
+        check_settings(self, "at least 1", lambda value: value >= 1, "batch_size", "num_minibatches", "num_epochs")
+        check_settings(self, "at least 1", lambda value: value >= 1, "reduction_length")
+        limit = self.batch_size
+        check_settings(self, f"at most batch_size ({limit})", lambda value: value <= limit, "num_minibatches")
+        check_settings(self, f"one of {', '.join(LOSS_REDUCTIONS)}", LOSS_REDUCTIONS.__contains__, "loss_reduction")
+
+
+@dataclass(kw_only=True)
+class DemonstrationConfig(AlgorithmConfig):
+    """Settings of an algorithm that trains on the teacher's trajectories; the run collects them by these.
+
+    Attributes:
+        num_demonstrations: Trajectories to collect from the teacher.
+        max_questions_per_demonstration: The teacher is asked at most this many times `num_demonstrations` training
+            questions. Training goes on with what it got right.
+        correct_only: Keep correct trajectories only; False: all with an answer and no malformed turn (DGPO's ablation
+            "all TGO").
+        hand_over_exact_match: Stop as soon as exact match on the development questions reaches this; None: never.
+    """
+
+    num_demonstrations: int = 400
+    max_questions_per_demonstration: int = 4
+    correct_only: bool = True
+    hand_over_exact_match: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = ("num_demonstrations", "max_questions_per_demonstration")
+        check_settings(self, "at least 1", lambda value: value >= 1, *counts)
+        check_settings(
+            self, "in (0, 1] or null", lambda value: value is None or 0 < value <= 1, "hand_over_exact_match"
+        )
+
+
+@dataclass(kw_only=True)
+class PolicyGradientConfig(AlgorithmConfig):
+    """Settings that all policy-gradient methods share; the defaults are those measured on the bundled tiny world.
+
+    Attributes:
+        steps: Training steps, a fresh rollout each.
+        kl_coef: Weight of the KL penalty.
+        kl_estimator: How the KL is estimated from the sampled token: "k1" (signed), "k2" or "k3", see
+            `ops.kl_estimate`.
+        clip_range: Bound of the policy ratio's distance to 1.
+        entropy_coef: Weight of the entropy bonus.
+    """
+
+    batch_size: int = 96
+    num_minibatches: int = 3
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=1e-3, betas=(0.9, 0.99), warmup_fraction=0.05, schedule="cosine"
+        )
+    )
+    steps: int = 150
+    kl_coef: float = 0.001
+    kl_estimator: str = "k1"
+    clip_range: float = 0.2
+    entropy_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, "above 0", lambda value: value > 0, "steps", "clip_range")
+        check_settings(self, "at least 0", lambda value: value >= 0, "kl_coef", "entropy_coef")
+
+
+@dataclass(kw_only=True)
+class CriticConfig(AlgorithmConfig):
+    """Settings of an algorithm that needs values.
+
+    Attributes:
+        critic_optimizer: Optimizer of the critic.
+        critic_warmup_steps: Steps at the start in which only the critic learns.
+        value_clip_range: Bound of a value's distance to the value before the update.
+    """
+
+    critic_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1.5e-3, betas=(0.9, 0.99), warmup_fraction=0.05)
+    )
+    critic_warmup_steps: int = 6
+    value_clip_range: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, "at least 0", lambda value: value >= 0, "critic_warmup_steps")
+        check_settings(self, "above 0", lambda value: value > 0, "value_clip_range")
+
+
+@dataclass(kw_only=True)
+class LearnerConfig:
+    """How the training step uses the machine, and where the critic lives.
+
+    Attributes:
+        precision: Of the computation, rollouts included: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a
+            GPU, float32 elsewhere. Weights and optimizer are float32.
+        micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
+        chunk_tokens: Model-written tokens that go through the LM head at once; a chunk of logits is this times the
+            vocabulary times 4 bytes, and about four of them exist at the peak.
+        gradient_checkpointing: Keep one activation per layer and compute the others again in the backward pass.
+        critic: "separate": a network of its own; "shared": a head on the policy's backbone.
+        value_coef: Weight of the value loss in the gradient of a shared backbone.
+    """
+
+    precision: str = "auto"
+    micro_batch_tokens: int = 4096
+    chunk_tokens: int = 1024
+    gradient_checkpointing: bool = False
+    critic: str = "separate"
+    value_coef: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_settings(self, f"one of {', '.join(PRECISIONS)}", PRECISIONS.__contains__, "precision")
+        check_settings(self, f"one of {', '.join(CRITICS)}", CRITICS.__contains__, "critic")
+        check_settings(self, "at least 1", lambda value: value >= 1, "micro_batch_tokens", "chunk_tokens")
+        check_settings(self, "at least 0", lambda value: value >= 0, "value_coef")

@@ -1,0 +1,183 @@
+"""One run of a learner of another library: trained, checked, measured and written down like a run of the zoo."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agentic_rag_env.errors import RetrieverError
+from agentic_rag_env.files import write_whole
+from agentic_rag_env.types import StepInfo
+from agentic_rag_env.wrappers import DiscreteActions
+from algorithms.assets import resolve_model
+from algorithms.learner import seeding
+from algorithms.learner.networks import load_tokenizer
+from algorithms.learner.types import Trajectory
+from algorithms.rollout.player import Progress
+from algorithms.rollout.trajectory_files import transcript
+from algorithms.sb3.episodes import RecordedView, Sample, play, single
+from algorithms.sb3.learner import OutsideLearner
+from algorithms.training import evaluation
+from algorithms.training.build import Environments
+from algorithms.training.run_logger import RunLogger, cost_metrics
+from algorithms.training.settings import RunConfig
+from algorithms.training.summary import publish, summarize
+from algorithms.training.trajectory_samples import NUM_SAVED, is_due, write_check, write_sample
+
+
+class OutsideRun:
+    """One run of an outside learner: what it is made of, then `train`, then `finish`."""
+
+    def __init__(self, learner: OutsideLearner, config: RunConfig, run_dir: Path) -> None:
+        self.learner, self.config, self.run_dir = learner, config, run_dir
+        self.tokenizer = load_tokenizer(resolve_model(config.model.policy))
+        self.environments = Environments(config, self.tokenizer)
+        self.costs: dict[str, float] = {}
+        self.words: dict[str, tuple[str, ...]] = {}
+        first = self.view("train")
+        self.words = {"question_words": first.question_words, "query_words": first.query_words}
+        self.dev, self.test = self.view("dev"), self.view("test")
+        self.step, self.num_updates = 0, learner.num_updates(config)
+        self.sample = Sample(NUM_SAVED, self.tokenizer, lambda: self._is_checked(self.step + 1))
+
+    def view(self, split: str) -> DiscreteActions:
+        """A new environment of a split; the words of all are those of the training split."""
+        return DiscreteActions(single(self.environments.envs(split)), self.learner.max_candidates, **self.words)
+
+    def training_view(self) -> DiscreteActions:
+        """Another one of the training split, of whose episodes some are kept."""
+        return RecordedView(
+            single(self.environments.envs("train")),
+            self.learner.max_candidates,
+            **self.words,
+            player=self.learner,
+            begin=self.sample.begin,
+            keep=self.sample.keep,
+        )
+
+    def train(self) -> None:
+        """Learn, and save what was learned."""
+        with RunLogger(self.run_dir, self.num_updates) as self.logger:
+            self.logger.message(
+                f"training: {self.learner.name} ({self.num_updates} updates), no language model; written to "
+                f"{self.run_dir}"
+            )
+            self.learner.train(self.training_view, self.config, self.report)
+        self._save()
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Record an update, and from time to time a check on the dev split."""
+        self.step += 1
+        self._spend({name.removeprefix("time/"): spent for name, spent in metrics.items() if name.startswith("time/")})
+        self._spend({name: metrics[f"rollout/{name}"] for name in ("episodes", "env_steps")})
+        if self._is_checked(self.step):
+            self._save_sample()
+            metrics = {**metrics, **self._check_on_dev()}
+        self.logger.write(self.step, {**metrics, **cost_metrics(self.costs)}, self.learner.name)
+
+    def finish(self) -> dict[str, Any]:
+        """Measure, print and write; returns the summary."""
+        name, dataset, started = self.learner.name, self.test.env.dataset, time.perf_counter()
+        result = evaluation.evaluate_player(
+            name, self._play_test_questions, dataset, self.tokenizer, self.config.evaluation, self.run_dir
+        )
+        self._spend({"evaluation_s": time.perf_counter() - started})
+        stage = {"name": name, "steps": self.step, "checkpoint": self._checkpoint}
+        summary = summarize(self.config, [stage], [result], self.costs, torch.device("cpu"), self.environments)
+        publish(self.run_dir, self.config, summary, [result], self.tokenizer)
+        return summary
+
+    def _is_checked(self, step: int) -> bool:
+        return is_due(self.config.evaluation.every, step, self.num_updates)
+
+    def _save_sample(self) -> None:
+        """Keep some of the episodes that the present update has learned from."""
+        started, trajectories = time.perf_counter(), self.sample.take()
+        if trajectories:
+            path = self.run_dir / "trajectories" / f"train-{self.step:06d}.jsonl.gz"
+            write_sample(path, trajectories, self.environments.dataset("train"), self.tokenizer)
+        self._spend({"samples_s": time.perf_counter() - started})
+
+    def _check_on_dev(self) -> dict[str, float]:
+        started = time.perf_counter()
+        count = min(self.config.evaluation.num_dev_questions, len(self.dev.env.dataset))
+        played = [self._play(self.dev, index, 0.0) for index in range(count)]
+        self.logger.text("transcripts/dev", transcript(played[self.step % count], self.tokenizer), self.step)
+        path = self.run_dir / "trajectories" / f"dev-{self.step:06d}.jsonl.gz"
+        write_check(path, played, self.dev.env.dataset, self.tokenizer)
+        seconds = time.perf_counter() - started
+        self._spend({"dev_s": seconds})
+        return evaluation.dev_metrics(played) | {"time/dev_s": seconds}
+
+    def _play_test_questions(self, temperature: float, count: int, show: Progress) -> list[Trajectory]:
+        played: list[Trajectory] = []
+        for index in range(count):
+            played.append(self._play(self.test, index, temperature))
+            show(index + 1, count)
+        check_failures([each.turns[-1].info for each in played], self.config)
+        return played
+
+    def _play(self, view: DiscreteActions, index: int, temperature: float) -> Trajectory:
+        draw = seeding.rng(self.config.evaluation.seed, self.learner.name, index)
+        return play(view, index, self.learner, temperature, draw, self.tokenizer)
+
+    @property
+    def _checkpoint(self) -> str:
+        return f"checkpoints/{self.step:06d}"
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        folder = self.run_dir / self._checkpoint
+        folder.mkdir(parents=True, exist_ok=True)
+        self.learner.save(folder)
+        settings = {"max_candidates": self.learner.max_candidates, **self.words}
+        write_whole(folder / "view.json", json.dumps(settings, ensure_ascii=False).encode())
+        self._spend({"checkpoint_s": time.perf_counter() - started})
+
+    def _spend(self, costs: Mapping[str, float]) -> None:
+        for name, cost in costs.items():
+            self.costs[name] = self.costs.get(name, 0.0) + cost
+
+
+def episode_metrics(last: Sequence[StepInfo], rewards: Sequence[float], config: RunConfig) -> dict[str, float]:
+    """Means over the episodes of an update, under the names of the zoo's.
+
+    Args:
+        last: Info of each episode's last step; may be empty.
+        rewards: Of each.
+        config: The run's.
+
+    Raises:
+        RetrieverError: Too many episodes ended in a failed search.
+    """
+    check_failures(last, config)
+    if not last:
+        return {}
+    return {
+        "rollout/exact_match": float(np.mean([info["exact_match"] for info in last])),
+        "rollout/reward": float(np.mean(rewards)),
+        "rollout/num_searches": float(np.mean([info["num_searches"] for info in last])),
+        "rollout/truncated_fraction": float(np.mean([info["answer"] is None for info in last])),
+        "rollout/retriever_errors": float(sum(info["error"] is not None for info in last)),
+    }
+
+
+def check_failures(last: Sequence[StepInfo], config: RunConfig) -> None:
+    """Stop a run whose searches fail.
+
+    Raises:
+        RetrieverError: A larger share of the episodes ended so than the run allows.
+    """
+    errors = [info["error"] for info in last if info["error"] is not None]
+    allowed = config.max_retriever_error_fraction
+    if len(errors) > allowed * len(last):
+        raise RetrieverError(
+            f"{len(errors)} of {len(last)} episodes ended in a failed search, more than max_retriever_error_fraction="
+            f"{allowed} allows; the last one: {errors[-1]}"
+        )
