@@ -219,13 +219,14 @@ class _Rollout:
         for env, observation in zip(envs, observations, strict=True):
             terminated, truncated = bool(terminations[env]), bool(truncations[env])
             # The last token of the action, the observation, and at least one token of the next action.
-            reward = float(rewards[env])
+            reward, info = float(rewards[env]), info_at(infos, env)
             full = self.lengths[env] + len(observation) + 2 > self.engine.config.max_tokens
             if full and not (terminated or truncated):
                 truncated = True
-                reward += self.engine.envs.cut_off(env)
+                cut = self.engine.envs.cut_off(env)
+                reward, info = reward + cut.reward, cut.info
             ended = terminated or truncated
-            turn = self._record_turn(env, observation[:0] if ended else observation, info_at(infos, env))
+            turn = self._record_turn(env, observation[:0] if ended else observation, info)
             self.episodes[env].reward += reward
             if ended:
                 self._finish(env, turn.info, terminated)
