@@ -24,7 +24,7 @@ from agentic_rag_env.registry import DATASETS, RETRIEVERS, REWARDS, Registry
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import Outcome, answer_reward, exact_match, f1_score, normalize_answer, sub_exact_match
 from agentic_rag_env.spaces import FreeText
-from agentic_rag_env.types import Passage, Question, StepInfo
+from agentic_rag_env.types import Ending, Passage, Question, StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Answer",
     "ConfigurationError",
     "DataError",
+    "Ending",
     "FreeText",
     "Malformed",
     "Outcome",

@@ -71,6 +71,7 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
     | `num_searches` | int | searches executed in this episode |
     | `correct` | bool | an answer matched exactly |
     | `error` | str or None | why the search failed |
+    | `ending` | `Ending` or None | "answered", "out_of_turns" or "search_failed"; None while the episode goes on |
 
     ## Arguments
     ```python

@@ -17,7 +17,7 @@ from agentic_rag_env.prompts import MALFORMED_HINT, format_passages, information
 from agentic_rag_env.registry import did_you_mean
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import Outcome, Reward, check_reward, exact_match, f1_score
-from agentic_rag_env.types import Found, Passage, Question, StepInfo
+from agentic_rag_env.types import Ending, Found, Passage, Question, StepInfo
 
 #: What happens after the last turn that may search; `Rules` explains them.
 FinalTurn: TypeAlias = Literal["none", "no_search", "forced"]
@@ -170,6 +170,7 @@ class Episode:
         self._rules = rules
         self._num_searches = 0
         self._action: Action | None = None
+        self._info: StepInfo | None = None
 
     def begin(self, question: Question) -> str:
         """Start over with a question; returns the prompt."""
@@ -223,15 +224,19 @@ class Episode:
             return self._continue(None, self.report(action="malformed"))
         if isinstance(found, RetrieverError):
             message = str(found) or type(found).__name__
-            return StepResult("", 0.0, False, True, self.report(action="search", query=action.query, error=message))
+            return self._end(Ending.SEARCH_FAILED, self.report(action="search", query=action.query, error=message))
         self._num_searches += found is not None
         passages = tuple(found or ())
         return self._continue(passages, self.report(action="search", query=action.query, passages=passages))
 
-    def cut_off(self) -> float:
-        """End an episode that its player has no room to go on with; returns the reward of having given no answer.
+    def cut_off(self) -> StepResult:
+        """End an episode that its player has no room to go on with.
 
         The last observation is taken back, because nobody reads it.
+
+        Returns:
+            The last step as it is now: nothing observed, the reward of an episode without an answer, truncated, and the
+            same info with the ending "out_of_tokens".
 
         Raises:
             ResetNeededError: No episode is running, or it has not yet had a turn.
@@ -240,7 +245,8 @@ class Episode:
             raise ResetNeededError("cut_off ends an episode between two turns, and none is there; call reset and step.")
         self.running = False
         self.transcript.pop()
-        return self._earned(None)
+        assert self._info is not None
+        return self._end(Ending.OUT_OF_TOKENS, self._info)
 
     def report(self, **changes: Any) -> StepInfo:
         """The info of a turn; what is not given has the value of a turn in which it did not happen."""
@@ -257,15 +263,17 @@ class Episode:
             "num_searches": self._num_searches,
             "correct": False,
             "error": None,
+            "ending": None,
         }
         return StepInfo(**(info | changes))  # type: ignore[typeddict-item]
 
     def _continue(self, passages: Sequence[Passage] | None, info: StepInfo) -> StepResult:
         if self.turn == self._rules.num_calls:
-            return StepResult("", self._earned(None), False, True, info)
+            return self._end(Ending.OUT_OF_TURNS, info)
         observation = self._rules.reply(passages, self.turn)
         self.transcript.append(observation)
         self.running = True
+        self._info = info
         return StepResult(observation, 0.0, False, False, info)
 
     def _answer(self, answer: str) -> StepResult:
@@ -275,7 +283,13 @@ class Episode:
         info = self.report(
             action="answer", answer=answer, exact_match=match, f1=f1_score(answer, golden_answers), correct=match == 1.0
         )
-        return StepResult("", self._earned(answer), True, False, info)
+        return self._end(Ending.ANSWERED, info)
+
+    def _end(self, ending: Ending, info: StepInfo) -> StepResult:
+        """The last step. A failed search is not the agent's fault and earns 0, whatever the reward."""
+        reward = 0.0 if ending is Ending.SEARCH_FAILED else self._earned(info["answer"])
+        answered = ending is Ending.ANSWERED
+        return StepResult("", reward, answered, not answered, info | {"ending": ending})
 
     def _earned(self, answer: str | None) -> float:
         """The reward of the episode, which ends here."""

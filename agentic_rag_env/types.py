@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from agentic_rag_env.errors import RetrieverError
@@ -55,12 +56,25 @@ class Passage:
 Found: TypeAlias = Sequence[Passage] | RetrieverError
 
 
+class Ending(StrEnum):
+    """Why an episode is over; its members are strings, so JSON holds them as they are."""
+
+    #: The agent answered, rightly or wrongly.
+    ANSWERED = "answered"
+    #: The last turn brought no answer.
+    OUT_OF_TURNS = "out_of_turns"
+    #: Its player had no room for another turn, say in a model's context.
+    OUT_OF_TOKENS = "out_of_tokens"
+    #: The retriever raised `RetrieverError`.
+    SEARCH_FAILED = "search_failed"
+
+
 class StepInfo(TypedDict):
     """What `step` reports beside the reward; the same keys every time, so that vector environments can stack them.
 
     `action` is None in the info of `reset`. `query` belongs to a search, `passages` to one that was executed,
     `answer`, `exact_match` and `f1` to an answer. `correct` is True only once an answer has matched exactly. `error`
-    holds the message of a failed retrieval.
+    holds the message of a failed retrieval. `ending` says why the episode is over; None while it goes on.
     """
 
     question_id: str
@@ -74,3 +88,4 @@ class StepInfo(TypedDict):
     num_searches: int
     correct: bool
     error: str | None
+    ending: Ending | None

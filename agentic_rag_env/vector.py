@@ -13,7 +13,7 @@ from gymnasium.vector.utils import batch_space
 
 from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.env import AgenticRAGEnv, check_options
-from agentic_rag_env.episode import Episode, check_count, search
+from agentic_rag_env.episode import Episode, StepResult, check_count, search
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError
 from agentic_rag_env.registry import ENVS, did_you_mean
 from agentic_rag_env.types import Found, StepInfo
@@ -147,14 +147,14 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
             infos = self._add_info(infos, dict(info), row)
         return tuple(self._observations), rewards, terminations, truncations, infos
 
-    def cut_off(self, row: int) -> float:
+    def cut_off(self, row: int) -> StepResult:
         """End the episode of a row after a turn, because its player has no room to go on, say in a model's context.
 
         Args:
             row: Its last observation, which nobody reads, is taken back. Mode DISABLED only.
 
         Returns:
-            What the episode earns without an answer.
+            The row's last step as it is now, see `Episode.cut_off`.
 
         Raises:
             ResetNeededError: The row has no running episode, or one that has not yet had a turn.
@@ -163,9 +163,9 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
         """
         if self.autoreset_mode is not AutoresetMode.DISABLED:
             raise ConfigurationError(f"cut_off needs autoreset_mode DISABLED, this is {self.autoreset_mode}.")
-        reward = self._episodes[row].cut_off()
+        result = self._episodes[row].cut_off()
         self._observations[row] = ""
-        return reward
+        return result
 
     def render(self) -> tuple[str, ...] | None:
         """The transcripts of all rows in mode "ansi", else None."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from agentic_rag_env.episode import StepResult
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.retrievers.cached import stats_of
 from agentic_rag_env.types import StepInfo
@@ -44,8 +45,8 @@ class TextEnvs(Protocol):
         """Take a turn in each row that gets a text; infos have `correct` and `error` at least."""
         ...
 
-    def cut_off(self, row: int) -> float:
-        """End the episode of a row for which there is no more room; returns what it earns."""
+    def cut_off(self, row: int) -> StepResult:
+        """End the episode of a row for which there is no more room; returns its last step as it is now."""
         ...
 
 
@@ -197,14 +198,15 @@ class _Rollout:
             episode = self.episodes[env]
             episode.num_tokens += len(action.ids)
             terminated, truncated = bool(terminations[env]), bool(truncations[env])
-            reward = float(rewards[env])
+            reward, info = float(rewards[env]), info_at(infos, env)
             # The observation, and at least one token of the next action.
             full = episode.num_tokens + len(observation) + 1 > self.engine.config.max_tokens
             if full and not (terminated or truncated):
                 truncated = True
-                reward += self.envs.cut_off(env)
+                cut = self.envs.cut_off(env)
+                reward, info = reward + cut.reward, cut.info
             ended = terminated or truncated
-            info = self._record_turn(episode, action, observation[:0] if ended else observation, info_at(infos, env))
+            self._record_turn(episode, action, observation[:0] if ended else observation, info)
             episode.reward += reward
             if ended:
                 self._finish(env, info, terminated)
@@ -214,12 +216,11 @@ class _Rollout:
         if self.progress and any(action.row not in self.episodes for action in actions):
             self.progress(self.num_finished, len(self.questions))
 
-    def _record_turn(self, episode: _Episode, action: Action, observation_ids: np.ndarray, info: StepInfo) -> StepInfo:
+    def _record_turn(self, episode: _Episode, action: Action, observation_ids: np.ndarray, info: StepInfo) -> None:
         episode.turns.append(Turn(action.ids, action.logprobs, observation_ids, info))
         self.stats.sampled_tokens += len(action.ids)
         if info["error"] is not None:
             self._count_failed_search(info["error"])
-        return info
 
     def _count_failed_search(self, message: str) -> None:
         self.stats.retriever_errors += 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
@@ -26,7 +27,7 @@ from agentic_rag_env.prompts import (
     information_block,
 )
 from agentic_rag_env.rewards import Outcome, f1_score
-from agentic_rag_env.types import Passage, Question, StepInfo
+from agentic_rag_env.types import Ending, Passage, Question, StepInfo
 
 SEARCH = "<think> hm </think> <search> Seine </search>"
 ANSWER = "<answer> Paris </answer>"
@@ -78,6 +79,7 @@ def test_a_whole_episode_by_hand(world: QuestionSet) -> None:
         num_searches=0,
         correct=False,
         error=None,
+        ending=None,
     )
     assert env.reset(options={"question_index": 1}) == ("Which river flows through Paris?\n", start)
 
@@ -97,7 +99,7 @@ def test_a_whole_episode_by_hand(world: QuestionSet) -> None:
     observation, reward, terminated, truncated, info = env.step("<answer> River Seine! </answer> bla")
     assert (observation, reward, terminated, truncated) == ("", 1.0, True, False)
     changed = {"turn": 3, "action": "answer", "answer": "River Seine!", "num_searches": 1}
-    assert info == start | changed | {"exact_match": 1.0, "f1": 1.0, "correct": True}
+    assert info == start | changed | {"exact_match": 1.0, "f1": 1.0, "correct": True, "ending": Ending.ANSWERED}
 
 
 def test_a_wrong_answer_terminates_without_reward(world: QuestionSet) -> None:
@@ -278,6 +280,30 @@ def test_a_failed_search_truncates_and_says_why(world: QuestionSet) -> None:
         env.step(ANSWER)
     env = AgenticRAGEnv(world, BrokenRetriever(RetrieverError()))
     assert play(env, lambda turn: SEARCH)[-1][4]["error"] == "RetrieverError"
+
+
+@pytest.mark.parametrize("final_turn", FINAL_TURNS)
+@pytest.mark.parametrize(
+    ("text", "retriever", "ending"),
+    [
+        (ANSWER, FakeRetriever(), "answered"),
+        ("<answer> Rome </answer>", FakeRetriever(), "answered"),
+        (JUNK, FakeRetriever(), "out_of_turns"),
+        (SEARCH, FakeRetriever(), "out_of_turns"),
+        (SEARCH, BrokenRetriever(RetrieverError("gone")), "search_failed"),
+    ],
+)
+def test_an_info_says_why_the_episode_ended(
+    world: QuestionSet, final_turn: Any, text: str, retriever: Any, ending: str
+) -> None:
+    env = AgenticRAGEnv(world, retriever, max_turns=2, final_turn=final_turn)
+    forced = final_turn == "forced"
+    steps = play(env, lambda turn: text.removeprefix("<answer>") if forced and turn == 3 else text)
+    assert [step[4]["ending"] for step in steps] == [None] * (len(steps) - 1) + [ending]
+    assert isinstance(steps[-1][4]["ending"], Ending)
+    assert (steps[-1][2], steps[-1][3]) == (ending == "answered", ending != "answered")
+    assert json.dumps(steps[-1][4]["ending"]) == f'"{ending}"'
+    assert env.reset()[1]["ending"] is None
 
 
 def test_any_other_failure_of_a_retriever_is_raised_with_the_question(world: QuestionSet) -> None:

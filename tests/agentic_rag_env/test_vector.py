@@ -205,8 +205,11 @@ def test_an_episode_that_is_cut_off_earns_what_no_answer_earns(world: QuestionSe
     with pytest.raises(ResetNeededError, match="between two turns"):
         envs.cut_off(0)
     (hint, _), *_ = envs.step((JUNK, None))
-    envs.step((SEARCH, SEARCH))
-    assert envs.cut_off(0) == 0.25
+    infos = envs.step((SEARCH, SEARCH))[4]
+    cut = envs.cut_off(0)
+    assert cut[:4] == ("", 0.25, False, True)
+    assert cut.info == info_at(infos, 0) | {"ending": "out_of_tokens"}
+    assert infos["ending"].tolist() == [None, None]
     (outcome,) = outcomes
     assert (outcome.question.id, outcome.answer, outcome.prompt) == (world[0].id, None, prompts[0])
     assert outcome.turns == ((JUNK, hint), (SEARCH, ""))  # what was found last is read by nobody

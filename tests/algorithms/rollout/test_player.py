@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
+from agentic_rag_env.types import Ending
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner.collate import collate, predicting_positions
 from algorithms.learner.seeding import rng
@@ -109,8 +110,9 @@ def play_naively(player: Player, questions, seed) -> list[Trajectory]:
             )
             total += float(reward)
             observation = encode_plain(tokenizer, [text])[0]
-            truncated = truncated or (not terminated and len(ids) + len(observation) >= config.max_tokens)
             ended = terminated or truncated
+            if not ended and len(ids) + len(observation) >= config.max_tokens:
+                ended, info = True, info | {"ending": Ending.OUT_OF_TOKENS}
             kept = observation[:0] if ended else observation
             turns.append(Turn(np.array(action), np.array(logprobs, dtype=np.float32), kept, info))
             ids += kept.tolist()
@@ -191,9 +193,10 @@ def replay(env: AgenticRAGEnv, question: int, trajectory: Trajectory, player: Pl
         text = tokenizer.decode(action[:-1] if action[-1] == eos else action)
         assert action[-1] == eos or any(tag in text for tag in CLOSING) or len(action) == limit
         observation, step_reward, terminated, truncated, info = env.step(text)
-        assert info == turn.info
         reward += float(step_reward)
         last = position == len(trajectory.turns) - 1
+        no_room = last and not terminated and not truncated
+        assert turn.info == info | ({"ending": Ending.OUT_OF_TOKENS} if no_room else {})
         assert (terminated or truncated) <= last
         transcript += tokenizer.decode(action) + ("" if last else observation)
         assert last == (not len(turn.observation_ids)) or observation == ""
@@ -385,6 +388,10 @@ def test_an_episode_without_room_is_cut_off():
         if trajectory.turns[-1].info["action"] != "answer":
             assert (trajectory.truncated, trajectory.reward, trajectory.correct) == (True, 0.0, False)
             assert not len(trajectory.turns[-1].observation_ids)
+            assert [turn.info["ending"] for turn in trajectory.turns[:-1]] == [None] * (len(trajectory.turns) - 1)
+    endings = {trajectory.turns[-1].info["ending"] for trajectory in trajectories}
+    assert "out_of_tokens" in endings
+    assert endings <= {"answered", "out_of_turns", "out_of_tokens"}
     assert any(len(trajectory.turns) == 1 and trajectory.truncated for trajectory in trajectories)
 
 
