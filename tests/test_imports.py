@@ -230,7 +230,15 @@ def test_the_tree_holds_what_it_should_and_nothing_else():
     tracked = _tracked()
     if tracked is None:
         pytest.skip("not a git checkout")
-    furniture = {"pyproject.toml", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
+    furniture = {
+        "pyproject.toml",
+        "constraints.txt",
+        "Makefile",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "CONTRIBUTING.md",
+    }
     tops = {path.partition("/")[0] for path in tracked}
     assert {top for top in tops if not top.startswith(".")} <= furniture | set(PACKAGES)
 

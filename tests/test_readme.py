@@ -75,6 +75,48 @@ def test_algorithm_of_ones_own(rloo):
     assert rloo.rollouts_per_prompt == 3
 
 
+def parts() -> dict[str, str]:
+    """The examples of the page for those who extend the code, by the file name in their first line."""
+    page = (ROOT / "algorithms" / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, flags=re.DOTALL)
+    assert [name for name, _ in blocks] == ["actor_critic.py", "short_answers.py", "by_title.py", "capitals.py"]
+    return dict(blocks)
+
+
+def test_parts_written_from_the_map_alone_run_by_name(tmp_path):
+    page = (ROOT / "algorithms" / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^AGENTIC_RAG_PLUGINS=.*$", page, flags=re.MULTILINE)
+    for name, code in parts().items():
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    words = shlex.split(line)
+    start = words.index("python")
+    plugins = words[0].partition("=")[2] + ":capitals.py"
+    small = [setting for setting in SMALL if not setting.startswith(("dataset.", "algo.warm_start"))]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, *words[start + 1 :], *small, "dataset=capitals", "hydra.run.dir=run", "cache_dir=cache"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "AGENTIC_RAG_PLUGINS": plugins},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["algo"] == "actor_critic"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "train/value_loss" in rows[-1]
+    assert rows[-1]["rollout/reward"] < 0, "the price of what was written"
+
+
+def test_the_map_names_what_is_there():
+    page = (ROOT / "algorithms" / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", page):
+        assert (ROOT / "algorithms" / target).exists(), target
+    for page_name in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page_name).read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), f"{page_name}: {target}"
+
+
 def test_algorithm_outside_the_repository_trains_by_name(tmp_path):
     (tmp_path / "rloo.py").write_text(ALGORITHM, encoding="utf-8")
     words = shlex.split(COMMAND)
