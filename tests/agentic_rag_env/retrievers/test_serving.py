@@ -352,7 +352,7 @@ def check_crowd(num_clients: int) -> None:
         open_files = num_open_files()
         asyncio.run(crowd(server.port, num_clients, num_requests=3))
         until(server.is_idle)
-        assert num_open_files() == open_files
+        assert num_open_files() <= open_files  # what other tests left open may be closed meanwhile
     assert sum(echo.sizes()) == 3 * num_clients + 1
     assert len(echo.batches) < num_clients
 
