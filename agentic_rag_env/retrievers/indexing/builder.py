@@ -170,19 +170,19 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
 @contextmanager
 def _builder_of(folder: Path) -> Iterator[None]:
     """Keep other builders out of a folder; the lock goes with the process."""
-    import fcntl
+    from filelock import FileLock, Timeout
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be made: {error.strerror}.") from error
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{folder}: another process is building an index here; wait for it.") from error
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be locked: {error.strerror}; build on a local disk.") from error
+    try:
+        locked = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise DataError(f"{folder}: another process is building an index here; wait for it.") from error
+    except (OSError, NotImplementedError) as error:
+        raise DataError(f"{folder}: cannot be locked: {error}; build on a local disk.") from error
+    with locked:
         remove_partial(folder)
         remove_partial(folder / "vectors")
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import filelock
 import numpy as np
 import pytest
 
@@ -285,18 +285,17 @@ def test_a_killed_bm25_build_is_finished(tmp_path: Path, store: CorpusStore, wor
 
 
 def test_two_builders_in_one_folder(tmp_path: Path, store: CorpusStore) -> None:
-    with (tmp_path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process is building an index here"):
-            build_bm25(store.path, tmp_path, BM25Config())
+    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(DataError, match="another process is building an index"):
+        build_bm25(store.path, tmp_path, BM25Config())
+    assert build_bm25(store.path, tmp_path, BM25Config())["kind"] == "bm25"
 
 
 def test_a_file_system_without_locks(tmp_path: Path, store: CorpusStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.raises(DataError, match="cannot be locked: Function not implemented; build on a local disk"):
+    monkeypatch.setattr(filelock.FileLock, "_acquire", unsupported)
+    with pytest.raises(DataError, match=r"cannot be locked: .*No locks available; build on a local disk"):
         build_bm25(store.path, tmp_path, BM25Config())
 
 
