@@ -68,6 +68,7 @@ class Registry:
     def __init__(self, group: str) -> None:
         self.group = group
         self._entries: dict[str, Entry] = {}
+        self._replaced: dict[str, str] = {}
         self._plugins_loaded = False
 
     def register(self, name: str, config: type | None = None) -> Callable[[Any], Any]:
@@ -102,6 +103,15 @@ class Registry:
 
         return add
 
+    def replace(self, name: str, now: str) -> None:
+        """Note what has taken the place of a part, so that older settings are told its new name.
+
+        Args:
+            name: The former name.
+            now: What to write instead, such as `'dense' with backend=torch`.
+        """
+        self._replaced[name] = now
+
     def names(self) -> list[str]:
         """All known names, plug-ins included, sorted."""
         self._load_plugins()
@@ -114,6 +124,8 @@ class Registry:
             UnknownNameError: Nobody registered that name.
         """
         self._load_plugins()
+        if name in self._replaced and name not in self._entries:
+            raise UnknownNameError(f"{self.group} {name!r} is now {self._replaced[name]}; change the settings to that.")
         if name not in self._entries:
             raise UnknownNameError(f"Unknown {self.group} {name!r}.{did_you_mean(name, self._entries)}")
         return self._entries[name]

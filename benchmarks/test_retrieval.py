@@ -92,7 +92,7 @@ def spec_of(kind: str, folder: Path, store: CorpusStore) -> dict[str, Any]:
         build_bm25(store.path, folder / kind, BM25Config(), progress)
         return {"name": "bm25", "index": str(folder / kind)}
     if kind == "torch":
-        return {**spec_of("flat", folder, store), "name": "torch_exact", "device": "cpu"}
+        return {**spec_of("flat", folder, store), "backend": "torch", "device": "cpu"}
     if kind == "hybrid":
         parts = [spec_of(part, folder, store) for part in ("bm25", "ivf")]
         return {"name": "hybrid", "retrievers": parts}

@@ -35,32 +35,30 @@ from agentic_rag_env.vector import AgenticRAGVectorEnv
 
 NUM_CLIENTS, NUM_ENVS, TOP_K = 256, 64, 3
 SECONDS = float(os.environ.get("SERVER_SECONDS", 5))
-#: As most are written: a request is a search, in one of the threads that FastAPI runs such functions in.
+#: As most are written: a request is a search, in one of the threads that the framework keeps for such functions.
 PLAIN = """
 import json, sys
 import uvicorn
-from fastapi import FastAPI
-from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 from agentic_rag_env.corpus import CorpusStore
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.serving.cli import listen_at
 from agentic_rag_env.retrievers.serving.service import ServerConfig
 
-class Request(BaseModel):
-    queries: list[str]
-    topk: int | None = None
-    return_scores: bool = False
-
-app = FastAPI()
 retriever = RETRIEVERS.build(json.loads(sys.argv[1]), corpus=CorpusStore(sys.argv[2]))
 
-@app.post("/retrieve")
-def retrieve(request: Request):
-    found = retriever.search(request.queries, request.topk)
-    return {"result": [
+async def retrieve(request: Request):
+    given = await request.json()
+    found = await run_in_threadpool(retriever.search, given["queries"], given["topk"])
+    return JSONResponse({"result": [
         [{"document": {"id": p.id, "contents": p.contents}, "score": p.score} for p in passages] for passages in found
-    ]}
+    ]})
 
+app = Starlette(routes=[Route("/retrieve", retrieve, methods=["POST"])])
 listener = listen_at(ServerConfig(port=0))
 listener.listen(2048)
 print("http://127.0.0.1:%d/retrieve" % listener.getsockname()[1], flush=True)

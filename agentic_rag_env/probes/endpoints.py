@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
+from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, ServiceError, require_httpx
 from agentic_rag_env.probes.material import Prompt, cut
 from agentic_rag_env.registry import did_you_mean
 
@@ -32,10 +32,11 @@ class EndpointConfig:
         max_tokens: Most tokens of a reply.
         temperature: 0 is greedy.
         num_parallel: Requests under way at once.
-        timeout_s: Longest wait for a connection, and for each piece of a reply [seconds].
-        max_retries: How often a request is repeated after a failed connection, a timeout, status 429 or 500 and above.
+        timeout_s: Longest wait for a connection and for a reply [seconds].
+        max_retries: How often a request is repeated where that may help; see `HttpClient`.
         backoff_s: Pause before the first repetition; each further one takes twice as long [seconds].
         api_key_variable: Name of the environment variable that holds the key; without one no key is sent.
+        proxy: See `HttpClient`.
     """
 
     url: str
@@ -48,6 +49,7 @@ class EndpointConfig:
     max_retries: int = 3
     backoff_s: float = 0.5
     api_key_variable: str = "OPENAI_API_KEY"
+    proxy: str | None = ENVIRONMENT
 
     def __post_init__(self) -> None:
         if self.api not in APIS:
@@ -76,13 +78,18 @@ class Endpoint:
     """
 
     def __init__(self, config: EndpointConfig) -> None:
-        try:
-            import httpx
-        except ImportError as error:
-            raise ConfigurationError("An endpoint needs the library httpx: pip install httpx.") from error
+        require_httpx("An endpoint")
         self.config = config
         key = os.environ.get(config.api_key_variable)
-        self._client = httpx.Client(timeout=config.timeout_s, headers={"Authorization": f"Bearer {key}"} if key else {})
+        path = "completions" if config.api == "completions" else "chat/completions"
+        self._client = HttpClient(
+            [f"{config.url.rstrip('/')}/{path}"],
+            timeout_s=config.timeout_s,
+            max_retries=config.max_retries,
+            backoff_s=config.backoff_s,
+            proxy=config.proxy,
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+        )
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
         """Continue prompts; see `material.Generate`.
@@ -98,47 +105,28 @@ class Endpoint:
         self._client.close()
 
     def _continue(self, prompt: str) -> str:
-        path, payload = self._request(prompt)
-        reply = self._post(f"{self.config.url.rstrip('/')}/{path}", payload)
+        try:
+            reply = self._client.post(self._request(prompt)).json()
+        except ServiceError as error:
+            raise EndpointError(str(error)) from error
         try:
             choice = reply["choices"][0]
             text = choice["text"] if self.config.api == "completions" else choice["message"]["content"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise EndpointError(f"{self.config.url}: the reply holds no text: {str(reply)[:200]}") from error
+        except (KeyError, IndexError, TypeError):
+            text = reply
+        if not isinstance(text, str | None):
+            raise EndpointError(f"{self.config.url}: the reply holds no text: {str(reply)[:200]}")
         return cut(text or "")
 
-    def _request(self, prompt: str) -> tuple[str, dict[str, Any]]:
+    def _request(self, prompt: str) -> dict[str, Any]:
         config = self.config
         common = {"model": config.model, "max_tokens": config.max_tokens, "temperature": config.temperature}
         if config.api == "completions":
-            return "completions", {**common, "prompt": str(prompt)}
+            return {**common, "prompt": str(prompt)}
         message = prompt.message if isinstance(prompt, Prompt) else str(prompt)
         messages = [{"role": "user", "content": message}]
         begun = prompt[len(message) :]
         if not begun:
-            return "chat/completions", {**common, "messages": messages}
+            return {**common, "messages": messages}
         messages.append({"role": "assistant", "content": begun})
-        going_on = {"continue_final_message": True, "add_generation_prompt": False}
-        return "chat/completions", {**common, **going_on, "messages": messages}
-
-    def _post(self, url: str, payload: dict[str, Any]) -> Any:
-        """Send, and repeat where it may help."""
-        import httpx
-
-        pause_s = self.config.backoff_s
-        for attempt in range(1, self.config.max_retries + 2):
-            try:
-                response = self._client.post(url, json=payload)
-                if response.status_code == 200:
-                    return response.json()
-                problem = f"status {response.status_code}: {response.text[:200]}"
-                if response.status_code < 500 and response.status_code != 429:
-                    break
-            except httpx.RequestError as error:
-                problem = f"{type(error).__name__}: {error}. Is the server running and reachable from here?"
-            except ValueError as error:
-                raise EndpointError(f"{url}: the reply is not JSON: {response.text[:200]!r}") from error
-            if attempt <= self.config.max_retries:
-                time.sleep(pause_s)
-                pause_s *= 2
-        raise EndpointError(f"{url} failed after {attempt} {'try' if attempt == 1 else 'tries'}: {problem}")
+        return {**common, "continue_final_message": True, "add_generation_prompt": False, "messages": messages}

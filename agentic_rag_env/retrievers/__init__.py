@@ -9,7 +9,6 @@ from agentic_rag_env.retrievers.http import HttpConfig, HttpRetriever
 from agentic_rag_env.retrievers.hybrid import HybridConfig, HybridRetriever
 from agentic_rag_env.retrievers.rerank import RerankConfig, RerankRetriever
 from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
-from agentic_rag_env.retrievers.torch_exact import TorchExactConfig, TorchExactRetriever
 from agentic_rag_env.retrievers.vectors.encoders import ENCODERS, Encoder, StoredEncoder
 from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramConfig, HashedNgramEncoder
 from agentic_rag_env.retrievers.vectors.huggingface import HuggingFaceConfig, HuggingFaceEncoder
@@ -40,6 +39,4 @@ __all__ = [
     "StaticConfig",
     "StaticRetriever",
     "StoredEncoder",
-    "TorchExactConfig",
-    "TorchExactRetriever",
 ]

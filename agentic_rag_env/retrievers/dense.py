@@ -1,89 +1,261 @@
-"""Dense search in a FAISS index: exact in a flat one, approximate in the others, on CPU or GPUs."""
+"""Search by embeddings: through FAISS, exact or approximate, or by matrix products in torch, on CPU or GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.registry import RETRIEVERS
+from agentic_rag_env.corpus import Texts
+from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
+from agentic_rag_env.registry import RETRIEVERS, did_you_mean
+from agentic_rag_env.retrievers.base import CorpusRetriever, Ranking, hash_of
+from agentic_rag_env.retrievers.index_folder import FAISS_FILE, VECTORS_FILE, corpus_of_index, read_manifest
+from agentic_rag_env.retrievers.vectors.encoders import (
+    DTYPES,
+    Encoder,
+    StoredEncoder,
+    build_encoder,
+    encoder_of_index,
+    first_not_finite,
+)
 from agentic_rag_env.retrievers.vectors.faiss_search import (
-    FaissGpuSearch,
-    FaissSearch,
-    FlatSearch,
-    import_faiss,
+    faiss_has_gpus,
+    faiss_search,
+    flat_index,
     is_flat,
     read_index,
-    set_parameter,
+    vectors_of_flat,
 )
-from agentic_rag_env.retrievers.vectors.ranking import VectorSearch
-from agentic_rag_env.retrievers.vectors.retriever import FAISS_FILE, EmbeddingConfig, EmbeddingRetriever
+from agentic_rag_env.retrievers.vectors.ranking import VectorSearch, nearest
+from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 from agentic_rag_env.types import Passage
+
+BACKENDS = ("auto", "faiss", "torch")
 
 
 @dataclass
-class DenseConfig(EmbeddingConfig):
-    """Settings of dense search through FAISS; see also `EmbeddingConfig`.
+class DenseConfig:
+    """Settings of search by embeddings.
 
     Attributes:
-        nprobe: Lists that an IVF index looks into; more find more and take longer. None: what the index was saved with.
-        ef_search: Candidates that an HNSW graph keeps while searching, likewise.
-        device: `cpu` searches the memory-mapped file. `cuda`, or `cuda:0,cuda:1`, copies it to all GPUs or those named,
-            as float16, each holding a share; FAISS must have been built for GPUs.
+        encoder: A registered name (`hashed_ngram`), a mapping with `name` and settings, the folder or hub id of a
+            Hugging Face model (`intfloat/e5-base-v2`), a mapping with `model` and settings, or an encoder. None: that
+            of the index folder; `hashed_ngram` without an index.
+        index: Folder made by `agentic-rag-index dense`, or a FAISS file whose row numbers are those of the passages,
+            such as the `e5_Flat.index` of Search-R1, which needs `encoder` too. None: the passages are encoded into
+            memory.
+        corpus: File of the passages, instead of those of the dataset or the index folder.
+        backend: `faiss` searches the index as it was built. `torch` searches all vectors, exactly, by matrix products.
+            `auto`: FAISS, unless torch is there and FAISS is not, or has no GPU where `device` names one, or `dtype` is
+            given.
+        device: `cpu`; `cuda`, or `cuda:0,cuda:1` to hold a share on each. None: the CPU with FAISS, a GPU if there is
+            one with torch. FAISS copies an index to GPUs as float16, and must have been built for them.
+        nprobe: With FAISS, lists that an IVF index looks into; more find more and take longer. None: what the index was
+            saved with.
+        ef_search: With FAISS, candidates that an HNSW graph keeps while searching, likewise.
+        dtype: With torch, precision in which vectors are held and candidates are found, `float32`, `float16` or
+            `bfloat16`; None: that of the vectors on disk, float32 for those in memory. It decides memory and speed, not
+            results, since candidates are scored again by the vectors themselves.
     """
 
+    encoder: Any = None
+    index: str | None = None
+    corpus: str | None = None
+    backend: str = "auto"
+    device: str | None = None
     nprobe: int | None = None
     ef_search: int | None = None
-    device: str = "cpu"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ConfigurationError(
+                f"dense has no backend {self.backend!r}.{did_you_mean(str(self.backend), BACKENDS)}"
+            )
         for name in ("nprobe", "ef_search"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigurationError(f"dense {name} must be at least 1, got {value}.")
+            if value is not None and self.backend == "torch":
+                raise ConfigurationError(f"dense {name} is a setting of backend=faiss; backend=torch searches exactly.")
+        if self.dtype not in (None, *DTYPES):
+            raise ConfigurationError(f"dense dtype must be {', '.join(DTYPES)} or None, got {self.dtype!r}.")
+        if self.dtype is not None and (self.backend == "faiss" or self.nprobe or self.ef_search):
+            raise ConfigurationError(
+                f"dense dtype={self.dtype} is a setting of backend=torch, which excludes backend=faiss, nprobe and "
+                "ef_search; leave one or the other."
+            )
+
+    def chosen_backend(self) -> str:
+        """`faiss` or `torch`: what `backend` says, or what `auto` comes to on this machine."""
+        if self.backend != "auto":
+            return self.backend
+        if self.nprobe or self.ef_search or find_spec("torch") is None:
+            return "faiss"
+        on_gpu = self.device not in (None, "cpu")
+        fits = faiss_has_gpus() if on_gpu else find_spec("faiss") is not None
+        return "faiss" if fits and self.dtype is None else "torch"
 
 
 @RETRIEVERS.register("dense", DenseConfig)
-class DenseRetriever(EmbeddingRetriever):
-    """Searches embeddings by FAISS: in memory, 4 bytes x dim x passages, or in a memory-mapped index.
+class DenseRetriever(CorpusRetriever):
+    """Encodes queries and ranks passages by inner products.
+
+    In memory, vectors take 4 bytes x dim x passages. On the CPU, an index stays on disk, memory-mapped; with torch, so
+    do its vectors, unless another `dtype` is asked for. Both backends give exact searches the same ranking.
 
     Args:
         config: Encoder, index and how to search it.
         corpus: The passages; their order decides ties. None: those of the index folder.
 
     Raises:
-        ConfigurationError: As for `EmbeddingRetriever`; or a library is missing, or the index cannot be searched so.
-        DataError: As for `EmbeddingRetriever`; or the file is no FAISS index of inner products.
+        ConfigurationError: There is no corpus or no encoder, the encoder gives numbers that are not finite, a library
+            or a device is missing, or the index has no such parameter.
+        DataError: The index is incomplete, keeps no vectors where torch needs them, is no FAISS index of inner
+            products, or was built from another corpus or with another encoder.
     """
 
     def __init__(self, config: DenseConfig, corpus: Sequence[Passage] | None = None) -> None:
-        self._settings = config
-        super().__init__("dense", config, corpus)
+        self.config, self._given = config, corpus
+        self._backend = config.chosen_backend()
+        self._index_path = None if config.index is None else Path(config.index).expanduser()
+        self._manifest: dict[str, Any] | None = None
+        if self._index_path is not None and not self._index_path.exists():
+            raise DataError(f"{config.index}: there is no such index; build one with agentic-rag-index dense.")
+        if self._index_path is not None and self._index_path.is_dir():
+            self._manifest = read_manifest(self._index_path, "dense")
+        self.corpus = corpus_of_index("dense", config, corpus, self._manifest)
+        self._encoder = self._make_encoder()
+        self._search = self._in_memory() if self._index_path is None else self._on_disk(self._index_path)
+        self._check_sizes()
 
-    def _open_vectors(self, vectors: NDArray[np.floating]) -> VectorSearch:
-        faiss = import_faiss("dense")
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(vectors)
-        return self._configured(index)
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        # A copy opens the same files.
+        return (DenseRetriever, (self.config, self._given)) if self._index_path else super().__reduce__()
 
-    def _from_disk(self, path: Path) -> VectorSearch:
-        return self._configured(read_index(path / FAISS_FILE if path.is_dir() else path))
+    def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
+        """See `CorpusRetriever.rank`. A query without features (no letter or digit, for n-grams) matches nothing.
 
-    def _configured(self, index: Any) -> VectorSearch:
-        for parameter, value in (("nprobe", self._settings.nprobe), ("efSearch", self._settings.ef_search)):
-            if value is not None:
-                set_parameter(index, parameter, value)
-        if self._settings.device != "cpu":
-            return FaissGpuSearch(index, self._settings.device)
-        return FlatSearch(index) if is_flat(index) else FaissSearch(index)
+        Raises:
+            RetrieverError: The encoder gives numbers that are not finite.
+        """
+        embeddings = np.ascontiguousarray(self._encoder.encode_queries(queries), np.float32)
+        if (bad := first_not_finite(embeddings)) is not None:
+            raise RetrieverError(f"the encoder gives NaN or infinity for the query {queries[bad][:80]!r}.")
+        if embeddings.shape[1] != self._search.dim:
+            raise self._wrong_dim(embeddings.shape[1])
+        found: list[Ranking] = [[] for _ in queries]
+        searched = np.flatnonzero(embeddings.any(axis=1))
+        for place, best in zip(searched, nearest(self._search, embeddings[searched], top_k), strict=True):
+            found[place] = best
+        return found
+
+    def _identity(self) -> dict[str, Any] | None:
+        if not isinstance(self._encoder, StoredEncoder):
+            return None
+        return {"encoder": self._encoder.fingerprint, **self._search_identity()}
 
     def _search_identity(self) -> dict[str, Any]:
-        config = self._settings
-        index = None if self._index_path is None else [self._vectors_identity()]
+        """What results depend on beside passages and encoder."""
+        vectors = self._vectors_identity()
+        if self._backend == "torch":
+            return {"search": "exact", "vectors": vectors}
+        index = None if self._index_path is None else [vectors]
         if index is not None and self._manifest is not None:
             index.append(self._manifest["index"])
-        return {"search": "faiss", "index": index, "nprobe": config.nprobe, "ef_search": config.ef_search}
+        return {"search": "faiss", "index": index, "nprobe": self.config.nprobe, "ef_search": self.config.ef_search}
+
+    def _vectors_identity(self) -> Any:
+        """What tells the vectors on disk from others, wherever they lie; None for those made in memory."""
+        if self._manifest is not None:
+            return self._manifest["vectors"]
+        return None if self._index_path is None else _hash_of_blocks(self._index_path)
+
+    def _make_encoder(self) -> Encoder:
+        if self._manifest is not None:
+            return encoder_of_index(self._manifest, self.config.encoder)
+        if self._index_path is not None and self.config.encoder is None:
+            raise ConfigurationError(
+                f"the index {self._index_path} does not say which encoder made it; give one, such as "
+                "encoder=intfloat/e5-base-v2."
+            )
+        return build_encoder(self.config.encoder or "hashed_ngram")
+
+    def _in_memory(self) -> VectorSearch:
+        texts = Texts(self.corpus)
+        self._encoder.fit(texts)
+        vectors = np.ascontiguousarray(self._encoder.encode_passages(texts), np.float32)
+        if (bad := first_not_finite(vectors)) is not None:
+            raise ConfigurationError(
+                f"the encoder of retriever 'dense' gives NaN or infinity for passage {self.corpus[bad].id!r}; "
+                "try dtype=float32 for the encoder."
+            )
+        return self._by_torch(vectors) if self._backend == "torch" else self._by_faiss(flat_index(vectors))
+
+    def _on_disk(self, path: Path) -> VectorSearch:
+        if self._backend == "torch":
+            return self._by_torch(_stored_vectors(path))
+        return self._by_faiss(read_index(path / FAISS_FILE if path.is_dir() else path))
+
+    def _by_torch(self, vectors: NDArray[np.floating]) -> VectorSearch:
+        return TorchSearch(vectors, self.config.device, self.config.dtype)
+
+    def _by_faiss(self, index: Any) -> VectorSearch:
+        config = self.config
+        return faiss_search(index, device=config.device, nprobe=config.nprobe, ef_search=config.ef_search)
+
+    def _check_sizes(self) -> None:
+        if self._search.num_rows != len(self.corpus):
+            raise DataError(
+                f"the index {self.config.index} has {self._search.num_rows} rows, but the corpus has "
+                f"{len(self.corpus)} passages; rows are passages, so give the corpus that it was built from."
+            )
+        if self._index_path is not None and self._manifest is None:
+            dim = self._encoder.encode_queries(["dimension"]).shape[1]
+            if dim != self._search.dim:
+                raise self._wrong_dim(dim)
+
+    def _wrong_dim(self, dim: int) -> DataError:
+        return DataError(
+            f"the index {self.config.index} holds vectors of {self._search.dim} numbers, but the encoder gives {dim}; "
+            "give the encoder that it was built with."
+        )
+
+
+def _stored_vectors(path: Path) -> NDArray[np.floating]:
+    """The vectors [n, dim] of an index folder or of a flat FAISS file, memory-mapped.
+
+    Raises:
+        DataError: They are missing or damaged, or the index of the file is not flat.
+    """
+    if path.is_dir():
+        try:
+            return np.load(path / VECTORS_FILE, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path / VECTORS_FILE}: cannot be read ({error}); build the index again.") from error
+    index = read_index(path)
+    if not is_flat(index):
+        raise DataError(f"{path}: backend=torch needs the vectors of a flat index, got {type(index).__name__}.")
+    return vectors_of_flat(index)
+
+
+def _hash_of_blocks(file: Path, num_blocks: int = 256, block_bytes: int = 4096) -> str:
+    """Hash of the size of a file and of blocks spread evenly over it, its end included.
+
+    A file of 60 GB takes no time, and one of other embeddings differs in nearly every block.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        blocks = []
+        for number in range(num_blocks):
+            opened.seek(max(0, size - block_bytes) * number // (num_blocks - 1))
+            blocks.append(opened.read(block_bytes).hex())
+    return hash_of([size, blocks])
+
+
+RETRIEVERS.replace("torch_exact", "'dense' with backend=torch")

@@ -17,6 +17,8 @@ from agentic_rag_env.types import Passage
 MANIFEST = "manifest.json"
 #: What an encoder that learns has learned from the corpus.
 ENCODER_STATE = "encoder.json"
+#: The FAISS index of a dense one, and the vectors it was built from.
+FAISS_FILE, VECTORS_FILE = "index.faiss", "vectors/vectors.npy"
 
 
 class IndexSettings(Protocol):

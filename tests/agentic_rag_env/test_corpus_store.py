@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -125,8 +126,8 @@ def test_read_corpus_leaves_a_store_on_disk(opened: CorpusStore) -> None:
     assert read_corpus(opened.path) is found
 
 
-@pytest.mark.parametrize("retriever", ["bm25", "dense", "torch_exact", "static", "hybrid"])
-def test_retrievers_take_a_store_for_a_list(opened: CorpusStore, retriever: str) -> None:
+@pytest.mark.parametrize("retriever", ["bm25", "dense", {"name": "dense", "backend": "torch"}, "static", "hybrid"])
+def test_retrievers_take_a_store_for_a_list(opened: CorpusStore, retriever: Any) -> None:
     from agentic_rag_env.registry import RETRIEVERS
 
     by_store, by_list = (RETRIEVERS.build(retriever, corpus=corpus) for corpus in (opened, PASSAGES))

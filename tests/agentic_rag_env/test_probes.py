@@ -674,6 +674,9 @@ def test_an_endpoint_is_asked_again_only_where_that_may_help(server):
         ((500, b"broken"), "after 3 tries: status 500: broken", 3),
         ((200, b"<html>"), "is not JSON: '<html>'", 1),
         ((200, {"choices": []}), "holds no text", 1),
+        ((200, {"choices": [{"text": 5}]}), "holds no text", 1),
+        ((200, b"[" * 100_000), "is not JSON", 1),
+        ((408, b"too slow"), "after 3 tries: status 408: too slow", 3),
     ):
         server.requests.clear()
         server.reply = lambda body, reply=reply: reply

@@ -19,10 +19,16 @@ from agentic_rag_env.corpus import CorpusStore, Texts, open_corpus
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.files import remove_partial, written_whole
 from agentic_rag_env.retrievers.bm25 import BM25_FOLDER, BM25Config, check_words, index_texts, save_index
-from agentic_rag_env.retrievers.index_folder import ENCODER_STATE, MANIFEST, read_json, write_json
+from agentic_rag_env.retrievers.index_folder import (
+    ENCODER_STATE,
+    FAISS_FILE,
+    MANIFEST,
+    VECTORS_FILE,
+    read_json,
+    write_json,
+)
 from agentic_rag_env.retrievers.indexing.faiss_builder import build_index, default_index, measure_recall
-from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder
-from agentic_rag_env.retrievers.vectors.retriever import FAISS_FILE, VECTORS_FILE, first_not_finite
+from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder, first_not_finite
 
 #: Announces a phase by name and number of items (None: unknown); gives what to call with further ones done.
 Phase: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
@@ -73,8 +79,8 @@ def build_dense(
     """Encode a corpus and index the vectors by FAISS.
 
     The folder then holds `manifest.json`, `index.faiss`, `encoder.json` (what the encoder learned), `vectors/` (for
-    retriever `torch_exact`, and to build another kind of index without encoding again; it may be deleted) and, if the
-    corpus was no store, `corpus.arrow`. The files are the same whether or not the process was killed on the way.
+    `dense` with `backend=torch`, and to build another kind of index without encoding again; it may be deleted) and, if
+    the corpus was no store, `corpus.arrow`. The files are the same whether or not the process was killed on the way.
 
     Args:
         corpus: A store, or a file that `passages_in` reads.
@@ -164,19 +170,19 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
 @contextmanager
 def _builder_of(folder: Path) -> Iterator[None]:
     """Keep other builders out of a folder; the lock goes with the process."""
-    import fcntl
+    from filelock import FileLock, Timeout
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be made: {error.strerror}.") from error
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{folder}: another process is building an index here; wait for it.") from error
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be locked: {error.strerror}; build on a local disk.") from error
+    try:
+        locked = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise DataError(f"{folder}: another process is building an index here; wait for it.") from error
+    except (OSError, NotImplementedError) as error:
+        raise DataError(f"{folder}: cannot be locked: {error}; build on a local disk.") from error
+    with locked:
         remove_partial(folder)
         remove_partial(folder / "vectors")
         yield

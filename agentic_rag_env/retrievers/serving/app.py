@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.retrievers.serving.metrics import missing_library
 from agentic_rag_env.retrievers.serving.service import RequestError, Service
 
 
@@ -14,12 +14,13 @@ def make_app(service: Service) -> Any:
     """The ASGI application of a service.
 
     Raises:
-        ConfigurationError: The library `fastapi` is missing.
+        ConfigurationError: The library `starlette` is missing.
     """
     try:
-        from fastapi import FastAPI
+        from starlette.applications import Starlette
         from starlette.requests import ClientDisconnect, Request
-        from starlette.responses import PlainTextResponse, Response
+        from starlette.responses import Response
+        from starlette.routing import Route
     except ImportError as error:
         raise missing_library(error) from error
 
@@ -43,17 +44,23 @@ def make_app(service: Service) -> Any:
         return json_response(*service.health())
 
     async def metrics(request: Request) -> Response:
-        return PlainTextResponse(service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        content, media_type = service.metrics()
+        return Response(content, headers={"content-type": media_type})
 
-    app = FastAPI(title="agentic-rag-serve", openapi_url=None, lifespan=service.running)
-    app.add_route("/retrieve", retrieve, methods=["POST"])
-    app.add_route("/health", health, methods=["GET"])
-    app.add_route("/metrics", metrics, methods=["GET"])
-    return app
+    routes = [
+        Route("/retrieve", retrieve, methods=["POST"]),
+        Route("/health", health, methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
+    ]
+    return Starlette(routes=routes, lifespan=service.running)
 
 
 def patient_protocol(timeout_s: float) -> type[asyncio.Protocol]:
     """HTTP as uvicorn speaks it, but with an end to waiting for a request to arrive and for a reply to be taken.
+
+    uvicorn's own limits do not suffice: `timeout_keep_alive` begins after the first reply and ends with the first byte
+    of the next request, and nothing bounds the wait for a client that takes no bytes. Without the two timers here, a
+    client that sends one byte a minute, or reads none, holds a connection for ever.
 
     Args:
         timeout_s: Longest wait [seconds].
@@ -111,8 +118,3 @@ def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     if timer is not None:
         timer.cancel()
     return None
-
-
-def missing_library(error: ImportError) -> ConfigurationError:
-    """The error of a server whose libraries are not installed."""
-    return ConfigurationError(f"agentic-rag-serve needs {error.name}: pip install 'agentic-rag-env[serve]'.")

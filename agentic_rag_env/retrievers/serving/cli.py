@@ -30,7 +30,8 @@ from agentic_rag_env.corpus import open_corpus
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from agentic_rag_env.registry import DATASETS
 from agentic_rag_env.retrievers.base import Retriever, build_wrapped, fingerprint_of
-from agentic_rag_env.retrievers.serving.app import make_app, missing_library, patient_protocol
+from agentic_rag_env.retrievers.serving.app import make_app, patient_protocol
+from agentic_rag_env.retrievers.serving.metrics import missing_library
 from agentic_rag_env.retrievers.serving.service import ServerConfig, Service
 from agentic_rag_env.types import Passage
 

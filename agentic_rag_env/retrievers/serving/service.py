@@ -164,7 +164,7 @@ class Service:
         self._retriever = retriever
         self._config = config
         self._fingerprint = fingerprint
-        self._metrics = ServerMetrics()
+        self._metrics = ServerMetrics(lambda: self._batcher.num_waiting, lambda: stats_of(retriever))
         self._batcher = Batcher(
             retriever,
             max_batch=config.max_batch,
@@ -222,9 +222,9 @@ class Service:
             }
         ).encode()
 
-    def metrics(self) -> str:
-        """Answer a request to `/metrics`."""
-        return self._metrics.render(self._batcher.num_waiting, stats_of(self._retriever))
+    def metrics(self) -> tuple[bytes, str]:
+        """Answer a request to `/metrics`: the body and its media type."""
+        return self._metrics.render()
 
     async def _answer(self, chunks: AsyncIterator[bytes], length: str | None) -> bytes:
         request = parse_request(await self._read(chunks, length), self._config)

@@ -1,4 +1,4 @@
-"""What a text encoder for dense search is, and how one is named."""
+"""What a text encoder for dense search is, how one is named, and whether it is the one that an index was built with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.registry import Registry
+from agentic_rag_env.retrievers.index_folder import ENCODER_STATE, read_json
 
 ENCODERS = Registry("encoder")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -66,3 +68,37 @@ def build_encoder(spec: Any) -> Encoder:
     if isinstance(spec, str) and spec not in ENCODERS.names() and ("/" in spec or Path(spec).is_dir()):
         spec = {"name": "huggingface", "model": spec}
     return ENCODERS.build(spec)
+
+
+def encoder_of_index(manifest: Mapping[str, Any], given: Any) -> Encoder:
+    """The encoder that an index was built with.
+
+    Args:
+        manifest: Of the index.
+        given: An encoder, or what `build_encoder` makes one from, where the manifest's is elsewhere; or None.
+
+    Raises:
+        ConfigurationError: It cannot be made.
+        DataError: It is not the one that the index was built with.
+    """
+    built_with = manifest["encoder"]
+    encoder = build_encoder(built_with["settings"] if given is None else given)
+    if not isinstance(encoder, StoredEncoder):
+        raise ConfigurationError(
+            f"encoder {type(encoder).__name__} cannot be compared with that of the index {manifest['folder']}: it "
+            "lacks a fingerprint (see StoredEncoder)."
+        )
+    encoder.load_state(read_json(Path(manifest["folder"]) / ENCODER_STATE)["state"])
+    if encoder.fingerprint != built_with["fingerprint"]:
+        raise DataError(
+            f"{manifest['folder']}: was built with the encoder {built_with['fingerprint']} ({built_with['settings']}), "
+            f"but the encoder given is {encoder.fingerprint} ({encoder.settings()}); give that encoder, or build the "
+            "index again."
+        )
+    return encoder
+
+
+def first_not_finite(vectors: NDArray[np.floating]) -> int | None:
+    """The first row of [n, dim] that holds NaN or infinity, if any does."""
+    finite = np.isfinite(vectors).all(axis=1)
+    return None if finite.all() else int(np.argmin(finite))

@@ -18,6 +18,28 @@ from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 _MAX_GPU_CANDIDATES = 2048
 
 
+def faiss_search(
+    index: Any, *, device: str | None = None, nprobe: int | None = None, ef_search: int | None = None
+) -> FaissSearch | FaissGpuSearch:
+    """A FAISS index as a `VectorSearch`.
+
+    Args:
+        index: Of inner products, on the CPU.
+        device: See `DenseConfig`.
+        nprobe: See `DenseConfig`.
+        ef_search: See `DenseConfig`.
+
+    Raises:
+        ConfigurationError: The index has no such parameter, or it cannot be searched on the device.
+    """
+    for parameter, value in (("nprobe", nprobe), ("efSearch", ef_search)):
+        if value is not None:
+            set_parameter(index, parameter, value)
+    if device not in (None, "cpu"):
+        return FaissGpuSearch(index, device)
+    return FlatSearch(index) if is_flat(index) else FaissSearch(index)
+
+
 class FaissSearch:
     """A FAISS index on the CPU as a `VectorSearch`."""
 
@@ -68,10 +90,10 @@ class FaissGpuSearch:
     def __init__(self, index: Any, devices: str) -> None:
         import faiss
 
-        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        if not faiss_has_gpus():
             raise ConfigurationError(
                 f"dense device={devices!r} needs a GPU and a FAISS built for it (pip install faiss-gpu-cu12 instead of "
-                "faiss-cpu); retriever=torch_exact searches on a GPU with torch alone."
+                "faiss-cpu); backend=torch searches on a GPU without FAISS."
             )
         options = faiss.GpuMultipleClonerOptions()
         options.shard = True
@@ -103,9 +125,29 @@ def import_faiss(user: str) -> Any:
         import faiss
     except ImportError as error:
         raise ConfigurationError(
-            f"{user!r} needs the library faiss: pip install faiss-cpu; retriever=bm25 and torch_exact do without."
+            f"{user!r} needs the library faiss: pip install faiss-cpu; backend=torch and retriever=bm25 do without."
         ) from error
     return faiss
+
+
+def faiss_has_gpus() -> bool:
+    """Whether FAISS is installed, was built for GPUs and finds one."""
+    if find_spec("faiss") is None:
+        return False
+    import faiss
+
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def flat_index(vectors: NDArray[np.floating]) -> Any:
+    """A FAISS index that holds vectors [n, dim] as they are.
+
+    Raises:
+        ConfigurationError: The library is missing.
+    """
+    index = import_faiss("dense").IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index
 
 
 def read_index(file: Path) -> Any:

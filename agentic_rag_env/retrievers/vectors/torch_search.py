@@ -21,8 +21,8 @@ class TorchSearch:
 
     Args:
         vectors: [n, dim], float32 or float16; may be memory-mapped.
-        devices: See `TorchExactConfig.device`.
-        dtype: See `TorchExactConfig.dtype`.
+        devices: See `DenseConfig.device`.
+        dtype: See `DenseConfig.dtype`.
 
     Raises:
         ConfigurationError: torch is missing, or there is no such device.
@@ -32,7 +32,9 @@ class TorchSearch:
         try:
             import torch
         except ImportError as error:
-            raise ConfigurationError("retriever 'torch_exact' needs torch: pip install torch.") from error
+            raise ConfigurationError(
+                "dense backend=torch needs torch: pip install torch; backend=faiss does without."
+            ) from error
         self._vectors = vectors
         self.num_rows, self.dim = vectors.shape
         self._dtype = getattr(torch, dtype or str(vectors.dtype))
@@ -46,7 +48,7 @@ class TorchSearch:
                 for number, first in enumerate(range(0, self.num_rows, size))
             ]
         except (RuntimeError, AssertionError) as error:
-            raise ConfigurationError(f"torch_exact cannot use device={devices!r}: {error}") from error
+            raise ConfigurationError(f"dense backend=torch cannot use device={devices!r}: {error}") from error
         self.tolerance = 10.0**-SCORE_DECIMALS + self._rounding
 
     def _held(self, rows: NDArray[np.floating], device: Any) -> Any:

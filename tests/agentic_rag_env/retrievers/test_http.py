@@ -7,6 +7,7 @@ import http.server
 import json
 import pickle
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
+from agentic_rag_env.http_client import proxy_for
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.retrievers.http import HttpConfig, HttpRetriever
@@ -184,12 +186,12 @@ def test_a_busy_or_impatient_server_is_asked_again(service: Service, status: int
 class Echo(Service):
     """A server that finds each query's own text, and takes so many queries at once."""
 
-    def __init__(self, most: int = 1000, fingerprint: str | None = None) -> None:
+    def __init__(self, most: int = 1000, fingerprint: Any = None) -> None:
         super().__init__()
         self.most = most
         self.server.RequestHandlerClass = self.handler(fingerprint)
 
-    def handler(self, fingerprint: str | None) -> Any:
+    def handler(self, fingerprint: Any) -> Any:
         service = self
 
         class Handler(self.server.RequestHandlerClass):  # type: ignore[name-defined, misc]
@@ -285,9 +287,15 @@ def test_fingerprint_is_that_of_the_servers() -> None:
             _ = HttpRetriever(HttpConfig([first.url, third.url])).fingerprint
 
 
-def test_a_server_without_fingerprint() -> None:
-    with Echo() as echo, pytest.raises(ConfigurationError, match="fingerprint=<name>"):
+@pytest.mark.parametrize("told", ["", 5, ["wiki"]])
+def test_a_server_without_fingerprint(told: Any) -> None:
+    with Echo(fingerprint=told) as echo, pytest.raises(ConfigurationError, match="fingerprint=<name>"):
         _ = retriever(echo).fingerprint
+
+
+def test_a_server_that_cannot_be_asked_for_its_fingerprint() -> None:
+    with pytest.raises(RetrieverError, match="failed after 1 try: ConnectError"):
+        _ = HttpRetriever(HttpConfig(f"http://127.0.0.1:{free_port()}")).fingerprint
 
 
 @pytest.mark.parametrize("url", [[], 5, None, ["http://host", ""], ["http://host", 5]])
@@ -305,7 +313,7 @@ def test_redirect_is_an_error(service: Service) -> None:
 def test_pauses_double_and_vary_by_seed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     service.replies.append((500, b""))
     pauses: list[float] = []
-    monkeypatch.setattr("agentic_rag_env.retrievers.http.time.sleep", pauses.append)
+    monkeypatch.setattr("agentic_rag_env.http_client.time.sleep", pauses.append)
 
     def pauses_of(seed: int) -> list[float]:
         pauses.clear()
@@ -322,10 +330,14 @@ def test_pauses_double_and_vary_by_seed(service: Service, monkeypatch: pytest.Mo
     )
 
 
-def test_connection_refused() -> None:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_connection_refused() -> None:
+    port = free_port()
     client = HttpRetriever(HttpConfig(f"http://127.0.0.1:{port}/retrieve", max_retries=1, backoff_s=0.001))
     with pytest.raises(
         RetrieverError, match=rf"127\.0\.0\.1:{port}/retrieve failed after 2 tries: ConnectError"
@@ -373,6 +385,10 @@ def test_trickling_reply_times_out(service: Service) -> None:
         (b'{"result": [[{"document": {"id": [], "contents": "x"}, "score": 1}]]}', "id is no string"),
         (b'{"result": [[{"document": {"id": "a", "contents": "x"}, "score": "1"}]]}', "score is no finite number"),
         (b'{"result": [[{"document": {"id": "a", "contents": "x"}, "score": NaN}]]}', "score is no finite number"),
+        (b'{"result": [[{"document": {"contents": "x"}, "score": 1%s}]]}' % (b"0" * 400), "score is no finite number"),
+        (b'{"result": [[{"document": {"contents": "x"}, "score": 1e400}]]}', "score is no finite number"),
+        (b'{"result": [[{"document": {"contents": "x"}, "score": 1%s}]]}' % (b"0" * 5000), "the reply is not JSON"),
+        (b"[" * 100_000, "the reply is not JSON"),
     ],
 )
 def test_malformed_reply(service: Service, body: bytes, problem: str) -> None:
@@ -401,3 +417,94 @@ def test_impossible_patience(setting: dict[str, Any]) -> None:
 def test_top_k_below_one(service: Service) -> None:
     with pytest.raises(ConfigurationError, match="top_k must be at least 1, got 0"):
         retriever(service).search(["q"], 0)
+
+
+def test_a_bomb_is_not_read_to_its_end(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentic_rag_env.http_client.MAX_REPLY_BYTES", 1000)
+    service.replies.append((200, b" " * 100_000))
+    with pytest.raises(RetrieverError, match="sends more than 1000 bytes"):
+        retriever(service).search(["q"], 1)
+
+
+# --- proxies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.mark.parametrize(
+    ("url", "setting", "variables", "proxy"),
+    [
+        ("http://wiki.example:8000/retrieve", "environment", {}, None),
+        ("http://wiki.example:8000/retrieve", "environment", {"http_proxy": "http://p:3128"}, "http://p:3128"),
+        ("http://wiki.example:8000/retrieve", "environment", {"HTTP_PROXY": "p:3128"}, "http://p:3128"),
+        ("https://wiki.example/retrieve", "environment", {"http_proxy": "http://p:3128"}, None),
+        ("https://wiki.example/retrieve", "environment", {"all_proxy": "socks5://p:1080"}, "socks5://p:1080"),
+        ("http://wiki.example/retrieve", "environment", {"http_proxy": "p:1", "no_proxy": "example"}, None),
+        ("http://wiki.example/retrieve", "environment", {"http_proxy": "p:1", "no_proxy": "other"}, "http://p:1"),
+        ("http://wiki.example/retrieve", None, {"http_proxy": "http://p:3128"}, None),
+        ("http://wiki.example/retrieve", "http://q:1", {"http_proxy": "http://p:3128"}, "http://q:1"),
+        *(
+            (f"http://{host}:8000/retrieve", setting, {"http_proxy": "http://p:3128", "all_proxy": "http://p:1"}, None)
+            for host in ("localhost", "127.0.0.1", "127.1.2.3", "[::1]", "gpu.localhost")
+            for setting in ("environment", "http://q:1")
+        ),
+    ],
+)
+def test_which_proxy_is_asked(
+    no_proxies: None,
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+    setting: str | None,
+    variables: dict[str, str],
+    proxy: str | None,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert proxy_for(url, setting) == proxy
+
+
+def test_a_proxy_from_the_environment_is_used_and_named(
+    no_proxies: None, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scripted server plays the proxy, so the name of the service need not exist."""
+    address = service.url.removeprefix("http://").removesuffix("/retrieve")
+    monkeypatch.setenv("http_proxy", f"http://user:secret@{address}")
+    service.answer([[scored("a", "x", 1)]])
+    client = HttpRetriever(HttpConfig("http://wiki.invalid:8000", max_retries=0))
+    assert client.search(["q"], 1) == [[Passage("a", "x", 1.0)]]
+    assert service.requests[0][0] == "http://wiki.invalid:8000/retrieve"
+    service.replies[:] = [(502, b"no such host")]
+    with pytest.raises(RetrieverError) as caught:
+        client.search(["q"], 1)
+    assert str(caught.value) == (
+        f"retriever at http://wiki.invalid:8000/retrieve (through the proxy http://{address}; proxy=null asks without) "
+        "failed after 1 try: status 502: no such host"
+    )
+
+
+def test_this_machine_is_asked_directly(no_proxies: None, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    service.answer([[]])
+    assert retriever(service, max_retries=0).search(["q"], 1) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("proxy", "said"),
+    [
+        ("socks5://proxy.invalid:1080", r"the proxy socks5://proxy\.invalid:1080, which needs .*'httpx\[socks\]'"),
+        ("gopher://proxy.invalid", "cannot be asked through the proxy gopher://proxy.invalid"),
+        ("http://proxy:port", "cannot be asked through the proxy http://proxy:port"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used(no_proxies: None, monkeypatch: pytest.MonkeyPatch, proxy: str, said: str) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    for settings in ({"proxy": proxy}, {}):
+        monkeypatch.setenv("all_proxy", proxy)
+        with pytest.raises(RetrieverError, match=said):
+            HttpRetriever(HttpConfig("http://wiki.invalid", **settings)).search(["q"], 1)

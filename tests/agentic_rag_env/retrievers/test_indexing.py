@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -11,6 +10,7 @@ import pickle
 import random
 import shutil
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import filelock
 import numpy as np
 import pytest
 
 from agentic_rag_env.corpus import CorpusStore, fingerprint, write_store
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import ConfigurationError, DataError, UnknownNameError
 from agentic_rag_env.registry import RETRIEVERS
+from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.retrievers.bm25 import BM25Config
+from agentic_rag_env.retrievers.dense import DenseConfig
 from agentic_rag_env.retrievers.indexing import faiss_builder
 from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
 from agentic_rag_env.retrievers.indexing.cli import main
@@ -40,6 +43,7 @@ PASSAGES = tuple(Passage(f"p{row}", f'"Title {row}"\nword{row % 7} and number{ro
 #: The first ten passages are the same text, so that there are ties.
 PASSAGES = (*(Passage(f"p{row}", PASSAGES[0].contents) for row in range(10)), *PASSAGES[10:])
 STEMS = {"stemmer": "english", "stopwords": "english"}
+TORCH = {"name": "dense", "backend": "torch"}
 QUERIES = [passage.contents for passage in PASSAGES[::60]] + ["something else", PASSAGES[0].contents]
 
 
@@ -281,18 +285,17 @@ def test_a_killed_bm25_build_is_finished(tmp_path: Path, store: CorpusStore, wor
 
 
 def test_two_builders_in_one_folder(tmp_path: Path, store: CorpusStore) -> None:
-    with (tmp_path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process is building an index here"):
-            build_bm25(store.path, tmp_path, BM25Config())
+    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(DataError, match="another process is building an index"):
+        build_bm25(store.path, tmp_path, BM25Config())
+    assert build_bm25(store.path, tmp_path, BM25Config())["kind"] == "bm25"
 
 
 def test_a_file_system_without_locks(tmp_path: Path, store: CorpusStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.raises(DataError, match="cannot be locked: Function not implemented; build on a local disk"):
+    monkeypatch.setattr(filelock.FileLock, "_acquire", unsupported)
+    with pytest.raises(DataError, match=r"cannot be locked: .*No locks available; build on a local disk"):
         build_bm25(store.path, tmp_path, BM25Config())
 
 
@@ -307,7 +310,7 @@ def test_flat_torch_and_brute_force_agree(
     for top_k in (1, 5, 40, 600, 1000):
         expected = brute_force(QUERIES, top_k, dtype)
         for setting in ({}, {"dtype": "float32"}, {"dtype": "float16"}, {"dtype": "bfloat16"}):
-            spec = {"name": "torch_exact", "index": str(tmp_path), "encoder": CrcEncoder(), "device": "cpu", **setting}
+            spec = {**TORCH, "index": str(tmp_path), "encoder": CrcEncoder(), "device": "cpu", **setting}
             assert found_by(RETRIEVERS.build(spec, corpus=None), top_k=top_k) == expected
         spec = {"name": "dense", "index": str(tmp_path), "encoder": CrcEncoder()}
         for many, library in ((1, "torch"), (10_000, "FAISS")):
@@ -320,23 +323,75 @@ def test_flat_torch_and_brute_force_agree(
 def test_torch_in_blocks(dense_folder: Path, monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
     monkeypatch.setattr(torch_search, "CPU_BLOCK_ROWS", block_rows)
     for dtype in (None, "bfloat16"):
-        spec = {"name": "torch_exact", "index": str(dense_folder), "encoder": CrcEncoder(), "dtype": dtype}
+        spec = {**TORCH, "index": str(dense_folder), "encoder": CrcEncoder(), "dtype": dtype}
         assert found_by(RETRIEVERS.build({**spec, "device": "cpu"}, corpus=None), top_k=12) == brute_force(QUERIES, 12)
 
 
-@pytest.mark.parametrize("name", ["dense", "torch_exact", "hybrid"])
+@pytest.mark.parametrize("name", ["faiss", "torch", "hybrid"])
 def test_on_disk_equals_in_memory(dense_folder: Path, bm25_folder: Path, name: str) -> None:
-    on_disk: Any = {"name": name, "index": str(dense_folder), "encoder": CrcEncoder()}
-    in_memory: Any = {"name": name, "encoder": CrcEncoder()}
+    in_memory: Any = {"name": "dense", "encoder": CrcEncoder(), "backend": "auto" if name == "hybrid" else name}
+    on_disk: Any = {**in_memory, "index": str(dense_folder)}
     if name == "hybrid":
         on_disk = {
             "name": name,
-            "retrievers": [{**on_disk, "name": "dense"}, {"name": "bm25", "index": str(bm25_folder)}],
+            "retrievers": [on_disk, {"name": "bm25", "index": str(bm25_folder)}],
         }
-        in_memory = {"name": name, "retrievers": [{**in_memory, "name": "dense"}, "bm25"]}
+        in_memory = {"name": name, "retrievers": [in_memory, "bm25"]}
     opened, made = RETRIEVERS.build(on_disk, corpus=None), RETRIEVERS.build(in_memory, corpus=PASSAGES)
     assert found_by(opened) == found_by(made)
     assert found_by(pickle.loads(pickle.dumps(opened))) == found_by(made)
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_gpus", "backend"),
+    [
+        ({}, True, "faiss"),
+        ({"device": "cpu"}, False, "faiss"),
+        ({"device": "cuda"}, True, "faiss"),
+        ({"device": "cuda:0,cuda:1"}, False, "torch"),
+        ({"device": "cuda", "nprobe": 4}, False, "faiss"),
+        ({"dtype": "float16"}, True, "torch"),
+        ({"ef_search": 4}, False, "faiss"),
+        ({"backend": "torch"}, True, "torch"),
+        ({"backend": "faiss", "device": "cuda"}, False, "faiss"),
+    ],
+)
+def test_what_auto_comes_to(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], has_gpus: bool, backend: str
+) -> None:
+    monkeypatch.setattr("agentic_rag_env.retrievers.dense.faiss_has_gpus", lambda: has_gpus)
+    assert DenseConfig(**settings).chosen_backend() == backend
+
+
+def test_without_faiss_torch_searches(monkeypatch: pytest.MonkeyPatch, dense_folder: Path) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    spec = {"name": "dense", "index": str(dense_folder), "encoder": CrcEncoder()}
+    assert found_by(RETRIEVERS.build(spec, corpus=None)) == brute_force(QUERIES, 5)
+
+
+def test_caches_of_older_versions_stay_valid(dense_folder: Path) -> None:
+    """Results are kept under these, so they must never change."""
+    on_disk = {"index": str(dense_folder), "encoder": CrcEncoder()}
+    corpus = fingerprint(PASSAGES)
+    index = [{"dtype": "float32"}, {"factory": "Flat", "seed": 0}]
+    faiss_identity = {"encoder": "hash of crc", "search": "faiss", "index": index, "nprobe": None, "ef_search": None}
+    torch_identity = {"encoder": "hash of crc", "search": "exact", "vectors": {"dtype": "float32"}}
+    dense = RETRIEVERS.build({"name": "dense", **on_disk}, corpus=None)
+    assert dense.fingerprint == hash_of({**faiss_identity, "corpus": corpus})
+    assert RETRIEVERS.build({**TORCH, **on_disk}, corpus=None).fingerprint == hash_of(
+        {**torch_identity, "corpus": corpus}
+    )
+
+
+def test_the_former_name_says_the_new_one() -> None:
+    for spec in (
+        "torch_exact",
+        {"name": "torch_exact", "device": "cpu"},
+        {"name": "cached", "retriever": "torch_exact"},
+    ):
+        with pytest.raises(UnknownNameError, match="retriever 'torch_exact' is now 'dense' with backend=torch"):
+            RETRIEVERS.build(spec, corpus=PASSAGES)
+    assert "torch_exact" not in RETRIEVERS.names()
 
 
 def test_bm25_on_disk_equals_in_memory(bm25_folder: Path) -> None:
@@ -404,9 +459,9 @@ def test_a_learned_encoder_travels_with_the_index(tmp_path: Path, store: CorpusS
 
 def test_another_corpus_is_refused(dense_folder: Path, bm25_folder: Path) -> None:
     other = PASSAGES[:-1]
-    for name, folder in (("dense", dense_folder), ("torch_exact", dense_folder), ("bm25", bm25_folder)):
+    for spec, folder in (({"name": "dense"}, dense_folder), (TORCH, dense_folder), ({"name": "bm25"}, bm25_folder)):
         with pytest.raises(DataError) as caught:
-            RETRIEVERS.build({"name": name, "index": str(folder)}, corpus=other)
+            RETRIEVERS.build({**spec, "index": str(folder)}, corpus=other)
         assert f"was built from the corpus {fingerprint(PASSAGES)} with 600" in str(caught.value)
         assert f"the corpus given is {fingerprint(other)} with 599" in str(caught.value)
 
@@ -458,7 +513,12 @@ def test_settings_that_cannot_work(tmp_path: Path, store: CorpusStore, setting: 
     [
         ({"nprobe": 4}, "nprobe=4 was given, but an index of type IndexFlatIP has no such parameter"),
         ({"ef_search": 0}, "dense ef_search must be at least 1, got 0"),
-        ({"device": "cuda"}, "needs a GPU and a FAISS built for it .*retriever=torch_exact"),
+        ({"device": "cuda", "backend": "faiss"}, "needs a GPU and a FAISS built for it .*; backend=torch searches"),
+        ({"backend": "fais"}, "no backend 'fais'. Did you mean 'faiss'"),
+        ({"backend": "torch", "nprobe": 4}, "nprobe is a setting of backend=faiss"),
+        ({"backend": "faiss", "dtype": "float16"}, "dtype=float16 is a setting of backend=torch"),
+        ({"nprobe": 4, "dtype": "float16"}, "dtype=float16 is a setting of backend=torch"),
+        ({"dtype": "int8"}, "dense dtype must be float32, float16, bfloat16 or None, got 'int8'"),
     ],
 )
 def test_ways_of_searching_that_cannot_work(dense_folder: Path, setting: dict[str, Any], message: str) -> None:
@@ -469,8 +529,8 @@ def test_ways_of_searching_that_cannot_work(dense_folder: Path, setting: dict[st
 
 
 def test_torch_device_that_is_not_there(dense_folder: Path) -> None:
-    spec = {"name": "torch_exact", "index": str(dense_folder), "encoder": CrcEncoder(), "device": "cuda:99"}
-    with pytest.raises(ConfigurationError, match="torch_exact cannot use device='cuda:99'"):
+    spec = {**TORCH, "index": str(dense_folder), "encoder": CrcEncoder(), "device": "cuda:99"}
+    with pytest.raises(ConfigurationError, match="dense backend=torch cannot use device='cuda:99'"):
         RETRIEVERS.build(spec, corpus=None)
 
 
@@ -500,8 +560,8 @@ def test_vectors_that_were_deleted(tmp_path: Path, dense_folder: Path) -> None:
     shutil.rmtree(tmp_path / "index" / "vectors")
     spec = {"index": str(tmp_path / "index"), "encoder": CrcEncoder()}
     assert found_by(RETRIEVERS.build({"name": "dense", **spec}, corpus=PASSAGES)) == brute_force(QUERIES, 5)
-    with pytest.raises(DataError, match=r"vectors\.npy: the vectors cannot be read .* build the index again"):
-        RETRIEVERS.build({"name": "torch_exact", **spec}, corpus=PASSAGES)
+    with pytest.raises(DataError, match=r"vectors\.npy: cannot be read .* build the index again"):
+        RETRIEVERS.build({**TORCH, **spec}, corpus=PASSAGES)
 
 
 def test_a_finished_index_needs_no_vectors_to_be_finished(tmp_path: Path, store: CorpusStore) -> None:
@@ -530,43 +590,45 @@ def search_r1(tmp_path: Path) -> dict[str, Any]:
     return {"index": str(index), "corpus": str(corpus), "encoder": CrcEncoder()}
 
 
-@pytest.mark.parametrize("name", ["dense", "torch_exact"])
-def test_files_of_search_r1(search_r1: dict[str, Any], name: str) -> None:
-    retriever = RETRIEVERS.build({"name": name, **search_r1}, corpus=None)
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_files_of_search_r1(search_r1: dict[str, Any], backend: str) -> None:
+    retriever = RETRIEVERS.build({"name": "dense", "backend": backend, **search_r1}, corpus=None)
     assert found_by(retriever) == brute_force(QUERIES, 5)
     assert found_by(pickle.loads(pickle.dumps(retriever))) == brute_force(QUERIES, 5)
     assert Path(search_r1["corpus"] + ".arrow").exists()
 
 
-@pytest.mark.parametrize("name", ["dense", "torch_exact"])
-def test_a_bare_index_is_known_by_its_contents(search_r1: dict[str, Any], name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_a_bare_index_is_known_by_its_contents(search_r1: dict[str, Any], backend: str, tmp_path: Path) -> None:
     elsewhere, other = tmp_path / "copy.index", tmp_path / "other.index"
     shutil.copy(search_r1["index"], elsewhere)
     changed = faiss.read_index(search_r1["index"])
     faiss.rev_swig_ptr(changed.get_xb(), changed.ntotal * changed.d)[:] *= -1
     faiss.write_index(changed, str(other))
     first, copied, different = (
-        RETRIEVERS.build({"name": name, **search_r1, "index": str(file)}, corpus=None).fingerprint
+        RETRIEVERS.build(
+            {"name": "dense", "backend": backend, **search_r1, "index": str(file)}, corpus=None
+        ).fingerprint
         for file in (search_r1["index"], elsewhere, other)
     )
     assert first is not None
     assert first == copied != different
 
 
-@pytest.mark.parametrize("name", ["dense", "torch_exact"])
-def test_files_of_search_r1_that_do_not_fit(search_r1: dict[str, Any], name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_files_of_search_r1_that_do_not_fit(search_r1: dict[str, Any], backend: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="does not say which encoder made it"):
-        RETRIEVERS.build({"name": name, **search_r1, "encoder": None}, corpus=None)
+        RETRIEVERS.build({"name": "dense", "backend": backend, **search_r1, "encoder": None}, corpus=None)
     with pytest.raises(DataError, match="vectors of 16 numbers, but the encoder gives 8"):
-        RETRIEVERS.build({"name": name, **search_r1, "encoder": CrcEncoder(dim=8)}, corpus=None)
+        RETRIEVERS.build({"name": "dense", "backend": backend, **search_r1, "encoder": CrcEncoder(dim=8)}, corpus=None)
     with pytest.raises(DataError, match="has 600 rows, but the corpus has 599 passages"):
-        RETRIEVERS.build({"name": name, **search_r1, "corpus": None}, corpus=PASSAGES[1:])
+        RETRIEVERS.build({"name": "dense", "backend": backend, **search_r1, "corpus": None}, corpus=PASSAGES[1:])
     Path(search_r1["index"]).write_bytes(b"nonsense")
     with pytest.raises(DataError, match="is no FAISS index, or a damaged one"):
-        RETRIEVERS.build({"name": name, **search_r1}, corpus=None)
+        RETRIEVERS.build({"name": "dense", "backend": backend, **search_r1}, corpus=None)
     faiss.write_index(faiss.IndexFlatL2(16), search_r1["index"])
     with pytest.raises(DataError, match="does not search by inner products"):
-        RETRIEVERS.build({"name": name, **search_r1}, corpus=None)
+        RETRIEVERS.build({"name": "dense", "backend": backend, **search_r1}, corpus=None)
 
 
 # The command

@@ -30,7 +30,7 @@ from agentic_rag_env.retrievers.serving.cli import listen_at, main, make_server
 from agentic_rag_env.retrievers.serving.service import ServerConfig
 from agentic_rag_env.types import Found, Passage
 
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 
 
 class Echo:
@@ -352,7 +352,7 @@ def check_crowd(num_clients: int) -> None:
         open_files = num_open_files()
         asyncio.run(crowd(server.port, num_clients, num_requests=3))
         until(server.is_idle)
-        assert num_open_files() == open_files
+        assert num_open_files() <= open_files  # what other tests left open may be closed meanwhile
     assert sum(echo.sizes()) == 3 * num_clients + 1
     assert len(echo.batches) < num_clients
 
@@ -560,9 +560,9 @@ def test_metrics() -> None:
         "queries_total": 6,
         "batches_total": 3,
         "waiting_queries": 0,
-        'batch_queries_bucket{le="1"}': 1,
-        'batch_queries_bucket{le="2"}': 2,
-        'batch_queries_bucket{le="4"}': 3,
+        'batch_queries_bucket{le="1.0"}': 1,
+        'batch_queries_bucket{le="2.0"}': 2,
+        'batch_queries_bucket{le="4.0"}': 3,
         'batch_queries_bucket{le="+Inf"}': 3,
         "batch_queries_sum": 6,
         "batch_queries_count": 3,

@@ -1,0 +1,278 @@
+"""Asks HTTP services: the one place for time limits, for what is asked again and when, and for proxies."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from agentic_rag_env.errors import ConfigurationError
+
+#: Most bytes of a reply, decompressed; a service that sends more is broken or means harm.
+MAX_REPLY_BYTES = 2**28
+#: Statuses below 500 that another try may change: the request came in too slowly, or too many came in.
+_PASSING_STATUSES = (408, 429)
+#: The setting under which the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide.
+ENVIRONMENT = "environment"
+
+
+class ServiceError(Exception):
+    """A service gave no usable answer; the message says where, after how many tries and why.
+
+    Args:
+        message: What happened.
+        status: Of the last reply; None where there was none.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Reply(NamedTuple):
+    """What a service answered with status 200.
+
+    Attributes:
+        body: Of the reply.
+        asked: Who answered and after how many tries, for errors.
+    """
+
+    body: bytes
+    asked: str
+
+    def json(self) -> Any:
+        """The body as plain data.
+
+        Raises:
+            ServiceError: It is not JSON.
+        """
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError) as error:
+            start = self.body[:200].decode("utf-8", errors="replace")
+            raise self.error(f"the reply is not JSON: {start!r}") from error
+
+    def error(self, problem: str) -> ServiceError:
+        """The error of a reply that is of no use."""
+        return ServiceError(f"{self.asked}: {problem}", 200)
+
+
+class HttpClient:
+    """Asks one service, or several equal ones, over connections that stay open.
+
+    A request is asked again after a failed connection, a timeout, and the statuses 408, 429 and 500 or above. Threads
+    may share a client; a forked process opens connections of its own.
+
+    Args:
+        urls: One or more addresses with the same contents, which take turns and stand in for each other.
+        timeout_s: Longest wait for a connection, for the next piece of a reply, and for the whole reply [seconds].
+        max_retries: How often a request is repeated, each time by every server until one answers.
+        backoff_s: Pause before the first repetition; each further one takes twice as long, and up to half of it is
+            added by chance, so that many clients do not come back at once [seconds].
+        skip_s: How long a server that failed is asked only if all others fail too [seconds].
+        proxy: `environment`: as the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` say. An address:
+            that proxy. None: no proxy. Addresses of this machine are never asked through one.
+        seed: Of the pauses; None: another one for every client.
+        headers: Sent with every request.
+
+    Raises:
+        ConfigurationError: The library `httpx` is missing.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        timeout_s: float,
+        max_retries: int,
+        backoff_s: float,
+        skip_s: float = 30.0,
+        proxy: str | None = ENVIRONMENT,
+        seed: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        require_httpx(f"asking {urls[0]}")
+        self.urls = list(urls)
+        self._timeout_s, self._max_retries, self._backoff_s, self._skip_s = timeout_s, max_retries, backoff_s, skip_s
+        self._proxies = {url: proxy_for(url, proxy) for url in self.urls}
+        self._headers = dict(headers or {})
+        self._skipped_until = dict.fromkeys(self.urls, 0.0)
+        self._turn = 0
+        self._chance = random.Random(seed)
+        self._client: Any = None
+        self._client_pid = 0
+        self._lock = threading.Lock()
+
+    def post(self, payload: Mapping[str, Any]) -> Reply:
+        """Send JSON, and send it again where that may help.
+
+        Raises:
+            ServiceError: No server gave a reply of status 200.
+        """
+        for attempt in range(1, self._max_retries + 2):
+            for url in self._servers():
+                answer = self._ask("POST", url, payload)
+                if answer.status == 200:
+                    self._skipped_until[url] = 0.0
+                    return Reply(answer.body, self._asked(url, attempt))
+                if answer.is_final:
+                    raise answer.error(self._asked(url, attempt))
+                self._skipped_until[url] = time.monotonic() + self._skip_s
+            if attempt <= self._max_retries:
+                time.sleep(self._backoff_s * 2 ** (attempt - 1) * (1 + self._chance.random() / 2))
+        raise answer.error(self._asked(url, attempt))
+
+    def get(self, url: str, path: str) -> Reply:
+        """Ask one of the servers once for what lies at a path beside its address.
+
+        Raises:
+            ServiceError: It gave no reply of status 200.
+        """
+        answer = self._ask("GET", url, path=path)
+        if answer.status != 200:
+            raise answer.error(self._asked(url, 1))
+        return Reply(answer.body, self._asked(url, 1))
+
+    def close(self) -> None:
+        """Close the open connections; the next request opens new ones."""
+        with self._lock:
+            if self._client is not None and self._client_pid == os.getpid():
+                self._client.close()
+            self._client = None
+
+    def _servers(self) -> list[str]:
+        """All servers in the order in which to ask them: by turns, those that failed lately at the end."""
+        now, first = time.monotonic(), self._turn
+        self._turn = (first + 1) % len(self.urls)
+        return sorted(self.urls[first:] + self.urls[:first], key=lambda url: max(self._skipped_until[url], now))
+
+    def _ask(self, method: str, url: str, payload: Mapping[str, Any] | None = None, path: str = "") -> _Answer:
+        import httpx
+
+        deadline = time.monotonic() + self._timeout_s
+        body = bytearray()
+        try:
+            with self._connected().stream(method, httpx.URL(url).join(path), json=payload) as response:
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    # httpx bounds the wait for each piece only: a reply that trickles would never time out.
+                    if time.monotonic() > deadline:
+                        raise httpx.ReadTimeout(f"the reply took longer than {self._timeout_s} s")
+                    if len(body) > MAX_REPLY_BYTES:
+                        raise ServiceError(f"{url} sends more than {MAX_REPLY_BYTES} bytes; ask for less at once.")
+                return _Answer(response.status_code, bytes(body))
+        except httpx.RequestError as error:
+            problem = f"{type(error).__name__}: {error}. Is the service running and reachable from here?"
+            return _Answer(None, b"", problem)
+
+    def _connected(self) -> Any:
+        # A forked worker must not share a socket with its parent: replies would get mixed up.
+        with self._lock:
+            if self._client is None or self._client_pid != os.getpid():
+                self._client, self._client_pid = self._connect(), os.getpid()
+            return self._client
+
+    def _connect(self) -> Any:
+        import httpx
+
+        mounts = {}
+        for url, proxy in self._proxies.items():
+            if proxy is not None:
+                try:
+                    mounts[str(httpx.URL(url).join("/")).rstrip("/")] = httpx.HTTPTransport(proxy=proxy)
+                except ImportError as error:
+                    raise ServiceError(
+                        f"{url} is to be asked through the proxy {_shown(proxy)}, which needs a library: pip install "
+                        "'httpx[socks]'; proxy=null asks without a proxy."
+                    ) from error
+                except (ValueError, httpx.InvalidURL) as error:
+                    raise ServiceError(f"{url} cannot be asked through the proxy {_shown(proxy)}: {error}.") from error
+        # With a transport of ours, httpx itself looks at no variable for proxies.
+        return httpx.Client(
+            timeout=self._timeout_s, headers=self._headers, transport=httpx.HTTPTransport(), mounts=mounts
+        )
+
+    def _asked(self, url: str, attempt: int) -> str:
+        proxy = self._proxies[url]
+        through = "" if proxy is None else f" (through the proxy {_shown(proxy)}; proxy=null asks without)"
+        tries = f"{attempt} {'try' if attempt == 1 else 'tries'}"
+        others = f" by each of {len(self.urls)} servers" if len(self.urls) > 1 else ""
+        return f"{url}{through} failed after {tries}{others}"
+
+
+class _Answer(NamedTuple):
+    """What came of one request.
+
+    Attributes:
+        status: Of the reply; None: there was none.
+        body: Of the reply.
+        problem: Why there was no reply.
+    """
+
+    status: int | None
+    body: bytes
+    problem: str = ""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether another try would bring the same."""
+        return self.status is not None and self.status < 500 and self.status not in _PASSING_STATUSES
+
+    def error(self, asked: str) -> ServiceError:
+        problem = self.problem or f"status {self.status}: {self.body[:200].decode('utf-8', errors='replace')}"
+        return ServiceError(f"{asked}: {problem}", self.status)
+
+
+def require_httpx(user: str) -> None:
+    """Refuse to go on without the library.
+
+    Args:
+        user: Who needs it, for the error.
+
+    Raises:
+        ConfigurationError: `httpx` is missing.
+    """
+    try:
+        import httpx  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(f"{user} needs the library httpx: pip install httpx.") from error
+
+
+def proxy_for(url: str, proxy: str | None) -> str | None:
+    """The proxy through which an address is asked; None: it is asked directly.
+
+    Args:
+        url: The address.
+        proxy: See `HttpClient`.
+    """
+    parts = urlsplit(url)
+    if proxy is None or _is_loopback(parts.hostname or ""):
+        return None
+    if proxy == ENVIRONMENT:
+        if proxy_bypass(parts.netloc.rpartition("@")[2]):
+            return None
+        proxies = getproxies()
+        proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _shown(proxy: str) -> str:
+    """A proxy's address without the password that it may hold."""
+    scheme, _, rest = proxy.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
