@@ -39,11 +39,12 @@ class Scorer:
     chunk_tokens: int = 1024
 
     @torch.no_grad()
-    def logprobs(self, network: PreTrainedModel, batch: Batch) -> Tensor:
+    def logprobs(self, network: PreTrainedModel, batch: Batch, is_teacher: bool = False) -> Tensor:
         """Log-probabilities of the model-written tokens, [B, T] float32 in nats, 0 elsewhere."""
+        read = self.hidden_of_teacher if is_teacher else self.hidden
 
         def compute(micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-            hidden = self.hidden(network, micro, rows, columns).split(self.chunk_tokens)
+            hidden = read(network, micro, rows, columns).split(self.chunk_tokens)
             ids = micro.input_ids[rows, columns + 1].split(self.chunk_tokens)
             chunks = zip(hidden, ids, strict=True)
             return torch.cat([ops.gather_logprobs(self.logits(network, part), part_ids) for part, part_ids in chunks])
@@ -51,13 +52,13 @@ class Scorer:
         return self._at_model_tokens(batch, compute)
 
     @torch.no_grad()
-    def kl(self, policy: PreTrainedModel, other: PreTrainedModel, batch: Batch) -> Tensor:
+    def kl(self, policy: PreTrainedModel, other: PreTrainedModel, batch: Batch, is_teacher: bool = False) -> Tensor:
         """KL(policy || other) over the vocabulary where a model wrote, [B, T] float32 in nats, 0 elsewhere."""
+        read_by_other = self.hidden_of_teacher if is_teacher else self.hidden
 
         def compute(micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-            hidden = (
-                self.hidden(network, micro, rows, columns).split(self.chunk_tokens) for network in (policy, other)
-            )
+            readings = (self.hidden, policy), (read_by_other, other)
+            hidden = (read(network, micro, rows, columns).split(self.chunk_tokens) for read, network in readings)
             return torch.cat(
                 [
                     ops.reverse_kl(self.logits(policy, part), self.logits(other, other_part))
@@ -81,6 +82,12 @@ class Scorer:
         """[n, d], the backbone's output at the given positions."""
         with autocast(micro.input_ids.device, self.precision):
             return backbone_hidden(network, micro.input_ids, micro.attention_mask)[rows, columns]
+
+    def hidden_of_teacher(self, teacher: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        """The same for the same tokens, behind the prompts that the teacher reads."""
+        if (read := micro.read_by_teacher) is None:
+            return self.hidden(teacher, micro, rows, columns)
+        return self.hidden(teacher, read, *predicting_positions(read.response_mask))
 
     def logits(self, network: PreTrainedModel, hidden: Tensor) -> Tensor:
         """[n, V] float32 from [n, d], temperature applied."""

@@ -94,10 +94,11 @@ class Learner:
         if "values" in needs:
             batch.values = self.scorer.values(self.critic, batch)
         for name, network in (("ref", self.reference), ("teacher", self.teacher)):
+            is_teacher = name == "teacher"
             if f"{name}_logprobs" in needs:
-                setattr(batch, f"{name}_logprobs", self.scorer.logprobs(network, batch))
+                setattr(batch, f"{name}_logprobs", self.scorer.logprobs(network, batch, is_teacher))
             if f"{name}_kl" in needs:
-                setattr(batch, f"{name}_kl", self.scorer.kl(policy, network, batch))
+                setattr(batch, f"{name}_kl", self.scorer.kl(policy, network, batch, is_teacher))
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> float:
@@ -252,7 +253,7 @@ class Learner:
         teacher_hidden = None
         if "teacher_logits" in self.algorithm.needs:
             with torch.no_grad():
-                teacher_hidden = self.scorer.hidden(self.teacher, micro, *at)
+                teacher_hidden = self.scorer.hidden_of_teacher(self.teacher, micro, *at)
         for start in range(0, len(hidden), self.config.chunk_tokens):
             chunk = slice(start, start + self.config.chunk_tokens)
             leaf = hidden[chunk].detach().requires_grad_()

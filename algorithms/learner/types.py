@@ -53,6 +53,7 @@ class Trajectory:
         correct: The answer matched exactly.
         terminated: The agent answered.
         truncated: It ran out of turns or tokens, or the retriever failed.
+        prompt: The first observation as text, from which a model with another chat template makes a prompt of its own.
     """
 
     prompt_ids: np.ndarray
@@ -63,6 +64,7 @@ class Trajectory:
     correct: bool
     terminated: bool
     truncated: bool
+    prompt: str = ""
 
     @property
     def num_action_tokens(self) -> int:
@@ -92,6 +94,8 @@ class Batch:
         ref_kl: [B, T] float32, nats, KL(sampling policy || reference) over the vocabulary; None unless needed.
         teacher_logprobs: [B, T] float32, nats; None unless "teacher_logprobs" is needed.
         teacher_kl: [B, T] float32, nats, KL(sampling policy || teacher) over the vocabulary; None unless needed.
+        read_by_teacher: The same trajectories behind the prompts of the teacher's own chat template, with the same
+            model-written tokens in the same order; None where the teacher reads prompts as the policy does.
         token_rewards: [B, T] float32, filled by `Algorithm.shape_rewards`.
         advantages: [B, T] float32, filled by `Algorithm.estimate_advantages`.
         returns: [B, T] float32, likewise; the critic's target.
@@ -109,6 +113,7 @@ class Batch:
     ref_kl: OnDemand = None
     teacher_logprobs: OnDemand = None
     teacher_kl: OnDemand = None
+    read_by_teacher: Batch | None = None
     token_rewards: OnDemand = None
     advantages: OnDemand = None
     returns: OnDemand = None
@@ -127,7 +132,9 @@ class Batch:
         picked: dict[str, Any] = {}
         for name in self.__slots__:
             value = getattr(self, name)
-            if value is not None:
+            if isinstance(value, Batch):
+                value = value.select(rows)
+            elif value is not None:
                 value = value[rows] if value.dim() == 1 else value[rows, :length]
             picked[name] = value
         return Batch(**picked)

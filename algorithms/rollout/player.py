@@ -116,6 +116,7 @@ class _Episode:
 
     number: int
     rng: np.random.Generator
+    prompt: str
     prompt_ids: np.ndarray
     num_tokens: int
     turns: list[Turn] = field(default_factory=list)
@@ -178,7 +179,7 @@ class _Rollout:
                     f"The prompt of question {info_at(infos, env)['question_id']!r} has {len(prompt)} tokens and "
                     f"leaves no room for an action; raise max_tokens, which is {max_tokens}."
                 )
-            episode = _Episode(number, rng(*self.seed, "episode", number), prompt, len(prompt))
+            episode = _Episode(number, rng(*self.seed, "episode", number), texts[env], prompt, len(prompt))
             self.engine.open(env, prompt, self._draws(episode))
             self.episodes[env] = episode
         self.num_started += len(envs)
@@ -244,5 +245,6 @@ class _Rollout:
             correct=bool(info["correct"]),
             terminated=terminated,
             truncated=not terminated,
+            prompt=episode.prompt,
         )
         self.num_finished += 1

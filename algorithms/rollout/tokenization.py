@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+#: Stands for a text while a chat template is rendered around it.
+_PLACE = "\ue000"
+
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
     """First observations as ids.
@@ -19,12 +22,23 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
         For each text [p] int64.
     """
     if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        rendered = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
-        return [np.array(ids, dtype=np.int64) for ids in rendered]
+        return [_in_template(tokenizer, text) for text in texts]
     bos = tokenizer.bos_token_id
     prefix = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
     return [np.concatenate((np.array(prefix, dtype=np.int64), ids)) for ids in encode_plain(tokenizer, texts)]
+
+
+def _in_template(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """A text as the message of a user, behind which the template opens the reply, [p] int64."""
+    if not any(token in text for token in tokenizer.all_special_tokens):
+        chat = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        return np.array(rendered, dtype=np.int64)
+    # A question that spells a control token stays text: only what the template puts around it is read for such tokens.
+    chat = [{"role": "user", "content": _PLACE}]
+    around = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    before, after = (tokenizer.encode(part, add_special_tokens=False) for part in str(around).split(_PLACE))
+    return np.array([*before, *encode_plain(tokenizer, [text])[0], *after], dtype=np.int64)
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:

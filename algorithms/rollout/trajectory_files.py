@@ -84,6 +84,7 @@ def _to_json(trajectory: Trajectory, tokenizer: Any = None) -> dict[str, Any]:
         "truncated": trajectory.truncated,
         "source": trajectory.source,
         "group_id": trajectory.group_id,
+        "message": trajectory.prompt,
         "prompt": text(trajectory.prompt_ids),
         "prompt_ids": trajectory.prompt_ids.tolist(),
         "turns": [
@@ -133,4 +134,5 @@ def _from_json(row: dict[str, Any]) -> Trajectory:
         correct=row["correct"],
         terminated=row["terminated"],
         truncated=row["truncated"],
+        prompt=row.get("message", ""),
     )

@@ -6,6 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from algorithms.learner.algorithm import Algorithm, Progress
 from algorithms.learner.types import RolloutStats, Trajectory
 from algorithms.rollout.player import Player
 from algorithms.rollout.replay import Replay
+from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training import demonstrations
 from algorithms.training.build import Environments, Networks
 from algorithms.training.demonstrations import Demonstrations
@@ -121,7 +123,7 @@ class Sources:
         settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
         settings["searched"] = of_retriever(envs.retriever)
         teacher = resolve_model(str(config.model.teacher))
-        key = of_playing(settings, teacher, networks.tokenizer, envs.dataset)
+        key = of_playing(settings, teacher, networks.teacher_tokenizer, envs.dataset)
         folder = Path(config.cache_dir).expanduser() / "demonstrations"
         path, parts = folder / f"{key}.jsonl.gz", folder / f"{key}.parts"
 
@@ -129,8 +131,13 @@ class Sources:
             player = networks.player(networks.teacher(), envs)
             return demonstrations.collect(player, len(envs.dataset), **asking, seed=config.seed, parts=parts)
 
-        found = demonstrations.cached(path, make, networks.tokenizer)
+        found = demonstrations.cached(path, make, networks.teacher_tokenizer)
         shutil.rmtree(parts, ignore_errors=True)
+        if networks.reads_otherwise:  # the policy learns to write behind the prompts that it will be given
+            prompts = encode_prompts(networks.tokenizer, [one.prompt for one in found.trajectories])
+            found.trajectories = [
+                replace(one, prompt_ids=ids) for one, ids in zip(found.trajectories, prompts, strict=True)
+            ]
         return found
 
 

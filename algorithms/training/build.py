@@ -118,6 +118,7 @@ class Networks:
     Attributes:
         device: Where they live: the first GPU if there is one.
         tokenizer: The policy's.
+        teacher_tokenizer: The teacher's, which may have another chat template; the policy's if there is no teacher.
         policy: The network being trained, float32.
         vocab_size: Ids that policy and teacher have in common.
     """
@@ -126,6 +127,8 @@ class Networks:
         self._config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(resolve_model(config.model.policy))
+        teacher = config.model.teacher
+        self.teacher_tokenizer = self.tokenizer if teacher is None else load_tokenizer(resolve_model(teacher))
         self.policy = load_model(resolve_model(config.model.policy), device=self.device)
         self.vocab_size = self._shared_vocab_size()
         self._teacher: PreTrainedModel | None = None
@@ -152,7 +155,16 @@ class Networks:
             return logit_width(self.policy)
         path = resolve_model(self._config.model.teacher)
         widths = (logit_width(self.policy), declared_vocab_size(path))
-        return shared_vocab_size(self.tokenizer, load_tokenizer(path), *widths)
+        return shared_vocab_size(self.tokenizer, self.teacher_tokenizer, *widths)
+
+    @property
+    def reads_otherwise(self) -> bool:
+        """Whether the teacher's chat template is not the policy's, so that each needs prompts of its own."""
+        return self.teacher_tokenizer.chat_template != self.tokenizer.chat_template
+
+    def tokenizer_of(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+        """The tokenizer whose chat template a network reads."""
+        return self.teacher_tokenizer if model in self._teachers else self.tokenizer
 
     def release_teacher(self) -> None:
         """Take the teacher out of memory."""
@@ -177,7 +189,7 @@ class Networks:
     def _engine(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float) -> Engine:
         return CachedEngine(
             model,
-            self.tokenizer,
+            self.tokenizer_of(model),
             dataclasses.replace(self._config.rollout, temperature=temperature),
             num_rows=envs.num_envs,
             action_ends=envs.metadata["action_ends"],

@@ -49,7 +49,8 @@ def place(
         "searched": searched,
         "code": code,
     }
-    key = of_playing(settings, model, networks.tokenizer, envs.dataset)
+    tokenizer = networks.teacher_tokenizer if is_teacher else networks.tokenizer
+    key = of_playing(settings, model, tokenizer, envs.dataset)
     return root / key
 
 

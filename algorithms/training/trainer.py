@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from algorithms.learner.networks import Critic, freeze, load_model, pad_id
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch, Trajectory
 from algorithms.rollout.replay import Replay
+from algorithms.rollout.tokenization import encode_prompts
 from algorithms.rollout.trajectory_files import transcript
 from algorithms.training import checkpoint, evaluation
 from algorithms.training.batches import Sources, choose_source, rollout_metrics
@@ -262,7 +263,13 @@ class Trainer:
         self.position.spend(samples_s=time.perf_counter() - started)
 
     def _collate(self, trajectories: Sequence[Trajectory]) -> Batch:
-        return collate(trajectories, pad_id(self.networks.tokenizer), self.networks.device)
+        pad, device = pad_id(self.networks.tokenizer), self.networks.device
+        batch = collate(trajectories, pad, device)
+        if self.networks.reads_otherwise:
+            prompts = encode_prompts(self.networks.teacher_tokenizer, [one.prompt for one in trajectories])
+            read = [replace(one, prompt_ids=ids) for one, ids in zip(trajectories, prompts, strict=True)]
+            batch.read_by_teacher = collate(read, pad, device)
+        return batch
 
     def _is_end_of_pass(self, algorithm: Algorithm) -> bool:
         """Whether as many steps are done as whole passes over the demonstrations take."""

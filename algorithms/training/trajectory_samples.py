@@ -72,7 +72,7 @@ def token_figures(batch: Batch, learner: Learner) -> list[dict[str, np.ndarray]]
     columns = {} if batch.advantages is None else {"advantages": batch.advantages}
     for name, network in (("ref", learner.reference), ("teacher", learner.teacher)):
         if network is not None:
-            columns[f"{name}_kl"] = learner.scorer.kl(learner.policy, network, batch)
+            columns[f"{name}_kl"] = learner.scorer.kl(learner.policy, network, batch, name == "teacher")
     return [
         {name: column[row][mask].float().cpu().numpy() for name, column in columns.items()}
         for row, mask in enumerate(batch.response_mask)

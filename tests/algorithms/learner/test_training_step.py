@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -497,3 +498,45 @@ def test_bfloat16_is_close_and_keeps_float32_weights():
     assert all(p.dtype == torch.float32 for p in learner.policy.parameters())
     flat = [torch.cat([g.flatten() for g in found.values()]) for found in (exact, rough)]
     assert float(torch.nn.functional.cosine_similarity(*flat, dim=0)) > 0.99
+
+
+# --- a teacher with another chat template ----------------------------------------------------------------------------
+
+
+def behind_other_prompts(batch: Batch, seed: int = 9) -> Batch:
+    """The same trajectories with a prompt of 5 tokens in the place of 3, as a teacher would read them."""
+    ids = torch.randint(VOCAB, (len(batch), 5), generator=torch.Generator().manual_seed(seed))
+    widened = {
+        "input_ids": torch.cat((ids, batch.input_ids[:, 3:]), dim=1),
+        "attention_mask": torch.nn.functional.pad(batch.attention_mask, (2, 0), value=True),
+        "response_mask": torch.nn.functional.pad(batch.response_mask, (2, 0)),
+        "old_logprobs": torch.nn.functional.pad(batch.old_logprobs, (2, 0)),
+    }
+    return dataclasses.replace(batch, **widened)
+
+
+def test_a_teacher_scores_the_tokens_behind_its_own_prompts():
+    batch = make_batch()
+    batch.read_by_teacher = behind_other_prompts(batch)
+    learner = make_learner(DGPO(DGPOConfig(num_minibatches=1)), micro_batch_tokens=40, chunk_tokens=3)
+    learner.score(batch)
+    expected = naive_logprobs(learner.teacher, batch.read_by_teacher)[batch.read_by_teacher.response_mask]
+    torch.testing.assert_close(batch.teacher_logprobs[batch.response_mask], expected, atol=1e-5, rtol=0)
+    otherwise = naive_logprobs(learner.teacher, batch)[batch.response_mask]
+    assert (expected - otherwise).abs().max() > 1e-3, "the prompt matters"
+    exact = learner.scorer.kl(learner.policy, learner.teacher, batch, is_teacher=True)[batch.response_mask]
+    ours = full_logits(learner.policy, batch).log_softmax(-1)[batch.response_mask]
+    theirs = full_logits(learner.teacher, batch.read_by_teacher).log_softmax(-1)[batch.read_by_teacher.response_mask]
+    torch.testing.assert_close(exact, (ours.exp() * (ours - theirs)).sum(-1), atol=1e-5, rtol=0)
+
+
+def test_distillation_compares_with_the_teacher_behind_its_own_prompts():
+    batch = make_batch()
+    batch.read_by_teacher = behind_other_prompts(batch)
+    learner = make_learner(make_kd(), micro_batch_tokens=40, chunk_tokens=3)
+    with torch.no_grad():
+        student = full_logits(learner.policy, batch).log_softmax(-1)[batch.response_mask]
+        teacher = full_logits(learner.teacher, batch.read_by_teacher)[batch.read_by_teacher.response_mask]
+        chosen = student.gather(-1, batch.input_ids[batch.response_mask][:, None])[:, 0]
+        divergence = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student)).sum(-1)
+    assert learner.validate(batch) == pytest.approx(float((divergence - chosen).mean()), abs=1e-5)

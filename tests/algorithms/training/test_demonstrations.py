@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 from unittest.mock import patch
 
@@ -24,7 +26,7 @@ SKIPPED = (
 
 
 @pytest.fixture(scope="module")
-def teacher_engine():
+def teacher_player():
     """The bundled teacher in front of 60 training questions, 16 at once."""
     world = {"split": "train", "num_passages": 150, "num_questions": 60}
     given = vars(EvaluateConfig()) | {"evaluation": {}, "num_envs": 16, "dataset": world}
@@ -37,25 +39,27 @@ def ids(found: Demonstrations) -> list[str]:
     return [trajectory.turns[-1].info["question_id"] for trajectory in found.trajectories]
 
 
-def test_asking_ends_with_enough_or_with_the_most_questions(teacher_engine):
-    enough = collect(teacher_engine, 10, max_questions=60, seed=0)
+def test_asking_ends_with_enough_or_with_the_most_questions(teacher_player):
+    enough = collect(teacher_player, len(teacher_player.envs.dataset), 10, max_questions=60, seed=0)
     assert enough.counts() == {"wanted": 10, "found": 10, "asked": 16}, "one round of 16 episodes brings ten right ones"
     assert all(trajectory.correct for trajectory in enough.trajectories)
 
-    bounded = collect(teacher_engine, 60, max_questions=20, seed=0)
+    bounded = collect(teacher_player, len(teacher_player.envs.dataset), 60, max_questions=20, seed=0)
     assert bounded.num_asked == 20
     assert 10 <= len(bounded.trajectories) <= 20
     assert ids(bounded)[:10] == ids(enough), "the same questions in the same order"
 
-    everything = collect(teacher_engine, 100, max_questions=400, seed=0)
+    everything = collect(teacher_player, len(teacher_player.envs.dataset), 100, max_questions=400, seed=0)
     assert everything.num_asked == 60, "each question once"
     assert len(set(ids(everything))) == len(everything.trajectories)
     assert everything.num_sampled_tokens > sum(t.num_action_tokens for t in everything.trajectories)
 
 
-def test_wrong_answers_are_kept_on_request_but_nothing_malformed(teacher_engine):
-    right = collect(teacher_engine, 60, max_questions=60, seed=0)
-    answered = collect(teacher_engine, 60, max_questions=60, correct_only=False, seed=0)
+def test_wrong_answers_are_kept_on_request_but_nothing_malformed(teacher_player):
+    right = collect(teacher_player, len(teacher_player.envs.dataset), 60, max_questions=60, seed=0)
+    answered = collect(
+        teacher_player, len(teacher_player.envs.dataset), 60, max_questions=60, correct_only=False, seed=0
+    )
     assert set(ids(right)) < set(ids(answered))
     for trajectory in answered.trajectories:
         assert trajectory.terminated
@@ -66,7 +70,7 @@ def test_wrong_answers_are_kept_on_request_but_nothing_malformed(teacher_engine)
     assert all(is_demonstration(trajectory, correct_only=False) for trajectory in wrong)
 
 
-def test_a_crash_costs_one_rollout_of_the_teacher(teacher_engine, tmp_path):
+def test_a_crash_costs_one_rollout_of_the_teacher(teacher_player, tmp_path):
     rollout, asked = Player.rollout, []
 
     def failing(engine, questions, **settings):
@@ -78,19 +82,19 @@ def test_a_crash_costs_one_rollout_of_the_teacher(teacher_engine, tmp_path):
     settings = {"max_questions": 60, "seed": 0}
     with patch.object(Player, "rollout", failing):
         with pytest.raises(RetrieverError):
-            collect(teacher_engine, 60, **settings, parts=tmp_path)
-        taken_over = collect(teacher_engine, 60, **settings, parts=tmp_path)
+            collect(teacher_player, len(teacher_player.envs.dataset), 60, **settings, parts=tmp_path)
+        taken_over = collect(teacher_player, len(teacher_player.envs.dataset), 60, **settings, parts=tmp_path)
     assert asked[2] == asked[1], "the first questions are not asked again"
-    whole = collect(teacher_engine, 60, **settings)
+    whole = collect(teacher_player, len(teacher_player.envs.dataset), 60, **settings)
     assert ids(taken_over) == ids(whole)
     assert taken_over.counts() == whole.counts()
     assert taken_over.num_sampled_tokens == whole.num_sampled_tokens
 
 
-def test_the_outcome_is_read_back_whole_and_not_made_twice(teacher_engine, tmp_path):
+def test_the_outcome_is_read_back_whole_and_not_made_twice(teacher_player, tmp_path):
     tokenizer = load_tokenizer(resolve_model("tiny-teacher"))
     path = tmp_path / "key.jsonl.gz"
-    made = collect(teacher_engine, 3, max_questions=16, seed=0)
+    made = collect(teacher_player, len(teacher_player.envs.dataset), 3, max_questions=16, seed=0)
     for outcome in (made, Demonstrations([], 7, 28, 123)):
         read = cached(path, lambda outcome=outcome: outcome, tokenizer)
         again = cached(path, lambda: pytest.fail("collected again"), tokenizer)
@@ -101,7 +105,7 @@ def test_the_outcome_is_read_back_whole_and_not_made_twice(teacher_engine, tmp_p
             file.unlink()
 
 
-def test_half_written_demonstrations_are_collected_again_and_damaged_ones_named(teacher_engine, tmp_path):
+def test_half_written_demonstrations_are_collected_again_and_damaged_ones_named(teacher_player, tmp_path):
     tokenizer = load_tokenizer(resolve_model("tiny-teacher"))
     path = tmp_path / "key.jsonl.gz"
     cached(path, lambda: Demonstrations([], 1, 4, 0), tokenizer)
@@ -161,3 +165,21 @@ def test_nothing_to_train_on_at_all_is_an_error(algo, tmp_path, cache):
     assert f"{algo} has nothing to train on: the teacher was right on 0 of" in run.err
     assert "algo.correct_only=false" in run.err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_each_model_reads_prompts_through_its_own_chat_template(tmp_path):
+    """Alone the teacher is right nearly always, so it must be beside a student with a template, too."""
+    student = tmp_path / "student"
+    shutil.copytree(resolve_model("tiny-student"), student)
+    settings = json.loads((student / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}? ? ? {{ m.content }}{% endfor %}"
+    (student / "tokenizer_config.json").write_text(json.dumps(settings))
+    run = train(tmp_path / "run", tmp_path / "cache", *DGPO, f"model.policy={student}")
+    found = run.summary["demonstrations"]["kd"]
+    assert found["found"] == 24
+    assert found["asked"] < 48
+    assert run.summary["evaluation"]["teacher"]["greedy"]["all"]["exact_match"] > 0.8
+    with gzip.open(tmp_path / "run" / "trajectories" / "train-000002.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    assert all(row["prompt"].startswith("? ? ?") for row in rows), "demonstrations stand behind the student's prompts"
+    assert not any(row["message"].startswith("?") for row in rows)
