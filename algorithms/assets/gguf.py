@@ -46,34 +46,25 @@ def convert(path: Path, folder: Path) -> None:
     Raises:
         ConfigurationError: A package is missing, the file is damaged, or model or tokenizer are of an unknown kind.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # Whatever a damaged or unknown file makes the readers stumble over, the user is told the same.
-    try:
-        from transformers import GgufConfig
-
-        file: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-        tokenizer = AutoTokenizer.from_pretrained(**file)
-        _mend_splitting(tokenizer, path)
-        # Unless it is dequantized in the eyes of transformers, too, a model can't be saved.
-        whole = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32, quantization_config=whole)
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{path} can't be read without the packages gguf and accelerate: pip install 'agentic-rag-env[gguf]'. "
-            f"({error})"
-        ) from error
-    except ConfigurationError:
-        raise
-    except Exception as error:
-        raise ConfigurationError(
-            f"{path} can't be converted: {type(error).__name__}: {error}. Check that it is a whole GGUF file with a "
-            "causal language model, such as Llama, Qwen2 or Mistral, or take a folder of transformers instead."
-        ) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        partial = Path(temporary) / "folder"
+        # Alone in a folder, for transformers would also read what lies beside the file and may belong to another model.
+        alone, partial = Path(temporary) / "file" / "model.gguf", Path(temporary) / "folder"
+        alone.parent.mkdir()
+        alone.symlink_to(path.resolve())
+        # Whatever a damaged or unknown file makes the readers stumble over, the user is told the same.
+        try:
+            tokenizer, model = _read(alone)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"{path} can't be read without the packages gguf and accelerate: pip install 'agentic-rag-env[gguf]'. "
+                f"({error})"
+            ) from error
+        except Exception as error:
+            raise ConfigurationError(
+                f"{path} can't be converted: {error} ({type(error).__name__}). Check that it is a whole GGUF file with "
+                "a causal language model, such as Llama, Qwen2 or Mistral, or take a folder of transformers instead."
+            ) from error
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
         try:
@@ -83,19 +74,40 @@ def convert(path: Path, folder: Path) -> None:
                 raise
 
 
-def _mend_splitting(tokenizer: Any, path: Path) -> None:
+def _read(file: Path) -> tuple[Any, Any]:
+    """Tokenizer and model of a GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    _mend_splitting(tokenizer, file)
+    read: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        # Unless it is dequantized in the eyes of transformers, too, a model can't be saved.
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    model, report = read
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"it lacks {len(missing)} of the model's weights, among them {missing[0]}.")
+    return tokenizer, model
+
+
+def _mend_splitting(tokenizer: Any, file: Path) -> None:
     """Make a byte-level tokenizer see text as its merges were learned, where transformers leaves that out.
 
     The file names the rules. Where transformers does not know them it silently splits text like GPT-2.
 
     Raises:
-        ConfigurationError: The rules are unknown here, too.
+        ValueError: The rules are unknown here, too.
     """
     from gguf import GGUFReader
     from tokenizers import normalizers, pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
     rules = None if field is None else field.contents()
     if rules == "qwen2":
         backend.normalizer = normalizers.NFC()
@@ -105,7 +117,4 @@ def _mend_splitting(tokenizer: Any, path: Path) -> None:
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     elif rules != "gpt-2":
-        raise ConfigurationError(
-            f"{path}: its tokenizer splits text by the rules {rules!r}, which can't be rebuilt from the file; take the "
-            "folder of the model as it was published for transformers."
-        )
+        raise ValueError(f"its tokenizer splits text by the rules {rules!r}, which can't be rebuilt from the file.")

@@ -64,7 +64,9 @@ def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
     return weights
 
 
-def write_gguf(path: Path, model: PreTrainedModel, rules: str, quantized: str | None = None) -> Path:
+def write_gguf(
+    path: Path, model: PreTrainedModel, rules: str, quantized: str | None = None, without: str | None = None
+) -> Path:
     """Write a model with the tokenizer above.
 
     Args:
@@ -72,6 +74,7 @@ def write_gguf(path: Path, model: PreTrainedModel, rules: str, quantized: str | 
         model: As `random_model` makes it.
         rules: How text is split.
         quantized: Name of a weight to write in 8 bits.
+        without: Name of a weight to leave out.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
@@ -93,6 +96,8 @@ def write_gguf(path: Path, model: PreTrainedModel, rules: str, quantized: str | 
     writer.add_pad_token_id(1)
     writer.add_chat_template(TEMPLATE)
     for name, array in in_gguf(model).items():
+        if name == without:
+            continue
         if name == quantized:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
@@ -163,7 +168,7 @@ def test_rules_that_need_no_mending(tmp_path):
 
 def test_rules_that_nobody_knows_are_refused(tmp_path):
     file = write_gguf(tmp_path / "model.gguf", random_model("llama"), "home-made")
-    with pytest.raises(ConfigurationError, match="splits text by the rules 'home-made', which can't be rebuilt"):
+    with pytest.raises(ConfigurationError, match=r"model.gguf can't be converted: .* by the rules 'home-made'"):
         convert(file, tmp_path / "folder")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.gguf"]
 
@@ -179,6 +184,29 @@ def test_a_file_is_converted_once_wherever_it_lies(tmp_path, llama):
     assert [entry.name for entry in cache.iterdir()] == [folder.name]
     digest = hashlib.sha256(llama.read_bytes()).hexdigest()
     assert folder.name == f"tiny.Q8_0-{digest[:16]}"
+
+
+def test_files_beside_it_do_not_matter(tmp_path, llama):
+    """Such as those of another model in the same folder of downloads."""
+    beside = tmp_path / "downloads"
+    beside.mkdir()
+    (beside / "model.gguf").write_bytes(llama.read_bytes())
+    (beside / "chat_template.jinja").write_text("of another model")
+    (beside / "generation_config.json").write_text('{"eos_token_id": 7}')
+    (beside / "tokenizer_config.json").write_text('{"eos_token": "<other>", "tokenizer_class": "BertTokenizer"}')
+    (beside / "config.json").write_text('{"model_type": "bert", "vocab_size": 3}')
+    convert(beside / "model.gguf", tmp_path / "folder")
+    convert(llama, tmp_path / "alone")
+    for file in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "folder" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_file_without_all_weights_is_refused(tmp_path):
+    """As each part of a model in several files is; what is missing must not be made up at random."""
+    file = write_gguf(tmp_path / "model.gguf", random_model("llama"), "smollm", without="blk.1.ffn_up.weight")
+    with pytest.raises(ConfigurationError, match=r"it lacks 1 of the model's weights, .*layers.1.mlp.up_proj.weight"):
+        convert(file, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no such thing" * 100, None])
