@@ -1,0 +1,98 @@
+"""Two small sets of real questions that come with the package, each with Wikipedia passages to search.
+
+`ATTRIBUTION.md` beside this file names sources and licences and gives the figures; `make.py` wrote the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentic_rag_env.corpus import read_corpus
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.datasets.rows import read_questions
+from agentic_rag_env.datasets.selection import sample
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import DATASETS, did_you_mean
+from agentic_rag_env.types import Question
+
+#: Where the files are: a folder per set, with a file per split and `corpus` in it.
+FOLDER = Path(__file__).parent
+SPLITS = ("train", "dev", "test")
+ENDING = ".jsonl.zst"
+
+
+@dataclass
+class MiniConfig:
+    """Which questions of a set to use; the passages are the same for all of them.
+
+    Attributes:
+        split: `train`, `dev` or `test`. Questions of two splits never rest on passages of the same page.
+        num_questions: Keep a random sample of this size of the split, in its order; None keeps all.
+        seed: Decides the sample; the same seed draws the same one, and a larger sample contains the smaller.
+    """
+
+    split: str = "train"
+    num_questions: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ConfigurationError(f"There is no split {self.split!r}.{did_you_mean(self.split, SPLITS)}")
+
+
+@DATASETS.register("nq_mini", MiniConfig)
+def nq_mini(config: MiniConfig) -> QuestionSet:
+    """One-hop questions that people typed into a search engine, from Natural Questions, and 10,000 passages.
+
+    All of them are from the published training set, so a model trained here may be measured on the published dev and
+    test sets. Answers have five words or fewer, as in NQ-open.
+
+    The metadata of a question holds `supporting`, a list of the id of its one gold passage, and `supporting_mode`
+    "any": other passages may answer too. For `answer_in_training` and how figures are grouped by it, see `_load`.
+
+    Sources: Kwiatkowski et al., "Natural Questions", TACL 2019, and Lamm et al., "QED", TACL 2021, whose paragraphs are
+    the gold passages. The other passages are also from Wikipedia, found there by search engines for questions of NQ.
+    CC BY-SA 4.0.
+    """
+    return _load("nq_mini", config)
+
+
+@DATASETS.register("hotpot_mini", MiniConfig)
+def hotpot_mini(config: MiniConfig) -> QuestionSet:
+    """Two-hop questions that crowd workers wrote about two Wikipedia pages, from HotpotQA, and 10,000 passages.
+
+    They are from the published training and dev sets, as `published_split` in the metadata says. The published dev set
+    is what everybody reports, so a model trained here must not be measured on it, except without the questions whose
+    `source_id` is in this set.
+
+    The metadata of a question holds `supporting`, the ids of its two gold passages, both of which it needs
+    (`supporting_mode` "all"), and the `type` "bridge" or "comparison" where it is known. For `answer_in_training` and
+    how figures are grouped by it, see `_load`.
+
+    Source: Yang et al., "HotpotQA", EMNLP 2018; the passages are first paragraphs of pages. CC BY-SA 4.0.
+    """
+    return _load("hotpot_mini", config)
+
+
+def _load(name: str, config: MiniConfig) -> QuestionSet:
+    """Read a split of a set; the corpus is one object for all splits.
+
+    Figures of an evaluation are grouped by the `dataset` of a question's metadata. For dev and test questions it tells
+    whether a golden answer of theirs is also one of a training question (the field `answer_in_training`), so that
+    what a model remembers is not mistaken for what it finds: `nq_mini/seen_answers` or `nq_mini/new_answers`.
+    """
+    questions = read_questions(FOLDER / name / f"{config.split}{ENDING}", name)
+    chosen = sample(questions, config.num_questions, config.seed, f"split {config.split!r} of {name}")
+    return QuestionSet(
+        name, [_grouped(question) for question in chosen], read_corpus(FOLDER / name / f"corpus{ENDING}")
+    )
+
+
+def _grouped(question: Question) -> Question:
+    seen = question.metadata.get("answer_in_training")
+    if seen is None:
+        return question
+    group = f"{question.metadata['dataset']}/{'seen' if seen else 'new'}_answers"
+    return dataclasses.replace(question, metadata={**question.metadata, "dataset": group})
