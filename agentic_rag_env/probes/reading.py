@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from agentic_rag_env.actions import Answer, Search, parse_action
-from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes.figures import Figures, figure
 from agentic_rag_env.probes.gold import holds_answer
 from agentic_rag_env.probes.material import DIRECTLY, Material
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.rewards import exact_match, f1_score, normalize_answer
+from agentic_rag_env.settings import COUNT, check_settings, or_none
 from agentic_rag_env.types import Passage
 
 THINK_OPEN = "<think>"
@@ -39,10 +39,8 @@ class SourceReferencingConfig:
     num_questions: int | None = 300
 
     def __post_init__(self) -> None:
-        if self.num_distractors < 1:
-            raise ConfigurationError(f"num_distractors must be at least 1, got {self.num_distractors}.")
-        if self.num_questions is not None and self.num_questions < 1:
-            raise ConfigurationError(f"num_questions must be at least 1, or null for all, got {self.num_questions}.")
+        check_settings(self, COUNT, "num_distractors")
+        check_settings(self, or_none(COUNT, "all"), "num_questions")
 
 
 @PROBES.register("source_referencing", SourceReferencingConfig)

@@ -689,8 +689,8 @@ def test_an_endpoint_is_asked_again_only_where_that_may_help(server):
     ("settings", "said"),
     [
         ({"api": "chats"}, "Did you mean 'chat'"),
-        ({"url": "localhost:8000"}, "must look like http"),
-        ({"num_parallel": 0}, "num_parallel must be above 0, got 0"),
+        ({"url": "localhost:8000"}, "url must be an address such as http"),
+        ({"num_parallel": 0}, "num_parallel must be an integer of at least 1, got 0"),
         ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
     ],
 )

@@ -248,7 +248,7 @@ def test_probes_are_chosen_by_name_and_have_settings(scored):
     ("override", "said"),
     [
         ("probes=[thinkin]", "Unknown probe 'thinkin'. Did you mean 'thinking'?"),
-        ("probes=[{name: source_referencing, num_distractors: 0}]", "num_distractors must be at least 1, got 0"),
+        ("probes=[{name: source_referencing, num_distractors: 0}]", "an integer of at least 1, got 0"),
         ("probes=thinking", "probes"),
     ],
 )
