@@ -11,11 +11,12 @@ from typing import Any
 import gymnasium
 
 from agentic_rag_env.datasets.base import QuestionSet
-from agentic_rag_env.episode import Episode, FinalTurn, Found, Rules, StepResult, check_count, search
+from agentic_rag_env.episode import Episode, FinalTurn, Found, Rules, StepResult, search
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, RETRIEVERS, REWARDS, did_you_mean
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import Reward
+from agentic_rag_env.settings import COUNT, check_value, one_of, or_none
 from agentic_rag_env.spaces import FreeText
 from agentic_rag_env.types import Question, StepInfo
 
@@ -139,10 +140,8 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
             max_observation_tokens=max_observation_tokens,
             tokenizer=tokenizer,
         )
-        check_count("top_k", top_k)
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            hint = did_you_mean(render_mode, self.metadata["render_modes"])
-            raise ConfigurationError(f"render_mode {render_mode!r} does not exist.{hint}")
+        check_value("top_k", top_k, COUNT)
+        check_value("render_mode", render_mode, or_none(one_of(self.metadata["render_modes"])))
         self.dataset = _build_dataset(dataset)
         self.retriever = _build_retriever(retriever, self.dataset)
         self.top_k = top_k

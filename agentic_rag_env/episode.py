@@ -14,24 +14,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from agentic_rag_env.actions import ANSWER_OPEN, Action, Answer, Malformed, Search, parse_action
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError, RetrieverError
 from agentic_rag_env.prompts import MALFORMED_HINT, format_passages, information_block, render_prompt
-from agentic_rag_env.registry import did_you_mean
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import Outcome, Reward, check_reward, exact_match, f1_score
+from agentic_rag_env.settings import COUNT, Allowed, check_settings, one_of, or_none
 from agentic_rag_env.types import Ending, Found, Passage, Question, StepInfo
 
 #: What happens after the last turn that may search; `Rules` explains them.
 FinalTurn: TypeAlias = Literal["none", "no_search", "forced"]
 FINAL_TURNS: tuple[str, ...] = get_args(FinalTurn)
-
-
-def check_count(name: str, value: Any) -> None:
-    """Refuse a setting that is no positive integer.
-
-    Raises:
-        ConfigurationError: Naming the setting and its value.
-    """
-    if not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
 class StepResult(NamedTuple):
@@ -74,10 +64,9 @@ class Rules:
     def __post_init__(self) -> None:
         check_reward(self.reward)
         render_prompt(self.prompt, "")
-        check_count("max_turns", self.max_turns)
-        if self.final_turn not in FINAL_TURNS:
-            hint = did_you_mean(str(self.final_turn), FINAL_TURNS)
-            raise ConfigurationError(f"final_turn {self.final_turn!r} does not exist.{hint}")
+        check_settings(self, COUNT, "max_turns")
+        check_settings(self, one_of(FINAL_TURNS), "final_turn")
+        check_settings(self, or_none(COUNT, "no bound"), "max_observation_chars", "max_observation_tokens")
         self._check_budget()
 
     def _check_budget(self) -> None:
@@ -92,12 +81,10 @@ class Rules:
                 "tokenizer=..., or use max_observation_chars."
             )
         empty = information_block("") + (ANSWER_OPEN if self.final_turn == "forced" else "")
-        if not self._fits(empty):
+        if self._budget is not None:
             unit = "tokens" if self.max_observation_chars is None else "chars"
-            raise ConfigurationError(
-                f"max_observation_{unit} must be at least {self._length(empty)}, the length of an observation without "
-                f"passages, got {self._budget}."
-            )
+            words = f"at least {self._length(empty)}, the length of an observation without passages"
+            check_settings(self, Allowed(words, lambda _: self._fits(empty)), f"max_observation_{unit}")
 
     @property
     def num_calls(self) -> int:

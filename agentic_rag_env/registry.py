@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from agentic_rag_env.errors import ConfigurationError, UnknownNameError
+from agentic_rag_env.settings import likely_name
 
 #: Environment variable with Python files that register parts, as many as one likes, separated as in PATH.
 PLUGINS_VARIABLE = "AGENTIC_RAG_PLUGINS"
@@ -23,9 +23,7 @@ PLUGINS_VARIABLE = "AGENTIC_RAG_PLUGINS"
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Close an error message: the likely spelling, if there is one, and everything that is allowed."""
     names = sorted(allowed)
-    close = difflib.get_close_matches(given, names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(names) or 'none'}."
+    return f"{likely_name(given, names)} Known: {', '.join(names) or 'none'}."
 
 
 def name_or_mapping(text: str) -> Any:
@@ -139,7 +137,8 @@ class Registry:
 
         Raises:
             UnknownNameError: The name is unknown.
-            ConfigurationError: The mapping has no name, or a setting that the part does not have or that is missing.
+            ConfigurationError: The mapping has no name, or a setting that the part does not have, that is missing or
+                that can't work.
         """
         if isinstance(spec, str):
             spec = {"name": spec}
@@ -170,7 +169,10 @@ class Registry:
         }
         if missing := sorted(required - set(settings)):
             raise ConfigurationError(f"{self.group} {name!r} needs {', '.join(missing)}, got {sorted(settings)}.")
-        return config(**settings)
+        try:
+            return config(**settings)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.group} {name!r}: {error}") from error
 
     def _load_plugins(self) -> None:
         if self._plugins_loaded:

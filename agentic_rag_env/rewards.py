@@ -18,6 +18,7 @@ from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.prompts import INFORMATION_CLOSE, INFORMATION_OPEN
 from agentic_rag_env.registry import REWARDS
+from agentic_rag_env.settings import FRACTION, check_settings
 from agentic_rag_env.types import Question
 
 
@@ -177,9 +178,7 @@ class FormatAwareConfig:
     retrieval_score: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise ConfigurationError(f"{name} must be in [0, 1], got {value!r}.")
+        check_settings(self, FRACTION, *vars(self))
 
 
 @REWARDS.register("format_aware", FormatAwareConfig)

@@ -13,9 +13,10 @@ from gymnasium.vector.utils import batch_space
 
 from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.env import AgenticRAGEnv, check_options
-from agentic_rag_env.episode import Episode, StepResult, check_count, search
+from agentic_rag_env.episode import Episode, StepResult, search
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError
-from agentic_rag_env.registry import ENVS, did_you_mean
+from agentic_rag_env.registry import ENVS
+from agentic_rag_env.settings import COUNT, check_value, one_of, or_none
 from agentic_rag_env.types import Found, StepInfo
 
 _Batch = tuple[str, ...]
@@ -49,14 +50,13 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
     def __init__(
         self, num_envs: int, *, autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP, **settings: Any
     ) -> None:
-        check_count("num_envs", num_envs)
-        if settings.get("render_mode") not in (None, "ansi"):
-            raise ConfigurationError(
-                f"render_mode of the vector environment must be None or 'ansi', got {settings['render_mode']!r}."
-            )
+        check_value("num_envs", num_envs, COUNT)
+        mode = autoreset_mode.value if isinstance(autoreset_mode, AutoresetMode) else autoreset_mode
+        check_value("autoreset_mode", mode, one_of(member.value for member in AutoresetMode))
+        check_value("render_mode of the vector environment", settings.get("render_mode"), or_none(one_of(["ansi"])))
         parts = AgenticRAGEnv(**settings)
         self.num_envs = num_envs
-        self.autoreset_mode = _autoreset_mode(autoreset_mode)
+        self.autoreset_mode = AutoresetMode(mode)
         self.metadata = {
             "render_modes": ["ansi"],
             "render_fps": 4,
@@ -263,14 +263,6 @@ def info_at(infos: Mapping[str, Any], row: int) -> StepInfo:
         raise ValueError(f"Row {row} has no info here: it was left alone in this step.")
     values = {key: infos[key][row] for key in StepInfo.__annotations__}
     return StepInfo(**{key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()})  # type: ignore[typeddict-item]
-
-
-def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
-    try:
-        return AutoresetMode(mode)
-    except ValueError:
-        allowed = [member.value for member in AutoresetMode]
-        raise ConfigurationError(f"autoreset_mode {mode!r} does not exist.{did_you_mean(str(mode), allowed)}") from None
 
 
 @dataclass

@@ -13,7 +13,8 @@ from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.datasets.rows import collect, file_stem, read_questions
 from agentic_rag_env.datasets.selection import sample, share
 from agentic_rag_env.errors import ConfigurationError, DataError
-from agentic_rag_env.registry import DATASETS, did_you_mean
+from agentic_rag_env.registry import DATASETS
+from agentic_rag_env.settings import check_settings, check_value, one_of
 from agentic_rag_env.types import Question
 
 SPLITS = ("train", "dev", "test")
@@ -57,6 +58,11 @@ class BenchmarkConfig:
     num_questions: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_settings(self, one_of(SPLITS), "split")
+        for name in self.splits:
+            check_value("a name in splits", name, one_of(SPLITS))
+
 
 @DATASETS.register("benchmark", BenchmarkConfig)
 def benchmark(config: BenchmarkConfig) -> QuestionSet:
@@ -87,8 +93,6 @@ def benchmark(config: BenchmarkConfig) -> QuestionSet:
 
 def _published_split(config: BenchmarkConfig) -> tuple[str, bool]:
     """The published split behind the one asked for, and whether `train` and `dev` share it."""
-    if unknown := sorted({config.split, *config.splits} - set(SPLITS)):
-        raise ConfigurationError(f"benchmark has no split {unknown[0]!r}.{did_you_mean(unknown[0], SPLITS)}")
     behind = {split: published for split in SPLITS if (published := config.splits.get(split, split)) is not None}
     if config.split not in behind:
         raise ConfigurationError(

@@ -9,8 +9,9 @@ from agentic_rag_env.corpus import read_corpus
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.datasets.rows import dataset_name, read_questions
 from agentic_rag_env.datasets.selection import sample, share
-from agentic_rag_env.errors import ConfigurationError, DataError
-from agentic_rag_env.registry import DATASETS, did_you_mean
+from agentic_rag_env.errors import DataError
+from agentic_rag_env.registry import DATASETS
+from agentic_rag_env.settings import check_settings, one_of
 from agentic_rag_env.types import Question
 
 SPLITS = ("all", "train", "dev", "test")
@@ -38,6 +39,9 @@ class JsonlConfig:
     num_questions: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_settings(self, one_of(SPLITS), "split")
+
 
 @DATASETS.register("jsonl", JsonlConfig)
 def jsonl_dataset(config: JsonlConfig) -> QuestionSet:
@@ -53,8 +57,6 @@ def jsonl_dataset(config: JsonlConfig) -> QuestionSet:
         ConfigurationError: An unknown split, or a sample size that the split cannot give.
         DataError: A file is missing or malformed, or the split is empty.
     """
-    if config.split not in SPLITS:
-        raise ConfigurationError(f"jsonl has no split {config.split!r}.{did_you_mean(config.split, SPLITS)}")
     source = config.questions
     if config.split == "test" and config.test_questions is not None:
         source = config.test_questions

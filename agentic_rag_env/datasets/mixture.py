@@ -14,6 +14,7 @@ from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.datasets.selection import sample
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, did_you_mean
+from agentic_rag_env.settings import COUNT, Allowed, check_value
 from agentic_rag_env.types import Passage, Question
 
 
@@ -104,11 +105,9 @@ def _weights(config: MixtureConfig, names: Sequence[str]) -> dict[str, float]:
         return {}
     weights = {name: config.weights.get(name, 1.0) for name in names}
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight > 0):
-            raise ConfigurationError(
-                f"the weight of source {name!r} must be above 0, got {weight}; leave a source out with members, or by "
-                f"~dataset.sources.{name} on the command line."
-            )
+        advice = f"leave a source out with members, or by ~dataset.sources.{name} on the command line"
+        allowed = Allowed(f"a finite number above 0 ({advice})", lambda value: math.isfinite(value) and value > 0)
+        check_value(f"the weight of source {name!r}", weight, allowed)
     return weights
 
 
@@ -118,12 +117,12 @@ def _counts(sizes: dict[str, int], weights: dict[str, float], num_questions: int
     exact = {name: Fraction(str(weight)) for name, weight in (weights or sizes).items()}
     whole = sum(exact.values())
     most = math.floor(min(Fraction(size) / exact[name] for name, size in sizes.items()) * whole)
+    words = (
+        f"an integer in [1, {most}], as many as sources of {sizes} questions with weights {weights or 'by size'} give "
+        "without repeating any, or None for the most"
+    )
+    check_value("num_questions", num_questions, Allowed(words, lambda n: n is None or (COUNT.test(n) and n <= most)))
     total = most if num_questions is None else num_questions
-    if not 1 <= total <= most:
-        raise ConfigurationError(
-            f"num_questions={num_questions}, but sources of {sizes} questions with weights {weights or 'by size'} "
-            f"give 1 to {most} without repeating any; None takes the most."
-        )
     quotas = {name: total * weight / whole for name, weight in exact.items()}
     counts = {name: math.floor(quota) for name, quota in quotas.items()}
     by_remainder = sorted(quotas, key=lambda name: counts[name] - quotas[name])

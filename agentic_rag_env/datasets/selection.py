@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.settings import COUNT, Allowed, check_value
 from agentic_rag_env.types import Question
 
 
@@ -31,10 +31,7 @@ def sample(questions: Sequence[Question], num_questions: int | None, seed: int, 
     """
     if num_questions is None:
         return questions
-    if not 1 <= num_questions <= len(questions):
-        raise ConfigurationError(
-            f"num_questions={num_questions}, but {of} has {len(questions)}; "
-            f"give 1 to {len(questions)}, or None for all."
-        )
+    words = f"an integer in [1, {len(questions)}], as many as {of} has, or None for all"
+    check_value("num_questions", num_questions, Allowed(words, lambda n: COUNT.test(n) and n <= len(questions)))
     chosen = np.random.default_rng(seed).permutation(len(questions))[:num_questions]
     return tuple(questions[index] for index in sorted(chosen))

@@ -17,8 +17,8 @@ import numpy as np
 
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.datasets.tiny_names import POOLS, entity_name
-from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.registry import DATASETS, did_you_mean
+from agentic_rag_env.registry import DATASETS
+from agentic_rag_env.settings import COUNT, check_settings, one_of, within
 from agentic_rag_env.types import Passage, Question
 
 SPLITS = ("train", "dev", "test")
@@ -110,13 +110,10 @@ class TinyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("split", SPLITS), ("subset", SUBSETS)):
-            if (given := getattr(self, name)) not in allowed:
-                raise ConfigurationError(f"dataset 'tiny' has no {name} {given!r}.{did_you_mean(str(given), allowed)}")
-        if not 100 <= self.num_passages <= 1_000_000:
-            raise ConfigurationError(f"num_passages must be in [100, 1000000], got {self.num_passages}.")
-        if self.num_questions < 1:
-            raise ConfigurationError(f"num_questions must be at least 1, got {self.num_questions}.")
+        check_settings(self, one_of(SPLITS), "split")
+        check_settings(self, one_of(SUBSETS), "subset")
+        check_settings(self, within(100, 1_000_000), "num_passages")
+        check_settings(self, COUNT, "num_questions")
 
 
 class World:

@@ -5,14 +5,14 @@
     episodes = play(generate, envs)
     material = Material(envs.dataset, generate, episodes, envs.retriever, envs.dataset.corpus)
     figures = run_probes(material, DEFAULT_PROBES)
-    figures["thinking"]["gain"]  # {"value": 0.04, "n": 600, "interval": (0.02, 0.06)}
+    figures["thinking"]["gain"]  # {"value": 0.04, "n": 600, "interval": (0.02, 0.06), "best": "high", ...}
 
 The published tables leave prompts, passages and matching open; figures of these definitions are to be called
 "ARC-ours". Importing this package registers the built-in probes.
 """
 
 from agentic_rag_env.probes.endpoints import Endpoint, EndpointConfig, EndpointError
-from agentic_rag_env.probes.figures import Figure, Figures, figure, interval, macro_interval
+from agentic_rag_env.probes.figures import Best, Figure, Figures, figure, interval, macro_interval, share
 from agentic_rag_env.probes.gold import Gold, find_gold, holds_answer
 from agentic_rag_env.probes.material import Generate, Material, Probe, Prompt, play, run_probes
 from agentic_rag_env.probes.reading import SourceReferencing, SourceReferencingConfig, thinking
@@ -23,6 +23,7 @@ DEFAULT_PROBES = ("source_referencing", "thinking", "query_rewriting", "search_b
 
 __all__ = [
     "DEFAULT_PROBES",
+    "Best",
     "Endpoint",
     "EndpointConfig",
     "EndpointError",
@@ -44,5 +45,6 @@ __all__ = [
     "query_rewriting",
     "run_probes",
     "search_behaviour",
+    "share",
     "thinking",
 ]

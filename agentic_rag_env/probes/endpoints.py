@@ -8,12 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
+from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, ServiceError, require_httpx
 from agentic_rag_env.probes.material import Prompt, cut
-from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.settings import COUNT, Allowed, above, at_least, check_settings, one_of
 
 APIS = ("completions", "chat")
+_URL = Allowed(
+    "an address such as http://127.0.0.1:8000/v1",
+    lambda value: isinstance(value, str) and value.startswith(("http://", "https://")),
+)
 
 
 class EndpointError(AgenticRAGError, RuntimeError):
@@ -52,16 +56,11 @@ class EndpointConfig:
     proxy: str | None = ENVIRONMENT
 
     def __post_init__(self) -> None:
-        if self.api not in APIS:
-            raise ConfigurationError(f"endpoint has no api {self.api!r}.{did_you_mean(str(self.api), APIS)}")
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigurationError(f"endpoint url must look like http://127.0.0.1:8000/v1, got {self.url!r}.")
-        for name in ("max_tokens", "num_parallel", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"endpoint {name} must be above 0, got {getattr(self, name)}.")
-        for name in ("temperature", "max_retries", "backoff_s"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"endpoint {name} must be at least 0, got {getattr(self, name)}.")
+        check_settings(self, one_of(APIS), "api")
+        check_settings(self, _URL, "url")
+        check_settings(self, COUNT, "max_tokens", "num_parallel")
+        check_settings(self, above(0), "timeout_s")
+        check_settings(self, at_least(0), "temperature", "max_retries", "backoff_s")
 
 
 class Endpoint:

@@ -1,41 +1,55 @@
-"""What a probe reports: a number, how many items it rests on, and its bootstrap interval."""
+"""What a probe reports: a number, how many items it rests on, its bootstrap interval, and which way is good."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 
 RESAMPLES = 2000
 
+#: Which values of a figure are good: high ones, low ones, or neither.
+Best: TypeAlias = Literal["high", "low"] | None
+
 
 class Figure(TypedDict):
     """A mean over items, one value for each.
 
-    `value` is the mean, `n` the number of items, `interval` its 95 % bootstrap percentile interval over items.
+    `value` is the mean, `n` the number of items, `interval` its 95 % bootstrap percentile interval over items. `best`
+    says which way is good. `share` says that the value of each item lies in [0, 1], so that the distance from the best
+    value means the same everywhere.
     """
 
     value: float
     n: int
     interval: tuple[float, float]
+    best: Best
+    share: bool
 
 
 Figures: TypeAlias = dict[str, Figure]
 
 
-def figure(values: Any, weights: Any = None, seed: int = 0) -> Figure:
-    """The mean of one value per item, `sum(values) / sum(weights)`.
+def share(values: Any, best: Best = None, *, weights: Any = None, seed: int = 0) -> Figure:
+    """The mean of one value in [0, 1] per item, such as a score or whether something is so; see `figure`."""
+    return Figure(**{**figure(values, best, weights=weights, seed=seed), "share": True})
+
+
+def figure(values: Any, best: Best = None, *, weights: Any = None, seed: int = 0) -> Figure:
+    """The mean of one value per item, `sum(values) / sum(weights)`; any number, such as seconds or a difference.
 
     Args:
         values: [n], at least one; bools count as 0 and 1.
+        best: Which way is good; None: neither.
         weights: [n], above 0; None: 1 for each. With them the mean is that of smaller units, such as the turns of an
             episode, while whole items are resampled.
         seed: Of the resampling.
     """
     values, weights = _arrays(values, weights)
     value = float(values.sum() / weights.sum())
-    return Figure(value=value, n=len(values), interval=_bounds(resampled_means(values, weights, seed)))
+    bounds = _bounds(resampled_means(values, weights, seed))
+    return Figure(value=value, n=len(values), interval=bounds, best=best, share=False)
 
 
 def interval(values: Any, seed: int = 0) -> tuple[float, float]:

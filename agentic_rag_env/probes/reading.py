@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from agentic_rag_env.actions import Answer, Search, parse_action
-from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.probes.figures import Figures, figure
+from agentic_rag_env.probes.figures import Best, Figures, figure, share
 from agentic_rag_env.probes.gold import holds_answer
 from agentic_rag_env.probes.material import DIRECTLY, Material
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.rewards import exact_match, f1_score, normalize_answer
+from agentic_rag_env.settings import COUNT, check_settings, or_none
 from agentic_rag_env.types import Passage
 
 THINK_OPEN = "<think>"
@@ -39,10 +39,8 @@ class SourceReferencingConfig:
     num_questions: int | None = 300
 
     def __post_init__(self) -> None:
-        if self.num_distractors < 1:
-            raise ConfigurationError(f"num_distractors must be at least 1, got {self.num_distractors}.")
-        if self.num_questions is not None and self.num_questions < 1:
-            raise ConfigurationError(f"num_questions must be at least 1, or null for all, got {self.num_questions}.")
+        check_settings(self, COUNT, "num_distractors")
+        check_settings(self, or_none(COUNT, "all"), "num_questions")
 
 
 @PROBES.register("source_referencing", SourceReferencingConfig)
@@ -90,9 +88,9 @@ class SourceReferencing:
             return figures
         texts, seed = material.direct_answers, material.seed
         matches = _exact_matches(material, material.readable, texts)
-        figures["exact_match"] = figure(matches, seed=seed)
-        figures["f1"] = figure(_f1_scores(material, material.readable, texts), seed=seed)
-        figures["format_failures"] = figure([_answer(text) is None for text in texts], seed=seed)
+        figures["exact_match"] = share(matches, "high", seed=seed)
+        figures["f1"] = share(_f1_scores(material, material.readable, texts), "high", seed=seed)
+        figures["format_failures"] = share([_answer(text) is None for text in texts], "low", seed=seed)
         distractors = self._distractors(material)
         if distractors:
             figures |= self._among_distractors(material, distractors)
@@ -124,10 +122,10 @@ class SourceReferencing:
             by_place.append(matches(shown))
         means = np.mean(by_place, axis=0)
         return {
-            "alone_exact_match": figure(alone, seed=seed),
-            **{f"position_{place}_exact_match": figure(found, seed=seed) for place, found in enumerate(by_place, 1)},
-            "distractors_exact_match": figure(means, seed=seed),
-            "distractors_effect": figure(means - alone, seed=seed),
+            "alone_exact_match": share(alone, "high", seed=seed),
+            **{f"position_{place}_exact_match": share(of, "high", seed=seed) for place, of in enumerate(by_place, 1)},
+            "distractors_exact_match": share(means, "high", seed=seed),
+            "distractors_effect": figure(means - alone, "high", seed=seed),
         }
 
 
@@ -162,13 +160,13 @@ def thinking(material: Material) -> Figures:
     direct = _exact_matches(material, numbers, material.direct_answers)
     answered = np.array([_answer(text) is not None for text in texts])
     searched = np.array([isinstance(parse_action(text), Search) for text in texts])
-    figures["exact_match"] = figure(matches, seed=seed)
-    figures["f1"] = figure(_f1_scores(material, numbers, texts), seed=seed)
-    figures["gain"] = figure(matches - direct, seed=seed)
-    figures["format_failures"] = figure(~answered & ~searched, seed=seed)
-    figures["searched"] = figure(searched, seed=seed)
+    figures["exact_match"] = share(matches, "high", seed=seed)
+    figures["f1"] = share(_f1_scores(material, numbers, texts), "high", seed=seed)
+    figures["gain"] = figure(matches - direct, "high", seed=seed)
+    figures["format_failures"] = share(~answered & ~searched, "low", seed=seed)
+    figures["searched"] = share(searched, seed=seed)
     if answered.any():
-        figures["exact_match_well_formed"] = figure(matches[answered], seed=seed)
+        figures["exact_match_well_formed"] = share(matches[answered], "high", seed=seed)
     return figures
 
 
@@ -184,18 +182,18 @@ def _without_evidence(material: Material, distractors: dict[int, list[Passage]])
     ]
     searched = [isinstance(action, Search) for action in actions]
     malformed = [not isinstance(action, (Answer, Search)) for action in actions]
-    shares = {
-        "answered": answered,
-        "invented": invented,
-        "searched": searched,
-        "abstained": abstained,
-        "malformed": malformed,
+    found: dict[str, tuple[Sequence[bool], Best]] = {
+        "answered": (answered, None),
+        "invented": (invented, "low"),
+        "searched": (searched, None),
+        "abstained": (abstained, None),
+        "malformed": (malformed, "low"),
     }
-    return {f"absent_{name}": figure(share, seed=material.seed) for name, share in shares.items()}
+    return {f"absent_{name}": share(values, best, seed=material.seed) for name, (values, best) in found.items()}
 
 
 def _without_gold(material: Material) -> Figures:
-    return {"without_gold": figure([not gold.passages for gold in material.gold], seed=material.seed)}
+    return {"without_gold": share([not gold.passages for gold in material.gold], seed=material.seed)}
 
 
 def _answer(text: str) -> str | None:

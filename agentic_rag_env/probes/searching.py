@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.probes.figures import Figures, figure
+from agentic_rag_env.probes.figures import Best, Figures, figure, share
 from agentic_rag_env.probes.gold import holds_answer, titles
 from agentic_rag_env.probes.material import EpisodeInfos, Material, executed_searches
 from agentic_rag_env.registry import PROBES
@@ -43,17 +43,18 @@ def query_rewriting(material: Material) -> Figures:
     hits = [[_hits(found, golden) for found in of_episode] for of_episode, golden in zip(rounds, answers, strict=True)]
     first = np.array([any(of_episode[:1]) for of_episode in hits], dtype=float)
     figures = {
-        "hit_first_round": figure(first, seed=seed),
-        "hit_any_round": figure([any(of_episode) for of_episode in hits], seed=seed),
-        "query_copied": figure(
+        "hit_first_round": share(first, "high", seed=seed),
+        "hit_any_round": share([any(of_episode) for of_episode in hits], "high", seed=seed),
+        "query_copied": share(
             [_copied(episode, question.text) for episode, question in zip(episodes, material.questions, strict=True)],
+            "low",
             seed=seed,
         ),
     }
     if verbatim := {n: _hits(found[: material.top_k], answers[n]) for n, found in material.found_verbatim.items()}:
         hits_verbatim = np.array(list(verbatim.values()), dtype=float)
-        figures["hit_verbatim"] = figure(hits_verbatim, seed=seed)
-        figures["gain_over_verbatim"] = figure(first[list(verbatim)] - hits_verbatim, seed=seed)
+        figures["hit_verbatim"] = share(hits_verbatim, seed=seed)
+        figures["gain_over_verbatim"] = figure(first[list(verbatim)] - hits_verbatim, "high", seed=seed)
     return figures | _recalls(material, rounds)
 
 
@@ -90,11 +91,20 @@ def search_behaviour(material: Material) -> Figures:
     counts = np.array([_num_searches(episode) for episode in episodes])
     malformed = [sum(info["action"] == "malformed" for info in episode) for episode in episodes]
     figures = {"num_searches": figure(counts, seed=seed)}
-    figures |= {f"searches_{j}": figure(counts == j, seed=seed) for j in range(int(counts.max()) + 1)}
-    figures["malformed_fraction"] = figure(malformed, weights=[len(episode) for episode in episodes], seed=seed)
-    figures["repeated_query"] = figure([_repeats(episode) for episode in episodes], seed=seed)
-    figures["unanswered"] = figure([episode[-1]["action"] != "answer" for episode in episodes], seed=seed)
+    figures |= {f"searches_{j}": share(counts == j, seed=seed) for j in range(int(counts.max()) + 1)}
+    figures["malformed_fraction"] = share(malformed, "low", weights=[len(episode) for episode in episodes], seed=seed)
+    figures["repeated_query"] = share([_repeats(episode) for episode in episodes], "low", seed=seed)
+    figures["unanswered"] = share([episode[-1]["action"] != "answer" for episode in episodes], "low", seed=seed)
     return figures | _stopping(material, episodes)
+
+
+#: When the search was ended, and which way each share is good.
+_STOPPING: tuple[tuple[str, Best], ...] = (
+    ("evidence_complete", "high"),
+    ("stopped_too_early", "low"),
+    ("stopped_midway", "low"),
+    ("searched_on", "low"),
+)
 
 
 def _stopping(material: Material, episodes: list[EpisodeInfos]) -> Figures:
@@ -111,10 +121,14 @@ def _stopping(material: Material, episodes: list[EpisodeInfos]) -> Figures:
         complete = len(seen) >= gold.num_needed
         extra = _num_searches(episode) - gold.num_needed
         rows.append((complete, wrong and not seen, wrong and bool(seen) and not complete, searched_on, extra))
-    names = ("evidence_complete", "stopped_too_early", "stopped_midway", "searched_on", "extra_searches")
-    columns = zip(*rows, strict=True)
-    figures = {name: figure(column, seed=material.seed) for name, column in zip(names, columns, strict=False)}
-    return figures | {"without_gold": figure([not gold.pieces for gold in material.gold], seed=material.seed)}
+    figures: Figures = {}
+    if rows:
+        *of_shares, extra_searches = zip(*rows, strict=True)
+        for (name, best), values in zip(_STOPPING, of_shares, strict=True):
+            figures[name] = share(values, best, seed=material.seed)
+        figures["extra_searches"] = figure(extra_searches, seed=material.seed)
+    figures["without_gold"] = share([not gold.pieces for gold in material.gold], seed=material.seed)
+    return figures
 
 
 def _recalls(material: Material, rounds: list[list[tuple[Passage, ...]]]) -> Figures:
@@ -126,8 +140,9 @@ def _recalls(material: Material, rounds: list[list[tuple[Passage, ...]]]) -> Fig
         if gold.ids:
             by_id.append(gold.share(len(gold.ids & {passage.id for passage in passages}), len(gold.ids)))
         unknown.append(not gold.pieces)
-    recalls = {"title_recall": by_title, "passage_recall": by_id, "without_gold": unknown}
-    return {name: figure(values, seed=material.seed) for name, values in recalls.items() if values}
+    recalls = {"title_recall": by_title, "passage_recall": by_id}
+    figures = {name: share(values, "high", seed=material.seed) for name, values in recalls.items() if values}
+    return figures | {"without_gold": share(unknown, seed=material.seed)}
 
 
 def _episodes(material: Material) -> list[EpisodeInfos]:

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 
 from agentic_rag_env.actions import Action, Answer, Malformed, Search
-from agentic_rag_env.episode import check_count
+from agentic_rag_env.settings import COUNT, check_value
 from agentic_rag_env.types import Passage, StepInfo
 from agentic_rag_env.wrappers.spans import common_words, find_spans, words
 from agentic_rag_env.wrappers.view import View
@@ -122,7 +122,7 @@ class DiscreteActions(View[np.ndarray, np.integer]):
         query_words: Sequence[str] | None = None,
     ) -> None:
         super().__init__(env)
-        check_count("max_candidates", max_candidates)
+        check_value("max_candidates", max_candidates, COUNT)
         dataset = self.env.dataset
         if question_words is None:
             question_words = common_words(question.text for question in dataset)

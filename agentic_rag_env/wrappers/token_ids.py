@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from agentic_rag_env.episode import check_count
+from agentic_rag_env.settings import COUNT, check_value
 from agentic_rag_env.types import StepInfo
 from agentic_rag_env.wrappers.view import View
 
@@ -72,7 +72,7 @@ class TokenIds(View[np.ndarray, np.ndarray]):
             ("max_action_tokens", max_action_tokens),
             ("max_observation_tokens", max_observation_tokens),
         ):
-            check_count(name, value)
+            check_value(name, value, COUNT)
         self.tokenizer = tokenizer
         self.no_token = vocab_size
         self.action_space = spaces.MultiDiscrete([vocab_size + 1] * max_action_tokens)

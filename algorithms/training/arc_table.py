@@ -22,33 +22,33 @@ class Row(NamedTuple):
     Attributes:
         probe, metric: Where it stands in the summary.
         label: What it is called here.
-        best: Its best value if it is a share, 0.0 or 1.0; None where neither much nor little of it is weak.
+        judged: Whether a value that is far from the best is a weakness.
     """
 
     probe: str
     metric: str
     label: str
-    best: float | None = None
+    judged: bool = True
 
 
 ROWS = (
-    Row("source_referencing", "exact_match", "reads the answer off gold passages", 1.0),
-    Row("source_referencing", "distractors_exact_match", "... among distractors", 1.0),
+    Row("source_referencing", "exact_match", "reads the answer off gold passages"),
+    Row("source_referencing", "distractors_exact_match", "... among distractors"),
     Row("source_referencing", "distractors_effect", "... effect of the distractors"),
-    Row("source_referencing", "absent_invented", "invents where there is no evidence", 0.0),
-    Row("thinking", "exact_match", "thinks over gold passages and answers", 1.0),
+    Row("source_referencing", "absent_invented", "invents where there is no evidence"),
+    Row("thinking", "exact_match", "thinks over gold passages and answers"),
     Row("thinking", "gain", "... gain over answering at once"),
-    Row("thinking", "format_failures", "... thought never closed or no action", 0.0),
-    Row("query_rewriting", "hit_first_round", "first query finds the answer"),
+    Row("thinking", "format_failures", "... thought never closed or no action"),
+    Row("query_rewriting", "hit_first_round", "first query finds the answer", judged=False),  # can't, of several hops
     Row("query_rewriting", "gain_over_verbatim", "... gain over the question itself"),
-    Row("query_rewriting", "hit_any_round", "any query finds the answer", 1.0),
+    Row("query_rewriting", "hit_any_round", "any query finds the answer"),
     Row("search_behaviour", "num_searches", "searches per episode"),
-    Row("search_behaviour", "evidence_complete", "sees all of the evidence", 1.0),
-    Row("search_behaviour", "stopped_too_early", "wrong answer before any evidence", 0.0),
-    Row("search_behaviour", "stopped_midway", "wrong answer with half of the evidence", 0.0),
-    Row("search_behaviour", "searched_on", "searches on with all of it", 0.0),
-    Row("search_behaviour", "malformed_fraction", "malformed turns", 0.0),
-    Row("search_behaviour", "unanswered", "episodes without an answer", 0.0),
+    Row("search_behaviour", "evidence_complete", "sees all of the evidence"),
+    Row("search_behaviour", "stopped_too_early", "wrong answer before any evidence"),
+    Row("search_behaviour", "stopped_midway", "wrong answer with half of the evidence"),
+    Row("search_behaviour", "searched_on", "searches on with all of it"),
+    Row("search_behaviour", "malformed_fraction", "malformed turns"),
+    Row("search_behaviour", "unanswered", "episodes without an answer"),
 )
 
 
@@ -88,9 +88,9 @@ def arc_table(probed: Sequence[Evaluated]) -> Table:
 def weakest(model: Evaluated) -> str:
     """The share of a model that is furthest from the best it could be, in words."""
     found = [
-        (abs(figure["value"] - row.best), row, figure)
+        (distance, row, figure)
         for row in ROWS
-        if row.best is not None and (figure := _figure(model, row))
+        if (figure := _figure(model, row)) and (distance := _distance(figure, row)) is not None
     ]
     if not found:
         return "nothing that was probed is a share"
@@ -104,14 +104,21 @@ def _figure(model: Evaluated, row: Row) -> Figure | None:
     return model.arc.get(row.probe, {}).get(row.metric)
 
 
+def _distance(figure: Figure, row: Row) -> float | None:
+    """How far a share is from the best it could be; None where that is no weakness."""
+    if figure["best"] is None or not figure["share"] or not row.judged:
+        return None
+    return figure["value"] if figure["best"] == "low" else 1.0 - figure["value"]
+
+
 def _cell(figure: Figure | None, row: Row) -> Text:
     if figure is None:
         return Text("-")
     low, high = figure["interval"]
-    sign = "+" if row.metric.startswith("gain") or row.metric.endswith("effect") else ""
+    sign = "+" if figure["best"] and not figure["share"] else ""  # a difference
     text = f"{figure['value']:{sign}.3f} ({low:{sign}.2f} to {high:{sign}.2f})"
-    if row.best is None:
+    distance = _distance(figure, row)
+    if distance is None:
         return Text(text)
-    distance = abs(figure["value"] - row.best)
     style = "red" if distance >= WEAK else "yellow" if distance >= WEAK / 2 else "green"
     return Text(("! " if distance >= WEAK else "") + text, style=style)

@@ -32,6 +32,7 @@ from agentic_rag_env.probes import (
     macro_interval,
     play,
     run_probes,
+    share,
 )
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
@@ -52,7 +53,10 @@ def test_a_figure_is_a_mean_with_its_number_of_items_and_interval():
     assert found["n"] == 4
     low, high = found["interval"]
     assert 0 <= low < 0.75 < high <= 1
-    assert figure([0.3] * 7) == {"value": pytest.approx(0.3), "n": 7, "interval": (0.3, 0.3)}
+    point = {"value": pytest.approx(0.3), "n": 7, "interval": (0.3, 0.3)}
+    assert figure([0.3] * 7) == point | {"best": None, "share": False}
+    assert figure([0.3] * 7, "low") == point | {"best": "low", "share": False}
+    assert share([0.3] * 7, "high") == point | {"best": "high", "share": True}
     # 1 + 0 + 2 malformed of 2 + 3 + 2 turns; three episodes.
     weighted = figure([1, 0, 2], weights=[2, 3, 2])
     assert weighted["value"] == 3 / 7
@@ -320,7 +324,7 @@ def test_thinking_by_hand():
 def test_without_any_gold_only_that_is_said():
     material = Material(READING[-1:], lambda prompts: pytest.fail("nothing is to be read"))
     for probe in ("source_referencing", "thinking"):
-        assert run_probes(material, [probe])[probe] == {"without_gold": {"value": 1.0, "n": 1, "interval": (1.0, 1.0)}}
+        assert run_probes(material, [probe])[probe] == {"without_gold": share([True])}
 
 
 # --- searching, on episodes known by heart ---------------------------------------------------------------------------
@@ -689,8 +693,8 @@ def test_an_endpoint_is_asked_again_only_where_that_may_help(server):
     ("settings", "said"),
     [
         ({"api": "chats"}, "Did you mean 'chat'"),
-        ({"url": "localhost:8000"}, "must look like http"),
-        ({"num_parallel": 0}, "num_parallel must be above 0, got 0"),
+        ({"url": "localhost:8000"}, "url must be an address such as http"),
+        ({"num_parallel": 0}, "num_parallel must be an integer of at least 1, got 0"),
         ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
     ],
 )

@@ -306,8 +306,8 @@ def test_default_arguments() -> None:
     ("settings", "message"),
     [
         ({"num_envs": 0}, "num_envs must be an integer of at least 1, got 0"),
-        ({"autoreset_mode": "NextStpe"}, "'NextStpe' does not exist. Did you mean 'NextStep'?"),
-        ({"render_mode": "human"}, "must be None or 'ansi', got 'human'"),
+        ({"autoreset_mode": "NextStpe"}, "Disabled, got 'NextStpe'. Did you mean 'NextStep'?"),
+        ({"render_mode": "human"}, "must be one of ansi, or None, got 'human'"),
         ({"retriever": "bm52"}, "Did you mean 'bm25'?"),
     ],
 )

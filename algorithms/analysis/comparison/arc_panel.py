@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,15 +20,26 @@ _UNTRAINED = ("raw", "teacher")
 _DETAILS = re.compile(r"searches_\d+|.*without_gold|.*_f1|f1")
 #: Share of the episodes with so many searches; there is none above the most that a run has.
 _SHARE_OF_COUNT = re.compile(r"searches_\d+")
-#: Shares of which less is better, by the end of their names.
-_FAULTS = ("failures", "invented", "copied", "malformed", "malformed_fraction", "repeated_query", "unanswered",
-           "too_early", "stopped_midway", "searched_on")  # fmt: skip
-#: Figures that are no shares, by the end of their names.
+#: The built-in probes, and their figures by the end of the names, for runs from before figures told what they are.
+_BUILT_IN = ("source_referencing", "thinking", "query_rewriting", "search_behaviour")
 _NO_SHARES = ("num_searches", "extra_searches", "effect", "gain", "gain_over_verbatim")
-#: Shares of which neither much nor little is weak.
-_NEUTRAL = ("searched", "answered", "abstained", "hit_verbatim")
+_LOW = ("failures", "invented", "copied", "malformed", "malformed_fraction", "repeated_query", "unanswered",
+        "too_early", "stopped_midway", "searched_on")  # fmt: skip
+_NEITHER = ("searched", "answered", "abstained", "hit_verbatim", "without_gold")
 #: A model is called weaker than the teacher from that difference on, in so many figures of a probe at most.
 _WEAKER, _NUM_POINTS = 0.05, 2
+
+
+class Meaning(NamedTuple):
+    """How a figure is to be read.
+
+    Attributes:
+        best: "high", "low", or None where neither is good.
+        share: Whether it lies in [0, 1].
+    """
+
+    best: str | None
+    share: bool
 
 
 @dataclass(frozen=True)
@@ -39,25 +50,25 @@ class Panel:
         models: Labels of the methods, then the untrained models.
         columns: (probe, metric) pairs.
         estimates: By model and column; a figure that a model lacks is left out.
+        meanings: By column.
     """
 
     models: tuple[str, ...]
     columns: tuple[tuple[str, str], ...]
     estimates: Mapping[tuple[str, tuple[str, str]], Estimate]
+    meanings: Mapping[tuple[str, str], Meaning]
 
     def shortened(self) -> Panel:
         """Without distributions and counts of what was left out."""
         columns = tuple(column for column in self.columns if not _DETAILS.fullmatch(column[1]))
-        return Panel(self.models, columns, self.estimates)
+        return Panel(self.models, columns, self.estimates, self.meanings)
 
     def weakness(self, model: str, column: tuple[str, str]) -> float | None:
         """How weak a model is in one column, in [0, 1]; None where that can't be said of the figure."""
-        found, metric = self.estimates.get((model, column)), column[1]
-        if found is None or metric.endswith(_NO_SHARES):
+        found, meaning = self.estimates.get((model, column)), self.meanings[column]
+        if found is None or meaning.best is None or not meaning.share:
             return None
-        if metric.endswith(_FAULTS):
-            return found.value
-        return None if metric.endswith(_NEUTRAL) else 1 - found.value
+        return found.value if meaning.best == "low" else 1 - found.value
 
     def behind(self, model: str, column: tuple[str, str]) -> float | None:
         """How much weaker than the teacher a model is, or where that was not probed than the best that could be."""
@@ -96,15 +107,15 @@ class Panel:
             if last and probe != last:
                 sections.append(len(rows))
             last = probe
-            rows.append(
-                [f"{_words(probe)}: {_words(metric)}", *(self._cell(model, (probe, metric)) for model in self.models)]
-            )
+            best = self.meanings[probe, metric].best or NOTHING
+            cells = [self._cell(model, (probe, metric)) for model in self.models]
+            rows.append([f"{_words(probe)}: {_words(metric)}", best, *cells])
         note = (
-            "Means over seeds with 95 % intervals over seeds and items. Shaded: how far a share is behind the "
-            "teacher's (where that was not probed, behind the best that could be). ARC as defined here, not as "
-            "published."
+            "Means over seeds with 95 % intervals over seeds and items. Best: which values are good. Shaded: how far a "
+            "share is behind the teacher's (where that was not probed, behind the best that could be). ARC as defined "
+            "here, not as published."
         )
-        return Table(name, title, ["probe", *self.models], rows, note, sections, brief=True)
+        return Table(name, title, ["probe", "best", *self.models], rows, note, sections, brief=True)
 
     def _cell(self, model: str, column: tuple[str, str]) -> Cell:
         found = self.estimates.get((model, column))
@@ -119,21 +130,43 @@ def make_panel(methods: Sequence[Method]) -> Panel | None:
     for model in _UNTRAINED:
         found = next((of_run for method in methods for run in method.runs if (of_run := _probed(run, model))), {})
         named.append((model, [found]))
+    meanings = _meanings(of_run for _, of_runs in named for of_run in of_runs)
     estimates: dict[tuple[str, tuple[str, str]], Estimate] = {}
-    columns: dict[tuple[str, str], None] = {}
     for label, of_runs in named:
         for column in dict.fromkeys(column for of_run in of_runs for column in of_run):
             figures = [figure for of_run in of_runs if (figure := _figure(of_run, column)) is not None]
-            columns[column] = None
-            estimates[label, column] = _estimate(figures, is_share=not column[1].endswith(_NO_SHARES))
+            estimates[label, column] = _estimate(figures, meanings[column].share)
     models = tuple(label for label, of_runs in named if any(of_runs))
-    ordered = sorted(columns, key=lambda column: [probe for probe, _ in columns].index(column[0]))
-    return Panel(models, tuple(ordered), estimates) if estimates else None
+    ordered = sorted(meanings, key=lambda column: [probe for probe, _ in meanings].index(column[0]))
+    return Panel(models, tuple(ordered), estimates, meanings) if estimates else None
 
 
 def _probed(run: Run, model: str) -> dict[tuple[str, str], Mapping[str, Any]]:
     of_model = run.summary.get("arc", {}).get(model) or {}
     return {(probe, metric): figure for probe, metrics in of_model.items() for metric, figure in metrics.items()}
+
+
+def _meanings(
+    of_runs: Iterable[Mapping[tuple[str, str], Mapping[str, Any]]],
+) -> dict[tuple[str, str], Meaning]:
+    """How each figure is to be read, in the order in which they are met; what some run declares holds for all."""
+    meanings: dict[tuple[str, str], Meaning] = {}
+    for of_run in of_runs:
+        for column, figure in of_run.items():
+            if "best" in figure:
+                meanings[column] = Meaning(figure["best"], bool(figure.get("share")))
+            else:
+                meanings.setdefault(column, _undeclared(*column))
+    return meanings
+
+
+def _undeclared(probe: str, metric: str) -> Meaning:
+    """How a figure is to be read that does not tell; of a probe that is not built in, nothing is known."""
+    if probe not in _BUILT_IN or metric.endswith(_NO_SHARES):
+        return Meaning(None, share=False)
+    if metric.endswith(_NEITHER) or _SHARE_OF_COUNT.fullmatch(metric):
+        return Meaning(None, share=True)
+    return Meaning("low" if metric.endswith(_LOW) else "high", share=True)
 
 
 def _figure(of_run: Mapping[tuple[str, str], Mapping[str, Any]], column: tuple[str, str]) -> Mapping[str, Any] | None:

@@ -11,6 +11,7 @@ import sys
 import types
 from html.parser import HTMLParser
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,9 +207,51 @@ def test_a_number_of_searches_that_a_seed_never_made_counts_as_none(tmp_path):
     assert means == pytest.approx([1.9 / 3, 0.8 / 3, 0.1])
 
 
+def made_figure(value: float, **declared: Any) -> dict:
+    return {"value": value, "n": 40, "interval": [value, value], **declared}
+
+
+def test_a_figure_is_judged_by_what_its_probe_declares(tmp_path):
+    declared = {
+        "seconds": made_figure(30.0, best="low", share=False),
+        "mean_rank": made_figure(2.5, best="low", share=False),
+        "failures": made_figure(0.7, best="high", share=True),  # whatever its name ends with
+        "gain": made_figure(0.25, best="low", share=True),
+        "colour": made_figure(0.5, best=None, share=True),
+    }
+    make_run(tmp_path / "a", "kd", 0, answers(0.5, 0), arc={"kd": {"own": declared}})
+    panel = arc_panel.make_panel(make_methods(find_runs([tmp_path])))
+    weakness = {name: panel.weakness("kd", ("own", name)) for name in declared}
+    assert weakness == {
+        "seconds": None, "mean_rank": None, "failures": pytest.approx(0.3), "gain": 0.25, "colour": None
+    }  # fmt: skip
+    table = {row[0]: row[1] for row in panel.table("arc", "ARC panel").rows}
+    assert table == {"own: seconds": "low", "own: mean rank": "low", "own: failures": "high", "own: gain": "low",
+                     "own: colour": "–"}  # fmt: skip
+    assert panel.estimates["kd", ("own", "seconds")] == pytest.approx((30, 30, 30))
+
+
+def test_figures_of_old_runs_are_known_by_name_and_those_of_plug_ins_have_no_direction(tmp_path):
+    figures = {name: made_figure(0.5) for name in ("exact_match", "format_failures", "gain", "searched", "seconds")}
+    arc = {"kd": {"thinking": figures, "own": figures}}
+    make_run(tmp_path / "a", "kd", 0, answers(0.5, 0), arc=arc)
+    panel = arc_panel.make_panel(make_methods(find_runs([tmp_path])))
+    best = {column: meaning.best for column, meaning in panel.meanings.items()}
+    assert {name: best["thinking", name] for name in ("exact_match", "format_failures", "gain", "searched")} == {
+        "exact_match": "high", "format_failures": "low", "gain": None, "searched": None
+    }  # fmt: skip
+    assert {best["own", name] for name in figures} == {None}
+    newer = {"thinking": {"gain": made_figure(0.5, best="high", share=False)}}
+    make_run(tmp_path / "b", "dgpo", 0, answers(0.5, 0), arc={"dgpo": newer})
+    panel = arc_panel.make_panel(make_methods(find_runs([tmp_path])))
+    assert panel.meanings["thinking", "gain"] == ("high", False)
+
+
 def test_weak_points_are_where_the_teacher_is_ahead(tmp_path):
+    directions = {"hit": {"best": "high", "share": True}, "malformed": {"best": "low", "share": True}}
+
     def probed(**values: float) -> dict:
-        return {"p": {name: {"value": value, "n": 40, "interval": [value, value]} for name, value in values.items()}}
+        return {"p": {name: made_figure(value, **directions.get(name, {})) for name, value in values.items()}}
 
     arc_of = {"kd": probed(hit=0.5, malformed=0.3, num_searches=9), "teacher": probed(hit=0.6, malformed=0.0)}
     make_run(tmp_path / "a", "kd", 0, answers(0.5, 0), arc=arc_of)
@@ -218,7 +261,7 @@ def test_weak_points_are_where_the_teacher_is_ahead(tmp_path):
     # Nothing out of 40 is no certainty: Clopper and Pearson.
     assert panel.estimates["teacher", ("p", "malformed")] == pytest.approx((0, 0, 1 - 0.025 ** (1 / 40)))
     assert panel.estimates["kd", ("p", "num_searches")] == pytest.approx((9, 9, 9))
-    cells = {row[0]: row[1].shade for row in panel.table("arc", "ARC panel").rows}
+    cells = {row[0]: row[2].shade for row in panel.table("arc", "ARC panel").rows}
     assert cells == {"p: hit": pytest.approx(0.1), "p: malformed": pytest.approx(0.3), "p: num searches": None}
     del arc_of["teacher"]
     make_run(tmp_path / "alone" / "c", "kd", 0, answers(0.5, 0), arc=arc_of)

@@ -16,7 +16,7 @@ from toy_policy import SPELLINGS, make_policy, make_tokenizer
 
 from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.datasets.base import QuestionSet
-from agentic_rag_env.probes import DEFAULT_PROBES, Prompt, interval
+from agentic_rag_env.probes import DEFAULT_PROBES, Prompt, figure, interval, share
 from agentic_rag_env.types import Question, StepInfo
 from algorithms import evaluate
 from algorithms.learner.types import Trajectory, Turn
@@ -168,22 +168,24 @@ def test_predictions_are_a_line_for_each_question(tmp_path):
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def figure(value: float):
-    return {"value": value, "n": 10, "interval": (value, value)}
-
-
 def test_the_table_marks_what_is_weak_and_names_the_weakest_point():
     good, bad = Evaluated("good", False), Evaluated("bad", False)
-    good.arc = {"source_referencing": {"exact_match": figure(0.9)}, "thinking": {"gain": figure(-0.75)},
-                "search_behaviour": {"searched_on": figure(0.3)}}  # fmt: skip
-    bad.arc = {"source_referencing": {"exact_match": figure(0.2)}}
+    good.arc = {
+        "source_referencing": {"exact_match": share([0.9], "high")},
+        "thinking": {"gain": figure([-0.75], "high")},
+        "search_behaviour": {"searched_on": share([0.3], "low"), "num_searches": figure([2.0])},
+        "query_rewriting": {"hit_first_round": share([0.0], "high")},
+    }
+    bad.arc = {"source_referencing": {"exact_match": share([0.2], "high")}}
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     show_arc(console, [good, Evaluated("not probed", False), bad])
     lines = [line.split("│") for line in console.export_text().splitlines()]
     cells = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines if len(line) > 3}
     assert cells["reads the answer off gold passages"] == ["0.900 (0.90 to 0.90)", "! 0.200 (0.20 to 0.20)"]
     assert cells["... gain over answering at once"] == ["-0.750 (-0.75 to -0.75)", "-"]
-    assert "first query finds the answer" not in cells
+    assert cells["searches per episode"] == ["2.000 (2.00 to 2.00)", "-"]
+    assert cells["first query finds the answer"] == ["0.000 (0.00 to 0.00)", "-"]  # of two hops it can't
+    assert "any query finds the answer" not in cells
     assert weakest(good) == "searches on with all of it (search_behaviour/searched_on 0.300)"
     assert weakest(bad) == "reads the answer off gold passages (source_referencing/exact_match 0.200)"
     assert arc_table([bad]).row_count == 1
@@ -216,7 +218,7 @@ def test_a_checkpoint_is_probed_alone(scored):
     assert list(arc) == list(DEFAULT_PROBES)
     for of in arc.values():
         for name, found in of.items():
-            assert found.keys() == {"value", "n", "interval"}, name
+            assert found.keys() == {"value", "n", "interval", "best", "share"}, name
             assert found["interval"][0] <= found["value"] <= found["interval"][1]
     assert {found["n"] for found in arc["query_rewriting"].values()} == {12}
     greedy = score.summary["evaluation"]["checkpoint"]["greedy"]["all"]
@@ -248,7 +250,7 @@ def test_probes_are_chosen_by_name_and_have_settings(scored):
     ("override", "said"),
     [
         ("probes=[thinkin]", "Unknown probe 'thinkin'. Did you mean 'thinking'?"),
-        ("probes=[{name: source_referencing, num_distractors: 0}]", "num_distractors must be at least 1, got 0"),
+        ("probes=[{name: source_referencing, num_distractors: 0}]", "an integer of at least 1, got 0"),
         ("probes=thinking", "probes"),
     ],
 )
