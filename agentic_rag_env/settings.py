@@ -1,13 +1,15 @@
 """The values that a setting may have. A range says itself in words, and one check refuses what lies outside of it.
 
-@dataclass
-class BM25Config:
-k1: float = 0.9
-b: float = 0.4
+    @dataclass
+    class BM25Config:
+        k1: float = 0.9
+        b: float = 0.4
 
-def __post_init__(self) -> None:
-check_settings(self, at_least(0), "k1")
-check_settings(self, FRACTION, "b")
+        def __post_init__(self) -> None:
+            check_settings(self, at_least(0), "k1")
+            check_settings(self, FRACTION, "b")
+
+A value outside raises a ConfigurationError that names the setting, the range and the value.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def test_a_larger_sample_contains_the_smaller():
 def test_what_there_is_not():
     with pytest.raises(ConfigurationError, match=r"no split 'tset'. Did you mean 'test'\? Known: dev, test, train"):
         load("nq_mini", "tset")
-    with pytest.raises(ConfigurationError, match=r"num_questions=881, but split 'test' of nq_mini has 879"):
+    with pytest.raises(ConfigurationError, match=r"in \[1, 879\], as many as split 'test' of nq_mini has, .* got 881"):
         load("nq_mini", num_questions=881)
 
 
