@@ -14,6 +14,7 @@ The published tables leave prompts, passages and matching open; figures of these
 from agentic_rag_env.probes.endpoints import Endpoint, EndpointConfig, EndpointError
 from agentic_rag_env.probes.figures import Best, Figure, Figures, figure, interval, macro_interval, share
 from agentic_rag_env.probes.gold import Gold, find_gold, holds_answer
+from agentic_rag_env.probes.grounding import Counterfactual, GroundingConfig, Shuffled
 from agentic_rag_env.probes.material import Generate, Material, Probe, Prompt, play, run_probes
 from agentic_rag_env.probes.reading import SourceReferencing, SourceReferencingConfig, thinking
 from agentic_rag_env.probes.searching import query_rewriting, search_behaviour
@@ -24,6 +25,7 @@ DEFAULT_PROBES = ("source_referencing", "thinking", "query_rewriting", "search_b
 __all__ = [
     "DEFAULT_PROBES",
     "Best",
+    "Counterfactual",
     "Endpoint",
     "EndpointConfig",
     "EndpointError",
@@ -31,9 +33,11 @@ __all__ = [
     "Figures",
     "Generate",
     "Gold",
+    "GroundingConfig",
     "Material",
     "Probe",
     "Prompt",
+    "Shuffled",
     "SourceReferencing",
     "SourceReferencingConfig",
     "figure",

@@ -71,6 +71,7 @@ class Material:
         prompt: Name of a template in `prompts.PROMPTS`, or a template that contains `{question}`.
         top_k: Passages per search.
         seed: Of what is drawn, and of the bootstrap.
+        envs: Where the episodes were played; probes that play again obey their rules. None: the default rules.
     """
 
     questions: Sequence[Question]
@@ -81,6 +82,7 @@ class Material:
     prompt: str = "bare"
     top_k: int = 3
     seed: int = 0
+    envs: AgenticRAGVectorEnv | None = None
 
     @cached_property
     def gold(self) -> list[Gold]:
@@ -182,7 +184,7 @@ class Material:
             )
             for number, shown in zip(numbers, passages, strict=True)
         ]
-        return [cut(opening + text) for text in _generated(self.generate, prompts)]
+        return [cut(opening + text) for text in generated(self.generate, prompts)]
 
     def draw(self, *key: int) -> np.random.Generator:
         """A generator that depends on the seed and on what is drawn, and on nothing else."""
@@ -217,7 +219,9 @@ def run_probes(material: Material, probes: Iterable[Any]) -> dict[str, Figures]:
     return figures
 
 
-def play(generate: Generate, envs: AgenticRAGVectorEnv, num_questions: int | None = None) -> list[list[StepInfo]]:
+def play(
+    generate: Generate | None, envs: AgenticRAGVectorEnv, num_questions: int | None = None
+) -> list[list[StepInfo]]:
     """Episodes of any model that continues texts, for the probes that look at episodes.
 
     Args:
@@ -263,7 +267,7 @@ def cut(text: str) -> str:
     return text[: min(ends)] if ends else text
 
 
-def _play_together(generate: Generate, envs: AgenticRAGVectorEnv, numbers: range) -> list[list[StepInfo]]:
+def _play_together(generate: Generate | None, envs: AgenticRAGVectorEnv, numbers: range) -> list[list[StepInfo]]:
     mask = np.arange(envs.num_envs) < len(numbers)
     indices = np.full(envs.num_envs, -1)
     indices[mask] = numbers
@@ -272,7 +276,7 @@ def _play_together(generate: Generate, envs: AgenticRAGVectorEnv, numbers: range
     episodes: list[list[StepInfo]] = [[] for _ in numbers]
     running = list(range(len(numbers)))
     while running:
-        texts = _generated(generate, [Prompt(messages[row], transcripts[row]) for row in running])
+        texts = generated(generate, [Prompt(messages[row], transcripts[row]) for row in running])
         actions: list[str | None] = [None] * envs.num_envs
         for row, text in zip(running, texts, strict=True):
             actions[row] = text
@@ -284,7 +288,12 @@ def _play_together(generate: Generate, envs: AgenticRAGVectorEnv, numbers: range
     return episodes
 
 
-def _generated(generate: Generate | None, prompts: Sequence[str]) -> list[str]:
+def generated(generate: Generate | None, prompts: Sequence[str]) -> list[str]:
+    """What a model writes behind each prompt.
+
+    Raises:
+        ConfigurationError: There is no `generate`, or it doesn't return a text for each prompt.
+    """
     if generate is None:
         raise ConfigurationError("This probe lets the model read, and the material has no 'generate'.")
     texts = list(generate(prompts)) if prompts else []

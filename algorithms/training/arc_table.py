@@ -49,6 +49,10 @@ ROWS = (
     Row("search_behaviour", "searched_on", "searches on with all of it"),
     Row("search_behaviour", "malformed_fraction", "malformed turns"),
     Row("search_behaviour", "unanswered", "episodes without an answer"),
+    Row("counterfactual", "reads", "answers what changed passages say"),
+    Row("counterfactual", "remembers", "... what they no longer say"),
+    Row("shuffled", "exact_match", "right with the passages of others"),
+    Row("shuffled", "closed_book_exact_match", "... right without any passage"),
 )
 
 
@@ -75,7 +79,7 @@ def arc_table(probed: Sequence[Evaluated]) -> Table:
     for model in probed:
         table.add_column(model.name, justify="right")
     last = ROWS[0].probe
-    for row in ROWS:
+    for row in _rows(probed):
         figures = [_figure(model, row) for model in probed]
         if any(figures):
             if row.probe != last:
@@ -89,7 +93,7 @@ def weakest(model: Evaluated) -> str:
     """The share of a model that is furthest from the best it could be, in words."""
     found = [
         (distance, row, figure)
-        for row in ROWS
+        for row in _rows([model])
         if (figure := _figure(model, row)) and (distance := _distance(figure, row)) is not None
     ]
     if not found:
@@ -98,6 +102,13 @@ def weakest(model: Evaluated) -> str:
     if not distance:
         return "nothing"
     return f"{row.label.removeprefix('... ')} ({row.probe}/{row.metric} {figure['value']:.3f})"
+
+
+def _rows(probed: Sequence[Evaluated]) -> list[Row]:
+    """Those above, then every figure of probes that are not among them, such as those of plug-ins."""
+    known = {row.probe for row in ROWS}
+    others = {(probe, metric): None for model in probed for probe, of in model.arc.items() for metric in of}
+    return [*ROWS, *(Row(*one, ": ".join(one).replace("_", " ")) for one in others if one[0] not in known)]
 
 
 def _figure(model: Evaluated, row: Row) -> Figure | None:

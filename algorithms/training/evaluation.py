@@ -91,6 +91,8 @@ def evaluate_model(
         kept_in: Folder with what this model played under these conditions before, or for what it plays now; None to
             keep nothing.
     """
+    if config.corpus != "own" and config.corpus not in probes:
+        probes = [*probes, config.corpus]
     model, kept = cache(load), Kept(kept_in, networks.tokenizer)
 
     @cache
@@ -189,6 +191,7 @@ def _material(
         prompt=envs.rules.prompt,
         top_k=envs.top_k,
         seed=seed,
+        envs=envs,
     )
 
 

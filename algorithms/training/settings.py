@@ -38,6 +38,10 @@ class ModelConfig:
     teacher: str | None = "tiny-teacher"
 
 
+#: Which passages an evaluation shows; all but the first are names of probes.
+CORPORA = ("own", "counterfactual", "shuffled")
+
+
 @dataclass
 class ScoringConfig:
     """How a model is measured.
@@ -45,11 +49,14 @@ class ScoringConfig:
     Attributes:
         num_questions: The first so many questions of the split; None takes all of them.
         temperatures: Modes of decoding; 0 is greedy.
+        corpus: "own"; or "counterfactual" or "shuffled" for one more row of probes: what the agent answers where the
+            passages were changed, see `agentic_rag_env.probes.grounding`.
         seed: Of the sampled modes and of the bootstrap.
     """
 
     num_questions: int | None = None
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    corpus: str = "own"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,6 +65,7 @@ class ScoringConfig:
             self, "one or more numbers of at least 0", lambda value: value and min(value) >= 0, "temperatures"
         )
         check_settings(self, "at least 0", lambda value: value >= 0, "seed")
+        check_settings(self, f"one of {', '.join(CORPORA)}", CORPORA.__contains__, "corpus")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import warnings
@@ -290,3 +291,23 @@ def test_probes_on_the_way(tmp_path, cache):
     for row in run.metrics:
         if row["step"] in probed:
             assert row["dev/arc/search_behaviour/num_searches"] == row["dev/num_searches"]
+
+
+def test_a_plug_ins_probe_stands_in_the_table():
+    model = Evaluated("kd", arc={"stamina": {"mean_rank": figure([3.0, 5.0], "low"), "kept_on": share([1, 0], "high")}})
+    terminal = Console(width=120, file=io.StringIO(), force_terminal=False)
+    show_arc(terminal, [model])
+    assert "stamina: mean rank" in terminal.file.getvalue()
+    assert "weakest of kd: stamina: kept on (stamina/kept_on 0.500)" in terminal.file.getvalue()
+
+
+def test_changed_passages_are_a_row_of_the_table(tmp_path, cache):
+    run = train(
+        tmp_path / "run", cache, *SFT, "algo=sft", "evaluation.corpus=counterfactual", "probes=[]", "evaluation.every=0"
+    )
+    assert {"reads", "remembers", "neither", "left_out"} <= run.summary["arc"]["teacher"]["counterfactual"].keys()
+    teacher = run.summary["arc"]["teacher"]["counterfactual"]
+    assert teacher["reads"]["value"] == pytest.approx(teacher["own_exact_match"]["value"], abs=0.1)
+    assert teacher["reads"]["value"] > 0.6
+    assert run.summary["arc"]["raw"]["counterfactual"]["reads"]["value"] == 0
+    assert "answers what changed passages say" in run.out

@@ -1,0 +1,313 @@
+"""Probes of grounding: whether an agent answers what it reads, or what it remembers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from agentic_rag_env.actions import Answer, parse_action
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.probes.figures import Figures, share
+from agentic_rag_env.probes.gold import Gold, holds_answer
+from agentic_rag_env.probes.material import DIRECTLY, Material, Prompt, cut, executed_searches, generated, play
+from agentic_rag_env.prompts import render_prompt
+from agentic_rag_env.registry import PROBES
+from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.rewards import exact_match, normalize_answer
+from agentic_rag_env.settings import at_least, check_settings
+from agentic_rag_env.types import Passage, Question, StepInfo
+from agentic_rag_env.vector import AgenticRAGVectorEnv
+
+_MONTHS = "january february march april may june july august september october november december".split()
+_NUMBERS = "one two three four five six seven eight nine ten eleven twelve hundred thousand million billion".split()
+#: Environments that play together.
+_NUM_ENVS = 64
+
+
+@dataclass
+class GroundingConfig:
+    """Settings of the probes of grounding.
+
+    Attributes:
+        num_questions: Questions to play, the first ones that can be used.
+    """
+
+    num_questions: int = 200
+
+    def __post_init__(self) -> None:
+        check_settings(self, at_least(1), "num_questions")
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A question in a world in which its answer is another one.
+
+    Attributes:
+        number: Its place among the questions.
+        answer: What its gold passages say now.
+        passages: These passages by id.
+    """
+
+    number: int
+    answer: str
+    passages: Mapping[str, Passage]
+
+
+@PROBES.register("counterfactual", GroundingConfig)
+class Counterfactual:
+    """Counterfactual passages: in the gold passages the golden answer is replaced by another question's answer.
+
+    The new answer is of the same type: a date for a date, a number for a number, a name for a name; or of the type that
+    the metadata name as `answer_type`. The agent plays whole episodes, and whatever it finds shows the new text. A
+    question is left out if its answer can't be replaced, or if a passage that has to change is evidence of another
+    question in its old form. Over the others, i = 1..n:
+
+    | figure | formula |
+    | --- | --- |
+    | `reads` | share of i that answer with the new text |
+    | `remembers` | share of i that answer with the old text, though no passage that they were shown holds it |
+    | `neither` | the rest |
+    | `own_exact_match` | mean EM_i over the unchanged passages; needs `episodes` |
+    | `left_out` | share of all questions that could not be changed |
+
+    Args:
+        config: How many questions.
+    """
+
+    def __init__(self, config: GroundingConfig) -> None:
+        self.config = config
+
+    def __call__(self, material: Material) -> Figures:
+        """See the class."""
+        changes = change(material)
+        figures: Figures = {"left_out": share(_left_out(material, changes), seed=material.seed)}
+        changes = changes[: self.config.num_questions]
+        if not changes:
+            return figures
+        passages = {identifier: passage for one in changes for identifier, passage in one.passages.items()}
+        questions = [replace(material.questions[one.number], golden_answers=(one.answer,)) for one in changes]
+        episodes = _play(material, questions, Overlaid(_retriever(material), passages))
+        old = [material.questions[one.number].golden_answers for one in changes]
+        reads = [bool(episode[-1]["correct"]) for episode in episodes]
+        remembers = [_remembers(episode, golden) for episode, golden in zip(episodes, old, strict=True)]
+        neither = [not (read or remembered) for read, remembered in zip(reads, remembers, strict=True)]
+        seed = material.seed
+        figures |= {
+            "reads": share(reads, "high", seed=seed),
+            "remembers": share(remembers, "low", seed=seed),
+            "neither": share(neither, seed=seed),
+        }
+        return figures | _own_exact_match(material, [one.number for one in changes])
+
+
+@PROBES.register("shuffled", GroundingConfig)
+class Shuffled:
+    """Shuffled passages: every search brings what another question would have found.
+
+    An agent that reads falls to the level that it reaches without any passage, the closed book. Over the first
+    questions i = 1..n:
+
+    | figure | formula |
+    | --- | --- |
+    | `exact_match` | mean EM_i with passages of other questions |
+    | `closed_book_exact_match` | mean EM_i of answers given at once, without a search; needs `generate` |
+    | `own_exact_match` | mean EM_i with the question's own passages; needs `episodes` |
+
+    Args:
+        config: How many questions.
+    """
+
+    def __init__(self, config: GroundingConfig) -> None:
+        self.config = config
+
+    def __call__(self, material: Material) -> Figures:
+        """See the class."""
+        questions, seed = list(material.questions[: self.config.num_questions]), material.seed
+        episodes = _play(material, questions, Misplaced(_retriever(material), questions, seed))
+        prompts = [Prompt(render_prompt(material.prompt, question.text), "", DIRECTLY) for question in questions]
+        answers = [parse_action(cut(DIRECTLY + text)) for text in generated(material.generate, prompts)]
+        closed = [
+            isinstance(action, Answer) and exact_match(action.text, question.golden_answers) == 1
+            for action, question in zip(answers, questions, strict=True)
+        ]
+        figures: Figures = {
+            "exact_match": share([bool(episode[-1]["correct"]) for episode in episodes], seed=seed),
+            "closed_book_exact_match": share(closed, seed=seed),
+        }
+        return figures | _own_exact_match(material, range(len(questions)))
+
+
+class Overlaid:
+    """A retriever whose results show other texts in the place of some passages.
+
+    Args:
+        retriever: Finds, by the old texts.
+        passages: The new ones by id.
+    """
+
+    def __init__(self, retriever: Retriever, passages: Mapping[str, Passage]) -> None:
+        self._retriever, self._passages = retriever, passages
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+        """See `Retriever.search`."""
+        results = self._retriever.search(queries, top_k)
+        return [[replace(self._passages.get(one.id, one), score=one.score) for one in found] for found in results]
+
+
+class Misplaced:
+    """A retriever that answers each query with what another question would have found.
+
+    Args:
+        retriever: Finds.
+        questions: At least two.
+        seed: With the query it decides which question is searched.
+    """
+
+    def __init__(self, retriever: Retriever, questions: Sequence[Question], seed: int) -> None:
+        if len(questions) < 2:
+            raise ConfigurationError(f"Shuffled passages need at least 2 questions, got {len(questions)}.")
+        self._retriever, self._questions, self._seed = retriever, questions, seed
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+        """See `Retriever.search`."""
+        return self._retriever.search([self._other(query) for query in queries], top_k)
+
+    def _other(self, query: str) -> str:
+        digest = hashlib.sha256(f"{self._seed} {query}".encode("utf-8", "backslashreplace")).digest()
+        words = set(normalize_answer(query).split())
+        start = int.from_bytes(digest[:8], "big") % len(self._questions)
+        texts = (self._questions[(start + step) % len(self._questions)].text for step in range(len(self._questions)))
+        # Usually the first: one that shares no word with the query; else that with the fewest.
+        return min(texts, key=lambda text: len(words & set(normalize_answer(text).split())))
+
+
+def change(material: Material) -> list[Changed]:
+    """The questions whose answers can be replaced in their gold passages, without harm to each other.
+
+    Args:
+        material: Its seed decides which answer takes the place of which.
+    """
+    kinds = [answer_kind(question) for question in material.questions]
+    pools: dict[str, list[str]] = {}
+    for number in material.draw(0, 7).permutation(len(material.questions)).tolist():
+        if (kind := kinds[number]) is not None:
+            pools.setdefault(kind, []).append(material.questions[number].golden_answers[0])
+    chosen: dict[tuple[str, str], str] = {}
+    altered: dict[str, Passage] = {}
+    used: set[str] = set()
+    changes = []
+    for number, (question, gold) in enumerate(zip(material.questions, material.gold, strict=True)):
+        if (kind := kinds[number]) is None or not gold.passages:
+            continue
+        old = normalize_answer(question.golden_answers[0])
+        new = chosen.get((kind, old)) or _another(pools[kind], question, gold)
+        passages = None if new is None else _rewritten(question, gold, new)
+        if new is None or passages is None or not _fits(gold, passages, altered, used):
+            continue
+        chosen[kind, old] = new
+        altered |= passages
+        used |= {passage.id for passage in gold.passages if passage.id not in passages}
+        changes.append(Changed(number, new, passages))
+    return changes
+
+
+def answer_kind(question: Question) -> str | None:
+    """The type of an answer: `answer_type` of the metadata, the last link of a chain, or told from the text.
+
+    Returns:
+        Only answers with the same word replace each other; None for yes and no, which can't be replaced in a text.
+    """
+    if (named := question.metadata.get("answer_type")) is not None:
+        return str(named)
+    if chain := question.metadata.get("chain"):
+        return str(chain[-1])
+    words = normalize_answer(question.golden_answers[0]).split()
+    if not words or words in (["yes"], ["no"]):
+        return None
+    if any(month in words for month in _MONTHS) and any(word[0].isdigit() for word in words):
+        return "date"
+    if len(words) == 1 and re.fullmatch(r"1\d\d\d|20\d\d", words[0]):
+        return "year"
+    if words[0][0].isdigit() or any(word in _NUMBERS for word in words):
+        return "number"
+    return "name"
+
+
+def _another(pool: Sequence[str], question: Question, gold: Gold) -> str | None:
+    """The first answer of a pool that neither the question nor its evidence knows."""
+    known = [question.text, *question.golden_answers, *(passage.contents for passage in gold.passages)]
+    start = pool.index(question.golden_answers[0]) if question.golden_answers[0] in pool else 0
+    for step in range(1, len(pool)):
+        candidate = pool[(start + step) % len(pool)]
+        mutual = any(holds_answer(candidate, [answer]) for answer in question.golden_answers)
+        if normalize_answer(candidate) and not mutual and not any(holds_answer(text, [candidate]) for text in known):
+            return candidate
+    return None
+
+
+def _rewritten(question: Question, gold: Gold, new: str) -> dict[str, Passage] | None:
+    """The gold passages that change, by id; None if the answer is in none of them, or can't be taken out."""
+    aliases = sorted(question.golden_answers, key=len, reverse=True)
+    pattern = re.compile("|".join(rf"(?<!\w){re.escape(alias)}(?!\w)" for alias in aliases), re.IGNORECASE)
+    passages = {}
+    for passage in gold.passages:
+        if holds_answer(passage.contents, question.golden_answers):
+            changed = replace(passage, contents=pattern.sub(lambda _: new, passage.contents))
+            if holds_answer(changed.contents, question.golden_answers):
+                return None
+            passages[passage.id] = changed
+    return passages or None
+
+
+def _fits(gold: Gold, passages: Mapping[str, Passage], altered: Mapping[str, Passage], used: set[str]) -> bool:
+    """Whether a question's new passages, and those that it needs as they are, agree with those of the others."""
+    if any(identifier in used or altered.get(identifier, new) != new for identifier, new in passages.items()):
+        return False
+    return not any(passage.id in altered for passage in gold.passages if passage.id not in passages)
+
+
+def _remembers(episode: Sequence[StepInfo], golden_answers: Sequence[str]) -> bool:
+    if not exact_match(episode[-1]["answer"], golden_answers):
+        return False
+    shown = (passage for info in executed_searches(episode) for passage in info["passages"])
+    return not any(holds_answer(passage.contents, golden_answers) for passage in shown)
+
+
+def _left_out(material: Material, changes: Sequence[Changed]) -> np.ndarray:
+    left_out = np.ones(len(material.questions))
+    left_out[[one.number for one in changes]] = 0
+    return left_out
+
+
+def _own_exact_match(material: Material, numbers: Sequence[int]) -> Figures:
+    if material.episodes is None:
+        return {}
+    own = [bool(material.episodes[number][-1]["correct"]) for number in numbers]
+    return {"own_exact_match": share(own, "high", seed=material.seed)}
+
+
+def _retriever(material: Material) -> Retriever:
+    if material.retriever is None:
+        raise ConfigurationError("This probe lets the agent search, and the material has no 'retriever'.")
+    return material.retriever
+
+
+def _play(material: Material, questions: Sequence[Question], retriever: Retriever) -> list[list[StepInfo]]:
+    """Episodes on these questions by the rules of the material's environments."""
+    if material.generate is None:
+        raise ConfigurationError("This probe lets the model play, and the material has no 'generate'.")
+    rules = {"prompt": material.prompt} if material.envs is None else vars(material.envs.rules)
+    envs = AgenticRAGVectorEnv(
+        min(_NUM_ENVS, len(questions)),
+        dataset=QuestionSet("grounding", tuple(questions), ()),
+        retriever=retriever,
+        top_k=material.top_k,
+        autoreset_mode="Disabled",
+        **rules,
+    )
+    return play(material.generate, envs)

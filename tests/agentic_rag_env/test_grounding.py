@@ -1,0 +1,156 @@
+"""Whether an agent reads or remembers: scripted agents of either kind get the figures that they must get."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.probes import Material, play, run_probes
+from agentic_rag_env.probes.gold import holds_answer
+from agentic_rag_env.probes.grounding import Misplaced, answer_kind, change
+from agentic_rag_env.registry import DATASETS
+from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
+from agentic_rag_env.rewards import normalize_answer
+from agentic_rag_env.types import Passage, Question
+from agentic_rag_env.vector import AgenticRAGVectorEnv
+
+LANDS = {"France": "Paris", "Italy": "Rome", "Norway": "Oslo", "Peru": "Lima", "Kenya": "Nairobi", "Japan": "Tokyo"}
+
+
+def world() -> QuestionSet:
+    questions = [
+        Question(land, f"What is the capital of {land}?", (city,), {"supporting": (land,)})
+        for land, city in LANDS.items()
+    ]
+    questions.append(Question("yes", "Is Paris in France?", ("yes",), {"supporting": ("France",)}))
+    passages = [Passage(land, f"{land}\n{city} is the capital of {land}.") for land, city in LANDS.items()]
+    return QuestionSet("capitals", questions, passages)
+
+
+def reader(prompts):
+    """Searches the question, then answers with what the first passage says."""
+    texts = []
+    for prompt in prompts:
+        found = re.search(r"\) (\w+) is the capital", prompt)
+        land = re.search(r"capital of (\w+)", prompt)
+        query = f"<search> capital of {land[1]} </search>" if land else "<search> nothing </search>"
+        texts.append(f"<answer> {found[1]} </answer>" if found else query)
+    return texts
+
+
+def rememberer(prompts):
+    """Answers what it knows, whatever it reads."""
+    lands = [re.search(r"capital of (\w+)", prompt) for prompt in prompts]
+    return [f"<answer> {LANDS[land[1]] if land else 'yes'} </answer>" for land in lands]
+
+
+def material(generate, dataset=None) -> Material:
+    dataset = dataset or world()
+    retriever = BM25Retriever(BM25Config(), corpus=dataset.corpus)
+    envs = AgenticRAGVectorEnv(4, dataset=dataset, retriever=retriever, top_k=1, autoreset_mode="Disabled")
+    return Material(dataset.questions, generate, play(generate, envs), retriever, dataset.corpus, top_k=1, envs=envs)
+
+
+def values(figures):
+    return {name: figure["value"] for name, figure in figures.items()}
+
+
+def test_an_agent_that_reads_answers_what_the_passages_say_now():
+    figures = run_probes(material(reader), ["counterfactual"])["counterfactual"]
+    assert values(figures) == {
+        "left_out": pytest.approx(1 / 7),  # the question that yes answers
+        "reads": 1.0,
+        "remembers": 0.0,
+        "neither": 0.0,
+        "own_exact_match": 1.0,
+    }
+    assert figures["reads"]["n"] == 6
+    assert (figures["reads"]["best"], figures["remembers"]["best"]) == ("high", "low")
+
+
+def test_an_agent_that_remembers_gets_the_opposite():
+    figures = run_probes(material(rememberer), ["counterfactual"])["counterfactual"]
+    assert values(figures) == {
+        "left_out": pytest.approx(1 / 7),
+        "reads": 0.0,
+        "remembers": 1.0,
+        "neither": 0.0,
+        "own_exact_match": 1.0,
+    }
+
+
+def test_an_old_answer_that_another_passage_shows_is_no_memory():
+    """Then it may have been read."""
+    dataset = world()
+    passages = [
+        *dataset.corpus,
+        Passage("list", "capital of France\nParis is the capital of France, capital of France"),
+    ]
+    seen = material(reader, QuestionSet("capitals", dataset.questions, passages))
+    figures = values(run_probes(seen, [{"name": "counterfactual", "num_questions": 1}])["counterfactual"])
+    assert (figures["reads"], figures["remembers"], figures["neither"]) == (0.0, 0.0, 1.0)
+
+
+def test_shuffled_passages_take_a_reader_to_the_closed_book():
+    figures = values(run_probes(material(reader), [{"name": "shuffled", "num_questions": 6}])["shuffled"])
+    assert figures == {"exact_match": 0.0, "closed_book_exact_match": 0.0, "own_exact_match": 1.0}
+    figures = values(run_probes(material(rememberer), [{"name": "shuffled", "num_questions": 6}])["shuffled"])
+    assert figures["exact_match"] == 1.0
+
+
+def test_each_new_answer_is_of_the_same_type_and_stands_in_the_passages():
+    dataset = DATASETS.build({"name": "tiny", "split": "test", "num_questions": 300})
+    asked = Material(dataset.questions, corpus=dataset.corpus, seed=3)
+    changes = change(asked)
+    assert len(changes) > 100
+    by_id, altered = {passage.id: passage for passage in dataset.corpus}, {}
+    for one in changes:
+        question = dataset[one.number]
+        assert one.answer in {
+            other.golden_answers[0] for other in dataset if answer_kind(other) == answer_kind(question)
+        }
+        for identifier, passage in one.passages.items():
+            assert holds_answer(by_id[identifier].contents, question.golden_answers)
+            assert holds_answer(passage.contents, [one.answer])
+            assert not holds_answer(passage.contents, question.golden_answers)
+            assert altered.setdefault(identifier, passage) == passage, "two questions agree on a passage"
+    for one in changes:
+        kept = set(dataset[one.number].metadata["supporting"]) - one.passages.keys()
+        assert not kept & altered.keys(), "what leads to the answer is as it was"
+    assert [one.answer for one in change(Material(dataset.questions, corpus=dataset.corpus, seed=3))] == [
+        one.answer for one in changes
+    ]
+    assert [one.answer for one in change(Material(dataset.questions, corpus=dataset.corpus, seed=4))] != [
+        one.answer for one in changes
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("yes", None), ("No.", None), ("1969", "year"), ("July 20, 1969", "date"), ("May 2001", "date"),
+        ("42", "number"), ("three million", "number"), ("Ada Lovelace", "name"), ("May", "name"), ("3,000", "number"),
+    ],
+)  # fmt: skip
+def test_types_of_answers(answer, kind):
+    assert answer_kind(Question("q", "?", (answer,))) == kind
+    assert answer_kind(Question("q", "?", (answer,), {"answer_type": "place"})) == "place"
+
+
+def test_a_query_is_answered_with_what_another_question_finds():
+    dataset = world()
+    retriever = Misplaced(BM25Retriever(BM25Config(), corpus=dataset.corpus), dataset.questions, 0)
+    for land in LANDS:
+        (found,) = retriever.search([f"{land} city"], 1)
+        assert normalize_answer(found[0].title) != normalize_answer(land)
+    with pytest.raises(ConfigurationError, match="at least 2 questions, got 1"):
+        Misplaced(retriever, dataset.questions[:1], 0)
+
+
+def test_what_is_missing_is_named():
+    dataset = world()
+    with pytest.raises(ConfigurationError, match="no 'retriever'"):
+        run_probes(Material(dataset.questions, reader, corpus=dataset.corpus), ["shuffled"])
