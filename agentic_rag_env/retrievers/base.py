@@ -15,6 +15,8 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.types import Passage
 
+#: Characters of a query that are read; see `Retriever.search`.
+MAX_QUERY_CHARS = 10_000
 #: Places in the corpus and scores, best first; equal scores in the order of the corpus.
 Ranking: TypeAlias = list[tuple[int, float]]
 
@@ -27,7 +29,8 @@ class Retriever(Protocol):
         """Search.
 
         Args:
-            queries: Any number of query texts, in any characters a model may write.
+            queries: Any number of query texts, in any characters a model may write. The built-in retrievers read the
+                first `MAX_QUERY_CHARS` characters of each, so that no query takes long, whatever a model writes.
             top_k: Most passages per query, at least 1.
 
         Returns:
@@ -53,7 +56,7 @@ class CorpusRetriever(ABC):
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """See `Retriever.search`. A query that occurs more than once is searched once."""
-        check_search(queries, top_k)
+        queries = checked_queries(queries, top_k)
         distinct = list(dict.fromkeys(queries))
         ranked = dict(zip(distinct, self.rank(distinct, top_k) if distinct else [], strict=True))
         return [[self._passage(row, score) for row, score in ranked[query]] for query in queries]
@@ -82,8 +85,8 @@ def hash_of(data: Any) -> str:
     return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def check_search(queries: Sequence[str], top_k: int) -> None:
-    """Refuse the two arguments of `search` that a caller gets wrong.
+def checked_queries(queries: Sequence[str], top_k: int) -> list[str]:
+    """What is read of each query, once the two arguments of `search` that a caller gets wrong are refused.
 
     Raises:
         ConfigurationError: `top_k` is below 1, or `queries` is one string (whose characters would be searched).
@@ -92,6 +95,7 @@ def check_search(queries: Sequence[str], top_k: int) -> None:
         raise ConfigurationError(f"search takes a list of queries, got one string; pass [{queries[:40]!r}].")
     if top_k < 1:
         raise ConfigurationError(f"top_k must be at least 1, got {top_k}.")
+    return [query[:MAX_QUERY_CHARS] for query in queries]
 
 
 def require_corpus(name: str, corpus: Sequence[Passage] | None) -> Sequence[Passage]:

@@ -11,7 +11,7 @@ from typing import Any
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, Reply, ServiceError, require_httpx
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import check_search, encodable
+from agentic_rag_env.retrievers.base import checked_queries, encodable
 from agentic_rag_env.types import Found, Passage
 
 _TOO_LARGE = 413
@@ -83,8 +83,7 @@ class HttpRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. An empty list of queries sends nothing."""
-        check_search(queries, top_k)
-        texts = [encodable(query) for query in queries]
+        texts = [encodable(query) for query in checked_queries(queries, top_k)]
         found: list[Found] = []
         for start in range(0, len(texts), self.config.max_batch):
             found += self._search(texts[start : start + self.config.max_batch], top_k)

@@ -54,7 +54,7 @@ def make_server(retriever: Retriever, config: ServerConfig, fingerprint: str | N
     except ImportError as error:
         raise missing_library(error) from error
     settings = uvicorn.Config(
-        make_app(Service(retriever, config, fingerprint)),
+        make_app(Service(retriever, config, fingerprint), config.timeout_s),
         http=patient_protocol(config.timeout_s),
         ws="none",
         lifespan="on",
@@ -115,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: Mapping[str, Any]) -> None:
+    # The thread that searches gives way sooner than after 5 ms to the one that speaks HTTP.
+    sys.setswitchinterval(0.0005)
     config = ServerConfig(**{field.name: options[field.name] for field in fields(ServerConfig)})
     spec = _spec(options["retriever"], options["settings"])
     with listen_at(config) as listener:  # before anything slow is loaded

@@ -142,7 +142,7 @@ def test_hostile_queries_arrive_as_valid_text(service: Service) -> None:
     service.answer([[], [], [], []])
     queries = ["a\ud800b", "\x00\x1b\u2028", "日本\U0001f600", "x" * 100_000]
     assert retriever(service).search(queries, 1) == [[], [], [], []]
-    assert service.requests[0][1]["queries"] == ["a?b", *queries[1:]]
+    assert service.requests[0][1]["queries"] == ["a?b", *queries[1:3], "x" * 10_000]
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda item: pickle.loads(pickle.dumps(item))])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -21,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import agentic_rag_env  # noqa: F401
+from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.errors import ConfigurationError, RetrieverError, UnknownNameError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.retrievers.base import Retriever, hash_of
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
 from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever
 from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
@@ -124,6 +126,11 @@ class TestContract:
         (passages,) = retriever.search([query], 3)
         assert len(passages) <= 3
 
+    def test_the_beginning_of_a_long_query_is_read(self, retriever: Retriever) -> None:
+        beginning = ("amber cedar " * 1000)[:10_000]
+        expected = retriever.search([beginning], 3)
+        assert retriever.search([beginning + " fjord" * 100_000], 3) == expected
+
     @pytest.mark.parametrize("top_k", [0, -1])
     def test_top_k_below_one(self, retriever: Retriever, top_k: int) -> None:
         for queries in (["amber"], []):
@@ -177,6 +184,37 @@ def test_bm25_scores(texts: list[str], query: str, b: float) -> None:
     assert {passage.id for passage in found} == {f"p{row}" for row, score in enumerate(expected) if score > 0}
     for passage in found:
         assert passage.score == pytest.approx(expected[int(passage.id[1:])], rel=1e-5)
+
+
+def test_bm25_looks_a_repeated_word_up_once() -> None:
+    bm25 = BM25Retriever(BM25Config(), CORPUS)
+    index, looked_up = bm25._index, []
+
+    def noted(ids: list[int]) -> Any:
+        looked_up.extend(ids)
+        return index.get_scores_from_ids(ids)
+
+    bm25._index = SimpleNamespace(get_scores_from_ids=noted)
+    ((best, *_),) = bm25.search(["amber " * 100 + "cedar " * 20], 1)
+    assert len(looked_up) == 2
+    scores = {word: bm25_by_hand([p.contents for p in CORPUS], word, 0.9, 0.4) for word in ("amber", "cedar")}
+    expected = [100 * amber + 20 * cedar for amber, cedar in zip(scores["amber"], scores["cedar"], strict=True)]
+    assert best.id == f"p{np.argmax(expected)}"
+    assert best.score == pytest.approx(max(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 2, 128])
+def test_bm25_reads_the_first_words_of_a_query(most: int) -> None:
+    bm25 = BM25Retriever(BM25Config(max_query_words=most), CORPUS)
+    read = ["zebra"] * (most - 1) + ["amber"]
+    assert bm25.search([" -- ".join([*read, "cedar", "fjord"])], 5) == bm25.search([" ".join(read)], 5) != [[]]
+
+
+def test_bm25_with_the_usual_bound_is_the_retriever_of_before() -> None:
+    corpus = fingerprint(CORPUS)
+    old = hash_of({"retriever": "bm25", "k1": 0.9, "b": 0.4, "corpus": corpus})
+    assert BM25Retriever(BM25Config(), CORPUS).fingerprint == old
+    assert BM25Retriever(BM25Config(max_query_words=127), CORPUS).fingerprint != old
 
 
 def test_bm25_ties_follow_the_corpus() -> None:
