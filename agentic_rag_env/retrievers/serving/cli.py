@@ -6,7 +6,8 @@ agentic-rag-serve cached retriever.name=bm25 retriever.k1=1.2 path=cache.sqlite 
 agentic-rag-serve bm25 --dataset tiny
 
 POST /retrieve  {"queries": ["..."], "topk": 3, "return_scores": true}; with "return_errors": true a query that fails
-                has {"error": "..."} for its result, and the others theirs; otherwise the request fails
+                has {"error": "..."} for its result, and the others theirs; otherwise the request fails;
+                or {"query": "...", "topk": 3, "return_scores": true}, as skyrl-gym asks: a list of one
 GET  /health    whether it answers, and the fingerprint of what it searches
 GET  /metrics   counts and times for Prometheus
 """

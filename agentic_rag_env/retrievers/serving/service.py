@@ -109,9 +109,7 @@ def parse_request(body: bytes, config: ServerConfig) -> RetrieveRequest:
         raise RequestError(400, "The body is not valid JSON.") from None
     if not isinstance(given, dict):
         raise RequestError(422, f"The body must be an object with 'queries', got {json_type(given)}.")
-    queries, top_k = given.get("queries"), given.get("topk")
-    if not isinstance(queries, list):
-        raise RequestError(422, f"'queries' must be a list of strings, got {json_type(queries)}.")
+    queries, top_k = _queries(given), given.get("topk")
     if len(queries) > config.max_batch:
         raise RequestError(422, f"'queries' must hold at most {config.max_batch} queries, got {len(queries)}.")
     for number, query in enumerate(queries):
@@ -129,6 +127,20 @@ def parse_request(body: bytes, config: ServerConfig) -> RetrieveRequest:
     if not flags["return_errors"] and (refused := [each for each in checked if isinstance(each, RetrieverError)]):
         raise RequestError(422, str(refused[0]))
     return RetrieveRequest(tuple(checked), top_k or config.top_k, **flags)
+
+
+def _queries(given: dict[str, Any]) -> list[Any]:
+    """The list under `queries`, or the one query that some clients send under `query`."""
+    if "query" in given and "queries" not in given:
+        if not isinstance(given["query"], str):
+            raise RequestError(422, f"'query' must be a string, got {json_type(given['query'])}.")
+        return [given["query"]]
+    if "query" in given:
+        raise RequestError(422, "The body has both 'query' and 'queries'; send one of them.")
+    queries = given.get("queries")
+    if not isinstance(queries, list):
+        raise RequestError(422, f"'queries' must be a list of strings, got {json_type(queries)}.")
+    return queries
 
 
 def _not_too_long(query: str, number: int, limit: int) -> str | RetrieverError:

@@ -169,6 +169,21 @@ def test_server_error_without_end(service: Service) -> None:
     assert len(service.requests) == 3
 
 
+def test_one_query_per_request(service: Service) -> None:
+    service.answer([[scored("a", "x", 1)]])
+    client = retriever(service, one_query_per_request=True)
+    assert client.search(["first", "second"], 3) == [[Passage("a", "x", 1.0)]] * 2
+    bodies = sorted((body for _, body in service.requests), key=lambda body: body["query"])
+    common = {"topk": 3, "return_scores": True, "return_errors": True}
+    assert bodies == [{"query": "first", **common}, {"query": "second", **common}]
+
+
+def test_a_server_of_the_other_kind_is_told_of(service: Service) -> None:
+    service.replies.append((422, b'{"detail": [{"loc": ["body", "query"], "type": "missing"}]}'))
+    with pytest.raises(RetrieverError, match="set one_query_per_request=true"):
+        retriever(service).search(["q"], 3)
+
+
 def test_client_error_is_not_repeated(service: Service) -> None:
     service.replies.append((422, b"topk must be below 10"))
     with pytest.raises(RetrieverError, match="failed after 1 try: status 422: topk must be below 10"):

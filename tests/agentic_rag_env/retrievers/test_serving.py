@@ -168,6 +168,24 @@ def test_without_scores(echo_server: Running, scores: dict[str, bool]) -> None:
     assert echo_server.post(query("a", topk=2, **scores)) == (200, {"result": [expected("a", 2)]})
 
 
+def test_one_query_by_itself(echo_server: Running) -> None:
+    """As skyrl-gym 0.4.0 asks."""
+    content = {"query": "a", "topk": 2, "return_scores": True}
+    assert echo_server.post(content) == (200, {"result": [expected("a", 2, scores=True)]})
+    assert echo_server.post({"query": "a"}) == (200, {"result": [expected("a", 3)]})
+
+
+def test_our_client_can_ask_for_one_query_at_a_time(echo_server: Running) -> None:
+    url = f"http://127.0.0.1:{echo_server.port}"
+    client = HttpRetriever(HttpConfig(url, one_query_per_request=True, max_retries=0))
+    texts = [f"q{number}" for number in range(20)]
+    assert client.search(texts, 2) == HttpRetriever(HttpConfig(url)).search(texts, 2)
+    good, down, bad = client.search(["a", "down", "bad"], 1)
+    assert [passage.id for passage in good] == ["a-1"]
+    assert "status 503" in str(down)
+    assert "this query alone" in str(bad)
+
+
 @pytest.mark.parametrize("top_k", [{}, {"topk": None}, {"topk": 0}])
 def test_top_k_by_default(echo_server: Running, top_k: dict[str, Any]) -> None:
     assert echo_server.post(query("a", **top_k)) == (200, {"result": [expected("a", 3)]})
@@ -209,6 +227,10 @@ def test_malformed_json(echo_server: Running, body: bytes) -> None:
     [
         ([], "must be an object with 'queries', got list"),
         ({}, "'queries' must be a list of strings, got null"),
+        ({"query": ["a"]}, "'query' must be a string, got list"),
+        ({"query": None}, "'query' must be a string, got null"),
+        ({"query": "a", "queries": ["a"]}, "both 'query' and 'queries'"),
+        ({"query": "b" * 51}, "may have 50 characters; item 0 has 51"),
         ({"queries": "a"}, "'queries' must be a list of strings, got str"),
         ({"queries": ["a", 5]}, "item 1 is int"),
         ({"queries": [None]}, "item 0 is null"),
