@@ -7,6 +7,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -15,6 +16,8 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.types import Passage
 
+#: From this many passages on, what is made of them in memory is kept in the cache folder.
+KEPT_FROM = 5000
 #: Characters of a query that are read; see `Retriever.search`.
 MAX_QUERY_CHARS = 10_000
 #: Places in the corpus and scores, best first; equal scores in the order of the corpus.
@@ -69,7 +72,12 @@ class CorpusRetriever(ABC):
     def fingerprint(self) -> str | None:
         """Hash of all that results depend on, passages included; None if a part cannot tell what it is."""
         identity = self._identity()
-        return None if identity is None else hash_of({**identity, "corpus": fingerprint(self.corpus)})
+        return None if identity is None else hash_of({**identity, "corpus": self.fingerprint_of_corpus})
+
+    @cached_property
+    def fingerprint_of_corpus(self) -> str:
+        """Hash of the passages, see `corpus.fingerprint`."""
+        return fingerprint(self.corpus)
 
     @abstractmethod
     def _identity(self) -> dict[str, Any] | None:

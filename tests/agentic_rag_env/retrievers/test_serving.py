@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from agentic_rag_env.corpus import CorpusStore
+from agentic_rag_env.corpus import CorpusStore, open_corpus
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
@@ -809,8 +809,9 @@ def test_a_corpus_is_opened_and_not_read(
         raise ConfigurationError("far enough")
 
     monkeypatch.setattr("agentic_rag_env.retrievers.serving.cli.build_wrapped", stop)
-    file, store = tmp_path / "corpus.jsonl", tmp_path / "corpus.jsonl.arrow"
+    file = tmp_path / "corpus.jsonl"
     file.write_text('{"id": "a", "contents": "alpha"}\n')
+    store = open_corpus(file).path
     for given in (file, store):
         assert main(["bm25", "--corpus", str(given), "--port", "0"]) == 2
         assert "far enough" in capsys.readouterr().err
