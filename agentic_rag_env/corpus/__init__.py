@@ -10,11 +10,20 @@ from agentic_rag_env.corpus.rows import (
     read_rows,
     text_field,
 )
-from agentic_rag_env.corpus.store import CorpusStore, Texts, fingerprint, open_corpus, read_corpus, write_store
+from agentic_rag_env.corpus.store import (
+    CorpusStore,
+    Texts,
+    check_corpus,
+    fingerprint,
+    open_corpus,
+    read_corpus,
+    write_store,
+)
 
 __all__ = [
     "CorpusStore",
     "Texts",
+    "check_corpus",
     "checked_text",
     "file_version",
     "fingerprint",

@@ -15,6 +15,8 @@ from typing import IO, Any
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.types import Passage
 
+#: Most bytes of a line; a longer one is no passage, and a small compressed file can hold one that fills the memory.
+MAX_LINE_BYTES = 2**25
 #: Rows of a Parquet or Arrow file that are Python objects at the same time.
 _BATCH_ROWS = 4096
 
@@ -95,12 +97,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         path: The file, UTF-8, decompressed if it ends in `.gz` or `.zst`.
 
     Raises:
-        DataError: The file cannot be read, or a line is not UTF-8, not JSON or not an object.
+        DataError: The file cannot be read, or a line is too long, not UTF-8, not JSON or not an object.
     """
     file_version(path)
     try:
         with _opened(Path(path).expanduser()) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(f"{path}, line {number}: has more than {MAX_LINE_BYTES} bytes.")
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from agentic_rag_env.cache_folder import CACHE_VARIABLE, cache_folder, kept, key_of_file
 from agentic_rag_env.corpus.rows import file_version, passages_in
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import written_whole
@@ -24,8 +24,6 @@ from agentic_rag_env.types import Passage
 _FORMAT_KEY, _FORMAT = b"agentic_rag_env.corpus", b"1"
 #: A record batch ends after so many passages or characters; writing holds one of them in memory.
 _BATCH_PASSAGES, _BATCH_CHARS = 8192, 2**26
-
-_logger = logging.getLogger(__name__)
 
 
 class CorpusStore(Sequence[Passage]):
@@ -156,7 +154,7 @@ def open_corpus(
 
     Args:
         path: A store, which is opened as it is, or a file that `passages_in` reads.
-        store: Where the store of such a file is; None: beside it, with `.arrow` added to its name.
+        store: Where the store of such a file is; None: in the cache folder, under a hash of the file.
         advance: Called while writing with the number of further passages.
 
     Raises:
@@ -166,20 +164,61 @@ def open_corpus(
     if _is_store(path):
         return CorpusStore(path)
     source = f"{Path(path).name}, {size} bytes, modified {mtime_ns}"
-    target = Path(f"{path}.arrow" if store is None else store).expanduser()
-    if target.exists():
-        found = CorpusStore(target)
-        if found.source == source:
-            return found
-    if store is None:
-        _logger.warning("Writing %s, once, to open %s at once from now on.", target, path)
+
+    def write(target: Path) -> None:
+        write_store((passage for _, passage in passages_in(path)), target, source, advance)
+
     try:
-        return write_store((passage for _, passage in passages_in(path)), target, source, advance)
+        if store is None:
+            file = Path(path).expanduser()
+            what = f"a store of {path}"
+            folder = kept("corpora", key_of_file(file), lambda folder: write(folder / "corpus.arrow"), what)
+            return CorpusStore(folder / "corpus.arrow")
+        target = Path(store).expanduser()
+        if not target.exists() or CorpusStore(target).source != source:
+            write(target)
+        return CorpusStore(target)
     except OSError as error:
         raise DataError(
-            f"{target}: cannot be written: {error.strerror}. Write the store of {path} elsewhere with "
-            f"agentic-rag-index store {path} <file.arrow>, and give that."
+            f"{cache_folder() if store is None else store}: cannot be written: {error.strerror}. Name another cache "
+            f"folder in {CACHE_VARIABLE}, or write the store of {path} with agentic-rag-index store {path} "
+            "<file.arrow>, and give that."
         ) from error
+
+
+def check_corpus(path: str | Path, advance: Callable[[int], None] = lambda count: None) -> tuple[int, str]:
+    """Read all passages of a file.
+
+    Args:
+        path: A store, or a file that `passages_in` reads.
+        advance: Called with the number of further passages read.
+
+    Returns:
+        The number of passages and their fingerprint.
+
+    Raises:
+        DataError: As for `read_corpus`; or the passages of a store are not those that were written into it.
+    """
+    if not _is_store(path):
+        passages = read_corpus(path)
+        advance(len(passages))
+        return len(passages), fingerprint(passages)
+    import pyarrow as pa
+
+    store = CorpusStore(path)
+    digest = _Digest()
+    try:
+        for passage in store:
+            digest.update([passage])
+            advance(1)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path}: is a damaged store: {error}.") from error
+    if digest.hexdigest() != store.fingerprint:
+        raise DataError(
+            f"{path}: holds other passages than were written: their fingerprint is {digest.hexdigest()}, and "
+            f"{store.fingerprint} was noted. Write the store again."
+        )
+    return len(store), store.fingerprint
 
 
 def write_store(

@@ -7,6 +7,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -15,6 +16,10 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.types import Passage
 
+#: From this many passages on, what is made of them in memory is kept in the cache folder.
+KEPT_FROM = 5000
+#: Characters of a query that are read; see `Retriever.search`.
+MAX_QUERY_CHARS = 10_000
 #: Places in the corpus and scores, best first; equal scores in the order of the corpus.
 Ranking: TypeAlias = list[tuple[int, float]]
 
@@ -27,7 +32,8 @@ class Retriever(Protocol):
         """Search.
 
         Args:
-            queries: Any number of query texts, in any characters a model may write.
+            queries: Any number of query texts, in any characters a model may write. The built-in retrievers read the
+                first `MAX_QUERY_CHARS` characters of each, so that no query takes long, whatever a model writes.
             top_k: Most passages per query, at least 1.
 
         Returns:
@@ -53,7 +59,7 @@ class CorpusRetriever(ABC):
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """See `Retriever.search`. A query that occurs more than once is searched once."""
-        check_search(queries, top_k)
+        queries = checked_queries(queries, top_k)
         distinct = list(dict.fromkeys(queries))
         ranked = dict(zip(distinct, self.rank(distinct, top_k) if distinct else [], strict=True))
         return [[self._passage(row, score) for row, score in ranked[query]] for query in queries]
@@ -66,7 +72,12 @@ class CorpusRetriever(ABC):
     def fingerprint(self) -> str | None:
         """Hash of all that results depend on, passages included; None if a part cannot tell what it is."""
         identity = self._identity()
-        return None if identity is None else hash_of({**identity, "corpus": fingerprint(self.corpus)})
+        return None if identity is None else hash_of({**identity, "corpus": self.fingerprint_of_corpus})
+
+    @cached_property
+    def fingerprint_of_corpus(self) -> str:
+        """Hash of the passages, see `corpus.fingerprint`."""
+        return fingerprint(self.corpus)
 
     @abstractmethod
     def _identity(self) -> dict[str, Any] | None:
@@ -82,8 +93,8 @@ def hash_of(data: Any) -> str:
     return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def check_search(queries: Sequence[str], top_k: int) -> None:
-    """Refuse the two arguments of `search` that a caller gets wrong.
+def checked_queries(queries: Sequence[str], top_k: int) -> list[str]:
+    """What is read of each query, once the two arguments of `search` that a caller gets wrong are refused.
 
     Raises:
         ConfigurationError: `top_k` is below 1, or `queries` is one string (whose characters would be searched).
@@ -92,6 +103,7 @@ def check_search(queries: Sequence[str], top_k: int) -> None:
         raise ConfigurationError(f"search takes a list of queries, got one string; pass [{queries[:40]!r}].")
     if top_k < 1:
         raise ConfigurationError(f"top_k must be at least 1, got {top_k}.")
+    return [query[:MAX_QUERY_CHARS] for query in queries]
 
 
 def require_corpus(name: str, corpus: Sequence[Passage] | None) -> Sequence[Passage]:

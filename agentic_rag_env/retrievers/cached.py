@@ -11,7 +11,7 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import (
     Retriever,
     build_wrapped,
-    check_search,
+    checked_queries,
     encodable,
     fingerprint_of,
     stats_of,
@@ -80,7 +80,7 @@ class CachedRetriever:
         Raises:
             RetrieverError: The cache can't be read or written. Offline, that is the result of a query that it lacks.
         """
-        check_search(queries, top_k)
+        queries = checked_queries(queries, top_k)
         keys = [self._key(query, top_k) for query in queries]
         found: dict[bytes, Found] = dict(self._entries.read(keys))
         missing = {key: query for key, query in zip(keys, queries, strict=True) if key not in found}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,11 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agentic_rag_env.cache_folder import kept
 from agentic_rag_env.corpus import Texts
 from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS, did_you_mean
-from agentic_rag_env.retrievers.base import CorpusRetriever, Ranking, hash_of
-from agentic_rag_env.retrievers.index_folder import FAISS_FILE, VECTORS_FILE, corpus_of_index, read_manifest
+from agentic_rag_env.retrievers.base import KEPT_FROM, CorpusRetriever, Ranking, hash_of
+from agentic_rag_env.retrievers.index_folder import (
+    ENCODER_STATE,
+    FAISS_FILE,
+    VECTORS_FILE,
+    corpus_of_index,
+    read_json,
+    read_manifest,
+    write_json,
+)
 from agentic_rag_env.retrievers.vectors.encoders import (
     DTYPES,
     Encoder,
@@ -37,6 +47,9 @@ from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 from agentic_rag_env.types import Passage
 
 BACKENDS = ("auto", "faiss", "torch")
+_KEPT_VECTORS = "vectors.npy"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,8 +61,8 @@ class DenseConfig:
             Hugging Face model (`intfloat/e5-base-v2`), a mapping with `model` and settings, or an encoder. None: that
             of the index folder; `hashed_ngram` without an index.
         index: Folder made by `agentic-rag-index dense`, or a FAISS file whose row numbers are those of the passages,
-            such as the `e5_Flat.index` of Search-R1, which needs `encoder` too. None: the passages are encoded into
-            memory.
+            such as the `e5_Flat.index` of Search-R1, which needs `encoder` too. None: the passages are encoded,
+            5,000 and more of them once for all processes, which keep the vectors in the cache folder.
         corpus: File of the passages, instead of those of the dataset or the index folder.
         backend: `faiss` searches the index as it was built. `torch` searches all vectors, exactly, by matrix products.
             `auto`: FAISS, unless torch is there and FAISS is not, or has no GPU where `device` names one, or `dtype` is
@@ -187,6 +200,12 @@ class DenseRetriever(CorpusRetriever):
         return build_encoder(self.config.encoder or "hashed_ngram")
 
     def _in_memory(self) -> VectorSearch:
+        vectors = self._kept_vectors() if len(self.corpus) >= KEPT_FROM else None
+        if vectors is None:
+            vectors = self._encoded()
+        return self._by_torch(vectors) if self._backend == "torch" else self._by_faiss(flat_index(vectors))
+
+    def _encoded(self) -> NDArray[np.float32]:
         texts = Texts(self.corpus)
         self._encoder.fit(texts)
         vectors = np.ascontiguousarray(self._encoder.encode_passages(texts), np.float32)
@@ -195,7 +214,26 @@ class DenseRetriever(CorpusRetriever):
                 f"the encoder of retriever 'dense' gives NaN or infinity for passage {self.corpus[bad].id!r}; "
                 "try dtype=float32 for the encoder."
             )
-        return self._by_torch(vectors) if self._backend == "torch" else self._by_faiss(flat_index(vectors))
+        return vectors
+
+    def _kept_vectors(self) -> NDArray[np.float32] | None:
+        """The vectors from the cache folder, with what the encoder has learned; None: they cannot be kept there."""
+        encoder = self._encoder
+        if not isinstance(encoder, StoredEncoder):
+            return None
+
+        def make(folder: Path) -> None:
+            np.save(folder / _KEPT_VECTORS, self._encoded())
+            write_json(folder / ENCODER_STATE, {"state": encoder.state()})
+
+        key = hash_of([self.fingerprint_of_corpus, encoder.fingerprint, getattr(encoder, "precision", "float32")])
+        try:
+            folder = kept("vectors", key, make, f"the vectors of {len(self.corpus):,} passages")
+        except OSError as error:
+            _logger.warning("The vectors are made in memory, since they cannot be kept: %s.", error)
+            return None
+        encoder.load_state(read_json(folder / ENCODER_STATE)["state"])
+        return np.load(folder / _KEPT_VECTORS, mmap_mode="r")
 
     def _on_disk(self, path: Path) -> VectorSearch:
         if self._backend == "torch":

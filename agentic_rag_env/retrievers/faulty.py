@@ -10,7 +10,7 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import build_wrapped, check_search, fingerprint_of, stats_of
+from agentic_rag_env.retrievers.base import build_wrapped, checked_queries, fingerprint_of, stats_of
 from agentic_rag_env.types import Found, Passage
 
 
@@ -71,7 +71,7 @@ class FaultyRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. Raises nothing itself: a query that fails has a `RetrieverError` for a result."""
-        check_search(queries, top_k)
+        queries = checked_queries(queries, top_k)
         faults = [self._fault(query) for query in queries]
         if self._config.delay_s and not {"timeout", "slow"}.isdisjoint(faults):
             time.sleep(self._config.delay_s)

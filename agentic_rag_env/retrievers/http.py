@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, Reply, ServiceError, require_httpx
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import check_search, encodable
+from agentic_rag_env.retrievers.base import checked_queries, encodable
 from agentic_rag_env.types import Found, Passage
 
-_TOO_LARGE = 413
+_TOO_LARGE, _OTHER_FIELDS = 413, 422
+#: Requests under way at once to a service that takes one query in each.
+_NUM_PARALLEL = 8
 
 
 @dataclass
@@ -32,6 +35,8 @@ class HttpConfig:
             (status 413) is halved besides.
         skip_s: How long a server that failed is asked only if all others fail too [seconds].
         seed: Of the pauses; None: another one for every client.
+        one_query_per_request: Ask for each query by itself, as `{"query": "..."}`, for services that take no list of
+            `queries`; several requests are under way at once, and a request that fails is the failure of its query.
         proxy: `environment`: as the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` say. An address:
             that proxy. None: no proxy. Addresses of this machine are never asked through one.
     """
@@ -43,6 +48,7 @@ class HttpConfig:
     max_batch: int = 512
     skip_s: float = 30.0
     seed: int | None = None
+    one_query_per_request: bool = False
     proxy: str | None = ENVIRONMENT
 
 
@@ -83,8 +89,10 @@ class HttpRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. An empty list of queries sends nothing."""
-        check_search(queries, top_k)
-        texts = [encodable(query) for query in queries]
+        texts = [encodable(query) for query in checked_queries(queries, top_k)]
+        if self.config.one_query_per_request:
+            with ThreadPoolExecutor(_NUM_PARALLEL) as pool:
+                return list(pool.map(lambda text: self._search_one(text, top_k), texts))
         found: list[Found] = []
         for start in range(0, len(texts), self.config.max_batch):
             found += self._search(texts[start : start + self.config.max_batch], top_k)
@@ -112,15 +120,26 @@ class HttpRetriever:
         self._client.close()
 
     def _search(self, queries: list[str], top_k: int) -> list[Found]:
-        # A server of agentic-rag-serve then answers a query that fails by its error; others do not know the field.
-        payload = {"queries": queries, "topk": top_k, "return_scores": True, "return_errors": True}
         try:
-            return _read_reply(self._client.post(payload), len(queries), top_k)
+            return self._ask({"queries": queries}, len(queries), top_k)
         except ServiceError as error:
+            if error.status == _OTHER_FIELDS:
+                raise _retriever_error(error, " If it takes one query each, set one_query_per_request=true.") from error
             if error.status != _TOO_LARGE or len(queries) == 1:
                 raise _retriever_error(error) from error
             middle = len(queries) // 2
             return self._search(queries[:middle], top_k) + self._search(queries[middle:], top_k)
+
+    def _search_one(self, query: str, top_k: int) -> Found:
+        try:
+            return self._ask({"query": query}, 1, top_k)[0]
+        except ServiceError as error:
+            return _retriever_error(error)
+
+    def _ask(self, asked: Mapping[str, Any], num_queries: int, top_k: int) -> list[Found]:
+        # A server of agentic-rag-serve then answers a query that fails by its error; others do not know the field.
+        reply = self._client.post({**asked, "topk": top_k, "return_scores": True, "return_errors": True})
+        return _read_reply(reply, num_queries, top_k)
 
     def _ask_fingerprint(self, url: str) -> str:
         try:
@@ -170,8 +189,8 @@ def _found(reply: Reply, item: Any, number: int, top_k: int) -> Found:
         raise reply.error(str(error)) from error
 
 
-def _retriever_error(error: ServiceError) -> RetrieverError:
-    return RetrieverError(f"retriever at {error}")
+def _retriever_error(error: ServiceError, hint: str = "") -> RetrieverError:
+    return RetrieverError(f"retriever at {error}{hint}")
 
 
 def _check(config: HttpConfig) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever, check_search, hash_of
+from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever, checked_queries, hash_of
 from agentic_rag_env.types import Found, Passage
 
 Key = TypeVar("Key", bound=Hashable)
@@ -70,7 +70,7 @@ class HybridRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. A query has failed where it has failed for one of the retrievers."""
-        check_search(queries, top_k)
+        queries = checked_queries(queries, top_k)
         distinct = list(dict.fromkeys(queries))
         fuse = self._fuse_passages if self._corpus is None else self._fuse_rows
         fused = dict(zip(distinct, fuse(distinct, top_k) if distinct else [], strict=True))

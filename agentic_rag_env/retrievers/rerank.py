@@ -8,7 +8,7 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import Retriever, check_search, encodable, hash_of
+from agentic_rag_env.retrievers.base import Retriever, checked_queries, encodable, hash_of
 from agentic_rag_env.retrievers.vectors.encoders import DTYPES
 from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
 from agentic_rag_env.types import Found, Passage
@@ -93,7 +93,7 @@ class RerankRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. All pairs of all queries are scored in common batches."""
-        check_search(queries, top_k)
+        queries = checked_queries(queries, top_k)
         if not queries:
             return []
         distinct = list(dict.fromkeys(queries))

@@ -8,7 +8,7 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import check_search, require_corpus
+from agentic_rag_env.retrievers.base import checked_queries, require_corpus
 from agentic_rag_env.types import Passage
 
 
@@ -48,7 +48,7 @@ class StaticRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """See `Retriever.search`."""
-        check_search(queries, top_k)
+        checked_queries(queries, top_k)
         if self._by_query is None:
             return [list(self._always[:top_k]) for _ in queries]
         return [list(self._by_query.get(query, ())[:top_k]) for query in queries]

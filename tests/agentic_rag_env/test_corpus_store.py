@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,17 @@ import pyarrow.parquet
 import pytest
 
 import agentic_rag_env  # noqa: F401
-from agentic_rag_env.corpus import CorpusStore, Texts, fingerprint, open_corpus, read_corpus, store, write_store
+from agentic_rag_env.cache_folder import cache_folder, key_of_file
+from agentic_rag_env.corpus import (
+    CorpusStore,
+    Texts,
+    check_corpus,
+    fingerprint,
+    open_corpus,
+    read_corpus,
+    store,
+    write_store,
+)
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.types import Passage
 
@@ -96,7 +107,8 @@ def test_every_format_gives_the_same_store(tmp_path: Path, ending: str) -> None:
         with open_writer(str(file), table.schema) as writer:
             writer.write_table(table, max_chunksize=2)
     opened = open_corpus(file)
-    assert opened.path == Path(f"{file}.arrow")
+    assert opened.path.is_relative_to(cache_folder())
+    assert [item.name for item in tmp_path.iterdir()] == [file.name], "nothing is written beside the file"
     assert tuple(opened) == tuple(read_corpus(file)) == PASSAGES
     assert opened.fingerprint == fingerprint(PASSAGES)
 
@@ -118,6 +130,103 @@ def test_a_store_is_written_once_and_again_when_the_file_changes(tmp_path: Path)
     os.utime(file, ns=(1, 1))
     assert tuple(open_corpus(file)) == (Passage("z", "new"),)
     assert tuple(first) == PASSAGES, "who has the old file open keeps it"
+
+
+def test_files_of_equal_contents_share_a_store(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(LINES)
+    assert open_corpus(tmp_path / "a.jsonl").path == open_corpus(tmp_path / "b.jsonl").path
+
+
+@pytest.mark.parametrize("harm", ["short", "empty", "foreign", "changed", "gone"])
+def test_a_kept_store_that_is_not_whole_is_written_again(
+    tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_bytes(LINES)
+    kept = open_corpus(file).path
+    content = kept.read_bytes()
+    place = content.index(b"alpha")
+    kept.write_bytes(
+        {
+            "short": content[:-20],
+            "empty": b"",
+            "foreign": b"x" * len(content),
+            "changed": content[:place] + b"omega" + content[place + 5 :],
+            "gone": b"",
+        }[harm]
+    )
+    if harm == "gone":
+        kept.unlink()
+    assert tuple(open_corpus(file)) == PASSAGES
+    assert "is damaged; it is made again" in caplog.text
+
+
+def test_without_a_cache_folder_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c.jsonl").write_bytes(LINES)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AGENTIC_RAG_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match="Name another cache folder in AGENTIC_RAG_CACHE, or write the store"):
+        open_corpus(tmp_path / "c.jsonl")
+
+
+def test_a_large_file_is_known_by_blocks_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentic_rag_env.cache_folder._MOST_HASHED", 1000)
+    file = tmp_path / "c.jsonl"
+    file.write_bytes(LINES * 1000)
+    os.utime(file, ns=(1, 1))
+    first = key_of_file(file)
+    assert key_of_file(file) == first
+    file.write_bytes(LINES * 1000 + b"\n")
+    os.utime(file, ns=(1, 1))
+    assert key_of_file(file) != first
+
+
+# Checked
+
+
+def test_a_store_that_was_changed_is_found_when_asked(tmp_path: Path) -> None:
+    store = write_store(PASSAGES, tmp_path / "c.arrow").path
+    assert check_corpus(store) == (len(PASSAGES), fingerprint(PASSAGES))
+    content = store.read_bytes()
+    place = content.index(b"alpha")
+    for changed, message in (
+        (b"omega", "holds other passages than were written"),
+        (b"\xff\xfe\xff\xfe\xff", "damaged"),
+    ):
+        store.write_bytes(content[:place] + changed + content[place + 5 :])
+        CorpusStore(store)  # opened at once, and therefore not read
+        with pytest.raises(DataError, match=message):
+            check_corpus(store)
+
+
+def test_other_files_are_checked_too(tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_bytes(LINES)
+    assert check_corpus(file) == (len(PASSAGES), fingerprint(PASSAGES))
+    file.write_bytes(LINES + LINES)
+    with pytest.raises(DataError, match="is already the id of line 1"):
+        check_corpus(file)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_line_that_would_fill_the_memory_is_refused(tmp_path: Path, ending: str) -> None:
+    """One line of 300 MB, in a few hundred kilobytes where it is compressed."""
+    file, megabyte = tmp_path / f"c{ending}", b" " * 10**6
+    opened = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.zst": lambda name, _: zstd_writer(name)}[ending]
+    with opened(str(file), "wb") as out:  # type: ignore[operator]
+        out.write(LINES)
+        for _ in range(300):
+            out.write(megabyte)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=rf"line {LINES.count(bytes([10])) + 1}: has more than 33554432 bytes"):
+        read_corpus(file)
+    assert tracemalloc.get_traced_memory()[1] < 150e6
+    tracemalloc.stop()
+
+
+def zstd_writer(name: str) -> Any:
+    return pa.CompressedOutputStream(name, "zstd")
 
 
 def test_read_corpus_leaves_a_store_on_disk(opened: CorpusStore) -> None:

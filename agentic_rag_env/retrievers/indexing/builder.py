@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from agentic_rag_env.cache_folder import digest_of
 from agentic_rag_env.corpus import CorpusStore, Texts, open_corpus
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.files import remove_partial, written_whole
-from agentic_rag_env.retrievers.bm25 import BM25_FOLDER, BM25Config, check_words, index_texts, save_index
+from agentic_rag_env.retrievers.bm25 import BM25_FOLDER, BM25Config, index_texts, save_index
 from agentic_rag_env.retrievers.index_folder import (
     ENCODER_STATE,
     FAISS_FILE,
@@ -119,6 +120,7 @@ def build_dense(
         with written_whole(folder / FAISS_FILE) as partial:
             faiss.write_index(index, str(partial))
         manifest["recall"] = measure_recall(index, vectors, Texts(store), encoder, config.seed, phase)
+        manifest["files"] = _digests(folder, [FAISS_FILE, ENCODER_STATE, VECTORS_FILE], phase)
         write_json(folder / MANIFEST, manifest)
         return manifest
 
@@ -142,7 +144,7 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
         ConfigurationError: The corpus holds no words, or the stemmer or the list of stop words is missing.
         DataError: The corpus is malformed, or another process builds in the folder.
     """
-    check_words(config)
+    config.make_tokenizer().words(())  # so that what is missing is told before anything long is begun
     folder = Path(folder).expanduser()
     with _builder_of(folder):
         store = _corpus_store(corpus, folder, phase)
@@ -163,6 +165,8 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
             save_index(index, vocabulary, partial)
             shutil.rmtree(folder / BM25_FOLDER, ignore_errors=True)
             partial.rename(folder / BM25_FOLDER)
+        names = sorted(f"{BM25_FOLDER}/{file.name}" for file in (folder / BM25_FOLDER).iterdir())
+        manifest["files"] = _digests(folder, names, phase)
         write_json(folder / MANIFEST, manifest)
         return manifest
 
@@ -196,6 +200,16 @@ def _corpus_store(corpus: str | Path, folder: Path, phase: Phase) -> CorpusStore
 def _corpus_entry(store: CorpusStore, folder: Path) -> dict[str, Any]:
     path = os.path.relpath(store.path.resolve(), folder.resolve())
     return {"path": path, "fingerprint": store.fingerprint, "num_passages": len(store)}
+
+
+def _digests(folder: Path, names: list[str], phase: Phase) -> dict[str, str]:
+    """Hashes of files, by which `agentic-rag-index check` finds damage."""
+    with phase("Hashing files", len(names)) as advance:
+        digests = {}
+        for name in names:
+            digests[name] = digest_of(folder / name)
+            advance(1)
+    return digests
 
 
 def _versions(library: str) -> dict[str, str]:

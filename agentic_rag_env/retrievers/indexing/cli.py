@@ -1,4 +1,4 @@
-"""Build what retrievers open at once: a store of passages, a BM25 index or a dense index.
+"""Build what retrievers open at once: a store of passages, a BM25 index or a dense index; and check it.
 
 agentic-rag-index store wiki-18.jsonl wiki-18.arrow
 agentic-rag-index bm25 wiki-18.arrow wiki-bm25 --stemmer english --stopwords english
@@ -6,6 +6,7 @@ agentic-rag-index dense wiki-18.arrow wiki-e5 --encoder intfloat/e5-base-v2 --dt
 agentic-rag-index dense wiki-18.arrow wiki-bge --index HNSW32 --encoder '{
     "model": "BAAI/bge-base-en-v1.5", "pooling": "cls", "passage_prefix": "",
     "query_prefix": "Represent this sentence for searching relevant passages: "}'
+agentic-rag-index check wiki-e5
 
 A corpus is a store or a file of passages: JSON lines, plain or compressed (.gz, .zst), Parquet or Arrow. A command that
 was killed goes on where it was when it is given again.
@@ -25,6 +26,7 @@ from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.registry import name_or_mapping
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
+from agentic_rag_env.retrievers.indexing.check import check
 
 #: Without a terminal, a line is printed every so many seconds.
 _LINE_EVERY_S = 30.0
@@ -58,7 +60,8 @@ def _build_store(options: argparse.Namespace) -> None:
 
 
 def _build_bm25(options: argparse.Namespace) -> None:
-    config = BM25Config(k1=options.k1, b=options.b, stemmer=options.stemmer, stopwords=options.stopwords)
+    settings = {name: getattr(options, name) for name in ("k1", "b", "stemmer", "stopwords", "tokenizer")}
+    config = BM25Config(**settings)
     _report(options.folder, build_bm25(options.corpus, options.folder, config, progress))
 
 
@@ -72,6 +75,10 @@ def _build_dense(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     _report(options.folder, build_dense(options.corpus, options.folder, config, progress))
+
+
+def _check(options: argparse.Namespace) -> None:
+    print(f"{options.path}: {check(options.path, progress)}")
 
 
 def _report(folder: str, manifest: dict[str, Any]) -> None:
@@ -133,11 +140,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agentic-rag-index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = parser.add_subparsers(required=True, metavar="store | bm25 | dense")
+    kinds = parser.add_subparsers(required=True, metavar="store | bm25 | dense | check")
     store = kinds.add_parser("store", help="write a store of passages")
     store.add_argument("corpus", help="file of passages")
     store.add_argument("store", help="the store, a name in .arrow")
     store.set_defaults(build=_build_store)
+    checked = kinds.add_parser("check", help="read a corpus or an index whole and look for damage")
+    checked.add_argument("path", help="file of passages, store, or folder of an index")
+    checked.set_defaults(build=_check)
     bm25 = kinds.add_parser("bm25", help="build a BM25 index")
     dense = kinds.add_parser("dense", help="build a dense index")
     for kind in (bm25, dense):
@@ -148,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     bm25.add_argument("--b", type=float, default=BM25Config.b, help="strength of the length normalization")
     bm25.add_argument("--stemmer", help="language of the Snowball stemmer, such as english (needs PyStemmer)")
     bm25.add_argument("--stopwords", help="list of words that do not count, such as english")
+    tokenizer_help = "words, or bigrams for Chinese and Japanese, which have no blanks between words"
+    bm25.add_argument("--tokenizer", default=BM25Config.tokenizer, help=tokenizer_help)
     bm25.set_defaults(build=_build_bm25)
     defaults = DenseIndexConfig()
     encoder_help = "registered name, folder or hub id of a model, or a JSON object with 'name' or 'model' and settings"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,8 +11,12 @@ from agentic_rag_env.retrievers.serving.metrics import missing_library
 from agentic_rag_env.retrievers.serving.service import RequestError, Service
 
 
-def make_app(service: Service) -> Any:
+def make_app(service: Service, timeout_s: float) -> Any:
     """The ASGI application of a service.
+
+    Args:
+        service: Answers the requests.
+        timeout_s: Longest wait for what is left of a request that has its answer already [seconds].
 
     Raises:
         ConfigurationError: The library `starlette` is missing.
@@ -25,8 +30,7 @@ def make_app(service: Service) -> Any:
         raise missing_library(error) from error
 
     def json_response(status: int, body: bytes) -> Response:
-        # The rest of a body that came too slowly is not waited for; that of one too large is read and dropped, since
-        # many clients listen only after they have sent everything.
+        # The rest of a body that came too slowly is not waited for.
         headers = {"connection": "close"} if status == 408 else {"retry-after": "1"} if status == 503 else None
         return Response(body, status, headers, "application/json")
 
@@ -38,7 +42,12 @@ def make_app(service: Service) -> Any:
             raise RequestError(499, "The client has left.") from None
 
     async def retrieve(request: Request) -> Response:
-        return json_response(*await service.retrieve(body(request), request.headers.get("content-length")))
+        async def client_left() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        length = request.headers.get("content-length")
+        return json_response(*await service.retrieve(body(request), length, client_left))
 
     async def health(request: Request) -> Response:
         return json_response(*service.health())
@@ -52,7 +61,46 @@ def make_app(service: Service) -> Any:
         Route("/health", health, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
     ]
-    return Starlette(routes=routes, lifespan=service.running)
+    return _ReadingToTheEnd(Starlette(routes=routes, lifespan=service.running), timeout_s)
+
+
+class _ReadingToTheEnd:
+    """Reads and drops what is left of a request before it is answered.
+
+    Many clients listen only after they have sent everything. And if a connection is closed while bytes of a request are
+    unread, the system resets it, and the client never sees why it was refused.
+
+    Args:
+        app: An ASGI application.
+        timeout_s: Longest time from the beginning of a request until it is answered with its rest unread [seconds].
+    """
+
+    def __init__(self, app: Any, timeout_s: float) -> None:
+        self._app = app
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        unread = True
+
+        async def noting_receive() -> Any:
+            nonlocal unread
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
+
+        async def send_afterwards(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(deadline):
+                        while unread:
+                            await noting_receive()
+            await send(message)
+
+        await self._app(scope, noting_receive, send_afterwards)
 
 
 def patient_protocol(timeout_s: float) -> type[asyncio.Protocol]:

@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from agentic_rag_env.errors import RetrieverError
@@ -17,25 +17,51 @@ from agentic_rag_env.types import Found
 
 logger = logging.getLogger(__name__)
 
+#: A query of more characters is long: it is searched alone. Those of search agents have 20 to 200.
+LONG_QUERY_CHARS = 400
+#: Most characters of the queries of a batch: those of some 500 usual queries, so that no batch takes much longer.
+MAX_BATCH_CHARS = 2**15
+
 
 class BusyError(Exception):
     """Too many queries wait already."""
 
 
 @dataclass(eq=False, slots=True)
-class _Request:
+class _Part:
+    """Queries of one request that are searched together.
+
+    Attributes:
+        queries: One long query, or any number of others.
+        top_k: Most passages per query.
+        arrived: Time of arrival [seconds of the monotonic clock].
+        done: Results, or what the search raised.
+        is_long: Whether it is one long query.
+        num_chars: Of all queries.
+    """
+
     queries: Sequence[str]
     top_k: int
     arrived: float
     done: asyncio.Future[list[Found]] = field(default_factory=asyncio.Future)
+    is_long: bool = field(init=False)
+    num_chars: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_chars = sum(map(len, self.queries))
+        self.is_long = len(self.queries) == 1 and self.num_chars > LONG_QUERY_CHARS
 
 
 class Batcher:
     """Joins the queries of concurrent requests into batches, which one thread searches one after the other.
 
-    A batch is searched once it is full or its oldest request has waited long enough, which a request does only if the
-    one before it was not alone; while it is searched, the next one fills. A batch has one `top_k`, since some indexes
-    find other passages for another one. Queries that occur twice in a batch are searched once.
+    A batch is searched when it is full, or when its oldest request has waited `max_wait_s`. A request that follows one
+    that was alone does not wait. The next batch fills meanwhile. A batch has one `top_k`, since some indexes find other
+    passages for another one. Queries that occur twice in a batch are searched once.
+
+    No client can make the others wait for long. A long query is searched alone, and batches of the others take turns
+    with it. A request of several long queries, or of very many, is searched in parts, between which others have their
+    turn. A request whose client has left is dropped: what is being searched is finished, the rest is not begun.
 
     Args:
         retriever: Where to search.
@@ -63,10 +89,12 @@ class Batcher:
         self._max_waiting = max_waiting
         self._observe_batch = observe_batch
         self.num_waiting = 0
-        self._waiting: list[_Request] = []
+        self._waiting: list[_Part] = []
+        self._num_ready = 0
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
         self._expects_company = True
+        self._long_was_last = False
         self._searching_since: float | None = None
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
@@ -76,7 +104,7 @@ class Batcher:
         return 0.0 if self._searching_since is None else time.monotonic() - self._searching_since
 
     async def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
-        """Search, together with whoever else is waiting.
+        """Search, together with whoever else is waiting. Cancelled, it drops what is not being searched yet.
 
         Args:
             queries: At least one and at most `max_batch`.
@@ -92,16 +120,17 @@ class Batcher:
         """
         if self.num_waiting + len(queries) > self._max_waiting:
             raise BusyError
-        request = _Request(queries, top_k, time.monotonic())
-        self._waiting.append(request)
-        self._count_waiting(len(queries))
+        distinct = list(dict.fromkeys(queries))
+        self.num_waiting += len(distinct)
+        num_left = len(distinct)
+        found: dict[str, Found] = {}
         try:
-            return await request.done
-        except asyncio.CancelledError:
-            if request in self._waiting:
-                self._waiting.remove(request)
-                self._count_waiting(-len(queries))
-            raise
+            for together in _parts(distinct):
+                num_left -= len(together)
+                found |= zip(together, await self._search_part(_Part(together, top_k, time.monotonic())), strict=True)
+        finally:
+            self.num_waiting -= num_left
+        return [found[query] for query in queries]
 
     async def run(self) -> None:
         """Form batches until cancelled; a batch in the making is dropped, so cancel once nobody waits."""
@@ -115,38 +144,60 @@ class Batcher:
         finally:
             self._jobs.put(None)
 
-    def _count_waiting(self, change: int) -> None:
-        self.num_waiting += change
-        for event, happened in ((self._arrived, self._waiting), (self._full, self.num_waiting >= self._max_batch)):
+    async def _search_part(self, part: _Part) -> list[Found]:
+        self._waiting.append(part)
+        self._count_ready(len(part.queries))
+        try:
+            return await part.done
+        except asyncio.CancelledError:
+            if part in self._waiting:
+                self._remove([part])
+            raise
+
+    def _remove(self, parts: Sequence[_Part]) -> None:
+        removed, num_queries = set(map(id, parts)), sum(len(part.queries) for part in parts)
+        self._waiting = [part for part in self._waiting if id(part) not in removed]
+        self.num_waiting -= num_queries
+        self._count_ready(-num_queries)
+
+    def _count_ready(self, change: int) -> None:
+        self._num_ready += change
+        for event, happened in ((self._arrived, self._waiting), (self._full, self._num_ready >= self._max_batch)):
             if happened:
                 event.set()
             else:
                 event.clear()
 
     async def _fill(self) -> None:
-        """Wait until a batch is full or its time has come."""
+        """Wait until a batch is full or its time has come; a long query waits for nobody."""
         await self._arrived.wait()
         left_s = self._waiting[0].arrived + self._max_wait_s - time.monotonic()
-        if self._expects_company and left_s > 0:
+        if self._expects_company and left_s > 0 and not self._waiting[0].is_long:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._full.wait(), left_s)
 
-    def _take(self) -> list[_Request]:
-        """The oldest request and as many others with its `top_k` as fit."""
-        batch: list[_Request] = []
-        left, room = [], self._max_batch
-        for request in self._waiting:
-            if request.top_k == self._waiting[0].top_k and len(request.queries) <= room:
-                batch.append(request)
-                room -= len(request.queries)
-            else:
-                left.append(request)
-        self._waiting = left
-        self._expects_company = len(batch) + len(left) > 1
-        self._count_waiting(room - self._max_batch)
+    def _take(self) -> list[_Part]:
+        """A long query, or the oldest of the other parts and as many with its `top_k` as fit."""
+        long = [part for part in self._waiting if part.is_long]
+        others = [part for part in self._waiting if not part.is_long]
+        self._long_was_last = bool(long) and not (others and self._long_was_last)
+        batch = long[:1] if self._long_was_last else self._fitting(others)
+        self._expects_company = len(self._waiting) > 1
+        self._remove(batch)
         return batch
 
-    async def _search(self, batch: list[_Request]) -> None:
+    def _fitting(self, parts: Sequence[_Part]) -> list[_Part]:
+        batch: list[_Part] = []
+        room, chars_left = self._max_batch, MAX_BATCH_CHARS
+        for part in parts:
+            fits = len(part.queries) <= room and (part.num_chars <= chars_left or not batch)
+            if fits and part.top_k == parts[0].top_k:
+                batch.append(part)
+                room -= len(part.queries)
+                chars_left -= part.num_chars
+        return batch
+
+    async def _search(self, batch: list[_Part]) -> None:
         loop = asyncio.get_running_loop()
         finished = asyncio.Event()
 
@@ -156,26 +207,26 @@ class Batcher:
                 loop.call_soon_threadsafe(deliver, outcomes)
 
         def deliver(outcomes: list[list[Found] | Exception]) -> None:
-            for request, outcome in zip(batch, outcomes, strict=True):
-                if request.done.done():
+            for part, outcome in zip(batch, outcomes, strict=True):
+                if part.done.done():
                     continue
                 if isinstance(outcome, Exception):
-                    request.done.set_exception(outcome)
+                    part.done.set_exception(outcome)
                 else:
-                    request.done.set_result(outcome)
+                    part.done.set_result(outcome)
             finished.set()
 
         start = self._searching_since = time.monotonic()
         self._jobs.put(job)
         await finished.wait()
         self._searching_since = None
-        self._observe_batch(sum(len(request.queries) for request in batch), time.monotonic() - start)
+        self._observe_batch(sum(len(part.queries) for part in batch), time.monotonic() - start)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
 
-    def _outcomes(self, batch: Sequence[_Request]) -> list[list[Found] | Exception]:
+    def _outcomes(self, batch: Sequence[_Part]) -> list[list[Found] | Exception]:
         """Results or failure of each request of a batch."""
         try:
             return list(self._search_together(batch))
@@ -186,12 +237,29 @@ class Batcher:
                 logger.exception("The retriever failed for %.500r", list(batch[0].queries))
                 return [error]
             # One query that the retriever cannot stomach must not cost the others their answers.
-            return [outcome for request in batch for outcome in self._outcomes([request])]
+            return [outcome for part in batch for outcome in self._outcomes([part])]
 
-    def _search_together(self, batch: Sequence[_Request]) -> list[list[Found]]:
-        distinct = list(dict.fromkeys(query for request in batch for query in request.queries))
+    def _search_together(self, batch: Sequence[_Part]) -> list[list[Found]]:
+        distinct = list(dict.fromkeys(query for part in batch for query in part.queries))
         results = self._retriever.search(distinct, batch[0].top_k)
         if len(results) != len(distinct):
             raise ValueError(f"The retriever returned {len(results)} results for {len(distinct)} queries.")
         found: dict[str, Found] = dict(zip(distinct, results, strict=True))
-        return [[found[query] for query in request.queries] for request in batch]
+        return [[found[query] for query in part.queries] for part in batch]
+
+
+def _parts(queries: Sequence[str]) -> Iterator[list[str]]:
+    """The queries that are searched together: first the usual ones in large parts, then each long one alone."""
+    part: list[str] = []
+    num_chars = 0
+    for query in queries:
+        if len(query) > LONG_QUERY_CHARS:
+            continue
+        if num_chars + len(query) > MAX_BATCH_CHARS:
+            yield part
+            part, num_chars = [], 0
+        part.append(query)
+        num_chars += len(query)
+    if part:
+        yield part
+    yield from ([query] for query in queries if len(query) > LONG_QUERY_CHARS)

@@ -6,7 +6,8 @@ agentic-rag-serve cached retriever.name=bm25 retriever.k1=1.2 path=cache.sqlite 
 agentic-rag-serve bm25 --dataset tiny
 
 POST /retrieve  {"queries": ["..."], "topk": 3, "return_scores": true}; with "return_errors": true a query that fails
-                has {"error": "..."} for its result, and the others theirs; otherwise the request fails
+                has {"error": "..."} for its result, and the others theirs; otherwise the request fails;
+                or {"query": "...", "topk": 3, "return_scores": true}, as skyrl-gym asks: a list of one
 GET  /health    whether it answers, and the fingerprint of what it searches
 GET  /metrics   counts and times for Prometheus
 """
@@ -54,7 +55,7 @@ def make_server(retriever: Retriever, config: ServerConfig, fingerprint: str | N
     except ImportError as error:
         raise missing_library(error) from error
     settings = uvicorn.Config(
-        make_app(Service(retriever, config, fingerprint)),
+        make_app(Service(retriever, config, fingerprint), config.timeout_s),
         http=patient_protocol(config.timeout_s),
         ws="none",
         lifespan="on",
@@ -115,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: Mapping[str, Any]) -> None:
+    # The thread that searches gives way sooner than after 5 ms to the one that speaks HTTP.
+    sys.setswitchinterval(0.0005)
     config = ServerConfig(**{field.name: options[field.name] for field in fields(ServerConfig)})
     spec = _spec(options["retriever"], options["settings"])
     with listen_at(config) as listener:  # before anything slow is loaded

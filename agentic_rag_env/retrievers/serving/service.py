@@ -7,13 +7,13 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from agentic_rag_env.corpus import json_type
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
-from agentic_rag_env.retrievers.base import Retriever, encodable, stats_of
+from agentic_rag_env.retrievers.base import MAX_QUERY_CHARS, Retriever, encodable, stats_of
 from agentic_rag_env.retrievers.serving.batcher import Batcher, BusyError
 from agentic_rag_env.retrievers.serving.metrics import ServerMetrics
 from agentic_rag_env.types import Found, Passage
@@ -47,7 +47,7 @@ class ServerConfig:
     max_batch: int = 1024
     max_wait_ms: float = 3.0
     max_waiting: int = 16_384
-    max_query_chars: int = 10_000
+    max_query_chars: int = MAX_QUERY_CHARS
     max_body_bytes: int = 4_000_000
     timeout_s: float = 60.0
 
@@ -109,9 +109,7 @@ def parse_request(body: bytes, config: ServerConfig) -> RetrieveRequest:
         raise RequestError(400, "The body is not valid JSON.") from None
     if not isinstance(given, dict):
         raise RequestError(422, f"The body must be an object with 'queries', got {json_type(given)}.")
-    queries, top_k = given.get("queries"), given.get("topk")
-    if not isinstance(queries, list):
-        raise RequestError(422, f"'queries' must be a list of strings, got {json_type(queries)}.")
+    queries, top_k = _queries(given), given.get("topk")
     if len(queries) > config.max_batch:
         raise RequestError(422, f"'queries' must hold at most {config.max_batch} queries, got {len(queries)}.")
     for number, query in enumerate(queries):
@@ -129,6 +127,20 @@ def parse_request(body: bytes, config: ServerConfig) -> RetrieveRequest:
     if not flags["return_errors"] and (refused := [each for each in checked if isinstance(each, RetrieverError)]):
         raise RequestError(422, str(refused[0]))
     return RetrieveRequest(tuple(checked), top_k or config.top_k, **flags)
+
+
+def _queries(given: dict[str, Any]) -> list[Any]:
+    """The list under `queries`, or the one query that some clients send under `query`."""
+    if "query" in given and "queries" not in given:
+        if not isinstance(given["query"], str):
+            raise RequestError(422, f"'query' must be a string, got {json_type(given['query'])}.")
+        return [given["query"]]
+    if "query" in given:
+        raise RequestError(422, "The body has both 'query' and 'queries'; send one of them.")
+    queries = given.get("queries")
+    if not isinstance(queries, list):
+        raise RequestError(422, f"'queries' must be a list of strings, got {json_type(queries)}.")
+    return queries
 
 
 def _not_too_long(query: str, number: int, limit: int) -> str | RetrieverError:
@@ -182,19 +194,23 @@ class Service:
         finally:
             task.cancel()
 
-    async def retrieve(self, chunks: AsyncIterator[bytes], length: str | None) -> tuple[int, bytes]:
+    async def retrieve(
+        self, chunks: AsyncIterator[bytes], length: str | None, client_left: Callable[[], Awaitable[None]]
+    ) -> tuple[int, bytes]:
         """Answer a request to `/retrieve`.
 
         Args:
             chunks: Its body, as it arrives.
             length: Its header `Content-Length`.
+            client_left: Waits until nobody waits for the reply any more; called once the body has arrived.
 
         Returns:
             Status and body, JSON.
         """
         start = time.monotonic()
         try:
-            status, reply = 200, await self._answer(chunks, length)
+            request = parse_request(await self._read(chunks, length), self._config)
+            status, reply = 200, await self._answer(request, client_left)
         except RequestError as error:
             status, reply = error.status, _detail(str(error))
         except BusyError:
@@ -226,20 +242,32 @@ class Service:
         """Answer a request to `/metrics`: the body and its media type."""
         return self._metrics.render()
 
-    async def _answer(self, chunks: AsyncIterator[bytes], length: str | None) -> bytes:
-        request = parse_request(await self._read(chunks, length), self._config)
+    async def _answer(self, request: RetrieveRequest, client_left: Callable[[], Awaitable[None]]) -> bytes:
         searched = [query for query in request.queries if isinstance(query, str)]
-        found: list[Found] = []
-        if searched:
-            async with asyncio.timeout(self._config.timeout_s):
-                found = await self._batcher.search(searched, request.top_k)
-        results = iter(found)
+        results = iter(await self._search(searched, request.top_k, client_left) if searched else [])
         answers = [next(results) if isinstance(query, str) else query for query in request.queries]
         if not request.return_errors:
             for answer in answers:
                 if isinstance(answer, RetrieverError):
                     raise answer
         return format_reply(answers, request.return_scores)
+
+    async def _search(
+        self, queries: Sequence[str], top_k: int, client_left: Callable[[], Awaitable[None]]
+    ) -> list[Found]:
+        """Search for as long as somebody waits for the result."""
+        search = asyncio.ensure_future(self._batcher.search(queries, top_k))
+        left = asyncio.ensure_future(client_left())
+        try:
+            await asyncio.wait({search, left}, timeout=self._config.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if search.done():
+                return search.result()
+            if left.done():
+                raise RequestError(499, "The client has left.")
+            raise TimeoutError
+        finally:
+            search.cancel()
+            left.cancel()
 
     async def _read(self, chunks: AsyncIterator[bytes], length: str | None) -> bytes:
         limit = self._config.max_body_bytes

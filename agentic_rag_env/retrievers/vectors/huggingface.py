@@ -49,6 +49,9 @@ class HuggingFaceEncoder:
 
     Raises:
         ConfigurationError: A setting is out of range, torch or transformers is missing, or the model cannot be loaded.
+
+    Attributes:
+        precision: In which the vectors are computed, such as `torch.float32`.
     """
 
     def __init__(self, config: HuggingFaceConfig) -> None:
@@ -76,6 +79,7 @@ class HuggingFaceEncoder:
             )
         self._weights_hash = hash_of_weights(model.state_dict(), loaded.missing)
         self._vocabulary_hash = hash_of(self._tokenizer.get_vocab())
+        self.precision = str(loaded.dtype)
         self._model: Any = model.to(self._device, loaded.dtype).eval()
 
     @property

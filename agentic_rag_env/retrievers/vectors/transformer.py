@@ -28,7 +28,7 @@ class Pretrained(NamedTuple):
 def load_pretrained(
     auto_class: str, model: str, device: str | None, dtype: str | None, *, user: str, without_libraries: str
 ) -> Pretrained:
-    """Load a model and its tokenizer.
+    """Load a model and its tokenizer; code that comes with a model is never executed.
 
     Args:
         auto_class: Name of the class of transformers that makes the model.
@@ -49,9 +49,10 @@ def load_pretrained(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+        # A model's own code is never executed; left unset, the library would ask whoever sits at the terminal.
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         loaded, loading = getattr(transformers, auto_class).from_pretrained(
-            model, dtype="auto", output_loading_info=True
+            model, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ConfigurationError(

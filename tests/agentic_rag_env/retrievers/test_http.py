@@ -142,7 +142,7 @@ def test_hostile_queries_arrive_as_valid_text(service: Service) -> None:
     service.answer([[], [], [], []])
     queries = ["a\ud800b", "\x00\x1b\u2028", "日本\U0001f600", "x" * 100_000]
     assert retriever(service).search(queries, 1) == [[], [], [], []]
-    assert service.requests[0][1]["queries"] == ["a?b", *queries[1:]]
+    assert service.requests[0][1]["queries"] == ["a?b", *queries[1:3], "x" * 10_000]
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda item: pickle.loads(pickle.dumps(item))])
@@ -167,6 +167,21 @@ def test_server_error_without_end(service: Service) -> None:
         retriever(service, max_retries=2).search(["q"], 1)
     assert str(caught.value) == f"retriever at {service.url} failed after 3 tries: status 500: out of memory"
     assert len(service.requests) == 3
+
+
+def test_one_query_per_request(service: Service) -> None:
+    service.answer([[scored("a", "x", 1)]])
+    client = retriever(service, one_query_per_request=True)
+    assert client.search(["first", "second"], 3) == [[Passage("a", "x", 1.0)]] * 2
+    bodies = sorted((body for _, body in service.requests), key=lambda body: body["query"])
+    common = {"topk": 3, "return_scores": True, "return_errors": True}
+    assert bodies == [{"query": "first", **common}, {"query": "second", **common}]
+
+
+def test_a_server_of_the_other_kind_is_told_of(service: Service) -> None:
+    service.replies.append((422, b'{"detail": [{"loc": ["body", "query"], "type": "missing"}]}'))
+    with pytest.raises(RetrieverError, match="set one_query_per_request=true"):
+        retriever(service).search(["q"], 3)
 
 
 def test_client_error_is_not_repeated(service: Service) -> None:

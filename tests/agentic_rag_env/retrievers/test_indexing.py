@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -128,6 +129,9 @@ def test_what_a_dense_folder_holds(store: CorpusStore, dense_folder: Path) -> No
     }
     assert manifest["encoder"] == {"settings": {"name": "crc"}, "fingerprint": "hash of crc"}
     assert manifest["recall"] == {"num_queries": 256, "recall@3": 1.0, "recall@10": 1.0}
+    assert set(manifest["files"]) == {"index.faiss", "encoder.json", "vectors/vectors.npy"}
+    vectors_file = (dense_folder / "vectors" / "vectors.npy").read_bytes()
+    assert manifest["files"]["vectors/vectors.npy"] == hashlib.blake2b(vectors_file, digest_size=16).hexdigest()
     vectors = np.load(dense_folder / "vectors" / "vectors.npy")
     np.testing.assert_array_equal(vectors, CrcEncoder().encode_queries([passage.contents for passage in store]))
     assert set(files_in(dense_folder)) == {
@@ -595,7 +599,7 @@ def test_files_of_search_r1(search_r1: dict[str, Any], backend: str) -> None:
     retriever = RETRIEVERS.build({"name": "dense", "backend": backend, **search_r1}, corpus=None)
     assert found_by(retriever) == brute_force(QUERIES, 5)
     assert found_by(pickle.loads(pickle.dumps(retriever))) == brute_force(QUERIES, 5)
-    assert Path(search_r1["corpus"] + ".arrow").exists()
+    assert not Path(search_r1["corpus"] + ".arrow").exists()
 
 
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
@@ -649,6 +653,62 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     words = ["--stemmer", "english", "--stopwords", "english"]
     assert main(["bm25", str(corpus), str(tmp_path / "bm25"), *words]) == 0
     assert "k1 0.9, b 0.4, stemmer english, stopwords english\n" in capsys.readouterr().out
+    found = {"dense": "dense index, 3 files as built; ", "bm25": "bm25 index, 6 files as built; ", "c.arrow": ""}
+    for name, checked in {**found, "c.jsonl": ""}.items():
+        assert main(["check", str(tmp_path / name)]) == 0
+        expected = f"{tmp_path / name}: {checked}600 passages, fingerprint {fingerprint(PASSAGES)}\n"
+        assert capsys.readouterr().out.endswith(expected)
+
+
+@pytest.fixture
+def copied(tmp_path: Path, dense_folder: Path, store: CorpusStore) -> Path:
+    """A dense index with its store, to be harmed."""
+    shutil.copytree(dense_folder, tmp_path / "index")
+    shutil.copy(store.path, tmp_path / "c.arrow")
+    return tmp_path / "index"
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "encoder.json", "vectors/vectors.npy"])
+def test_a_file_that_was_changed_is_found_when_asked(
+    copied: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray((copied / name).read_bytes())
+    content[-1] ^= 1
+    (copied / name).write_bytes(content)
+    assert main(["check", str(copied)]) == 2
+    assert f"{copied / name}: is not what was built" in capsys.readouterr().err
+
+
+def test_what_else_a_check_finds(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def check(status: int, message: str) -> None:
+        assert main(["check", str(copied)]) == status
+        output = capsys.readouterr()
+        assert message in output.out + output.err
+
+    shutil.rmtree(copied / "vectors")  # as its docstring allows
+    check(0, "2 files as built")
+    manifest = json.loads((copied / "manifest.json").read_text())
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"files": {"../c.arrow": "0"}}, "names '../c.arrow', which is no file of the folder"),
+        ({"files": {"/etc/hostname": "0"}}, "names '/etc/hostname', which is no file of the folder"),
+        ({"files": 5}, "manifest.json: is damaged"),
+        ({"corpus": {}}, "manifest.json: is damaged"),
+        ({"corpus": {**manifest["corpus"], "fingerprint": "0"}}, "was built from the corpus 0 with 600 passages"),
+    ]
+    for change, message in changes:
+        (copied / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        check(2, message)
+    older = {key: value for key, value in manifest.items() if key != "files"}
+    (copied / "manifest.json").write_text(json.dumps(older))
+    check(0, "whose files were not hashed when it was built")
+    RETRIEVERS.build({"name": "dense", "index": str(copied), "encoder": CrcEncoder()}, corpus=None)
+    (copied / "index.faiss").unlink()
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    check(2, "index.faiss: is missing")
+    (copied / "manifest.json").unlink()
+    check(2, "holds no finished index")
+    copied.parent.joinpath("c.arrow").write_bytes(b"")
+    assert main(["check", str(copied.parent / "c.arrow")]) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import collections
 import copy
+import json
 import math
+import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -21,15 +25,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import agentic_rag_env  # noqa: F401
+from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.errors import ConfigurationError, RetrieverError, UnknownNameError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.retrievers.base import Retriever, hash_of
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
 from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever
 from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
 from agentic_rag_env.retrievers.vectors.encoders import build_encoder
 from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramConfig, HashedNgramEncoder
 from agentic_rag_env.retrievers.vectors.huggingface import HuggingFaceEncoder
+from agentic_rag_env.retrievers.words import Tokenizer
 from agentic_rag_env.types import Passage
 
 #: `rerank` needs a model, see `test_hybrid_rerank.py`.
@@ -124,6 +130,11 @@ class TestContract:
         (passages,) = retriever.search([query], 3)
         assert len(passages) <= 3
 
+    def test_the_beginning_of_a_long_query_is_read(self, retriever: Retriever) -> None:
+        beginning = ("amber cedar " * 1000)[:10_000]
+        expected = retriever.search([beginning], 3)
+        assert retriever.search([beginning + " fjord" * 100_000], 3) == expected
+
     @pytest.mark.parametrize("top_k", [0, -1])
     def test_top_k_below_one(self, retriever: Retriever, top_k: int) -> None:
         for queries in (["amber"], []):
@@ -177,6 +188,74 @@ def test_bm25_scores(texts: list[str], query: str, b: float) -> None:
     assert {passage.id for passage in found} == {f"p{row}" for row, score in enumerate(expected) if score > 0}
     for passage in found:
         assert passage.score == pytest.approx(expected[int(passage.id[1:])], rel=1e-5)
+
+
+def test_bm25_looks_a_repeated_word_up_once() -> None:
+    bm25 = BM25Retriever(BM25Config(), CORPUS)
+    index, looked_up = bm25._index, []
+
+    def noted(ids: list[int]) -> Any:
+        looked_up.extend(ids)
+        return index.get_scores_from_ids(ids)
+
+    bm25._index = SimpleNamespace(get_scores_from_ids=noted)
+    ((best, *_),) = bm25.search(["amber " * 100 + "cedar " * 20], 1)
+    assert len(looked_up) == 2
+    scores = {word: bm25_by_hand([p.contents for p in CORPUS], word, 0.9, 0.4) for word in ("amber", "cedar")}
+    expected = [100 * amber + 20 * cedar for amber, cedar in zip(scores["amber"], scores["cedar"], strict=True)]
+    assert best.id == f"p{np.argmax(expected)}"
+    assert best.score == pytest.approx(max(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 2, 128])
+def test_bm25_reads_the_first_words_of_a_query(most: int) -> None:
+    bm25 = BM25Retriever(BM25Config(max_query_words=most), CORPUS)
+    read = ["zebra"] * (most - 1) + ["amber"]
+    assert bm25.search([" -- ".join([*read, "cedar", "fjord"])], 5) == bm25.search([" ".join(read)], 5) != [[]]
+
+
+def test_bm25_with_the_usual_bound_is_the_retriever_of_before() -> None:
+    corpus = fingerprint(CORPUS)
+    old = hash_of({"retriever": "bm25", "k1": 0.9, "b": 0.4, "corpus": corpus})
+    assert BM25Retriever(BM25Config(), CORPUS).fingerprint == old
+    assert BM25Retriever(BM25Config(max_query_words=127), CORPUS).fingerprint != old
+
+
+CHINESE = corpus_of(
+    "法国的首都是巴黎", "塞纳河流过巴黎。", "柏林在施普雷河畔", "東京は日本の首都です", "Paris is the capital, 巴黎"
+)
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("法国首都", ["p0", "p3"]),
+        ("巴黎", ["p4", "p1", "p0"]),
+        ("日本", ["p3"]),
+        ("capital", ["p4"]),
+        ("河", []),  # a pair is the smallest unit of a run of two and more
+    ],
+)
+def test_bm25_finds_chinese_and_japanese_by_bigrams(query: str, expected: list[str]) -> None:
+    bm25 = BM25Retriever(BM25Config(tokenizer="bigrams"), CHINESE)
+    assert {passage.id for passage in bm25.search([query], 5)[0]} == set(expected)
+    assert BM25Retriever(BM25Config(), CHINESE).search(["法国首都"], 5) == [[]]
+
+
+def test_bigrams_of_a_text() -> None:
+    cut = Tokenizer("bigrams").words(["Köln, 東京タワー 中 ok", "plain Words"])
+    assert cut == [["köln", "東京", "京タ", "タワ", "ワー", "中", "ok"], ["plain", "words"]]
+    assert Tokenizer("bigrams").first_words(["東京タワー" * 1000], 3) == [["東京", "京タ", "タワ"]]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "corpus", "warned"), [("words", CHINESE, True), ("bigrams", CHINESE, False), ("words", CORPUS, False)]
+)
+def test_bm25_says_that_it_will_find_little(
+    tokenizer: str, corpus: Any, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    BM25Retriever(BM25Config(tokenizer=tokenizer), corpus)
+    assert ("Set tokenizer=bigrams" in caplog.text) == warned
 
 
 def test_bm25_ties_follow_the_corpus() -> None:
@@ -469,6 +548,64 @@ def test_encoders_by_name_mapping_and_object() -> None:
         build_encoder("./no/such/folder")
 
 
+# Kept in the cache folder
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache folder, in which what is made of 60 passages is kept already."""
+    for module in ("bm25", "dense"):
+        monkeypatch.setattr(f"agentic_rag_env.retrievers.{module}.KEPT_FROM", 60)
+    monkeypatch.setenv("AGENTIC_RAG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("spec", ["bm25", "dense", {"name": "dense", "backend": "torch"}, "hybrid"])
+def test_what_is_kept_gives_the_same_results(kept: Path, caplog: pytest.LogCaptureFixture, spec: Any) -> None:
+    made = RETRIEVERS.build(spec, corpus=CORPUS[:59])  # too few to be kept
+    assert not kept.exists()
+    first = RETRIEVERS.build(spec, corpus=CORPUS)
+    assert "Making the " in caplog.text
+    caplog.clear()
+    again = RETRIEVERS.build(spec, corpus=CORPUS)
+    assert caplog.text == "", "nothing is made a second time"
+    assert first.search(QUERIES, 5) == again.search(QUERIES, 5)
+    assert pickle.loads(pickle.dumps(again)).search(QUERIES, 5) == first.search(QUERIES, 5)
+    os.environ["AGENTIC_RAG_CACHE"] = str(kept / "file" / "unusable")
+    (kept / "file").touch()
+    assert RETRIEVERS.build(spec, corpus=CORPUS).search(QUERIES, 5) == first.search(QUERIES, 5)
+    assert "in memory, since" in caplog.text
+    assert made.search(QUERIES, 5) != first.search(QUERIES, 5)
+
+
+def test_what_is_kept_belongs_to_corpus_and_settings(kept: Path) -> None:
+    specs = [{}, {"k1": 1.2}, {"b": 0.0}, {"stopwords": "english"}, {"tokenizer": "bigrams"}]
+    for corpus in (CORPUS, CORPUS[::-1]):
+        for changed in specs:
+            RETRIEVERS.build({"name": "bm25", **changed}, corpus=corpus)
+        for dim in (64, 128):
+            RETRIEVERS.build({"name": "dense", "encoder": {"name": "hashed_ngram", "dim": dim}}, corpus=corpus)
+    RETRIEVERS.build({"name": "bm25", "max_query_words": 5}, corpus=CORPUS)  # a setting of searching
+    assert len([item for item in (kept / "bm25").iterdir() if item.is_dir()]) == 10
+    assert len([item for item in (kept / "vectors").iterdir() if item.is_dir()]) == 4
+
+
+@pytest.mark.parametrize("name", ["bm25", "dense"])
+@pytest.mark.parametrize(
+    "harm", [lambda content: content[:-1], lambda content: b"", lambda content: content[:-1] + b"~"]
+)
+def test_what_is_not_whole_is_made_again(kept: Path, caplog: pytest.LogCaptureFixture, name: str, harm: Any) -> None:
+    expected = RETRIEVERS.build(name, corpus=CORPUS).search(QUERIES, 5)
+    (entry,) = (item for item in next(kept.iterdir()).iterdir() if item.is_dir())
+    for file in sorted(file for file in entry.rglob("*") if file.is_file()):
+        before = file.read_bytes()
+        file.write_bytes(harm(before))
+        caplog.clear()
+        assert RETRIEVERS.build(name, corpus=CORPUS).search(QUERIES, 5) == expected
+        assert "is damaged; it is made again" in caplog.text
+        assert file.read_bytes() == before
+
+
 # Hugging Face encoders
 
 
@@ -562,6 +699,28 @@ def test_hugging_face_settings_out_of_range(setting: dict[str, Any]) -> None:
 def test_hugging_face_length_beyond_the_model(model_folder: str) -> None:
     with pytest.raises(ConfigurationError, match=r"max_length=100000, but .* has \d+ positions"):
         build_encoder({"model": model_folder, "max_length": 100_000})
+
+
+@pytest.mark.parametrize("model_type", ["unheard_of", None])
+def test_hugging_face_folder_with_code_of_its_own(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str | None
+) -> None:
+    """It is neither executed nor asked about, whether or not the library has its own code for such a model."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    settings_of = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    (folder / "config.json").write_text(
+        json.dumps({**settings_of, "auto_map": code, "model_type": model_type or settings_of["model_type"]})
+    )
+    (folder / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'executed')!r}).touch()")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is there to answer"))
+    if model_type is None:
+        build_encoder({"model": str(folder), "device": "cpu"})
+    else:
+        with pytest.raises(ConfigurationError, match="cannot be loaded"):
+            build_encoder({"model": str(folder), "device": "cpu"})
+    assert not (tmp_path / "executed").exists()
 
 
 def test_hugging_face_folder_that_holds_no_model(tmp_path: Path) -> None:

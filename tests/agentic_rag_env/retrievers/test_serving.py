@@ -20,12 +20,13 @@ from typing import Any
 
 import pytest
 
-from agentic_rag_env.corpus import CorpusStore
+from agentic_rag_env.corpus import CorpusStore, open_corpus
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
 from agentic_rag_env.retrievers.cached import CachedConfig, CachedRetriever
 from agentic_rag_env.retrievers.http import HttpConfig, HttpRetriever
+from agentic_rag_env.retrievers.serving.batcher import Batcher
 from agentic_rag_env.retrievers.serving.cli import listen_at, main, make_server
 from agentic_rag_env.retrievers.serving.service import ServerConfig
 from agentic_rag_env.types import Found, Passage
@@ -167,6 +168,24 @@ def test_without_scores(echo_server: Running, scores: dict[str, bool]) -> None:
     assert echo_server.post(query("a", topk=2, **scores)) == (200, {"result": [expected("a", 2)]})
 
 
+def test_one_query_by_itself(echo_server: Running) -> None:
+    """As skyrl-gym 0.4.0 asks."""
+    content = {"query": "a", "topk": 2, "return_scores": True}
+    assert echo_server.post(content) == (200, {"result": [expected("a", 2, scores=True)]})
+    assert echo_server.post({"query": "a"}) == (200, {"result": [expected("a", 3)]})
+
+
+def test_our_client_can_ask_for_one_query_at_a_time(echo_server: Running) -> None:
+    url = f"http://127.0.0.1:{echo_server.port}"
+    client = HttpRetriever(HttpConfig(url, one_query_per_request=True, max_retries=0))
+    texts = [f"q{number}" for number in range(20)]
+    assert client.search(texts, 2) == HttpRetriever(HttpConfig(url)).search(texts, 2)
+    good, down, bad = client.search(["a", "down", "bad"], 1)
+    assert [passage.id for passage in good] == ["a-1"]
+    assert "status 503" in str(down)
+    assert "this query alone" in str(bad)
+
+
 @pytest.mark.parametrize("top_k", [{}, {"topk": None}, {"topk": 0}])
 def test_top_k_by_default(echo_server: Running, top_k: dict[str, Any]) -> None:
     assert echo_server.post(query("a", **top_k)) == (200, {"result": [expected("a", 3)]})
@@ -208,6 +227,10 @@ def test_malformed_json(echo_server: Running, body: bytes) -> None:
     [
         ([], "must be an object with 'queries', got list"),
         ({}, "'queries' must be a list of strings, got null"),
+        ({"query": ["a"]}, "'query' must be a string, got list"),
+        ({"query": None}, "'query' must be a string, got null"),
+        ({"query": "a", "queries": ["a"]}, "both 'query' and 'queries'"),
+        ({"query": "b" * 51}, "may have 50 characters; item 0 has 51"),
         ({"queries": "a"}, "'queries' must be a list of strings, got str"),
         ({"queries": ["a", 5]}, "item 1 is int"),
         ({"queries": [None]}, "item 0 is null"),
@@ -311,12 +334,66 @@ def test_clients_that_leave() -> None:
         for request in (b"", whole[:20], whole[:-5], whole, whole):
             with socket.create_connection(("127.0.0.1", server.port)) as client:
                 client.sendall(request)
-        until(lambda: bool(echo.batches))
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(whole)
+            until(lambda: bool(echo.batches))
         until(lambda: not server.server.server_state.connections)
         echo.open.set()
         until(server.is_idle)
         assert server.post(query("b")) == (200, {"result": [expected("b")]})
         assert server.health()["waiting"] == 0
+
+
+def test_a_search_that_nobody_waits_for_is_dropped() -> None:
+    echo = Echo()
+    with running(echo) as server, searching(server, echo):
+        for request in (query("b"), query("c" * 500, "d" * 500)):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(request_of(request))
+                until(lambda: server.health()["waiting"] > 0)
+            until(lambda: server.health()["waiting"] == 0)
+    assert [queries for queries, _ in echo.batches] == [["first"]]
+
+
+def test_of_a_request_whose_client_leaves_the_rest_is_dropped() -> None:
+    echo = Echo()
+    with running(echo) as server:
+        echo.open.clear()
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(request_of(query("c" * 500, "d" * 500, "e" * 500)))
+            until(lambda: bool(echo.batches))
+            assert server.health()["waiting"] == 2
+        until(lambda: server.health()["waiting"] == 0)
+        echo.open.set()
+        assert server.post(query("a"))[0] == 200
+    assert [queries for queries, _ in echo.batches] == [["c" * 500], ["a"]]
+
+
+def test_of_a_search_that_takes_too_long_the_rest_is_dropped() -> None:
+    echo = Echo()
+    with running(echo, timeout_s=0.3) as server:
+        echo.open.clear()
+        assert server.post(query("c" * 500, "d" * 500))[0] == 503
+        echo.open.set()
+        until(lambda: server.post(query("a"))[0] == 200)
+    assert [queries for queries, _ in echo.batches if queries != ["a"]] == [["c" * 500]]
+
+
+@pytest.mark.parametrize(("path", "status"), [("/retrieve", b"413"), ("/elsewhere", b"404"), ("/health", b"405")])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_who_sends_everything_before_listening_learns_why_it_is_refused(
+    echo_server: Running, path: str, status: bytes, chunked: bool
+) -> None:
+    """With `Connection: close`, which would reset the connection while bytes are unread."""
+    length = "Transfer-Encoding: chunked" if chunked else "Content-Length: 8000000"
+    with socket.create_connection(("127.0.0.1", echo_server.port)) as client:
+        client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{length}\r\n\r\n".encode())
+        for _ in range(8):
+            client.sendall(b"F4240\r\n" * chunked + b"x" * 1_000_000 + b"\r\n" * chunked)
+        client.sendall(b"0\r\n\r\n" * chunked)
+        reply = b"".join(iter(lambda: client.recv(65536), b""))
+    assert reply.split()[1] == status
+    until(echo_server.is_idle)
 
 
 # --- many at once ----------------------------------------------------------------------------------------------------
@@ -410,7 +487,7 @@ def test_what_waits_is_searched_together() -> None:
         query("q3", topk=2),
     ]
     with running(echo) as server, searching(server, echo), asking(server, contents) as replies:
-        until(lambda: server.health()["waiting"] == 24)
+        until(lambda: server.health()["waiting"] == 23)
         echo.open.set()
     assert echo.sizes() == [1, 22]
     for content, reply in zip(contents, replies, strict=True):
@@ -453,6 +530,48 @@ def test_a_lone_client_waits_once_and_no_longer_than_the_deadline(monkeypatch: p
             assert server.post(query(text))[0] == 200
         (wait,) = waits
         assert 0 < wait <= 0.005
+
+
+async def order_of_batches(*requests: tuple[list[str], int], max_batch: int = 256) -> list[tuple[list[str], int]]:
+    """In which batches requests are searched that all wait while something else is searched."""
+    echo = Echo()
+    batcher = Batcher(echo, max_batch=max_batch, max_wait_s=0.0, max_waiting=10_000, observe_batch=lambda *_: None)
+    running = asyncio.create_task(batcher.run())
+    echo.open.clear()
+    first = asyncio.create_task(batcher.search(["first"], 1))
+    while not echo.batches:
+        await asyncio.sleep(0.001)
+    searches = [asyncio.create_task(batcher.search(queries, top_k)) for queries, top_k in requests]
+    await asyncio.sleep(0.01)
+    assert batcher.num_waiting == sum(len(set(queries)) for queries, _ in requests)
+    echo.open.set()
+    await first
+    for (queries, top_k), search in zip(requests, searches, strict=True):
+        assert await search == [echo.result(query, top_k) for query in queries]
+    assert batcher.num_waiting == 0
+    running.cancel()
+    return echo.batches[1:]
+
+
+def test_long_queries_are_searched_alone_and_take_turns_with_the_others() -> None:
+    one, two, three = ("x" * 401, "y" * 5000, "z" * 10_000)
+    short = "s" * 400
+    batches = asyncio.run(order_of_batches(([one, "a", two, one], 1), ([three], 1), (["b"], 2), ([short, "c"], 3)))
+    # The request with `one` and `two` begins with its short query.
+    assert batches == [([three], 1), (["a"], 1), ([one], 1), (["b"], 2), ([two], 1), ([short, "c"], 3)]
+
+
+def test_clients_with_many_long_queries_take_turns() -> None:
+    mine, yours = [f"{n}" * 500 for n in range(3)], [f"{n}" * 500 for n in range(3, 6)]
+    batches = asyncio.run(order_of_batches((mine, 1), (yours, 1)))
+    assert [query[0] for (query,), _ in batches] == ["0", "3", "1", "4", "2", "5"]
+
+
+def test_batches_are_bounded_in_characters() -> None:
+    """32,768 of them: 109 queries of 300."""
+    mine, yours = [f"{n:0300}" for n in range(200)], [f"{n:0300}" for n in range(200, 220)]
+    batches = asyncio.run(order_of_batches((mine, 1), (yours, 1)))
+    assert [len(queries) for queries, _ in batches] == [109, 20, 91]
 
 
 def test_too_many_wait() -> None:
@@ -690,8 +809,9 @@ def test_a_corpus_is_opened_and_not_read(
         raise ConfigurationError("far enough")
 
     monkeypatch.setattr("agentic_rag_env.retrievers.serving.cli.build_wrapped", stop)
-    file, store = tmp_path / "corpus.jsonl", tmp_path / "corpus.jsonl.arrow"
+    file = tmp_path / "corpus.jsonl"
     file.write_text('{"id": "a", "contents": "alpha"}\n')
+    store = open_corpus(file).path
     for given in (file, store):
         assert main(["bm25", "--corpus", str(given), "--port", "0"]) == 2
         assert "far enough" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""The folder in which what was made once is kept for every process, never beside the user's files.
+
+An entry is a folder under a hash of all that its content depends on. Its files are listed in it with their sizes and
+hashes; an entry that is short, damaged or not ours is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+#: Environment variable with another folder than `~/.cache/agentic_rag_env`.
+CACHE_VARIABLE = "AGENTIC_RAG_CACHE"
+#: Entries up to so many bytes are hashed whenever they are opened, which takes a second or two; of larger ones only the
+#: sizes are compared, and `agentic-rag-index check` reads them whole.
+_MOST_HASHED = 2**30
+_LISTING = "files.json"
+
+_logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """The folder; it need not exist."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/agentic_rag_env").expanduser()
+
+
+def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
+    """An entry of the cache folder, made first if it is not there whole.
+
+    Args:
+        kind: Folder of the entries of one kind.
+        key: Hash of all that the content depends on.
+        make: Writes the files of the entry into an empty folder.
+        what: What they are, for the log.
+
+    Raises:
+        OSError: The cache folder cannot be written.
+        Exception: Whatever `make` raises.
+    """
+    from filelock import FileLock
+
+    folder = cache_folder() / kind / key
+    if _is_whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{key}.lock"):
+        if _is_whole(folder):  # another process has made it meanwhile
+            return folder
+        if folder.exists():
+            _logger.warning("%s is damaged; it is made again.", folder)
+        _logger.warning("Making %s, once, to be kept in %s.", what, folder)
+        start = time.monotonic()
+        making = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
+        try:
+            make(making)
+            sizes = {name: [size, digest_of(making / name)] for name, size in _sizes(making).items()}
+            (making / _LISTING).write_text(json.dumps(sizes, sort_keys=True), encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            making.rename(folder)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        _logger.warning("That took %.0f s.", time.monotonic() - start)
+    return folder
+
+
+def key_of_file(file: Path) -> str:
+    """Hash that changes with the contents of a file, wherever a small one lies.
+
+    Of a file of more than a gigabyte, it is a hash of its place, size, time and 256 blocks spread evenly over it.
+    """
+    status = file.stat()
+    if status.st_size <= _MOST_HASHED:
+        return digest_of(file)
+    hashed = hashlib.blake2b(digest_size=16)
+    hashed.update(json.dumps([str(file.absolute()), status.st_size, status.st_mtime_ns]).encode())
+    with file.open("rb") as opened:
+        for number in range(256):
+            opened.seek((status.st_size - 4096) * number // 255)
+            hashed.update(opened.read(4096))
+    return hashed.hexdigest()
+
+
+def digest_of(file: Path) -> str:
+    """Hash of a file, 32 hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _LISTING)
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        listed = json.loads((folder / _LISTING).read_text(encoding="utf-8"))
+        found = _sizes(folder)
+        if {name: size for name, (size, _) in listed.items()} != found:
+            return False
+        hashed = sum(found.values()) <= _MOST_HASHED
+        return not hashed or all(digest_of(folder / name) == digest for name, (_, digest) in listed.items())
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False

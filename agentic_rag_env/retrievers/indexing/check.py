@@ -1,0 +1,77 @@
+"""Reads a corpus or an index whole and compares it with what was written down when it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from agentic_rag_env.cache_folder import digest_of
+from agentic_rag_env.corpus import CorpusStore, check_corpus
+from agentic_rag_env.errors import DataError
+from agentic_rag_env.retrievers.index_folder import MANIFEST, VECTORS_FILE, read_json
+
+#: See `builder.Phase`.
+Phase: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
+
+
+def check(path: str | Path, phase: Phase) -> str:
+    """Check a file of passages, a store, or an index folder with its store.
+
+    Args:
+        path: What is to be checked.
+        phase: Shows progress.
+
+    Returns:
+        What was found, in one line.
+
+    Raises:
+        DataError: Something is missing, malformed or not what it was when it was made.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return _check_corpus(folder, phase)
+    if not (folder / MANIFEST).exists():
+        raise DataError(f"{folder}: holds no finished index (no {MANIFEST}).")
+    manifest = read_json(folder / MANIFEST)
+    try:
+        built_from, files = manifest["corpus"], dict(manifest.get("files", {}))
+        store = CorpusStore(folder / built_from["path"])
+        expected = (built_from["fingerprint"], built_from["num_passages"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST}: is damaged ({error!r}); build the index again.") from error
+    corpus = _check_corpus(store.path, phase)
+    if (store.fingerprint, len(store)) != expected:
+        raise DataError(
+            f"{folder}: was built from the corpus {expected[0]} with {expected[1]} passages, but {store.path} is "
+            f"{store.fingerprint} with {len(store)}; build the index again."
+        )
+    checked = _check_files(folder, files, phase)
+    return f"{manifest.get('kind')} index, {checked}; {corpus}"
+
+
+def _check_corpus(path: Path, phase: Phase) -> str:
+    with phase(f"Reading {path.name}", None) as advance:
+        num_passages, fingerprint = check_corpus(path, advance)
+    return f"{num_passages} passages, fingerprint {fingerprint}"
+
+
+def _check_files(folder: Path, files: dict[str, Any], phase: Phase) -> str:
+    if not files:
+        return "whose files were not hashed when it was built: build it again to have them checked"
+    checked = 0
+    with phase("Hashing files", len(files)) as advance:
+        for name, digest in files.items():
+            file = folder / name
+            if not file.resolve().is_relative_to(folder.resolve()):
+                raise DataError(f"{folder / MANIFEST}: names {name!r}, which is no file of the folder.")
+            if name == VECTORS_FILE and not file.exists():  # they may be deleted
+                continue
+            if not file.exists():
+                raise DataError(f"{file}: is missing; build the index again.")
+            if digest_of(file) != digest:
+                raise DataError(f"{file}: is not what was built; build the index again.")
+            checked += 1
+            advance(1)
+    return f"{checked} files as built"

@@ -1,0 +1,108 @@
+"""The words of a text, as BM25 counts them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import did_you_mean
+
+TOKENIZERS = ("words", "bigrams")
+_WORD = re.compile(r"\w+")
+#: Runs of Chinese characters and Japanese kana, which are written without blanks between words.
+_UNSPACED = re.compile(
+    "[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+"
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Cuts texts into words; see `BM25Config` for the settings.
+
+    Raises:
+        ConfigurationError: There is no such tokenizer, or a setting is no name.
+    """
+
+    tokenizer: str = "words"
+    stemmer: str | None = None
+    stopwords: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer not in TOKENIZERS:
+            hint = did_you_mean(str(self.tokenizer), TOKENIZERS)
+            raise ConfigurationError(f"bm25 has no tokenizer {self.tokenizer!r}.{hint}")
+        for name in ("stemmer", "stopwords"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ConfigurationError(f"bm25 {name} must be a name such as english, or null, got {value!r}.")
+
+    def words(self, texts: Iterable[str]) -> list[list[str]]:
+        """The words of each text that count, in their order; each distinct word of all texts is stemmed once.
+
+        Raises:
+            ConfigurationError: The stemmer or the list of stop words is missing.
+        """
+        return self._cut(map(self._prepared, texts))
+
+    def first_words(self, texts: Sequence[str], count: int) -> list[list[str]]:
+        """The words among the first `count` of each text, without cutting what follows them."""
+        return self._cut(_beginning(self._prepared(text), count) for text in texts)
+
+    def _prepared(self, text: str) -> str:
+        return _with_bigrams(text) if self.tokenizer == "bigrams" else text
+
+    def _cut(self, texts: Iterable[str]) -> list[list[str]]:
+        import bm25s
+
+        pattern = r"\w+" if self.stopwords is None else r"\w\w+"
+        options: dict[str, Any] = {"token_pattern": pattern, "stemmer": _stemmer(self.stemmer), "return_ids": False}
+        try:
+            return bm25s.tokenize(list(texts), stopwords=self.stopwords, **options, show_progress=False)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"bm25s has no list of stop words {self.stopwords!r}; it has english, german, french and others."
+            ) from error
+
+
+def unspaced_fraction(texts: Sequence[str]) -> float:
+    """How much of some texts is in scripts that are written without blanks, in [0, 1]."""
+    unspaced = sum(len(run) for text in texts if not text.isascii() for run in _UNSPACED.findall(text))
+    return unspaced / max(1, sum(map(len, texts)))
+
+
+def _with_bigrams(text: str) -> str:
+    """The text with each unspaced run as its overlapping pairs of characters, as Lucene's analyzer for CJK has them."""
+    return text if text.isascii() else _UNSPACED.sub(_pairs, text)
+
+
+def _pairs(run: re.Match[str]) -> str:
+    text = run.group()
+    return f" {' '.join(text[place : place + 2] for place in range(max(1, len(text) - 1)))} "
+
+
+def _beginning(text: str, count: int) -> str:
+    """The text up to its `count`-th word."""
+    if len(text) <= count:
+        return text
+    return text[: max((match.end() for match in islice(_WORD.finditer(text), count)), default=0)]
+
+
+def _stemmer(language: str | None) -> Any:
+    """A new stemmer each time: two threads must not share one, and none can be copied."""
+    if language is None:
+        return None
+    try:
+        import Stemmer
+    except ImportError as error:
+        raise ConfigurationError(
+            f"bm25 stemmer={language!r} needs the library PyStemmer: pip install PyStemmer; stemmer=null does without."
+        ) from error
+    try:
+        return Stemmer.Stemmer(language)
+    except KeyError:
+        raise ConfigurationError(
+            f"PyStemmer has no stemmer {language!r}.{did_you_mean(language, Stemmer.algorithms())}"
+        ) from None
