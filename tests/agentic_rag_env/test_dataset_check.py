@@ -134,6 +134,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert stopped.value.code == 2
 
 
+def test_what_a_file_says_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "\x1b[31m.jsonl", row("\x1b[2J[red]Who", "x"))
+    assert main(["check", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "no question mark at the end" in printed
+    assert "\\x1b[31m.jsonl" in printed
+    assert "[red]Who" in printed
+
+
+def test_without_rich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["check", str(write(tmp_path / "a.jsonl", row("a?", "Rome")))]) == 2
+    assert capsys.readouterr().err == "Checking datasets needs the library rich: pip install rich.\n"
+
+
 def test_as_a_module(tmp_path: Path) -> None:
     file = write(tmp_path / "q.jsonl", row("a?", "the"))
     command = [sys.executable, "-m", "agentic_rag_env.datasets", "check", str(file)]
