@@ -10,6 +10,7 @@ import gymnasium
 from agentic_rag_env import datasets as datasets
 from agentic_rag_env import retrievers as retrievers
 from agentic_rag_env.actions import Action, Answer, Malformed, Search, parse_action
+from agentic_rag_env.answers import exact_match, f1_score, normalize_answer, sub_exact_match
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.errors import (
@@ -22,7 +23,7 @@ from agentic_rag_env.errors import (
 )
 from agentic_rag_env.registry import DATASETS, RETRIEVERS, REWARDS, Registry
 from agentic_rag_env.retrievers.base import Retriever
-from agentic_rag_env.rewards import Outcome, answer_reward, exact_match, f1_score, normalize_answer, sub_exact_match
+from agentic_rag_env.rewards import Outcome, answer_reward
 from agentic_rag_env.spaces import FreeText
 from agentic_rag_env.types import Ending, Passage, Question, StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import sys
-import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import Reward
 from agentic_rag_env.settings import COUNT, check_value, one_of, or_none
 from agentic_rag_env.spaces import FreeText
+from agentic_rag_env.terminal import printable
 from agentic_rag_env.types import Question, StepInfo
 
 
@@ -219,21 +219,6 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
             news = "".join(self._episode.transcript[self._num_printed :])
             print(printable(news, sys.stdout.encoding), end="" if self._episode.running else "\n", flush=True)
             self._num_printed = len(self._episode.transcript)
-
-
-def printable(text: str, encoding: str | None = None) -> str:
-    """Text that a terminal can show and that can't steer it: control characters and the like are escaped.
-
-    Args:
-        text: From a model or a corpus.
-        encoding: Of the terminal; what it lacks is escaped.
-    """
-    shown = "".join(
-        char if char.isprintable() or char == "\n" or unicodedata.category(char) == "Zs" else ascii(char)[1:-1]
-        for char in text
-    )
-    encoding = encoding or "utf-8"
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def check_options(options: Mapping[str, Any] | None, allowed: Iterable[str]) -> None:

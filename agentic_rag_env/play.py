@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Sequence
-
-from rich.console import Console
-from rich.text import Text
+from typing import Any
 
 from agentic_rag_env.actions import CLOSING_TAGS, Malformed, parse_action
-from agentic_rag_env.env import AgenticRAGEnv, printable
+from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.episode import FINAL_TURNS
 from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.registry import name_or_mapping
+from agentic_rag_env.terminal import print_line, printable, rich_console
 from agentic_rag_env.types import StepInfo
 
 HELP = """\
@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 where a setting can't work.
     """
     options = _parser().parse_args(arguments)
-    console = Console(highlight=False, soft_wrap=True)
     try:
+        console = rich_console("Playing in a terminal")
         env = AgenticRAGEnv(
             dataset=options.dataset,
             retriever=options.retriever,
@@ -49,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             final_turn=options.final_turn,
         )
     except AgenticRAGError as error:
-        _show(console, f"{error}\n", "red")
+        print_line(str(error), sys.stderr)
         return 2
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="backslashreplace")  # whatever is typed or piped in, the game goes on
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lets the player edit the line
     _show(console, HELP, "dim")
@@ -67,14 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def play_episode(
-    env: AgenticRAGEnv, read_line: Callable[[str], str], console: Console, seed: int | None = None
+    env: AgenticRAGEnv, read_line: Callable[[str], str], console: Any, seed: int | None = None
 ) -> StepInfo:
     """Ask one question and play it to the end.
 
     Args:
         env: The environment.
         read_line: Shows a prompt and returns what the player types, like `input`.
-        console: Where to write.
+        console: Where to write; rich's.
         seed: For `reset`.
 
     Returns:
@@ -144,12 +146,12 @@ def _verdict(env: AgenticRAGEnv, info: StepInfo) -> str:
 def _read_line(prompt: str) -> str:
     line = input(prompt)
     if not sys.stdin.isatty():
-        print(printable(line, sys.stdout.encoding))  # a terminal echoes by itself
+        print_line(line)  # a terminal echoes by itself
     return line
 
 
-def _show(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(printable(text, console.encoding), style=style), end="")
+def _show(console: Any, text: str, style: str = "") -> None:
+    console.print(printable(text, console.encoding), style=style or None, end="")
 
 
 def _parser() -> argparse.ArgumentParser:

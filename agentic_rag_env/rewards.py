@@ -1,20 +1,19 @@
-"""What an episode earns: scores of answers, with the normalization of SQuAD that published numbers use, and rewards.
+"""What an episode earns.
 
-A score is a function of an answer and the golden answers. A reward is a function of an `Outcome`, a whole episode that
-has ended, with or without an answer; `answer_reward` makes one from the other.
+A reward is a function of an `Outcome`, a whole episode that has ended, with or without an answer. `answer_reward` makes
+one from a score, a function of an answer and the golden answers; see `answers`.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-import string
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from agentic_rag_env.actions import CLOSING_TAGS
+from agentic_rag_env.answers import exact_match, f1_score, normalize_answer, sub_exact_match
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.prompts import INFORMATION_CLOSE, INFORMATION_OPEN
 from agentic_rag_env.registry import REWARDS
@@ -40,72 +39,6 @@ class Outcome:
 
 
 Reward: TypeAlias = Callable[[Outcome], float]
-
-_DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-
-
-def normalize_answer(text: str) -> str:
-    """Bring an answer into the form that is compared.
-
-    Lower case, then no ASCII punctuation, then no articles (a, an, the), then single spaces. Other punctuation, such
-    as typographic quotes and dashes, survives.
-    """
-    text = text.lower().translate(_DROP_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", text).split())
-
-
-def _normalized(golden_answers: str | Iterable[str]) -> list[str]:
-    aliases = (golden_answers,) if isinstance(golden_answers, str) else golden_answers
-    return [normalize_answer(alias) for alias in aliases]
-
-
-def exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
-    """1.0 if the answer equals one of the golden answers after normalization, else 0.0.
-
-    Args:
-        prediction: The answer; None scores 0.
-        golden_answers: Accepted answers; a single string counts as one.
-    """
-    return float(prediction is not None and normalize_answer(prediction) in _normalized(golden_answers))
-
-
-def sub_exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
-    """1.0 if the answer contains one of the golden answers after normalization, else 0.0.
-
-    A golden answer of which normalization leaves nothing must be matched exactly; every text contains it.
-
-    Args:
-        prediction: The answer; None scores 0.
-        golden_answers: Accepted answers; a single string counts as one.
-    """
-    if prediction is None:
-        return 0.0
-    prediction = normalize_answer(prediction)
-    return float(any(alias in prediction if alias else not prediction for alias in _normalized(golden_answers)))
-
-
-def f1_score(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
-    """Harmonic mean of the precision and recall of words, for the golden answer that fits best, in [0, 1].
-
-    The measure of SQuAD: words count as often as they occur; where normalization leaves nothing of one side, the score
-    is 1 if nothing is left of the other either.
-
-    Args:
-        prediction: The answer; None scores 0.
-        golden_answers: Accepted answers; a single string counts as one.
-    """
-    if prediction is None:
-        return 0.0
-    words = normalize_answer(prediction).split()
-    return max((_word_f1(words, alias.split()) for alias in _normalized(golden_answers)), default=0.0)
-
-
-def _word_f1(prediction: list[str], golden: list[str]) -> float:
-    if not prediction or not golden:
-        return float(prediction == golden)
-    shared = (Counter(prediction) & Counter(golden)).total()
-    return 2 * shared / (len(prediction) + len(golden))
 
 
 def answer_reward(score: Callable[[str | None, tuple[str, ...]], float]) -> Reward:
@@ -241,7 +174,9 @@ def search_r1(outcome: Outcome) -> float:
             "<answer> ... </answer>; set prompt='search_r1' (env.prompt=search_r1), or choose another reward."
         )
     spans = _ANSWER_SPAN.findall(outcome.prompt + "".join(_cut(text) + reply for text, reply in outcome.turns))
-    return exact_match(spans[-1] if len(spans) > 1 else None, outcome.question.golden_answers)
+    # As theirs and not `exact_match`: an answer that normalization empties matches a golden one that it empties.
+    golden = [normalize_answer(alias) for alias in outcome.question.golden_answers]
+    return float(len(spans) > 1 and normalize_answer(spans[-1]) in golden)
 
 
 def _cut(text: str) -> str:

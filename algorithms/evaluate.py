@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.terminal import printable
 from algorithms.assets import resolve_model
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.run_guard import CONFIG_FILE
@@ -131,7 +132,8 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
     }
     write_summary(output_dir, summary)
     terminal = console()
-    terminal.print(f"{result.num_questions} of the {len(envs.dataset)} questions of {envs.dataset.name}, split {split}")
+    played = f"{result.num_questions} of the {len(envs.dataset)} questions of {envs.dataset.name}, split {split}"
+    terminal.print(printable(played, terminal.encoding), markup=False, highlight=False)
     terminal.print(results_table([result]))
     show_arc(terminal, [result])
     show_episode(terminal, config.model.policy, next(iter(result.trajectories.values())), networks.tokenizer)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import written_whole
+from agentic_rag_env.terminal import print_line, printable
 from algorithms.analysis.runs import Run
 from algorithms.analysis.viewer.episodes import FIGURES
 from algorithms.analysis.viewer.gallery import Gallery, Wanted, gather
@@ -43,7 +44,7 @@ def show(given: argparse.Namespace, terminal: Console) -> None:
         raise ConfigurationError("No episode passes these filters; leave one of them out.")
     splits, problems = splitters(gallery) if given.page or given.shade else ([], [])
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print_line(problem, sys.stderr)
     if given.page:
         file = given.html or given.runs[0].expanduser() / PAGE
         shown, notes = _capped(gallery, given.limit)
@@ -53,7 +54,7 @@ def show(given: argparse.Namespace, terminal: Console) -> None:
             partial.write_text(page(title, shown, splits, [*notes, *problems]), encoding="utf-8")
         terminal.print(f"{len(shown.items)} episodes written to {file}", soft_wrap=True, markup=False, highlight=False)
         for note in notes:
-            terminal.print(note, soft_wrap=True)
+            terminal.print(printable(note, terminal.encoding), soft_wrap=True, markup=False, highlight=False)
     printer = Printer(gallery, terminal, given.shade, splits)
     printer.legend()
     if sys.stdin.isatty() and terminal.file.isatty():

@@ -99,8 +99,6 @@ def test_the_environment_stands_alone(name):
     used = packages(imports(ENVIRONMENT[name]))
     assert not used & {"algorithms", "conf", "benchmarks", "tests", "hydra", "omegaconf"}
     allowed = {*sys.stdlib_module_names, "agentic_rag_env", "numpy", "gymnasium"}
-    if name == "agentic_rag_env.play":  # a program, which nothing imports
-        allowed |= {"rich"}
     assert packages(imports(ENVIRONMENT[name], at_top=True)) <= allowed
 
 

@@ -22,6 +22,7 @@ from agentic_rag_env.datasets.check import (
     overlaps,
 )
 from agentic_rag_env.errors import AgenticRAGError
+from agentic_rag_env.terminal import print_line, printable, rich_console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,20 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 where a file has errors, or 2 where the corpus can't be read.
     """
-    from rich.console import Console
-
     options = _parser().parse_args(arguments)
-    console = Console(highlight=False, markup=False)
-    reports = [check_file(path) for path in options.files]
-    between = overlaps(reports)
     try:
+        console = rich_console("Checking datasets")
+        reports = [check_file(path) for path in options.files]
+        between = overlaps(reports)
         covered = coverages(reports, read_corpus(options.corpus)) if options.corpus else []
     except AgenticRAGError as error:
-        print(error, file=sys.stderr)
+        print_line(str(error), sys.stderr)
         return 2
     for report, coverage in zip(reports, covered, strict=False):
         _add_missing_gold(report, coverage)
-    console.print(_table(reports, covered))
+    console.print(_table(reports, covered, console.encoding))
     for report in reports:
         _print_findings(console, report.path, report.findings)
     _print_findings(console, "Between files", between)
@@ -65,10 +64,11 @@ def _add_missing_gold(report: FileReport, coverage: Coverage) -> None:
         report.findings.insert(0, finding)
 
 
-def _table(reports: Sequence[FileReport], covered: Sequence[Coverage]) -> Any:
+def _table(reports: Sequence[FileReport], covered: Sequence[Coverage], encoding: str) -> Any:
     """A line per file; `words` are those of the first answers (median, most), `corpus` is what it can answer."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD)
     table.add_column("file, format", overflow="fold")
@@ -78,7 +78,7 @@ def _table(reports: Sequence[FileReport], covered: Sequence[Coverage]) -> Any:
         lengths = answer_lengths(report) or [0]
         num_answers = sum(len(question.golden_answers) for question in report.questions)
         table.add_row(
-            f"{report.path}\n  {', '.join(report.formats) or 'not read'}",
+            Text(printable(f"{report.path}\n  {', '.join(report.formats) or 'not read'}", encoding)),
             f"{report.num_rows:,}",
             f"{len(report.questions):,}",
             f"{num_answers / len(lengths):.1f}",
@@ -91,15 +91,16 @@ def _table(reports: Sequence[FileReport], covered: Sequence[Coverage]) -> Any:
 
 
 def _print_findings(console: Any, title: str, findings: Sequence[Finding]) -> None:
-    from rich.text import Text
+    def shown(text: str) -> str:
+        return printable(text, console.encoding)
 
     if findings:
-        console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print(shown(title), style="bold")
     for finding in findings:
         kind, style = ("error", "red") if finding.is_error else ("warning", "yellow")
-        line = Text("  ").append(kind, style=style).append(f"  {finding.number:,} x {finding.what}")
-        line.append(f"\n      first: {finding.example}\n      {finding.advice}", style="dim")
-        console.print(line, soft_wrap=True)
+        console.print(f"  {kind}", style=style, end="")
+        console.print(shown(f"  {finding.number:,} x {finding.what}"))
+        console.print(shown(f"      first: {finding.example}\n      {finding.advice}"), style="dim")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,10 +10,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+from agentic_rag_env.answers import normalize_answer, word_forms
 from agentic_rag_env.corpus import read_rows
 from agentic_rag_env.datasets.rows import dataset_name, file_stem, format_of, is_exploded, question_in
 from agentic_rag_env.errors import DataError
-from agentic_rag_env.rewards import normalize_answer
 from agentic_rag_env.types import Passage, Question
 
 #: Words of the longest answer that a model can be expected to give word for word.
@@ -132,19 +132,12 @@ def _add_malformed(found: _Findings, message: str, where: str, place: str) -> No
 def _look_at_answers(found: _Findings, question: Question, place: str) -> None:
     answers = question.golden_answers
     empty = [answer for answer in answers if not normalize_answer(answer)]
-    if len(empty) == len(answers):
-        found.add(
-            True,
-            "every answer is empty once normalized",
-            _quoted(question, answers, place),
-            "Any article or punctuation mark would score as correct; spell the answer out or remove the row.",
-        )
-    elif empty:
+    if empty:
         found.add(
             False,
-            "an answer among others is empty once normalized",
+            f"{'every answer' if len(empty) == len(answers) else 'an answer among others'} is empty once normalized",
             _quoted(question, empty, place),
-            "Any article or punctuation mark would score as correct; remove that answer.",
+            "Only the same articles or punctuation marks match it, in published scorers any of them; spell it out.",
         )
     if min(_num_words(answer) for answer in answers) > LONG_ANSWER:
         found.add(
@@ -248,8 +241,8 @@ def _coverage(questions: Sequence[Question], occurring: set[tuple[str, ...]], id
 
 
 def _as_words(question: Question) -> set[tuple[str, ...]]:
-    """The answers as normalized words; none where one of them is yes or no."""
-    texts = {normalize_answer(answer) for answer in question.golden_answers}
+    """The answers as words, in every form that counts; none where one of them is yes or no."""
+    texts = {form for answer in question.golden_answers for form in word_forms(answer)}
     return set() if texts & _YES_NO else {tuple(text.split()) for text in texts if text}
 
 
@@ -262,12 +255,12 @@ def _occurring(wanted: set[tuple[str, ...]], corpus: Iterable[Passage]) -> tuple
     ids = set()
     for passage in corpus:
         ids.add(passage.id)
-        words = normalize_answer(passage.contents).split()
-        for start, word in enumerate(words):
-            if candidates := by_first.get(word):
-                here = {answer for answer in candidates if tuple(words[start : start + len(answer)]) == answer}
-                found |= here
-                candidates -= here
+        for words in map(str.split, word_forms(passage.contents)):
+            for start, word in enumerate(words):
+                if candidates := by_first.get(word):
+                    here = {answer for answer in candidates if tuple(words[start : start + len(answer)]) == answer}
+                    found |= here
+                    candidates -= here
     return found, ids
 
 

@@ -179,5 +179,5 @@ def _golden_answers(row: dict[str, Any], where: str) -> tuple[str, ...]:
         raise DataError(f"{place}: is empty; a question needs at least one accepted answer.")
     for index, answer in enumerate(answers):
         if not checked_text(answer, f"{place}[{index}]").strip():
-            raise DataError(f"{place}[{index}]: is blank; an empty answer would score as correct.")
+            raise DataError(f"{place}[{index}]: is blank; no answer can match it.")
     return tuple(answers)

@@ -11,9 +11,10 @@ The published tables leave prompts, passages and matching open; figures of these
 "ARC-ours". Importing this package registers the built-in probes.
 """
 
+from agentic_rag_env.answers import holds_answer
 from agentic_rag_env.probes.endpoints import Endpoint, EndpointConfig, EndpointError
 from agentic_rag_env.probes.figures import Best, Figure, Figures, figure, interval, macro_interval, share
-from agentic_rag_env.probes.gold import Gold, find_gold, holds_answer
+from agentic_rag_env.probes.gold import Gold, find_gold
 from agentic_rag_env.probes.grounding import Counterfactual, GroundingConfig, Shuffled
 from agentic_rag_env.probes.material import Generate, Material, Probe, Prompt, play, run_probes
 from agentic_rag_env.probes.reading import SourceReferencing, SourceReferencingConfig, thinking

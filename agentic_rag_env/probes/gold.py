@@ -1,4 +1,4 @@
-"""What is known about the evidence of a question, and whether a text holds one of its answers."""
+"""What is known about the evidence of a question."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agentic_rag_env.answers import normalize_answer
 from agentic_rag_env.corpus import quoted_contents
 from agentic_rag_env.errors import DataError
-from agentic_rag_env.rewards import normalize_answer
 from agentic_rag_env.types import Passage, Question
 
 
@@ -70,15 +70,6 @@ def find_gold(questions: Sequence[Question], corpus: Iterable[Passage] | None) -
     wanted = {identifier for question in questions for identifier in _list(question, "supporting")}
     by_id = {passage.id: passage for passage in corpus or () if passage.id in wanted} if wanted else {}
     return [_gold(question, by_id) for question in questions]
-
-
-def holds_answer(text: str, golden_answers: Iterable[str]) -> bool:
-    """Whether a text holds one of the answers as whole words, both normalized as for exact match.
-
-    An answer of which normalization leaves nothing is never held.
-    """
-    text = f" {normalize_answer(text)} "
-    return any(alias and f" {alias} " in text for alias in map(normalize_answer, golden_answers))
 
 
 def titles(passages: Iterable[Passage]) -> frozenset[str]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from agentic_rag_env.actions import Answer, parse_action
+from agentic_rag_env.answers import holds_answer
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes.figures import Figures, share
-from agentic_rag_env.probes.gold import Gold, holds_answer
+from agentic_rag_env.probes.gold import Gold
 from agentic_rag_env.probes.material import DIRECTLY, Material, Prompt, cut, executed_searches, generated, play
 from agentic_rag_env.prompts import render_prompt
 from agentic_rag_env.registry import PROBES

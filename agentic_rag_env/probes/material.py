@@ -11,14 +11,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from agentic_rag_env.actions import ANSWER_OPEN, CLOSING_TAGS
+from agentic_rag_env.answers import holds_answer, normalize_answer
 from agentic_rag_env.episode import search
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.probes.figures import Figures
-from agentic_rag_env.probes.gold import Gold, find_gold, holds_answer
+from agentic_rag_env.probes.gold import Gold, find_gold
 from agentic_rag_env.prompts import format_passages, information_block, render_prompt
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.retrievers.base import Retriever
-from agentic_rag_env.rewards import normalize_answer
 from agentic_rag_env.types import Found, Passage, Question, StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from agentic_rag_env.actions import Answer, Search, parse_action
+from agentic_rag_env.answers import exact_match, f1_score, holds_answer, normalize_answer
 from agentic_rag_env.probes.figures import Best, Figures, figure, share
-from agentic_rag_env.probes.gold import holds_answer
 from agentic_rag_env.probes.material import DIRECTLY, Material
 from agentic_rag_env.registry import PROBES
-from agentic_rag_env.rewards import exact_match, f1_score, normalize_answer
 from agentic_rag_env.settings import COUNT, check_settings, or_none
 from agentic_rag_env.types import Passage
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from agentic_rag_env.answers import holds_answer, normalize_answer
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes.figures import Best, Figures, figure, share
-from agentic_rag_env.probes.gold import holds_answer, titles
+from agentic_rag_env.probes.gold import titles
 from agentic_rag_env.probes.material import EpisodeInfos, Material, executed_searches
 from agentic_rag_env.registry import PROBES
-from agentic_rag_env.rewards import normalize_answer
 from agentic_rag_env.types import Passage
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_rag_env.errors import AgenticRAGError
+from agentic_rag_env.terminal import print_line, printable
 
 
 @contextmanager
@@ -44,11 +45,11 @@ def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
 
 
 def _format_warning(message: Warning | str, category: type[Warning], *_: Any) -> str:
-    return f"{category.__name__.removeprefix('User')}: {message}\n"
+    return printable(f"{category.__name__.removeprefix('User')}: {message}\n", sys.stderr.encoding)
 
 
 def _print_message(message: str, run_dir: Path | None) -> None:
-    print(message, file=sys.stderr)
+    print_line(message, sys.stderr)
     if run_dir is not None and any(run_dir.glob("checkpoints/*/manifest.json")):
         print(f"Checkpoints are kept. To go on: python -m algorithms.run resume={run_dir}", file=sys.stderr)
 

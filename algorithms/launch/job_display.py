@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from agentic_rag_env.terminal import printable
 from algorithms.launch.job_pool import LOG_FILE, Attempt, Job, tail
 
 _REFRESH_S = 1.0
@@ -89,7 +90,7 @@ class JobDisplay:
         return f"[{self._done}/{self._total} done{failed}]"
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text, self._console.encoding), markup=False, highlight=False, soft_wrap=True)
 
     def _table(self, running: Sequence[Attempt]) -> Table:
         table = Table(title=f"multirun {self._count()}", title_justify="left")

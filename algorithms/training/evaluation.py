@@ -25,7 +25,7 @@ from algorithms.rollout.player import Player, Progress
 from algorithms.rollout.trajectory_files import write_trajectories
 from algorithms.training.build import Networks
 from algorithms.training.evaluation_cache import Kept
-from algorithms.training.run_logger import printable, progress
+from algorithms.training.run_logger import progress, without_surrogates
 from algorithms.training.settings import ScoringConfig
 
 #: Scores of an episode whose means are the figures of an evaluation, and have an interval.
@@ -215,7 +215,7 @@ def write_predictions(path: Path, trajectories: Sequence[Trajectory], dataset: Q
             "sub_exact_match": sub_exact_match(info["answer"], question.golden_answers),
             "num_searches": info["num_searches"],
         }
-        lines.append(printable(json.dumps(row, ensure_ascii=False)) + "\n")
+        lines.append(without_surrogates(json.dumps(row, ensure_ascii=False)) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(lines).encode())
 

@@ -23,6 +23,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import write_whole
+from agentic_rag_env.terminal import printable
 
 #: Metrics of the progress line, and what they are called there.
 _SHOWN = {"rollout/exact_match": "exact match", "dev/exact_match": "dev exact match", "train/loss": "loss"}
@@ -77,13 +78,13 @@ class RunLogger:
     def text(self, name: str, transcript: str, step: int) -> None:
         """Show a transcript in TensorBoard's text tab, word for word."""
         # An indented block: TensorBoard reads Markdown, which would swallow <search> as an HTML tag.
-        block = "\n".join("    " + line for line in printable(transcript).split("\n"))
+        block = "\n".join("    " + line for line in without_surrogates(transcript).split("\n"))
         self._tensorboard.add_text(name, block, step)
         self._tensorboard.flush()
 
     def message(self, text: str) -> None:
         """Print something for the person who watches, without tearing the progress line."""
-        self._progress.message(printable(text))
+        self._progress.message(text)
 
     def close(self) -> None:
         """Write out everything and leave the terminal as it was."""
@@ -141,7 +142,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int, int], None
         yield lambda done, _: bar.update(task, completed=done)
 
 
-def printable(text: str) -> str:
+def without_surrogates(text: str) -> str:
     r"""Text with halves of surrogate pairs, which no file can hold, written out as `\udc80`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -183,7 +184,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | flo
         if isinstance(value, Mapping):
             flat.update(_flatten(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float)) else printable(str(value))
+            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float)) else without_surrogates(str(value))
     return flat
 
 
@@ -222,8 +223,7 @@ class _ProgressLine:
             self.message(f"{stage} {self._figures()}")
 
     def message(self, text: str) -> None:
-        encoding = getattr(self._console.file, "encoding", None) or "utf-8"
-        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        text = printable(text, getattr(self._console.file, "encoding", None))
         if self._live is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

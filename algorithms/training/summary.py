@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.files import write_whole
+from agentic_rag_env.terminal import printable
 from algorithms.assets import resolve_model
 from algorithms.learner.config import PolicyGradientConfig
 from algorithms.learner.networks import load_model
@@ -34,7 +36,7 @@ from algorithms.training.evaluation import Evaluated, mode_name
 from algorithms.training.evaluation_cache import place
 from algorithms.training.file_locks import exclusively
 from algorithms.training.fingerprints import fingerprints, versions
-from algorithms.training.run_logger import printable, write_results
+from algorithms.training.run_logger import write_results
 from algorithms.training.settings import RunConfig, settings_without_effect
 from algorithms.training.trainer import Trainer
 
@@ -149,7 +151,7 @@ def results_table(evaluated: Sequence[Evaluated]) -> Table:
     table.add_column("model")
     table.add_column("decoding")
     for group in groups:
-        table.add_column(group, justify="center")
+        table.add_column(Text(printable(group)), justify="center")
     for name in ("F1", "searches", "malformed"):
         table.add_column(name, justify="right")
     for model in evaluated:
@@ -171,7 +173,7 @@ def show_episode(
     """Print one whole episode, if possible a right one with searches in it."""
     shown = next((t for t in trajectories if t.correct and len(t.turns) > 2), trajectories[0])
     terminal.rule(f"a test episode of {name}: {'right' if shown.correct else 'wrong'}")
-    terminal.print(printable(transcript(shown, tokenizer)), markup=False, highlight=False)
+    terminal.print(printable(transcript(shown, tokenizer), terminal.encoding), markup=False, highlight=False)
     terminal.rule()
 
 

@@ -50,7 +50,7 @@ def test_formats(tmp_path: Path) -> None:
         ([row(" ", "a")], (True, 1, "field 'question': is empty")),
         ([{"question": "a?"}], (True, 1, "no field 'golden_answers' (nor 'reward_model.ground_truth.target')")),
         ([row("a?", "P", "a", "r")], (True, 1, "answer exploded into single characters")),
-        ([row("a?", "The"), row("b?", "!", "a")], (True, 2, "every answer is empty once normalized")),
+        ([row("a?", "The"), row("b?", "!", "a")], (False, 2, "every answer is empty once normalized")),
         ([row("a?", "×", "*")], (False, 1, "an answer among others is empty once normalized")),
         ([row("a?", "b", id="q"), row("c?", "d", id="q")], (True, 1, "id used before")),
         ([row("What is it?", "b"), row("what is the  it", "B.")], (False, 1, "question asked before")),
@@ -81,7 +81,7 @@ def test_the_first_example_and_what_to_do(tmp_path: Path) -> None:
 
 
 def test_errors_come_first(tmp_path: Path) -> None:
-    file = write(tmp_path / "q.jsonl", row("no mark", "b"), row("c?", "the"))
+    file = write(tmp_path / "q.jsonl", row("no mark", "b"), row("c?", ""))
     assert [is_error for is_error, _, _ in found(file)] == [True, False]
 
 
@@ -134,8 +134,24 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert stopped.value.code == 2
 
 
+def test_what_a_file_says_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "\x1b[31m.jsonl", row("\x1b[2J[red]Who", "x"))
+    assert main(["check", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "no question mark at the end" in printed
+    assert "\\x1b[31m.jsonl" in printed
+    assert "[red]Who" in printed
+
+
+def test_without_rich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["check", str(write(tmp_path / "a.jsonl", row("a?", "Rome")))]) == 2
+    assert capsys.readouterr().err == "Checking datasets needs the library rich: pip install rich.\n"
+
+
 def test_as_a_module(tmp_path: Path) -> None:
-    file = write(tmp_path / "q.jsonl", row("a?", "the"))
+    file = write(tmp_path / "q.jsonl", row("a?", "the"), row("b?", ""))
     command = [sys.executable, "-m", "agentic_rag_env.datasets", "check", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 1

@@ -22,11 +22,13 @@ from omegaconf import OmegaConf
 
 import conf
 from agentic_rag_env import DATASETS, ConfigurationError, DataError, Passage, Question, QuestionSet
+from algorithms.launch.hydra_launcher import register_launcher
 from algorithms.learner.types import Trajectory, Turn
 from algorithms.training.evaluation import measure
 from algorithms.training.settings import register_schemas, run_config
 
 register_schemas()
+register_launcher()
 
 PRESETS = sorted(path.stem for path in (Path(conf.__file__).parent / "dataset").glob("*.yaml"))
 #: Questions of the published test sets, as in FlashRAG and the papers that use it; together 51,713.

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentic_rag_env import AgenticRAGEnv, ConfigurationError, QuestionSet, ResetNeededError, UnknownNameError
-from agentic_rag_env.env import printable
 from agentic_rag_env.episode import FINAL_TURNS
 from agentic_rag_env.errors import RetrieverError
 from agentic_rag_env.prompts import (
@@ -588,12 +587,6 @@ def test_render_without_a_mode_warns(world: QuestionSet) -> None:
     env.reset()
     with pytest.warns(UserWarning, match='render_mode="ansi"'):
         assert env.render() is None
-
-
-def test_printable() -> None:
-    assert printable("a\nb\u00a0é東") == "a\nb\u00a0é東"
-    assert printable("\x1b[2J\r\t\x00\u202e\ud800") == "\\x1b[2J\\r\\t\\x00\\u202e\\ud800"
-    assert printable("é東", "ascii") == "\\xe9\\u6771"
 
 
 def test_importing_stays_light() -> None:

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
+from agentic_rag_env.answers import holds_answer
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes import Material, play, run_probes
-from agentic_rag_env.probes.gold import holds_answer
 from agentic_rag_env.probes.grounding import Misplaced, answer_kind, change
 from agentic_rag_env.registry import DATASETS
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_interrupt_leaves_politely(
 )
 def test_mistakes_are_explained(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
-    assert message in capsys.readouterr().out
+    assert message in capsys.readouterr().err
 
 
 def test_broken_json_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +125,32 @@ def test_broken_json_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_question_no_score() -> None:
     assert score_line([]) == "No question finished."
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_terminal_of_any_encoding(tmp_path: Path, encoding: str) -> None:
+    questions, corpus = tmp_path / "questions.jsonl", tmp_path / "corpus.jsonl"
+    question = {"id": "1", "question": "Where is \x1b]0;x\x07 Zürich 東京?", "golden_answers": ["Suisse 東"]}
+    questions.write_text(json.dumps(question) + "\n")
+    corpus.write_text(json.dumps({"id": "p", "contents": "Zürich\nZürich \x1b[2J in der Schweiz – 東京"}) + "\n")
+    dataset = json.dumps({"name": "jsonl", "questions": str(questions), "corpus": str(corpus)})
+    done = subprocess.run(
+        [sys.executable, "-m", "agentic_rag_env.play", "--dataset", dataset, "--episodes", "1"],
+        input=b"search: Z\xfcrich\nanswer: \x81\xff\x1b[2J\n",
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    said = done.stdout.decode(encoding)
+    assert "\x1b" not in said
+    assert "Where is \\x1b]0;x\\x07 Z" in said
+    assert "Score: 0 of 1 correct" in said
+
+
+def test_without_rich(files: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["--dataset", files]) == 2
+    assert capsys.readouterr().err == "Playing in a terminal needs the library rich: pip install rich.\n"
 
 
 def test_as_a_command() -> None:

@@ -63,8 +63,22 @@ def test_normalization(text: str, normal: str) -> None:
         (None, [""], 0.0),
         ("", ["Paris"], 0.0),
         ("Paris", [""], 0.0),
-        ("", [""], 1.0),
-        ("the", ["!"], 1.0),
+        ("", [""], 0.0),
+        ("the", ["!"], 0.0),
+        # Of these golden answers normalization leaves nothing.
+        ("", ["A"], 0.0),
+        (" ", ["A"], 0.0),
+        ("the", ["A"], 0.0),
+        ("!", ["A"], 0.0),
+        ("vitamin A", ["A"], 0.0),
+        ("a", ["A"], 1.0),
+        (" A. ", ["A"], 1.0),
+        ("the The", ["The The"], 1.0),
+        ("The", ["The The"], 0.0),
+        ("the", ["The The", "band"], 0.0),
+        ("!!!", ["!!!"], 1.0),
+        ("", ["!!!"], 0.0),
+        ("?", ["!!!"], 0.0),
         ("Paris", [], 0.0),
         ("Paris", "paris", 1.0),
         ("p", "paris", 0.0),  # a bare string is one alias, not five letters
@@ -84,8 +98,12 @@ def test_exact_match(prediction: str | None, golden: list[str], score: float) ->
         ("x x y", ["x x z"], 2 / 3),  # here: x, x
         ("rome italy", ["paris", "rome", "italy rome"], 1.0),
         ("paris", ["london"], 0.0),
-        ("", [""], 1.0),
-        ("the", ["a"], 1.0),
+        ("", [""], 0.0),
+        ("", ["a"], 0.0),
+        ("the", ["a"], 0.0),
+        ("A", ["a"], 1.0),
+        ("vitamin a", ["A"], 0.0),
+        ("the", ["the the"], 0.0),
         ("", ["paris"], 0.0),
         ("paris", ["!"], 0.0),
         ("paris", [], 0.0),
@@ -103,7 +121,10 @@ def test_f1_by_hand(prediction: str | None, golden: list[str], score: float) -> 
         ("It was Gustave Eiffel.", ["gustave eiffel"], 1.0),
         ("Eiffel", ["gustave eiffel"], 0.0),
         ("anything", [""], 0.0),
-        ("", ["the"], 1.0),
+        ("", [""], 0.0),
+        ("", ["the"], 0.0),
+        ("of the", ["the"], 0.0),
+        ("The.", ["the"], 1.0),
         (None, [""], 0.0),
         ("x", ["y", "X"], 1.0),
     ],
@@ -133,7 +154,10 @@ def test_scores_are_ordered(prediction: str, golden: list[str]) -> None:
     match, sub, f1 = (score(prediction, golden) for score in (exact_match, sub_exact_match, f1_score))
     assert match <= sub <= 1.0
     assert match <= f1 <= 1.0
-    assert exact_match(prediction, [*golden, prediction]) == f1_score(prediction, [*golden, prediction]) == 1.0
+    itself = float(bool(prediction.strip()))
+    assert exact_match(prediction, [prediction]) == f1_score(prediction, [prediction]) == itself
+    for score in (exact_match, sub_exact_match, f1_score):
+        assert score("", golden) == score(" \n", golden) == 0.0
 
 
 # --- rewards of whole episodes -------------------------------------------------------------------------------------
@@ -255,6 +279,11 @@ def test_search_r1_predicts_what_its_scorer_would(texts: tuple[str, ...], predic
     for golden in ("paris", "beijing", "and", "rome", "lyon", "answer paris", ""):
         episode = outcome(*texts, answer="never read", golden=("nothing", golden))
         assert search_r1(episode) == float(golden == prediction), golden
+
+
+def test_search_r1_keeps_the_mistake_about_answers_that_normalization_empties() -> None:
+    for text, reward in (("<answer></answer>", 1.0), ("<answer> the </answer>", 1.0), ("<answer> b </answer>", 0.0)):
+        assert search_r1(outcome(text, answer="never read", golden=("A",))) == reward
 
 
 def test_the_guard_of_search_r1_does_its_work_where_the_prompt_has_one_example() -> None:

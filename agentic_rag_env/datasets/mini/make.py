@@ -16,13 +16,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from agentic_rag_env.answers import holds_answer
 from agentic_rag_env.corpus import read_corpus
 from agentic_rag_env.datasets.mini import ENDING, FOLDER
 from agentic_rag_env.datasets.mini.recipe import STEMMED_BM25, Miniature, draw, is_yes_no
 from agentic_rag_env.datasets.rows import read_questions
 from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.files import written_whole
-from agentic_rag_env.probes.gold import holds_answer
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.types import Passage, Question
 

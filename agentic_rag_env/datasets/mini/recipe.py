@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from agentic_rag_env.answers import holds_answer
 from agentic_rag_env.datasets.selection import share
 from agentic_rag_env.errors import DataError
-from agentic_rag_env.probes.gold import holds_answer
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.rewards import normalize_answer
 from agentic_rag_env.types import Passage, Question

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from agentic_rag_env.corpus import open_corpus
@@ -27,6 +28,7 @@ from agentic_rag_env.registry import name_or_mapping
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
 from agentic_rag_env.retrievers.indexing.check import check
+from agentic_rag_env.terminal import print_line
 
 #: Without a terminal, a line is printed every so many seconds.
 _LINE_EVERY_S = 30.0
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.build(options)
     except AgenticRAGError as error:
-        print(error, file=sys.stderr)
+        print_line(str(error), sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from here.", file=sys.stderr)
@@ -98,23 +100,15 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
     Yields:
         To be called with the number of further ones done.
     """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console()
-    if not console.is_terminal:
+    if not sys.stdout.isatty() or find_spec("rich") is None:
         print(description + ("" if total is None else f" ({total})"), flush=True)
         yield _lines(description, total)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console) as bar:
+    from rich import progress as bars
+
+    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+    left = (bars.TextColumn("left:"), bars.TimeRemainingColumn())
+    with bars.Progress(bars.TextColumn("{task.description}"), *columns, *left) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)
 

@@ -34,6 +34,7 @@ from agentic_rag_env.retrievers.base import Retriever, build_wrapped, fingerprin
 from agentic_rag_env.retrievers.serving.app import make_app, patient_protocol
 from agentic_rag_env.retrievers.serving.metrics import missing_library
 from agentic_rag_env.retrievers.serving.service import ServerConfig, Service
+from agentic_rag_env.terminal import print_line
 from agentic_rag_env.types import Passage
 
 
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _serve(options)
     except AgenticRAGError as error:
-        print(f"agentic-rag-serve: {error}", file=sys.stderr)
+        print_line(f"agentic-rag-serve: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         pass

@@ -15,6 +15,7 @@ from rich.console import Console
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.terminal import printable
 from algorithms.analysis.comparison import arc_panel, checks, curves, figures, pairwise, style, tables
 from algorithms.analysis.comparison.checks import Finding
 from algorithms.analysis.comparison.methods import Method, make_methods, without_copies
@@ -91,7 +92,7 @@ def compare(folders: Sequence[Path], out: Path, options: Options, terminal: Cons
     found = study(folders, options)
     for finding in found.findings:
         terminal.print(f"[yellow]{'NOT COMPARABLE' if finding.refuses else 'note'}:[/yellow]", end=" ")
-        terminal.print(finding.text, markup=False, highlight=False, soft_wrap=True)
+        terminal.print(printable(finding.text, terminal.encoding), markup=False, highlight=False, soft_wrap=True)
     for table in found.tables:
         if table.printed:
             terminal.print(table.rich())

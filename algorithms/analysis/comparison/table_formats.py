@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table as RichTable
 
+from agentic_rag_env.terminal import printable
 from algorithms.analysis.comparison.statistics import Estimate
 
 NOTHING = "–"
@@ -157,7 +159,7 @@ class Table:
         """For the terminal; intervals stand on a line of their own, and shades are colours of the text."""
         table = RichTable(title=self.title, caption=self.note or None, caption_justify="left")
         for column, number in zip(self.columns, self._numeric(), strict=True):
-            table.add_column(column, justify="right" if number else "left", overflow="fold")
+            table.add_column(escape(printable(column)), justify="right" if number else "left", overflow="fold")
         for at, row in enumerate(self.rows):
             if at in self.sections:
                 table.add_section()
@@ -218,7 +220,7 @@ def _plain(cell: Cell, strong: str = "") -> str:
 
 def _rich_cell(cell: Cell, brief: bool) -> str:
     if isinstance(cell, str):
-        return cell.replace("[", r"\[")
+        return escape(printable(cell))
     text = f"[bold]{cell.text}[/bold]" if cell.best else cell.text
     if (cell.shade or 0) >= _SHADE_SHOWN:
         text = f"[red]{text}[/red]"

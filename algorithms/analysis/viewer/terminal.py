@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from agentic_rag_env.env import printable
+from agentic_rag_env.terminal import printable
 from agentic_rag_env.types import Passage
 from algorithms.analysis.viewer.episodes import FIGURES, Episode, Turn, find_answers
 from algorithms.analysis.viewer.gallery import Gallery, Item

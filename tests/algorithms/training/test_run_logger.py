@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agentic_rag_env.errors import DataError
 from algorithms.training import run_logger
-from algorithms.training.run_logger import RunLogger, printable, write_results
+from algorithms.training.run_logger import RunLogger, without_surrogates, write_results
 
 
 class Terminal(io.StringIO):
@@ -88,7 +88,14 @@ def test_transcripts_are_shown_word_for_word(tmp_path):
     assert shown.split("\n") == [
         "    <search> héllo \\ud83d </search>", "    ```", "    <information>\x00</information>",
     ]  # fmt: skip
-    assert printable("\udc80a") == "\\udc80a"
+    assert without_surrogates("\udc80a") == "\\udc80a"
+
+
+def test_a_message_steers_no_terminal(tmp_path):
+    file = io.StringIO()
+    with open_logger(tmp_path, 4, file) as logger:
+        logger.message("a reply said \x1b[2J\ud83d")
+    assert file.getvalue() == "a reply said \\x1b[2J\\ud83d\n"
 
 
 def test_hyperparameters_accept_any_configuration(tmp_path):

@@ -1,0 +1,137 @@
+"""How answers are compared, with the normalization of SQuAD that published numbers use."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+
+_DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def normalize_answer(text: str) -> str:
+    """Bring an answer into the form that is compared.
+
+    Lower case, then no ASCII punctuation, then no articles (a, an, the), then single spaces. Other punctuation, such
+    as typographic quotes and dashes, survives.
+    """
+    text = text.lower().translate(_DROP_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def comparable(text: str) -> str:
+    """The form in which an answer is compared with another one: as `normalize_answer` makes it, unless nothing is left.
+
+    Then articles stay ("The The"), and if there are none punctuation ("!!!"). So "A" is matched by "a" and by nothing
+    that normalization empties as well. Texts that keep something never equal those that keep nothing.
+
+    Returns:
+        Empty only if the text is blank; a blank text matches nothing.
+    """
+    lowered = text.lower()
+    return normalize_answer(text) or _spaced(lowered.translate(_DROP_PUNCTUATION)) or _spaced(lowered)
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _aliases(golden_answers: str | Iterable[str]) -> list[str]:
+    """The golden answers as they are compared, without blank ones."""
+    given = (golden_answers,) if isinstance(golden_answers, str) else golden_answers
+    return [alias for alias in map(comparable, given) if alias]
+
+
+def exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
+    """1.0 if the answer equals one of the golden answers after normalization, else 0.0.
+
+    Differs from SQuAD where normalization leaves nothing of a golden answer, such as "A": there every empty answer and
+    every article equals it, here only the same article; see `comparable`.
+
+    Args:
+        prediction: The answer; None and blank ones score 0.
+        golden_answers: Accepted answers; a single string counts as one.
+    """
+    return float(prediction is not None and comparable(prediction) in _aliases(golden_answers))
+
+
+def sub_exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
+    """1.0 if the answer contains one of the golden answers after normalization, else 0.0.
+
+    A golden answer of which normalization leaves nothing must be matched exactly; every text contains it.
+
+    Args:
+        prediction: The answer; None and blank ones score 0.
+        golden_answers: Accepted answers; a single string counts as one.
+    """
+    if prediction is None:
+        return 0.0
+    said, normal = comparable(prediction), normalize_answer(prediction)
+    aliases = _aliases(golden_answers)
+    return float(said in aliases or any(alias in normal for alias in aliases if normalize_answer(alias)))
+
+
+def f1_score(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
+    """Harmonic mean of the precision and recall of words, for the golden answer that fits best, in [0, 1].
+
+    The measure of SQuAD: words count as often as they occur. A golden answer of which normalization leaves nothing has
+    no words and must be matched exactly.
+
+    Args:
+        prediction: The answer; None and blank ones score 0.
+        golden_answers: Accepted answers; a single string counts as one.
+    """
+    if prediction is None:
+        return 0.0
+    aliases = _aliases(golden_answers)
+    if comparable(prediction) in aliases:
+        return 1.0
+    words = normalize_answer(prediction).split()
+    return max((_word_f1(words, normalize_answer(alias).split()) for alias in aliases), default=0.0)
+
+
+def _word_f1(prediction: list[str], golden: list[str]) -> float:
+    shared = (Counter(prediction) & Counter(golden)).total()
+    return 2 * shared / (len(prediction) + len(golden)) if shared else 0.0
+
+
+#: The ending of a possessive, with a typewriter's or a typesetter's apostrophe.
+_POSSESSIVE = re.compile(r"(?<=\w)['’]s\b", re.IGNORECASE)
+#: What belongs to a number between two digits.
+_IN_NUMBERS = frozenset(".,:")
+
+
+def holds_answer(text: str, golden_answers: Iterable[str]) -> bool:
+    """Whether a text holds one of the answers as whole words, both normalized as for exact match.
+
+    A word also ends at a possessive ending, a dash or another mark inside of it: "Ptolemy's" holds "Ptolemy", "1960–65"
+    holds "1960". Numbers stay whole: "1,960" does not hold "960". An answer of which normalization leaves nothing is
+    never held.
+    """
+    forms = [f" {form} " for form in word_forms(text)]
+    wanted = [form for answer in golden_answers for form in word_forms(answer) if form]
+    return any(f" {form} " in of_text for form in wanted for of_text in forms)
+
+
+@lru_cache(maxsize=4096)
+def word_forms(text: str) -> tuple[str, ...]:
+    """A text in words, once as normalized for exact match, and where that differs once with words cut at marks."""
+    normal = normalize_answer(text)
+    cut = _POSSESSIVE.sub("", text)
+    cut = "".join(" " if _ends_word(cut, place) else char for place, char in enumerate(cut))
+    again = normalize_answer(cut)
+    return (normal,) if again == normal else (normal, again)
+
+
+def _ends_word(text: str, place: int) -> bool:
+    """Whether the character at a place is a mark that ends a word."""
+    char = text[place]
+    if char.isalnum() or char.isspace() or unicodedata.category(char)[0] not in "PS":
+        return False
+    if char not in _IN_NUMBERS:
+        return True
+    return not (text[place - 1 : place].isdigit() and text[place + 1 : place + 2].isdigit())

@@ -1,0 +1,49 @@
+"""Text for a terminal. What strangers wrote can't steer it there, and what its encoding lacks is escaped."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from typing import Any, TextIO
+
+from agentic_rag_env.errors import ConfigurationError
+
+
+def printable(text: str, encoding: str | None = None) -> str:
+    """Text that a terminal can show and that can't steer it: control characters and the like are escaped.
+
+    Whatever comes from a dataset, a corpus, a service, a model or another's run directory goes through here before it
+    is printed.
+
+    Args:
+        text: What is to be printed.
+        encoding: Of the terminal; what it lacks is escaped. None: UTF-8.
+    """
+    shown = "".join(
+        char if char.isprintable() or char == "\n" or unicodedata.category(char) == "Zs" else ascii(char)[1:-1]
+        for char in text
+    )
+    encoding = encoding or "utf-8"
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print a line of text by strangers, such as an error that quotes them; at once, and to stdout by default."""
+    file = file or sys.stdout
+    print(printable(text, file.encoding), file=file, flush=True)
+
+
+def rich_console(command: str) -> Any:
+    """The console of a command that needs the library rich.
+
+    Args:
+        command: Who needs it, for the error.
+
+    Raises:
+        ConfigurationError: `rich` is missing.
+    """
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise ConfigurationError(f"{command} needs the library rich: pip install rich.") from error
+    return Console(highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from agentic_rag_env import ConfigurationError
+from agentic_rag_env.terminal import print_line, printable, rich_console
+
+
+def test_printable() -> None:
+    assert printable("a\nb\u00a0é東") == "a\nb\u00a0é東"
+    assert printable("\x1b[2J\r\t\x00\u202e\ud800\x9b") == "\\x1b[2J\\r\\t\\x00\\u202e\\ud800\\x9b"
+    assert printable("é東", "ascii") == "\\xe9\\u6771"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [("utf-8", "\\x1b]0;é東\n"), ("cp1252", "\\x1b]0;é\\u6771\n"), ("ascii", "\\x1b]0;\\xe9\\u6771\n")],
+)
+def test_a_line_steers_no_terminal_and_fits_its_encoding(encoding: str, expected: str) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
+    print_line("\x1b]0;é東", stream)
+    assert raw.getvalue().decode(encoding) == expected
+
+
+def test_without_rich_a_command_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(ConfigurationError, match=r"^Playing in a terminal needs the library rich: pip install rich"):
+        rich_console("Playing in a terminal")

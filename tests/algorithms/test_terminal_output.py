@@ -1,0 +1,69 @@
+"""What questions, passages, models and the run directories of strangers say steers no terminal."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from agentic_rag_env.errors import RetrieverError
+from algorithms.analysis.comparison.table_formats import Table
+from algorithms.launch.clear_errors import clear_errors
+from algorithms.learner.types import Trajectory, Turn
+from algorithms.training.evaluation import Evaluated
+from algorithms.training.summary import results_table, show_episode
+
+HOSTILE = "\x1b[2J\x1b]0;x\x07[red][/]"
+
+
+class Spelled:
+    """A tokenizer whose only token is hostile."""
+
+    def decode(self, ids, clean_up_tokenization_spaces):
+        return HOSTILE * len(ids)
+
+
+def terminal() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def test_the_last_transcript():
+    ids = np.zeros(1, dtype=np.int64)
+    turn = Turn(ids, np.zeros(1, dtype=np.float32), ids, {"correct": True})  # type: ignore[arg-type]
+    shown = terminal()
+    show_episode(shown, "x", [Trajectory(ids, [turn], 0, "policy", 1.0, True, True, False)], Spelled())
+    said = shown.file.getvalue()
+    assert "\x1b" not in said
+    assert "\x07" not in said
+    assert "\\x1b[2J\\x1b]0;x\\x07[red][/]" * 3 in said
+
+
+def test_the_names_of_groups_in_a_table():
+    group = {"n": 1, "exact_match": 1.0, "exact_match_interval": (1.0, 1.0), "f1": 1.0, "num_searches": 1.0,
+             "malformed_fraction": 0.0}  # fmt: skip
+    result = Evaluated("x", figures={0.0: {"all": group, HOSTILE: group}})
+    shown = terminal()
+    shown.print(results_table([result]))
+    assert "\x1b" not in shown.file.getvalue()
+    assert "\\x1b[2J\\x1b]0;x\\x07[red][/]" in shown.file.getvalue()
+
+
+def test_the_tables_of_a_comparison():
+    shown = terminal()
+    shown.print(Table("t", "title", ["method", HOSTILE], [[HOSTILE, "[bold]"]]).rich())
+    said = shown.file.getvalue()
+    assert "\x1b" not in said
+    assert said.count("\\x1b[2J\\x1b]0;x\\x07[red][/]") == 2
+    assert "[bold]" in said
+
+
+def test_errors_and_warnings(capsys: pytest.CaptureFixture[str]):
+    with clear_errors():
+        warning = warnings.formatwarning(UserWarning(f"a service said {HOSTILE}"), UserWarning, "file.py", 1)
+    assert warning == "Warning: a service said \\x1b[2J\\x1b]0;x\\x07[red][/]\n"
+    with pytest.raises(SystemExit), clear_errors():
+        raise RetrieverError(f"status 500: {HOSTILE}")
+    assert capsys.readouterr().err == "RetrieverError: status 500: \\x1b[2J\\x1b]0;x\\x07[red][/]\n"
