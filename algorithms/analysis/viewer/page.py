@@ -24,6 +24,7 @@ _BODY = """\
 </label>
 <label>From <select id="place"></select></label>
 <label>Verdict <select id="verdict"></select></label>
+<label>Ending <select id="ending"></select></label>
 <label>Questions <select id="group"></select></label>
 <label>Searches <select id="searches"></select></label>
 <label class="check"><input id="malformed" type="checkbox"> malformed turns</label>
@@ -100,6 +101,7 @@ def contents(gallery: Gallery, splits: Sequence[Split]) -> dict[str, Any]:
 def _episode(episode: Episode, split: Split, texts: dict[str, int]) -> dict[str, Any]:
     return {
         "verdict": episode.verdict,
+        "ending": episode.ending,
         "answer": episode.answer,
         "f1": round(episode.f1, 3),
         "reward": round(episode.reward, 3),
