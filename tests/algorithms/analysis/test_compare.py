@@ -26,6 +26,7 @@ from algorithms.analysis.comparison import arc_panel, pairwise, published, stati
 from algorithms.analysis.comparison.checks import check
 from algorithms.analysis.comparison.curves import curve, score_by_setting
 from algorithms.analysis.comparison.methods import make_methods
+from algorithms.analysis.comparison.page import Section, page
 from algorithms.analysis.comparison.study import Options, compare, study
 from algorithms.analysis.comparison.style import DARK, LIGHT, render
 from algorithms.analysis.comparison.table_formats import Number, Table
@@ -746,7 +747,7 @@ def test_cells():
     assert "| a | b\\|c | p |" in table.markdown()
     assert table.csv().splitlines() == ["a,b|c,b|c (low),b|c (high),p", "x_1,0.5,0.25,0.75,0.0001", "<y>,,,,0.2"]
     assert r"x\_1 & 0.500 {\scriptsize [0.250, 0.750]} & $<$0.001 \\" in table.latex()
-    assert "&lt;y&gt;" in table.html()
+    assert "&lt;y&gt;" in page("title", [Section("tables", tables=[table])], [])
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
