@@ -68,6 +68,23 @@ class Ending(StrEnum):
     #: The retriever raised `RetrieverError`.
     SEARCH_FAILED = "search_failed"
 
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> Ending | None:
+        """Read why an episode is over.
+
+        Args:
+            info: Of its last step. Files written before infos had an `ending` are read too: what else is in the info
+                tells an answer and a failed search, and nothing tells running out of turns from running out of tokens.
+
+        Returns:
+            None where the info does not tell.
+        """
+        if info.get("ending") is not None:
+            return cls(info["ending"])
+        if info.get("error") is not None:
+            return cls.SEARCH_FAILED
+        return cls.ANSWERED if info.get("answer") is not None else None
+
 
 class StepInfo(TypedDict):
     """What `step` reports beside the reward; the same keys every time, so that vector environments can stack them.

@@ -13,6 +13,7 @@ from rich.console import Console
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import written_whole
 from agentic_rag_env.terminal import print_line, printable
+from agentic_rag_env.types import Ending
 from algorithms.analysis.runs import Run
 from algorithms.analysis.viewer.episodes import FIGURES
 from algorithms.analysis.viewer.gallery import Gallery, Wanted, gather
@@ -103,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     verdicts = which.add_mutually_exclusive_group()
     verdicts.add_argument("--right", dest="verdict", action="store_const", const="right", help="answered right")
     verdicts.add_argument("--wrong", dest="verdict", action="store_const", const="wrong", help="not answered right")
+    which.add_argument("--ending", choices=[str(ending) for ending in Ending], help="over for this reason")
     which.add_argument("--group", help="of questions: a dataset, or a number of hops")
     which.add_argument("--malformed", action="store_true", help="with a malformed turn")
     which.add_argument("--searches", type=int, metavar="N", help="with so many executed searches")

@@ -207,6 +207,89 @@ def test_a_broken_file_is_refused_with_the_reason_each_time(load, text, reason):
             REWARDS.get("exact_match")
 
 
+ALGORITHM_FILE = """
+from dataclasses import dataclass
+from algorithms.learner import ops
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, AlgorithmConfig, CriticConfig, DemonstrationConfig
+
+@dataclass(kw_only=True)
+class ImitateConfig({demonstration_config}):
+    "Settings of `Imitate`."
+
+@ALGORITHMS.register("imitate", ImitateConfig)
+class Imitate(Algorithm):
+    trains_on = frozenset({{"teacher"}})
+
+    def num_steps(self, num_demonstrations):
+        return num_demonstrations // self.config.batch_size
+
+    def token_loss(self, tokens):
+        return -tokens.logprobs
+
+@dataclass(kw_only=True)
+class ValuedConfig({critic_config}):
+    "Settings of `Valued`."
+
+@ALGORITHMS.register("valued", ValuedConfig)
+class Valued(Algorithm):
+    needs = frozenset({{"values"}})
+
+    def num_steps(self, num_demonstrations):
+        return 2
+
+    def estimate_advantages(self, batch):
+        return ops.gae(batch.token_rewards, batch.values, batch.response_mask, 1.0, 1.0)
+
+    def token_loss(self, tokens):
+        return -tokens.advantages * tokens.logprobs
+
+    def {value_loss}(self, tokens):
+        return (tokens.values - tokens.returns).square()
+"""
+WHOLE = {
+    "demonstration_config": "DemonstrationConfig", "critic_config": "CriticConfig", "value_loss": "value_loss",
+}  # fmt: skip
+
+
+def test_a_file_with_algorithms_that_need_a_teacher_and_a_critic_trains(load, tmp_path):
+    load(mine=ALGORITHM_FILE.format(**WHOLE))
+    stages = ["algo=valued", "+algo@algo.warm_start=imitate", "algo.warm_start.num_demonstrations=8"]
+    sizes = ["algo.batch_size=8", "algo.warm_start.batch_size=4", "dataset.num_questions=40"]
+    command = ["-m", "algorithms.run", *stages, *sizes, *SMALL, "hydra.run.dir=run", "cache_dir=cache"]
+    done = run_python(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert [(stage["name"], stage["steps"]) for stage in summary["stages"]] == [("imitate", 2), ("valued", 2)]
+    assert summary["demonstrations"]["imitate"]["found"] == 8
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["imitate", "imitate", "valued", "valued"]
+    assert ["train/value_loss" in row for row in rows] == [False, False, True, True]
+    assert ["rollout/exact_match" in row for row in rows] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "without", "said"),
+    [
+        ("imitate", {"demonstration_config": "AlgorithmConfig"},
+         "Imitate trains on the teacher's trajectories, so its settings, ImitateConfig, must extend "
+         "DemonstrationConfig of algorithms.learner.algorithm."),
+        ("valued", {"critic_config": "AlgorithmConfig"},
+         "Valued needs values, so its settings, ValuedConfig, must extend CriticConfig of "
+         "algorithms.learner.algorithm."),
+        ("valued", {"value_loss": "loss_of_values"},
+         "Valued must define value_loss, since it needs values; see Algorithm.value_loss in "
+         "algorithms.learner.algorithm."),
+    ],
+)  # fmt: skip
+def test_what_an_algorithm_in_a_file_lacks_is_said_at_the_start(load, tmp_path, name, without, said):
+    load(mine=ALGORITHM_FILE.format(**WHOLE | without))
+    command = ["-m", "algorithms.run", f"algo={name}", *SMALL, "hydra.run.dir=run", "cache_dir=cache"]
+    done = run_python(tmp_path, *command)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [f"ConfigurationError: {said}"]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("name", ["missing.py", "folder", "notes.txt"])
 def test_what_is_no_python_file_is_refused(load, tmp_path, monkeypatch, name):
     load()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from agentic_rag_env.types import StepInfo
+from agentic_rag_env.types import Ending, StepInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,11 @@ class Trajectory:
     terminated: bool
     truncated: bool
     prompt: str = ""
+
+    @property
+    def ending(self) -> Ending | None:
+        """Why the episode is over; None where an old file does not tell, see `Ending.of`."""
+        return Ending.of(self.turns[-1].info)
 
     @property
     def num_action_tokens(self) -> int:

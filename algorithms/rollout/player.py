@@ -42,12 +42,31 @@ class TextEnvs(Protocol):
     def step(
         self, actions: Sequence[str | None]
     ) -> tuple[Sequence[str], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Take a turn in each row that gets a text; infos have `correct` and `error` at least."""
+        """Take a turn in each row that gets a text; infos have `correct`, `error` and `ending` at least."""
         ...
 
     def cut_off(self, row: int) -> StepResult:
         """End the episode of a row for which there is no more room; returns its last step as it is now."""
         ...
+
+
+def check_failures(failed: int, num_episodes: int, allowed: float, message: str) -> None:
+    """Stop a run whose searches fail.
+
+    Args:
+        failed: Episodes that a failed search has ended.
+        num_episodes: Episodes of the whole rollout.
+        allowed: The share of them that may fail.
+        message: Of the last failure.
+
+    Raises:
+        RetrieverError: More have failed than are allowed.
+    """
+    if failed > allowed * num_episodes:
+        raise RetrieverError(
+            f"{failed} of {num_episodes} episodes ended in a failed search, more than max_retriever_error_fraction="
+            f"{allowed} allows; the last one: {message}"
+        )
 
 
 class Player:
@@ -221,17 +240,9 @@ class _Rollout:
         episode.turns.append(Turn(action.ids, action.logprobs, observation_ids, info))
         self.stats.sampled_tokens += len(action.ids)
         if info["error"] is not None:
-            self._count_failed_search(info["error"])
-
-    def _count_failed_search(self, message: str) -> None:
-        self.stats.retriever_errors += 1
-        failed, asked = self.stats.retriever_errors, len(self.questions)
-        allowed = self.player.max_retriever_error_fraction
-        if failed > allowed * asked:
-            raise RetrieverError(
-                f"{failed} of {asked} episodes ended in a failed search, more than max_retriever_error_fraction="
-                f"{allowed} allows; the last one: {message}"
-            )
+            self.stats.retriever_errors += 1
+            allowed = self.player.max_retriever_error_fraction
+            check_failures(self.stats.retriever_errors, len(self.questions), allowed, info["error"])
 
     def _finish(self, env: int, info: StepInfo, terminated: bool) -> None:
         episode = self.episodes.pop(env)

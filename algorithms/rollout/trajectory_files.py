@@ -82,6 +82,7 @@ def _to_json(trajectory: Trajectory, tokenizer: Any = None) -> dict[str, Any]:
         "reward": trajectory.reward,
         "terminated": trajectory.terminated,
         "truncated": trajectory.truncated,
+        "ending": trajectory.ending,
         "source": trajectory.source,
         "group_id": trajectory.group_id,
         "message": trajectory.prompt,

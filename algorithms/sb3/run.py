@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from agentic_rag_env.errors import RetrieverError
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.types import StepInfo
 from agentic_rag_env.wrappers import DiscreteActions
@@ -19,13 +16,15 @@ from algorithms.assets import resolve_model
 from algorithms.learner import seeding
 from algorithms.learner.networks import load_tokenizer
 from algorithms.learner.types import Trajectory
-from algorithms.rollout.player import Progress
-from algorithms.rollout.trajectory_files import transcript
+from algorithms.rollout import player
 from algorithms.sb3.episodes import RecordedView, Sample, play, single
 from algorithms.sb3.learner import OutsideLearner
 from algorithms.training import evaluation
 from algorithms.training.build import Environments
-from algorithms.training.run_logger import RunLogger, cost_metrics
+from algorithms.training.checkpoint import checkpoint_name
+from algorithms.training.costs import cost_metrics, spend, timed
+from algorithms.training.episode_figures import rollout_metrics
+from algorithms.training.run_logger import RunLogger
 from algorithms.training.settings import RunConfig
 from algorithms.training.summary import publish, summarize
 from algorithms.training.trajectory_samples import NUM_SAVED, is_due, write_check, write_sample
@@ -74,8 +73,8 @@ class OutsideRun:
     def report(self, metrics: Mapping[str, float]) -> None:
         """Record an update, and from time to time a check on the dev split."""
         self.step += 1
-        self._spend({name.removeprefix("time/"): spent for name, spent in metrics.items() if name.startswith("time/")})
-        self._spend({name: metrics[f"rollout/{name}"] for name in ("episodes", "env_steps")})
+        times = {name.removeprefix("time/"): spent for name, spent in metrics.items() if name.startswith("time/")}
+        spend(self.costs, **times, **{name: metrics[f"rollout/{name}"] for name in ("episodes", "env_steps")})
         if self._is_checked(self.step):
             self._save_sample()
             metrics = {**metrics, **self._check_on_dev()}
@@ -83,12 +82,12 @@ class OutsideRun:
 
     def finish(self) -> dict[str, Any]:
         """Measure, print and write; returns the summary."""
-        name, dataset, started = self.learner.name, self.test.env.dataset, time.perf_counter()
-        result = evaluation.evaluate_player(
-            name, self._play_test_questions, dataset, self.tokenizer, self.config.evaluation, self.run_dir
-        )
-        self._spend({"evaluation_s": time.perf_counter() - started})
-        stage = {"name": name, "steps": self.step, "checkpoint": self._checkpoint}
+        name, dataset = self.learner.name, self.test.env.dataset
+        with timed(self.costs, "evaluation_s"):
+            result = evaluation.evaluate_player(
+                name, self._play_test_questions, dataset, self.tokenizer, self.config.evaluation, self.run_dir
+            )
+        stage = {"name": name, "steps": self.step, "checkpoint": checkpoint_name(self.step)}
         summary = summarize(self.config, [stage], [result], self.costs, torch.device("cpu"), self.environments)
         publish(self.run_dir, self.config, summary, [result], self.tokenizer)
         return summary
@@ -98,24 +97,20 @@ class OutsideRun:
 
     def _save_sample(self) -> None:
         """Keep some of the episodes that the present update has learned from."""
-        started, trajectories = time.perf_counter(), self.sample.take()
-        if trajectories:
-            path = self.run_dir / "trajectories" / f"train-{self.step:06d}.jsonl.gz"
-            write_sample(path, trajectories, self.environments.dataset("train"), self.tokenizer)
-        self._spend({"samples_s": time.perf_counter() - started})
+        with timed(self.costs, "samples_s"):
+            if trajectories := self.sample.take():
+                dataset = self.environments.dataset("train")
+                write_sample(self.run_dir, self.step, trajectories, dataset, self.tokenizer)
 
     def _check_on_dev(self) -> dict[str, float]:
-        started = time.perf_counter()
-        count = min(self.config.evaluation.num_dev_questions, len(self.dev.env.dataset))
-        played = [self._play(self.dev, index, 0.0) for index in range(count)]
-        self.logger.text("transcripts/dev", transcript(played[self.step % count], self.tokenizer), self.step)
-        path = self.run_dir / "trajectories" / f"dev-{self.step:06d}.jsonl.gz"
-        write_check(path, played, self.dev.env.dataset, self.tokenizer)
-        seconds = time.perf_counter() - started
-        self._spend({"dev_s": seconds})
-        return evaluation.dev_metrics(played) | {"time/dev_s": seconds}
+        dataset = self.dev.env.dataset
+        count = min(self.config.evaluation.num_dev_questions, len(dataset))
+        with timed(self.costs, "dev_s") as clock:
+            played = [self._play(self.dev, index, 0.0) for index in range(count)]
+            metrics = write_check(self.run_dir, self.step, played, dataset, self.tokenizer, self.logger)
+        return metrics | clock
 
-    def _play_test_questions(self, temperature: float, count: int, show: Progress) -> list[Trajectory]:
+    def _play_test_questions(self, temperature: float, count: int, show: player.Progress) -> list[Trajectory]:
         played: list[Trajectory] = []
         for index in range(count):
             played.append(self._play(self.test, index, temperature))
@@ -127,26 +122,17 @@ class OutsideRun:
         draw = seeding.rng(self.config.evaluation.seed, self.learner.name, index)
         return play(view, index, self.learner, temperature, draw, self.tokenizer)
 
-    @property
-    def _checkpoint(self) -> str:
-        return f"checkpoints/{self.step:06d}"
-
     def _save(self) -> None:
-        started = time.perf_counter()
-        folder = self.run_dir / self._checkpoint
-        folder.mkdir(parents=True, exist_ok=True)
-        self.learner.save(folder)
-        settings = {"max_candidates": self.learner.max_candidates, **self.words}
-        write_whole(folder / "view.json", json.dumps(settings, ensure_ascii=False).encode())
-        self._spend({"checkpoint_s": time.perf_counter() - started})
-
-    def _spend(self, costs: Mapping[str, float]) -> None:
-        for name, cost in costs.items():
-            self.costs[name] = self.costs.get(name, 0.0) + cost
+        folder = self.run_dir / checkpoint_name(self.step)
+        with timed(self.costs, "checkpoint_s"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.learner.save(folder)
+            settings = {"max_candidates": self.learner.max_candidates, **self.words}
+            write_whole(folder / "view.json", json.dumps(settings, ensure_ascii=False).encode())
 
 
 def episode_metrics(last: Sequence[StepInfo], rewards: Sequence[float], config: RunConfig) -> dict[str, float]:
-    """Means over the episodes of an update, under the names of the zoo's.
+    """`rollout_metrics` of the episodes of an update; nothing where none has ended.
 
     Args:
         last: Info of each episode's last step; may be empty.
@@ -157,27 +143,15 @@ def episode_metrics(last: Sequence[StepInfo], rewards: Sequence[float], config: 
         RetrieverError: Too many episodes ended in a failed search.
     """
     check_failures(last, config)
-    if not last:
-        return {}
-    return {
-        "rollout/exact_match": float(np.mean([info["exact_match"] for info in last])),
-        "rollout/reward": float(np.mean(rewards)),
-        "rollout/num_searches": float(np.mean([info["num_searches"] for info in last])),
-        "rollout/truncated_fraction": float(np.mean([info["answer"] is None for info in last])),
-        "rollout/retriever_errors": float(sum(info["error"] is not None for info in last)),
-    }
+    return rollout_metrics(last, rewards) if last else {}
 
 
 def check_failures(last: Sequence[StepInfo], config: RunConfig) -> None:
-    """Stop a run whose searches fail.
+    """See `player.check_failures`.
 
-    Raises:
-        RetrieverError: A larger share of the episodes ended so than the run allows.
+    Args:
+        last: Info of each episode's last step.
+        config: The run's.
     """
-    errors = [info["error"] for info in last if info["error"] is not None]
-    allowed = config.max_retriever_error_fraction
-    if len(errors) > allowed * len(last):
-        raise RetrieverError(
-            f"{len(errors)} of {len(last)} episodes ended in a failed search, more than max_retriever_error_fraction="
-            f"{allowed} allows; the last one: {errors[-1]}"
-        )
+    if errors := [info["error"] for info in last if info["error"] is not None]:
+        player.check_failures(len(errors), len(last), config.max_retriever_error_fraction, errors[-1])

@@ -23,7 +23,6 @@ from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training import demonstrations
 from algorithms.training.build import Environments, Networks
 from algorithms.training.demonstrations import Demonstrations
-from algorithms.training.evaluation import episode_means
 from algorithms.training.fingerprints import of_playing, of_retriever
 from algorithms.training.settings import RunConfig
 
@@ -211,20 +210,3 @@ def draw_questions(seed: int, stage: int, start: int, count: int, num_questions:
         order = seeding.rng(seed, stage, "questions", epoch).permutation(num_questions)
         questions += order[offset : offset + count - len(questions)].tolist()
     return questions
-
-
-def rollout_metrics(trajectories: Sequence[Trajectory], stats: RolloutStats) -> dict[str, float]:
-    """Means over the episodes of one rollout, named as they are logged."""
-    means = episode_means(trajectories)
-    num_cached = stats.cache_hits + stats.cache_misses
-    return {
-        "rollout/exact_match": means["exact_match"],
-        "rollout/reward": float(np.mean([trajectory.reward for trajectory in trajectories])),
-        "rollout/num_searches": means["num_searches"],
-        "rollout/malformed_fraction": means["malformed_fraction"],
-        "rollout/truncated_fraction": float(np.mean([trajectory.truncated for trajectory in trajectories])),
-        "rollout/tokens_per_episode": means["tokens"],
-        "rollout/retriever_errors": float(stats.retriever_errors),
-        **({"rollout/cache_hit_rate": stats.cache_hits / num_cached} if num_cached else {}),
-        "time/rollout_s": stats.seconds,
-    }

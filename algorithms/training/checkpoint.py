@@ -31,6 +31,11 @@ _UNFINISHED = ".unfinished"
 _REPLACED = ".replaced"
 
 
+def checkpoint_name(step: int) -> str:
+    """The folder of a checkpoint within its run directory."""
+    return f"checkpoints/{step:06d}"
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingState:
     """What a checkpoint holds beside the weights.
@@ -87,11 +92,10 @@ def save(
     state: dict[str, Any] = {"learner": dict(learner_state), "trainer": dict(trainer_state)}
     _require_plain(state, "state")
     state["critic"] = None if critic is None else critic.state_dict()
-    root = Path(run_dir) / "checkpoints"
+    final = Path(run_dir) / checkpoint_name(step)
+    root, unfinished = final.parent, final.with_name(final.name + _UNFINISHED)
     root.mkdir(parents=True, exist_ok=True)
     _clean_up(root)
-    final = root / f"{step:06d}"
-    unfinished = root / f"{step:06d}{_UNFINISHED}"
     try:
         unfinished.mkdir()
         with no_progress_bars():

@@ -24,6 +24,7 @@ from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player, Progress
 from algorithms.rollout.trajectory_files import write_trajectories
 from algorithms.training.build import Networks
+from algorithms.training.episode_figures import episode_means
 from algorithms.training.evaluation_cache import Kept
 from algorithms.training.run_logger import progress, without_surrogates
 from algorithms.training.settings import ScoringConfig
@@ -235,8 +236,8 @@ def measure(trajectories: Sequence[Trajectory], dataset: QuestionSet, seed: int 
 
     Returns:
         `all` and one entry per group, each with n, exact_match, f1 and sub_exact_match, the 95 % bootstrap interval of
-        each over questions (`<score>_interval`), num_searches, malformed_fraction (of turns), answered_fraction and
-        tokens, all means over episodes, and retriever_errors, the number of episodes that a failed search ended.
+        each over questions (`<score>_interval`), the rest of `episode_means`, and retriever_errors, the number of
+        episodes that a failed search ended.
         `all` has `macro_<score>` and `macro_<score>_interval` too: the unweighted mean over the groups.
     """
     groups: dict[str, list[int]] = {}
@@ -284,26 +285,6 @@ def _macro(groups: Sequence[Mapping[str, np.ndarray]], seed: int) -> dict[str, A
         figures[f"macro_{name}"] = float(np.mean([of_group.mean() for of_group in values]))
         figures[f"macro_{name}_interval"] = macro_interval(values, seed)
     return figures
-
-
-def episode_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Means over episodes, of `malformed_fraction` over turns; in training and in evaluation the same."""
-    last = [trajectory.turns[-1].info for trajectory in trajectories]
-    actions = [turn.info["action"] for trajectory in trajectories for turn in trajectory.turns]
-    return {
-        "exact_match": float(np.mean([trajectory.correct for trajectory in trajectories])),
-        "f1": float(np.mean([info["f1"] for info in last])),
-        "num_searches": float(np.mean([info["num_searches"] for info in last])),
-        "malformed_fraction": actions.count("malformed") / len(actions),
-        "answered_fraction": float(np.mean([trajectory.terminated for trajectory in trajectories])),
-        "tokens": float(np.mean([trajectory.num_action_tokens for trajectory in trajectories])),
-    }
-
-
-def dev_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """What a check on the dev split logs of its episodes."""
-    figures = episode_means(trajectories)
-    return {f"dev/{name}": figures[name] for name in ("exact_match", "num_searches", "malformed_fraction")}
 
 
 def gain(after: Sequence[Trajectory], before: Sequence[Trajectory], seed: int = 0) -> tuple[float, tuple[float, float]]:

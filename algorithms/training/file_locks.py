@@ -1,12 +1,14 @@
 """Files that one process at a time holds: who writes a run, who uses a slot, who collects demonstrations.
 
-The kernel drops a lock when the last process that has it open ends, however it ends, so that none is ever stale.
+The locks are those that the library filelock puts on open files. The kernel drops one when the last process that has
+the file open ends, however it ends, so that none is ever stale. It is `filelock.lock_descriptor` and not
+`filelock.FileLock`, because a job inherits the lock of its slot: a descriptor of ours can be handed on to a process,
+while that of a `FileLock` belongs to the process that made it.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 import warnings
@@ -14,15 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: dict[Path, int] = {}
 
 
-def try_lock(path: Path) -> int | None:
+def try_lock(path: Path, wait: bool = False) -> int | None:
     """Open and lock a file, unless another process has it.
 
     Args:
         path: Made if absent, with its folder; it stays.
+        wait: Until nobody else has it.
 
     Returns:
         A descriptor. The lock lasts until it is closed here and in every process that inherited it. None where the
@@ -31,22 +36,17 @@ def try_lock(path: Path) -> int | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
+        if lock_descriptor(descriptor, blocking=wait):
+            return descriptor
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
-            os.close(descriptor)
-            raise
-        warnings.warn(f"{path.parent} can't be guarded against a second writer: {error.strerror}.", stacklevel=2)
-    return descriptor
-
-
-def write_holder(descriptor: int, note: str = "") -> None:
-    """Say in a locked file who has it."""
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}{note}\n".encode(), 0)
+        if error.errno in _NOT_SUPPORTED:
+            message = f"{path.parent} can't be guarded against a second writer: {error.strerror}."
+            warnings.warn(message, stacklevel=2)
+            return descriptor
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def hold(path: Path) -> str | None:
@@ -61,7 +61,8 @@ def hold(path: Path) -> str | None:
     descriptor = try_lock(path)
     if descriptor is None:
         return path.read_text(encoding="utf-8").strip() or "another process"
-    write_holder(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     _held[path] = descriptor
     return None
 
@@ -84,8 +85,8 @@ def exclusively(path: Path, waiting: str) -> Iterator[None]:
     descriptor = try_lock(path)
     if descriptor is None:
         print(waiting, flush=True)
-        descriptor = os.open(path, os.O_RDWR)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = try_lock(path, wait=True)
+    assert descriptor is not None
     try:
         yield
     finally:

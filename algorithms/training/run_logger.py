@@ -99,11 +99,6 @@ class RunLogger:
         self.close()
 
 
-def cost_metrics(costs: Mapping[str, float]) -> dict[str, float]:
-    """Costs since the start of a run as they are logged, `cost/<name>`; seconds stand under `time/` instead."""
-    return {f"cost/{name}": cost for name, cost in costs.items() if not name.endswith("_s")}
-
-
 def write_results(
     run_dir: str | os.PathLike[str], config: Mapping[str, Any], metrics: Mapping[str, float], step: int
 ) -> None:

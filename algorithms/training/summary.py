@@ -7,7 +7,6 @@ import platform
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -32,6 +31,8 @@ from algorithms.rollout.trajectory_files import transcript
 from algorithms.training import evaluation
 from algorithms.training.arc_table import show_arc
 from algorithms.training.build import Environments
+from algorithms.training.checkpoint import checkpoint_name
+from algorithms.training.costs import spend, timed
 from algorithms.training.evaluation import Evaluated, mode_name
 from algorithms.training.evaluation_cache import place
 from algorithms.training.file_locks import exclusively
@@ -51,10 +52,10 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     alike (every model but the trained one) is measured once and kept under `cache_dir`; what there is of the trained
     one is kept in the run directory until all is there, for a run that is killed meanwhile.
     """
-    started = time.perf_counter()
-    evaluated = [_evaluate(trainer, model) for model in _models(trainer)]
-    seconds = time.perf_counter() - started
-    trainer.position.spend(evaluation_s=seconds, probes_s=sum(model.probes_s for model in evaluated))
+    costs = trainer.position.costs
+    with timed(costs, "evaluation_s"):
+        evaluated = [_evaluate(trainer, model) for model in _models(trainer)]
+    spend(costs, probes_s=sum(model.probes_s for model in evaluated))
     summary = _summary(trainer, evaluated)
     publish(trainer.run_dir, trainer.config, summary, evaluated, trainer.networks.tokenizer)
     shutil.rmtree(trainer.run_dir / "evaluations", ignore_errors=True)
@@ -226,18 +227,14 @@ def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
 
 def _stages(trainer: Trainer) -> list[dict[str, Any]]:
     """What was trained, first to last; a stage without steps has no checkpoint, one without checks no best one."""
-
-    def named(step: int) -> str:
-        return f"checkpoints/{trainer.checkpoint_path(step).name}"
-
     position = trainer.position
     of_stages = zip(trainer.stages, pairwise(position.stage_starts), position.best_checks[:-1], strict=True)
     return [
         {
             "name": stage.name,
             "steps": end - start,
-            "checkpoint": named(end) if end > start else None,
-            "best_on_dev": None if best is None else {"checkpoint": named(best[0]), "exact_match": best[1]},
+            "checkpoint": checkpoint_name(end) if end > start else None,
+            "best_on_dev": None if best is None else {"checkpoint": checkpoint_name(best[0]), "exact_match": best[1]},
         }
         for stage, (start, end), best in of_stages
     ]

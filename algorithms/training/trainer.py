@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,11 +20,12 @@ from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch, Trajectory
 from algorithms.rollout.replay import Replay
 from algorithms.rollout.tokenization import encode_prompts
-from algorithms.rollout.trajectory_files import transcript
 from algorithms.training import checkpoint, evaluation
-from algorithms.training.batches import Sources, choose_source, rollout_metrics
+from algorithms.training.batches import Sources, choose_source
 from algorithms.training.build import Environments, Networks, build_stages
-from algorithms.training.run_logger import RunLogger, cost_metrics
+from algorithms.training.costs import cost_metrics, spend, timed
+from algorithms.training.episode_figures import trajectory_metrics
+from algorithms.training.run_logger import RunLogger
 from algorithms.training.settings import RunConfig
 from algorithms.training.trajectory_samples import is_due, token_figures, write_check, write_sample
 
@@ -73,11 +73,6 @@ class Position:
     def best_steps(self) -> list[int]:
         """The steps of the best checks."""
         return [check[0] for check in self.best_checks if check is not None]
-
-    def spend(self, **costs: float) -> None:
-        """Add to the costs."""
-        for name, cost in costs.items():
-            self.costs[name] = self.costs.get(name, 0.0) + cost
 
 
 class Trainer:
@@ -140,7 +135,7 @@ class Trainer:
 
     def checkpoint_path(self, step: int) -> Path:
         """Folder of a checkpoint."""
-        return self.run_dir / "checkpoints" / f"{step:06d}"
+        return self.run_dir / checkpoint.checkpoint_name(step)
 
     def train(self) -> None:
         """Train all stages to their end. The teacher is out of memory afterwards."""
@@ -222,45 +217,44 @@ class Trainer:
             return self.sources.replay.sample(algorithm.config.batch_size, draw), {}
         trajectories, stats = self.sources.played(algorithm, stage, step)
         self.sources.replay.add(trajectories)
-        self.position.spend(
+        spend(
+            self.position.costs,
             rollout_s=stats.seconds,
             sampled_tokens=stats.sampled_tokens,
             episodes=len(trajectories),
             env_steps=sum(len(trajectory.turns) for trajectory in trajectories),
         )
-        return trajectories, rollout_metrics(trajectories, stats)
+        return trajectories, trajectory_metrics(trajectories, stats)
 
     def _train_step(self, learner: Learner, total_steps: int) -> dict[str, float]:
         stage, step, replay = self.position.stage, self.position.stage_step, self.sources.replay
         progress = Progress(step, total_steps, len(replay), replay.is_full)
         source = choose_source(learner.algorithm, progress, seeding.rng(self.config.seed, stage, "source", step))
         trajectories, metrics = self._draw(learner.algorithm, source)
-        started = time.perf_counter()
-        batch = self._collate(trajectories)
-        learner.score(batch)
-        scored = time.perf_counter()
+        costs = self.position.costs
+        with timed(costs, "score_s") as scoring:
+            batch = self._collate(trajectories)
+            learner.score(batch)
         draw = seeding.rng(self.config.seed, "minibatches", self.position.step)
         # At another temperature than that of the losses it was another policy that sampled.
         as_trained = learner.algorithm.sampling_temperature in (None, self.config.rollout.temperature)
-        figures = learner.update(batch, draw, fresh=source == "policy" and as_trained)
-        ended = time.perf_counter()
-        self.position.spend(**{f"{source}_batches": 1})
+        with timed(costs, "update_s") as updating:
+            figures = learner.update(batch, draw, fresh=source == "policy" and as_trained)
         tokens = float(batch.attention_mask.sum())
-        self.position.spend(score_s=scored - started, update_s=ended - scored, trained_tokens=tokens)
+        spend(costs, **{f"{source}_batches": 1}, trained_tokens=tokens)
         if learner.teacher is not None:
-            self.position.spend(teacher_scored_tokens=tokens)
+            spend(costs, teacher_scored_tokens=tokens)
         if is_due(self.config.evaluation.every, step + 1, total_steps):
             self._save_sample(trajectories, batch, learner)
         metrics |= {f"train/{name}": value for name, value in figures.items()}
-        return metrics | {"time/score_s": scored - started, "time/update_s": ended - scored}
+        return metrics | scoring | updating
 
     def _save_sample(self, trajectories: Sequence[Trajectory], batch: Batch, learner: Learner) -> None:
         """Keep some of the trajectories that the present step has trained on."""
-        started = time.perf_counter()
-        path = self.run_dir / "trajectories" / f"train-{self.position.step + 1:06d}.jsonl.gz"
-        dataset = self.environments.dataset("train")
-        write_sample(path, trajectories, dataset, self.networks.tokenizer, token_figures(batch, learner))
-        self.position.spend(samples_s=time.perf_counter() - started)
+        dataset, tokenizer = self.environments.dataset("train"), self.networks.tokenizer
+        with timed(self.position.costs, "samples_s"):
+            figures = token_figures(batch, learner)
+            write_sample(self.run_dir, self.position.step + 1, trajectories, dataset, tokenizer, figures)
 
     def _collate(self, trajectories: Sequence[Trajectory]) -> Batch:
         pad, device = pad_id(self.networks.tokenizer), self.networks.device
@@ -283,45 +277,39 @@ class Trainer:
             return {}
         batch = self._collate(held_out)
         if learner.teacher is not None:
-            self.position.spend(teacher_scored_tokens=float(batch.attention_mask.sum()))
+            spend(self.position.costs, teacher_scored_tokens=float(batch.attention_mask.sum()))
         loss = learner.validate(batch)
         learner.algorithm.after_validation(loss)
         return {"train/validation_loss": loss}
 
     def _check_on_dev(self, logger: RunLogger, probes: Sequence[Any]) -> dict[str, float]:
         """Greedy figures on a few questions of the dev split, and probes there; some of the transcripts are kept."""
-        started = time.perf_counter()
-        envs, step = self.environments.envs("dev"), self.position.step
+        envs, tokenizer = self.environments.envs("dev"), self.networks.tokenizer
         count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))
-        player = self.networks.player(self.networks.policy, envs, temperature=0.0)
-        trajectories, _ = player.rollout(range(count), seed=(0,))
-        metrics = evaluation.dev_metrics(trajectories)
-        self.position.note_check(metrics["dev/exact_match"])
-        logger.text("transcripts/dev", transcript(trajectories[step % count], self.networks.tokenizer), step)
-        path = self.run_dir / "trajectories" / f"dev-{step:06d}.jsonl.gz"
-        write_check(path, trajectories, envs.dataset, self.networks.tokenizer)
-        if probes:
-            generator = self.networks.generator(self.networks.policy, envs)
-            arc = evaluation.probe(generator, envs, trajectories, probes)
-            metrics |= evaluation.arc_metrics(arc, "dev/arc")
-        seconds = time.perf_counter() - started
-        self.position.spend(dev_s=seconds)
-        return metrics | {"time/dev_s": seconds}
+        with timed(self.position.costs, "dev_s") as clock:
+            player = self.networks.player(self.networks.policy, envs, temperature=0.0)
+            trajectories, _ = player.rollout(range(count), seed=(0,))
+            metrics = write_check(self.run_dir, self.position.step, trajectories, envs.dataset, tokenizer, logger)
+            self.position.note_check(metrics["dev/exact_match"])
+            if probes:
+                generator = self.networks.generator(self.networks.policy, envs)
+                arc = evaluation.probe(generator, envs, trajectories, probes)
+                metrics |= evaluation.arc_metrics(arc, "dev/arc")
+        return metrics | clock
 
     def _save(self, learner: Learner) -> None:
-        started = time.perf_counter()
-        checkpoint.save(
-            self.run_dir,
-            self.position.step,
-            policy=self.networks.policy,
-            tokenizer=self.networks.tokenizer,
-            critic=learner.critic,
-            learner_state=learner.state_dict(),
-            trainer_state={"position": asdict(self.position), "replay": self.sources.replay.state_dict()},
-            keep_last=self.config.keep_checkpoints,
-            keep_steps=[*self.position.stage_starts, *self.position.best_steps()],
-        )
-        self.position.spend(checkpoint_s=time.perf_counter() - started)
+        with timed(self.position.costs, "checkpoint_s"):
+            checkpoint.save(
+                self.run_dir,
+                self.position.step,
+                policy=self.networks.policy,
+                tokenizer=self.networks.tokenizer,
+                critic=learner.critic,
+                learner_state=learner.state_dict(),
+                trainer_state={"position": asdict(self.position), "replay": self.sources.replay.state_dict()},
+                keep_last=self.config.keep_checkpoints,
+                keep_steps=[*self.position.stage_starts, *self.position.best_steps()],
+            )
 
 
 def _hand_over(algorithm: Algorithm) -> float | None:

@@ -11,7 +11,9 @@ import numpy as np
 from agentic_rag_env.datasets.base import QuestionSet
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch, Trajectory
-from algorithms.rollout.trajectory_files import write_trajectories
+from algorithms.rollout.trajectory_files import transcript, write_trajectories
+from algorithms.training.episode_figures import dev_metrics
+from algorithms.training.run_logger import RunLogger
 
 NUM_SAVED = 8
 _NUM_CHECKED = 16
@@ -23,16 +25,18 @@ def is_due(every: int, step: int, total_steps: int) -> bool:
 
 
 def write_sample(
-    path: Path,
+    run_dir: Path,
+    step: int,
     trajectories: Sequence[Trajectory],
     dataset: QuestionSet,
     tokenizer: Any,
     figures: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> None:
-    """Write the first trajectories that a step has trained on.
+    """Write the first trajectories that a step has trained on, to `trajectories/train-<step>.jsonl.gz` of the run.
 
     Args:
-        path: `trajectories/train-<step>.jsonl.gz` of the run.
+        run_dir: The run directory.
+        step: Of the whole run.
         trajectories: Of the step.
         dataset: Has their questions.
         tokenizer: For the text beside the ids.
@@ -41,19 +45,37 @@ def write_sample(
     saved = trajectories[:NUM_SAVED]
     ids = [trajectory.turns[-1].info["question_id"] for trajectory in saved]
     questions = {question.id: question for question in dataset if question.id in ids}
-    write_trajectories(path, saved, tokenizer, [questions[each] for each in ids], figures)
+    write_trajectories(_path(run_dir, "train", step), saved, tokenizer, [questions[each] for each in ids], figures)
 
 
-def write_check(path: Path, trajectories: Sequence[Trajectory], dataset: QuestionSet, tokenizer: Any) -> None:
-    """Write the first trajectories of a check on the dev split.
+def write_check(
+    run_dir: Path,
+    step: int,
+    trajectories: Sequence[Trajectory],
+    dataset: QuestionSet,
+    tokenizer: Any,
+    logger: RunLogger,
+) -> dict[str, float]:
+    """Keep a check on the dev split: the first trajectories in a file, one transcript, another each time, in the log.
 
     Args:
-        path: `trajectories/dev-<step>.jsonl.gz` of the run.
+        run_dir: The run directory; the file is `trajectories/dev-<step>.jsonl.gz` in it.
+        step: Of the whole run.
         trajectories: Of the first questions of the dataset.
         dataset: The questions.
         tokenizer: For the text beside the ids.
+        logger: Shows the transcript.
+
+    Returns:
+        What is logged of the check.
     """
-    write_trajectories(path, trajectories[:_NUM_CHECKED], tokenizer, dataset)
+    logger.text("transcripts/dev", transcript(trajectories[step % len(trajectories)], tokenizer), step)
+    write_trajectories(_path(run_dir, "dev", step), trajectories[:_NUM_CHECKED], tokenizer, dataset)
+    return dev_metrics(trajectories)
+
+
+def _path(run_dir: Path, split: str, step: int) -> Path:
+    return run_dir / "trajectories" / f"{split}-{step:06d}.jsonl.gz"
 
 
 def token_figures(batch: Batch, learner: Learner) -> list[dict[str, np.ndarray]]:

@@ -302,6 +302,23 @@ def test_a_finished_run_that_is_resumed_is_measured_again_and_not_trained(dgpo_r
     assert_same_run(dgpo_run, again)
 
 
+def test_what_says_only_how_a_run_is_carried_out_may_differ_on_resuming(dgpo_run, tmp_path):
+    """Interrupted after the checkpoint before the last; from there on every checkpoint is kept."""
+    path = Path(shutil.copytree(dgpo_run.path, tmp_path / "run"))
+    checkpoints = path / "checkpoints"
+    shutil.rmtree(checkpoints / f"{STEPS:06d}")
+    (path / "summary.json").unlink()
+    kept = {path.name for path in checkpoints.iterdir()}
+    refused = command(f"resume={path}", "threads=1", "num_envs=8")
+    assert refused.code == 1
+    assert "where num_envs is 16, not 8. Leave it out" in refused.err
+    again = command(f"resume={path}", "threads=1", "checkpoint_every=1", "keep_checkpoints=null")
+    assert again.code == 0, again.err
+    assert_same_training(dgpo_run, Run(path))
+    steps = range(int(max(kept)) + 1, STEPS + 1)
+    assert {path.name for path in checkpoints.iterdir()} == kept | {f"{step:06d}" for step in steps}
+
+
 def test_a_process_of_its_own_started_elsewhere_gives_the_same_run(dgpo_run, tmp_path, cache):
     run_dir = tmp_path / "run"
     settings = ["algo=sft", *SFT, "algo.epochs=1", GREEDY, "evaluation.num_questions=4"]

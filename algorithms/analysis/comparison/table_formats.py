@@ -1,9 +1,8 @@
-"""One table, five forms: terminal, Markdown, CSV, LaTeX and HTML."""
+"""One table, four forms: terminal, Markdown, CSV and LaTeX. The fifth, HTML, is in the template of the page."""
 
 from __future__ import annotations
 
 import csv
-import html
 import io
 import math
 import re
@@ -106,7 +105,7 @@ class Table:
         def line(cells: Sequence[str]) -> str:
             return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-        ruler = line(["---", *("---:" if number else "---" for number in self._numeric()[1:])])
+        ruler = line(["---", *("---:" if number else "---" for number in self.numeric[1:])])
         body = [line([_plain(cell, "**") for cell in row]) for row in self.rows]
         note = [f"\n{self.note}"] if self.note else []
         return "\n".join([f"## {self.title}\n", line(self.columns), ruler, *body, *note]) + "\n"
@@ -140,7 +139,7 @@ class Table:
     def latex(self) -> str:
         """A `tabular` in the style of booktabs."""
         body = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in self.rows]
-        columns = "".join("r" if number else "l" for number in self._numeric())
+        columns = "".join("r" if number else "l" for number in self.numeric)
         return "\n".join(
             [
                 f"% {self.title}. {self.note}".replace("\n", " "),
@@ -158,33 +157,13 @@ class Table:
     def rich(self) -> RichTable:
         """For the terminal; intervals stand on a line of their own, and shades are colours of the text."""
         table = RichTable(title=self.title, caption=self.note or None, caption_justify="left")
-        for column, number in zip(self.columns, self._numeric(), strict=True):
+        for column, number in zip(self.columns, self.numeric, strict=True):
             table.add_column(escape(printable(column)), justify="right" if number else "left", overflow="fold")
         for at, row in enumerate(self.rows):
             if at in self.sections:
                 table.add_section()
             table.add_row(*(_rich_cell(cell, self.brief) for cell in row))
         return table
-
-    def html(self) -> str:
-        """A `<figure>` whose table scrolls by itself where the page is narrow."""
-        numeric = self._numeric()
-        head = "".join(
-            f'<th scope="col"{_css(n)}>{html.escape(c)}</th>' for c, n in zip(self.columns, numeric, strict=True)
-        )
-        body = []
-        for at, row in enumerate(self.rows):
-            cells = [f'<th scope="row">{html.escape(_plain(row[0]))}</th>']
-            cells += [
-                f"<td{_css(n)}{_shade(c)}>{_html_cell(c)}</td>" for c, n in zip(row[1:], numeric[1:], strict=True)
-            ]
-            body.append(f"<tr{' class=section' if at in self.sections else ''}>{''.join(cells)}</tr>")
-        note = f"<figcaption>{html.escape(self.note)}</figcaption>" if self.note else ""
-        label = html.escape(self.title, quote=True)
-        return (
-            f'<figure class="table"><div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>'
-            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}</figure>"
-        )
 
     def mark_best(self, columns: Sequence[str], lowest: Sequence[str] = (), rows: int | None = None) -> None:
         """Mark the best figure of some columns, the highest or the lowest, among the first `rows` rows."""
@@ -200,7 +179,9 @@ class Table:
                 if isinstance(cell, Number) and cell.value == best:
                     row[at] = replace(cell, best=True)
 
-    def _numeric(self) -> list[bool]:
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold figures."""
         return [any(isinstance(row[at], Number) for row in self.rows) for at in range(len(self.columns))]
 
 
@@ -225,24 +206,6 @@ def _rich_cell(cell: Cell, brief: bool) -> str:
     if (cell.shade or 0) >= _SHADE_SHOWN:
         text = f"[red]{text}[/red]"
     return text if brief or not cell.interval else f"{text}\n[dim]{cell.interval.strip('[]')}[/dim]"
-
-
-def _html_cell(cell: Cell) -> str:
-    if isinstance(cell, str):
-        return html.escape(cell)
-    text = html.escape(cell.text)
-    text = f"<strong>{text}</strong>" if cell.best else text
-    return f"{text}<small>{html.escape(cell.interval)}</small>" if cell.interval else text
-
-
-def _shade(cell: Cell) -> str:
-    if isinstance(cell, str) or cell.shade is None:
-        return ""
-    return f' style="background: rgb(213 94 0 / {0.75 * cell.shade:.2f})"'
-
-
-def _css(number: bool) -> str:
-    return ' class="number"' if number else ""
 
 
 def _latex_cell(cell: Cell) -> str:

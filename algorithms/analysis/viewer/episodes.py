@@ -14,7 +14,7 @@ from agentic_rag_env.actions import Malformed, parse_action
 from agentic_rag_env.files import read_rows
 from agentic_rag_env.prompts import format_passages, information_block
 from agentic_rag_env.rewards import normalize_answer
-from agentic_rag_env.types import Passage
+from agentic_rag_env.types import Ending, Passage
 
 #: Figures of model-written tokens: their names, and what they are called on the page.
 FIGURES = {
@@ -60,7 +60,8 @@ class Episode:
         golden_answers: Empty where they are not known.
         group: The dataset that it counts to, and None where that is not known.
         hops: Searches that it takes, where that is known.
-        verdict: "right", "wrong", "no answer" or "search failed".
+        ending: Why it is over; None where an old file does not tell.
+        verdict: "right" or "wrong" of an answer, else why there is none, "no answer" where that is not known.
         answer: What was answered.
         f1: Of the answer.
         reward: Of the episode.
@@ -74,6 +75,7 @@ class Episode:
     golden_answers: Sequence[str]
     group: str | None
     hops: int | None
+    ending: Ending | None
     verdict: str
     answer: str | None
     f1: float
@@ -152,7 +154,8 @@ def _episode(row: Mapping[str, Any], answers: Mapping[str, Mapping[str, Any]]) -
         golden_answers=tuple(known.get("golden_answers", ())),
         group=known.get("dataset"),
         hops=known.get("hops"),
-        verdict=_verdict(row["correct"], last),
+        ending=(ending := Ending.of(last)),
+        verdict=_verdict(row["correct"], ending),
         answer=last["answer"],
         f1=last["f1"],
         reward=row["reward"],
@@ -170,12 +173,12 @@ def _asked(prompt: str) -> str:
     return prompt.rpartition("Question: ")[2].strip()
 
 
-def _verdict(correct: bool, last: Mapping[str, Any]) -> str:
+def _verdict(correct: bool, ending: Ending | None) -> str:
     if correct:
         return "right"
-    if last["error"]:
-        return "search failed"
-    return "no answer" if last["answer"] is None else "wrong"
+    if ending is Ending.ANSWERED:
+        return "wrong"
+    return ending.replace("_", " ") if ending else "no answer"
 
 
 def _turn(row: Mapping[str, Any], searched: bool) -> Turn:

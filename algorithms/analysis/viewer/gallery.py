@@ -32,6 +32,7 @@ class Wanted:
         mode: Of decoding: "greedy", "T=1", ...
         step: Of training.
         verdict: "right" or "wrong"; wrong is everything else.
+        ending: Why the episode is over, a value of `Ending`.
         group: Of questions, by its name or its number of hops.
         malformed: Only episodes with a malformed turn.
         searches: Number of executed searches.
@@ -44,6 +45,7 @@ class Wanted:
     mode: str | None = None
     step: int | None = None
     verdict: str | None = None
+    ending: str | None = None
     group: str | None = None
     malformed: bool = False
     searches: int | None = None
@@ -58,6 +60,7 @@ class Wanted:
         """Whether an episode passes all filters."""
         return episode is not None and (
             (self.verdict is None or episode.correct == (self.verdict == "right"))
+            and (self.ending is None or episode.ending == self.ending)
             and (self.group is None or self.group in (episode.group, str(episode.hops)))
             and (not self.malformed or episode.num_malformed > 0)
             and (self.searches is None or episode.num_searches == self.searches)

@@ -4,41 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from algorithms.analysis.html_page import document
+from markupsafe import Markup
+
+from algorithms.analysis.html_page import render_page
 from algorithms.analysis.viewer.episodes import FIGURES, Episode, Turn, find_answers
 from algorithms.analysis.viewer.gallery import Gallery
 from algorithms.analysis.viewer.shading import Split, scales
-
-_BODY = """\
-<a class="skip" href="#episode">To the episode</a>
-<header><h1>{title}</h1>{notes}
-<form id="filters" role="search" aria-label="Filters">
-<label class="wide">Text <input id="text" type="search" autocomplete="off" placeholder="in questions, answers, turns">
-</label>
-<label>From <select id="place"></select></label>
-<label>Verdict <select id="verdict"></select></label>
-<label>Questions <select id="group"></select></label>
-<label>Searches <select id="searches"></select></label>
-<label class="check"><input id="malformed" type="checkbox"> malformed turns</label>
-<label>Colour <select id="colour"></select></label>
-</form>
-<p id="legend" hidden></p>
-<p class="keys"><kbd>j</kbd> <kbd>k</kbd> next and previous, <kbd>/</kbd> text, <kbd>c</kbd> colour</p>
-</header>
-<main>
-<section id="list" aria-label="Questions"><p id="count" role="status"></p><ol id="questions"></ol></section>
-<section id="episode" tabindex="-1" aria-label="Episode"></section>
-</main>
-<noscript><p class="findings">This page needs JavaScript to show what it holds.</p></noscript>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>"""
 
 
 def page(title: str, gallery: Gallery, splits: Sequence[Split], notes: Sequence[str] = ()) -> str:
@@ -53,15 +30,10 @@ def page(title: str, gallery: Gallery, splits: Sequence[Split], notes: Sequence[
     folder = files("algorithms.analysis.viewer")
     style, script = (folder.joinpath(f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    body = _BODY.format(
-        title=html.escape(title),
-        notes=f'<ul class="findings" aria-label="To keep in mind">{items}</ul>' if items else "",
-        data=inert(contents(gallery, splits)),
-        script=script,
-    )
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return document(title, style, body, policy)
+    data = Markup(inert(contents(gallery, splits)))
+    values = {"data": data, "style": Markup(style), "script": Markup(script)}
+    return render_page("viewer.html", title=title, policy=policy, notes=notes, **values)
 
 
 def inert(data: Any) -> str:
@@ -100,6 +72,7 @@ def contents(gallery: Gallery, splits: Sequence[Split]) -> dict[str, Any]:
 def _episode(episode: Episode, split: Split, texts: dict[str, int]) -> dict[str, Any]:
     return {
         "verdict": episode.verdict,
+        "ending": episode.ending,
         "answer": episode.answer,
         "f1": round(episode.f1, 3),
         "reward": round(episode.reward, 3),

@@ -37,6 +37,8 @@ function fillFilters() {
   const verdicts = data.columns.flatMap((name, column) =>
     ["right", "wrong"].map((verdict) => [`${column} ${verdict}`, several ? `${verdict}: ${name}` : verdict]));
   options("verdict", [all, ...verdicts, ...(several ? [["differ", "not the same"]] : [])]);
+  const endings = distinct(data.items.flatMap((item) => played(item).map((episode) => episode.ending))).sort();
+  options("ending", endings.length > 1 ? [all, ...endings.map((ending) => [ending, ending.replaceAll("_", " ")])] : []);
   const groups = distinct(data.items.map((item) => item.group)).sort();
   const hops = distinct(data.items.map((item) => item.hops)).sort((a, b) => a - b);
   options("group", [all, ...(groups.length > 1 ? groups.map((name) => [`group ${name}`, name]) : []),
@@ -48,7 +50,8 @@ function fillFilters() {
 }
 
 function passes(item) {
-  const [place, verdict, group, searches] = ["place", "verdict", "group", "searches"].map((id) => $(id).value);
+  const [place, verdict, ending, group, searches] =
+    ["place", "verdict", "ending", "group", "searches"].map((id) => $(id).value);
   const episodes = played(item);
   if (place && item.place !== place) return false;
   if (group && String(group.startsWith("group ") ? item.group : item.hops) !== group.slice(group.indexOf(" ") + 1)) {
@@ -61,7 +64,8 @@ function passes(item) {
     const episode = item.episodes[Number(column)];
     if (!episode || (episode.verdict === "right") !== (wanted === "right")) return false;
   }
-  return (!searches || episodes.some((episode) => episode.searches === Number(searches)))
+  return (!ending || episodes.some((episode) => episode.ending === ending))
+    && (!searches || episodes.some((episode) => episode.searches === Number(searches)))
     && (!$("malformed").checked || episodes.some((episode) => episode.malformed))
     && item.text.includes($("text").value.toLowerCase());
 }

@@ -26,10 +26,12 @@ from algorithms.analysis.comparison import arc_panel, pairwise, published, stati
 from algorithms.analysis.comparison.checks import check
 from algorithms.analysis.comparison.curves import curve, score_by_setting
 from algorithms.analysis.comparison.methods import make_methods
+from algorithms.analysis.comparison.page import Section, page
 from algorithms.analysis.comparison.study import Options, compare, study
 from algorithms.analysis.comparison.style import DARK, LIGHT, render
 from algorithms.analysis.comparison.table_formats import Number, Table
 from algorithms.analysis.runs import find_runs
+from algorithms.training.settings import settings_without_effect
 
 QUESTIONS = 40
 COSTS = {
@@ -458,10 +460,20 @@ def test_methods_are_told_apart_by_what_differs(tmp_path):
     assert lines[0].scores[0].value == pytest.approx(right["greedy"].mean())
 
 
-def test_where_runs_are_and_how_long_they_took_makes_no_method(tmp_path):
-    make_run(tmp_path / "a", "kd", 0, answers(0.5, 0), config={"cache_dir": "/here"})
-    make_run(tmp_path / "b", "kd", 1, answers(0.5, 1), config={"cache_dir": "/there", "threads": 2})
-    assert [method.label for method in make_methods(find_runs([tmp_path]))] == ["kd"]
+@pytest.mark.parametrize("is_told", [False, True], ids=["older summaries", "summaries that name them"])
+def test_what_says_only_how_a_run_is_carried_out_makes_no_method(tmp_path, is_told):
+    one = {"cache_dir": "/here", "threads": 2, "checkpoint_every": 5, "keep_checkpoints": None, "probe_every": 10}
+    other = {"cache_dir": "/there", "resume": "/there/run", "keep_checkpoints": 1}
+    for seed, config in enumerate((one, other, {})):
+        folder = make_run(tmp_path / f"{seed}", "kd", seed, answers(0.5, seed), config=config)
+        if is_told:
+            summary = json.loads((folder / "summary.json").read_text())
+            summary["settings_without_effect"] = sorted(settings_without_effect())
+            (folder / "summary.json").write_text(json.dumps(summary))
+    (method,) = make_methods(find_runs([tmp_path]))
+    assert (method.label, method.seeds) == ("kd", [0, 1, 2])
+    make_run(tmp_path / "3", "kd", 3, answers(0.5, 3), config={"num_envs": 8})
+    assert sorted(method.seeds for method in make_methods(find_runs([tmp_path]))) == [[0, 1, 2], [3]]
 
 
 # --- unfinished, single, incomparable --------------------------------------------------------------------------------
@@ -735,7 +747,7 @@ def test_cells():
     assert "| a | b\\|c | p |" in table.markdown()
     assert table.csv().splitlines() == ["a,b|c,b|c (low),b|c (high),p", "x_1,0.5,0.25,0.75,0.0001", "<y>,,,,0.2"]
     assert r"x\_1 & 0.500 {\scriptsize [0.250, 0.750]} & $<$0.001 \\" in table.latex()
-    assert "&lt;y&gt;" in table.html()
+    assert "&lt;y&gt;" in page("title", [Section("tables", tables=[table])], [])
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_what_the_model_read_is_shown_where_it_is_not_just_the_passages(tmp_path
     folder = make(tmp_path / "run", {"test-dgpo-greedy": [row("a", cut, failed, question=known("?", "x"))]})
     (item,) = gather([folder], Wanted()).items
     assert item.first.turns[0].reply == information_block("Doc 1(Title: Par")
-    assert item.first.verdict == "search failed"
+    assert (item.first.verdict, item.first.ending) == ("search failed", "search_failed")
     assert item.first.turns[1].problem == "the search failed: server gone"
 
 
@@ -225,19 +225,37 @@ def test_files_can_be_chosen(run, wanted, expected):
     ("wanted", "expected"),
     [
         ({"verdict": "right"}, "a"),
-        ({"verdict": "wrong"}, "bc"),
+        ({"verdict": "wrong"}, "bcd"),
+        ({"ending": "answered"}, "ab"),
+        ({"ending": "out_of_turns"}, "d"),
         ({"group": "multi_hop"}, "bc"),
         ({"group": "3"}, "c"),
-        ({"malformed": True}, "b"),
-        ({"searches": 0}, "b"),
+        ({"malformed": True}, "bd"),
+        ({"searches": 0}, "bd"),
         ({"searches": 1}, "ac"),
         ({"text": "SEINE"}, "b"),
         ({"text": "capital</search>"}, "a"),
         ({"verdict": "right", "searches": 0}, ""),
     ],
 )
-def test_episodes_can_be_filtered(run, wanted, expected):
-    assert "".join(name for _, name in names(gather([run], Wanted(models=["dgpo"], **wanted)))) == expected
+def test_episodes_can_be_filtered(tmp_path, wanted, expected):
+    ran_out = row("d", malformed() | {"info": malformed()["info"] | {"ending": "out_of_turns"}})
+    run = make(tmp_path / "run", {"test-dgpo-greedy": [*ROWS, ran_out]})
+    assert "".join(name for _, name in names(gather([run], Wanted(**wanted)))) == expected
+
+
+def test_why_there_is_no_answer_stands_in_the_verdict_where_the_file_tells_it(tmp_path):
+    endings = ("out_of_turns", "out_of_tokens", None)
+    rows = [row(str(e), malformed() | {"info": malformed()["info"] | {"ending": e}}) for e in endings]
+    folder = make(tmp_path / "run", {"test-dgpo-greedy": [*rows, row("old", malformed())]})
+    gallery = gather([folder], Wanted())
+    verdicts = ["out of turns", "out of tokens", "no answer", "no answer"]
+    assert [item.first.verdict for item in gallery.items] == verdicts
+    shown = contents(gallery, [no_split])["items"]
+    assert [item["episodes"][0]["ending"] for item in shown] == ["out_of_turns", "out_of_tokens", None, None]
+    assert "OUT OF TOKENS" in printed(folder, "--ending", "out_of_tokens", "--no-html")
+    with pytest.raises(SystemExit):
+        command.parser().parse_args([str(folder), "--ending", "bored"])
 
 
 def test_models_of_a_run_stand_side_by_side(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -356,6 +357,19 @@ def test_a_lock_ends_with_its_holder_even_if_that_is_killed(tmp_path, held):
     assert file_locks.hold(path) is None
     file_locks.release(path)
     held(path)
+
+
+def test_where_a_file_system_knows_no_locks_one_is_warned_and_goes_on(tmp_path, monkeypatch):
+    def refuse(descriptor: int, blocking: bool) -> bool:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(file_locks, "lock_descriptor", refuse)
+    code = errno.ENOLCK
+    with pytest.warns(UserWarning, match=f"{tmp_path} can't be guarded against a second writer: No locks available"):
+        os.close(file_locks.try_lock(tmp_path / "lock"))
+    code = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        file_locks.try_lock(tmp_path / "lock")
 
 
 def test_a_second_launcher_is_refused_while_the_first_one_lives(tmp_path, held, launched):

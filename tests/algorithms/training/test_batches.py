@@ -26,6 +26,12 @@ class Wilful(Algorithm):
     def source(self, progress, rng):
         return self.answer
 
+    def num_steps(self, num_demonstrations):
+        return 10
+
+    def token_loss(self, tokens):
+        return -tokens.logprobs
+
 
 def chosen(answer: str, replay_size: int) -> str:
     return choose_source(Wilful(answer), Progress(4, 10, replay_size), np.random.default_rng(0))

@@ -1,0 +1,35 @@
+"""What a run has cost so far: seconds, tokens, episodes and steps, by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+
+
+def spend(costs: MutableMapping[str, float], **more: float) -> None:
+    """Add to the costs."""
+    for name, cost in more.items():
+        costs[name] = costs.get(name, 0.0) + cost
+
+
+@contextmanager
+def timed(costs: MutableMapping[str, float], name: str) -> Iterator[dict[str, float]]:
+    """Add the seconds that a block takes to the costs.
+
+    Args:
+        costs: Where to add them.
+        name: Ends in `_s`.
+
+    Yields:
+        Empty; after the block it holds the seconds as they are logged, `time/<name>`.
+    """
+    started, logged = time.perf_counter(), dict[str, float]()
+    yield logged
+    logged[f"time/{name}"] = seconds = time.perf_counter() - started
+    spend(costs, **{name: seconds})
+
+
+def cost_metrics(costs: Mapping[str, float]) -> dict[str, float]:
+    """Costs since the start of a run as they are logged, `cost/<name>`; seconds stand under `time/` instead."""
+    return {f"cost/{name}": cost for name, cost in costs.items() if not name.endswith("_s")}
