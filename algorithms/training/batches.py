@@ -220,6 +220,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], stats: RolloutStats) -> 
     return {
         "rollout/exact_match": means["exact_match"],
         "rollout/reward": float(np.mean([trajectory.reward for trajectory in trajectories])),
+        "rollout/reward_variance": float(np.var([trajectory.reward for trajectory in trajectories])),
         "rollout/num_searches": means["num_searches"],
         "rollout/malformed_fraction": means["malformed_fraction"],
         "rollout/truncated_fraction": float(np.mean([trajectory.truncated for trajectory in trajectories])),
