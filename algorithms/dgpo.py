@@ -10,8 +10,7 @@ Loss: as in `ppo`.
 
 Differs from the paper: wrong is what the environment calls wrong, not what has a small reward, and another reward than
 exact match takes the place of the first c only; the KL estimate is the k1 of the authors' code, of
-KL(policy || teacher), which has a sign and is never clamped; time skips the environment's tokens; by default kl_coef is
-0.02 and gae_lambda 0.9, for the bundled tiny world, where the paper has 0.001 and 1.
+KL(policy || teacher), which has a sign and is not clamped unless kl_clip is set; time skips the environment's tokens.
 """
 
 from __future__ import annotations
@@ -29,19 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class DGPOConfig(PPOConfig):
-    """Settings of `DGPO`; the defaults are those measured on the bundled tiny world.
+    """Settings of `DGPO`.
 
     Attributes:
-        kl_coef: Weight of the KL penalty in the reward. The penalty is a sum over tokens, so a large weight makes
-            giving up early cheaper than searching on: on the tiny world 0.1 does harm and 0.02 does not after 400
-            demonstrations, but does after 200, where 0.005 serves.
+        anchor: The teacher; "reference" leaves the form and takes the teacher away.
         selective: Penalize wrong trajectories only; False: all of them (the paper's ablation "uniform KL").
         length_neutral: Divide the penalty of a trajectory by its number of model-written tokens and multiply it by
             their mean over the penalized ones, so that at equal KL per token a short one costs as much as a long one.
     """
 
-    kl_coef: float = 0.02
-    gae_lambda: float = 0.9
+    anchor: str = "teacher"
     selective: bool = True
     length_neutral: bool = False
     warm_start: Any = field(default_factory=lambda: {"name": "kd"})
@@ -51,7 +47,6 @@ class DGPOConfig(PPOConfig):
 class DGPO(PPO):
     """PPO whose KL penalty pulls towards the teacher, and only what went wrong."""
 
-    anchor = "teacher"
     config: DGPOConfig
 
     def penalty_weights(self, batch: Batch) -> Tensor:
@@ -64,5 +59,5 @@ class DGPO(PPO):
         return weights * mean_length / lengths.clamp(min=1)
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
-        """PPO's, so over wrong trajectories only, and the share of those."""
+        """PPO's, and `wrong_fraction`: the share of wrong trajectories."""
         return {**super().step_metrics(batch), "wrong_fraction": 1.0 - float(batch.correct.float().mean())}

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from algorithms.grpo import GRPO, GRPOConfig
 from algorithms.learner.algorithm import ALGORITHMS
-from algorithms.learner.types import Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 class DGPOGRPOConfig(GRPOConfig):
     """Settings of `DGPOGRPO`."""
 
-    kl_coef: float = 0.02
+    anchor: str = "teacher"
     warm_start: Any = field(default_factory=lambda: {"name": "kd"})
 
 
@@ -35,9 +34,8 @@ class DGPOGRPOConfig(GRPOConfig):
 class DGPOGRPO(GRPO):
     """GRPO whose KL estimate pulls towards the teacher, and only what went wrong."""
 
-    anchor = "teacher"
     config: DGPOGRPOConfig
 
-    def pays(self, tokens: Tokens) -> Tensor:
-        """Tokens of wrong trajectories, [n] bool."""
-        return ~tokens.correct
+    def pays(self, correct: Tensor) -> Tensor:
+        """Wrong trajectories and their tokens, [n] bool."""
+        return ~correct

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from algorithms.learner import ops
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, PolicyGradientConfig, check_settings
+from algorithms.learner.config import ANCHORS
 from algorithms.learner.types import Batch, Tokens
 
 if TYPE_CHECKING:
@@ -52,17 +53,13 @@ class GRPOConfig(PolicyGradientConfig):
 
 @ALGORITHMS.register("grpo", GRPOConfig)
 class GRPO(Algorithm):
-    """Clipped policy gradient on exact match compared within groups.
+    """Clipped policy gradient on exact match compared within groups."""
 
-    Attributes:
-        anchor: Whom the KL estimate in the loss pulls towards: "ref", the initial policy, or "teacher".
-    """
-
-    anchor = "ref"
     config: GRPOConfig
 
     def __init__(self, config: GRPOConfig) -> None:
-        read = {f"{self.anchor}_logprobs": config.kl_coef > 0, "entropy": config.entropy_coef > 0}
+        self._anchor = f"{ANCHORS[config.anchor]}_logprobs"
+        read = {self._anchor: config.kl_coef > 0, "entropy": config.entropy_coef > 0}
         self.needs = frozenset(name for name, is_read in read.items() if is_read)
         self.rollouts_per_prompt = config.rollouts_per_prompt
         super().__init__(config)
@@ -76,25 +73,39 @@ class GRPO(Algorithm):
         advantages = ops.group_advantages(batch.rewards, batch.group_ids, self.config.scale_rewards)
         return advantages[:, None] * batch.response_mask, None
 
-    def pays(self, tokens: Tokens) -> Tensor:
-        """Which tokens the KL estimate counts for, [n] bool; here all."""
-        return tokens.correct.new_ones(tokens.correct.shape)
+    def pays(self, correct: Tensor) -> Tensor:
+        """For which tokens or trajectories the KL estimate counts, [n] bool, by whether they are right; here all."""
+        return correct.new_ones(correct.shape)
 
     def token_loss(self, tokens: Tokens) -> Tensor:
         """Clipped surrogate plus KL estimate minus entropy bonus, [n]."""
         config = self.config
-        loss = ops.clipped_surrogate(tokens.logprobs, tokens.old_logprobs, tokens.advantages, config.clip_range)
+        loss = ops.clipped_surrogate(tokens.logprobs, tokens.old_logprobs, tokens.advantages, *config.clip_ranges)
         if config.kl_coef > 0:
-            anchor_logprobs = getattr(tokens, f"{self.anchor}_logprobs")
-            divergence = ops.kl_estimate(tokens.logprobs, anchor_logprobs, config.kl_estimator)
-            loss = loss + config.kl_coef * divergence.masked_fill(~self.pays(tokens), 0.0)
+            loss = loss + config.kl_coef * self._anchor_kl(tokens, tokens.logprobs, self.pays(tokens.correct))
         return loss - config.entropy_coef * tokens.entropy if config.entropy_coef > 0 else loss
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
-        """`equal_reward_fraction`: share of the groups whose rewards are all equal, so that nothing is learned."""
+        """What the groups and the penalty do.
+
+        `equal_reward_fraction`: share of the groups whose rewards are all equal, so that nothing is learned.
+        `penalty_mean` and `penalty_variance`: of what each trajectory would pay for the KL if it were summed up, as in
+        `ppo`; absent without a penalty.
+        """
         groups, index = batch.group_ids.unique(return_inverse=True)
         best, worst = (
             batch.rewards.new_zeros(len(groups)).scatter_reduce(0, index, batch.rewards, reduce, include_self=False)
             for reduce in ("amax", "amin")
         )
-        return {"equal_reward_fraction": float((best == worst).float().mean())}
+        figures = {"equal_reward_fraction": float((best == worst).float().mean())}
+        if self.config.kl_coef == 0:
+            return figures
+        pays = batch.response_mask & self.pays(batch.correct)[:, None]
+        penalty = self.config.kl_coef * self._anchor_kl(batch, batch.old_logprobs, pays).sum(dim=1)
+        return figures | ops.penalty_figures(penalty)
+
+    def _anchor_kl(self, scored: Batch | Tokens, logprobs: Tensor, pays: Tensor) -> Tensor:
+        """The KL estimate of tokens with these log-probabilities, in nats, 0 where it does not count."""
+        config = self.config
+        estimate = ops.kl_estimate(logprobs, getattr(scored, self._anchor), config.kl_estimator, config.kl_clip)
+        return estimate.masked_fill(~pays, 0.0)

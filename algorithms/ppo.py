@@ -9,7 +9,8 @@ Credit: generalized advantage estimation over the model-written tokens, of the r
 Loss: clipped surrogate minus entropy bonus; clipped squared error for the critic.
 
 Differs from the paper: time skips the environment's tokens in the advantages, in their standardization and in the
-critic's loss, where the code of Search-R1 lets it run through retrieved passages.
+critic's loss, where the code of Search-R1 lets it run through retrieved passages; the critic's head starts at zero
+(`learner.networks.Critic`), and weight decay is on matrices only (`learner.config.OptimizerConfig`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from algorithms.learner import ops
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, CriticConfig, PolicyGradientConfig, check_settings
+from algorithms.learner.config import ANCHORS
 from algorithms.learner.types import Batch, Tokens
 
 if TYPE_CHECKING:
@@ -48,19 +50,13 @@ class PPOConfig(PolicyGradientConfig, CriticConfig):
 
 @ALGORITHMS.register("ppo", PPOConfig)
 class PPO(Algorithm):
-    """Clipped policy gradient on exact match, with a KL penalty in the reward.
+    """Clipped policy gradient on exact match, with a KL penalty in the reward."""
 
-    Attributes:
-        anchor: Whom the penalty pulls towards: "ref", the initial policy, or "teacher".
-    """
-
-    anchor = "ref"
     config: PPOConfig
 
     def __init__(self, config: PPOConfig) -> None:
-        self._exact = config.kl_estimator == "exact"
-        penalty = f"{self.anchor}_kl" if self._exact else f"{self.anchor}_logprobs"
-        read = {"values": True, "entropy": config.entropy_coef > 0, penalty: config.kl_coef > 0}
+        self._anchor = f"{ANCHORS[config.anchor]}_{'kl' if config.kl_estimator == 'exact' else 'logprobs'}"
+        read = {"values": True, "entropy": config.entropy_coef > 0, self._anchor: config.kl_coef > 0}
         self.needs = frozenset(name for name, is_read in read.items() if is_read)
         super().__init__(config)
 
@@ -89,28 +85,33 @@ class PPO(Algorithm):
 
     def token_loss(self, tokens: Tokens) -> Tensor:
         """Clipped surrogate minus entropy bonus, [n]."""
-        surrogate = ops.clipped_surrogate(
-            tokens.logprobs, tokens.old_logprobs, tokens.advantages, self.config.clip_range
-        )
-        return surrogate - self.config.entropy_coef * tokens.entropy if self.config.entropy_coef > 0 else surrogate
+        config = self.config
+        loss = ops.clipped_surrogate(tokens.logprobs, tokens.old_logprobs, tokens.advantages, *config.clip_ranges)
+        return loss - config.entropy_coef * tokens.entropy if config.entropy_coef > 0 else loss
 
     def value_loss(self, tokens: Tokens) -> Tensor:
         """Half the squared error, with the value clipped around its old self, [n]."""
         return ops.clipped_value_loss(tokens.values, tokens.old_values, tokens.returns, self.config.value_clip_range)
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
-        """`anchor_kl`: mean KL estimate per token over the trajectories that pay for it; absent where none does."""
+        """What the penalty does; nothing without one.
+
+        `penalty_mean` and `penalty_variance`: of what each trajectory pays in all, to compare with the variance of the
+        reward. `anchor_kl`: mean KL estimate per token over the trajectories that pay; absent where none does.
+        """
         if self.config.kl_coef == 0:
             return {}
-        pays = self.penalty_weights(batch) > 0
-        num_tokens = int(batch.response_mask[pays].sum())
-        return {"anchor_kl": float(self._anchor_kl(batch, pays).sum()) / num_tokens} if num_tokens else {}
+        weights = self.penalty_weights(batch)
+        divergence = self._anchor_kl(batch, weights > 0).sum(dim=1)
+        figures = ops.penalty_figures(self.config.kl_coef * weights * divergence)
+        num_tokens = int(batch.response_mask[weights > 0].sum())
+        return figures | ({"anchor_kl": float(divergence.sum()) / num_tokens} if num_tokens else {})
 
     def _anchor_kl(self, batch: Batch, pays: Tensor) -> Tensor:
         """The KL estimate at each model-written token of the trajectories that pay, [B, T] nats, 0 elsewhere."""
-        if self._exact:
-            estimate = getattr(batch, f"{self.anchor}_kl")
-        else:
-            anchor_logprobs = getattr(batch, f"{self.anchor}_logprobs")
-            estimate = ops.kl_estimate(batch.old_logprobs, anchor_logprobs, self.config.kl_estimator)
+        config, estimate = self.config, getattr(batch, self._anchor)
+        if config.kl_estimator != "exact":
+            estimate = ops.kl_estimate(batch.old_logprobs, estimate, config.kl_estimator, config.kl_clip)
+        elif config.kl_clip is not None:
+            estimate = estimate.clamp(max=config.kl_clip)
         return estimate.masked_fill(~(batch.response_mask & pays[:, None]), 0.0)

@@ -6,7 +6,9 @@ Sampled: by the teacher, once, as in `sft`.
 Needed: the logits of student and teacher over their shared vocabulary.
 Credit: every token that the teacher wrote, equally.
 Loss: KL(p_t || q), where p_t = softmax((1 - t) s + t z) lies between student logits s, held constant in it, and teacher
-    logits z. After every step t grows with the relative fall of the loss, never below a line from t_start to t_end.
+    logits z. After every step t grows with the relative fall of the loss, never below a line from t_start to t_end. As
+    in the authors' code, the line is read at the number of steps done before this one: of 100 steps from t = 0.4, the
+    losses are taken at 0.400, 0.400, 0.406, 0.412 and so on.
 
 Differs from the paper: the loss includes the entropy of p_t, which the authors' code leaves out; t moves once a step,
 in training only.

@@ -210,7 +210,8 @@ class Algorithm:
         """Called once after every training step; the place where a schedule moves.
 
         Args:
-            metrics: The step's figures, without prefix, and `progress`: the share of all steps done, in (0, 1].
+            metrics: The step's figures, without prefix, and `progress`: the share of all steps that were done when
+                this one began, in [0, 1).
         """
 
     def after_validation(self, loss: float) -> None:

@@ -236,7 +236,8 @@ class Critic(nn.Module):
         shared: Read the policy's own hidden states, through which the value loss then also trains the policy, and own
             a value head only; otherwise own a copy of the policy's backbone as well.
 
-    The head starts at zero, so every value is 0 at first.
+    The head starts at zero, so every value is 0 at first and the first advantages are the returns themselves. The head
+    of the reference code (Search-R1's token classifier with one class) starts at random instead.
     """
 
     def __init__(self, model: PreTrainedModel, shared: bool = False) -> None:

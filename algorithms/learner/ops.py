@@ -15,7 +15,8 @@ from agentic_rag_env.errors import ConfigurationError
 if TYPE_CHECKING:  # only methods of tensors are used, so that settings can name this module without loading torch
     from torch import Tensor
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
+#: By name, from the difference of the log-probabilities.
+KL_ESTIMATORS = {"k1": lambda k1: k1, "k2": lambda k1: k1.square() / 2, "k3": lambda k1: (-k1).expm1() + k1}
 REWARD_SCALES = ("group", "batch", "none")
 
 #: Bound of |log ratio| in the surrogate: exp(20) is far outside every clip range, and times 0 it is still a number.
@@ -203,42 +204,42 @@ def _check_fraction(name: str, value: float) -> None:
 # --- policy gradients ------------------------------------------------------------------------------------------------
 
 
-def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str) -> Tensor:
+def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str, clip: float | None = None) -> Tensor:
     """Estimate KL(policy || other) from one token that the policy sampled (Schulman, joschu.net/blog/kl-approx.html).
 
     With k1 = log policy - log other, k2 = k1^2 / 2 and k3 = exp(-k1) - 1 + k1. k1 and k3 are unbiased; k1 has a sign,
-    k2 and k3 are at least 0. Nothing is clamped. As a loss on fresh samples k1 has no gradient on average, k2 has that
+    k2 and k3 are at least 0. As a loss on fresh samples k1 has no gradient on average, k2 has that
     of KL(policy || other), and k3 that of KL(other || policy).
 
     Args:
         logprobs: [...] nats.
         other_logprobs: [...] nats, of the same tokens.
         estimator: "k1", "k2" or "k3".
+        clip: Bound of the estimate's absolute value, which biases it; None: there is none.
 
     Raises:
         ConfigurationError: The estimator has another name.
     """
-    k1 = _difference(logprobs, other_logprobs)
-    if estimator == "k1":
-        return k1
-    if estimator == "k2":
-        return k1.square() / 2
-    if estimator == "k3":
-        return (-k1).expm1() + k1
-    raise ConfigurationError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}.")
+    if estimator not in KL_ESTIMATORS:
+        raise ConfigurationError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}.")
+    estimate = KL_ESTIMATORS[estimator](_difference(logprobs, other_logprobs))
+    return estimate if clip is None else estimate.clamp(-clip, clip)
 
 
-def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None = None
+) -> Tensor:
     """PPO's pessimistic policy loss per token, to be minimized (arXiv:1707.06347, eq. 7, with the sign turned).
 
     Args:
         logprobs: [...] nats, of the policy now.
         old_logprobs: [...] nats, of the policy that sampled.
         advantages: [...].
-        clip_range: The ratio earns nothing outside [1 - clip_range, 1 + clip_range].
+        clip_range: The ratio earns nothing outside [1 - clip_range, 1 + clip_range_high].
+        clip_range_high: None: as `clip_range`.
     """
     ratio = _difference(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
     return (-advantages * ratio).maximum(-advantages * clipped)
 
 
@@ -253,6 +254,28 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
     """
     clipped = values.clamp(old_values - clip_range, old_values + clip_range)
     return (values - returns).square().maximum((clipped - returns).square()) / 2
+
+
+def penalty_figures(penalty: Tensor) -> dict[str, float]:
+    """Mean and variance over trajectories of what each pays, [B]; of those that pay nothing too."""
+    penalty = penalty.detach().double()
+    return {"penalty_mean": float(penalty.mean()), "penalty_variance": float(penalty.var(correction=0))}
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """Share of the variance of the returns that the values foretell; 1 is perfect, and a constant explains 0.
+
+    Args:
+        values: Any shape, the critic's, from before the update.
+        returns: Same shape.
+        mask: Same shape, bool, True for the entries that count.
+
+    Returns:
+        1 - Var(returns - values) / Var(returns), at most 1; 0 where the returns do not vary.
+    """
+    found, wanted = values[mask].double(), returns[mask].double()
+    variance = wanted.var(correction=0) if len(wanted) else wanted.sum()
+    return float(1 - (wanted - found).var(correction=0) / variance) if variance > 0 else 0.0
 
 
 def _difference(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
@@ -359,13 +382,15 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "group") -
             f"{lonely[:5]}): without siblings there is no baseline, and the advantage would be the bare reward. "
             "Roll out every question at least twice and give its trajectories one group id."
         )
-    mean = _group_sum(reward, index, len(groups)) / sizes
+    zeros = reward.new_zeros(len(groups))
+    mean = zeros.index_add(0, index, reward) / sizes
     centred = reward - mean[index]
     # Rounding noise in a constant group must not be blown up to unit size.
-    spread = mean.new_zeros(mean.shape).scatter_reduce(0, index, centred.abs(), "amax")
+    spread = zeros.scatter_reduce(0, index, centred.abs(), "amax")
     centred = centred.masked_fill((mean + spread).isclose(mean, rtol=1e-6, atol=1e-9)[index], 0.0)
     if scale == "group":
-        centred = centred / ((_group_sum(centred.square(), index, len(groups)) / (sizes - 1)).sqrt() + 1e-6)[index]
+        variance = zeros.index_add(0, index, centred.square()) / (sizes - 1)
+        centred = centred / (variance.sqrt() + 1e-6)[index]
     elif scale == "batch" and len(reward):
         centred = centred / (reward.std() + 1e-6)
     return (
@@ -373,7 +398,3 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "group") -
         if rewards.element_size() == 8 and rewards.is_floating_point()
         else centred.float().to(rewards.device)
     )
-
-
-def _group_sum(x: Tensor, index: Tensor, num_groups: int) -> Tensor:
-    return x.new_zeros(num_groups).index_add(0, index, x)

@@ -140,9 +140,11 @@ class Learner:
                 for rows in np.array_split(rng.permutation(len(batch)), config.num_minibatches):
                     self._step_minibatch(batch, torch.from_numpy(np.sort(rows)), trains_policy, figures)
         metrics = {**figures.means(), "learning_rate": self.policy_optimizer.learning_rate(self.step)}
+        if batch.values is not None and batch.returns is not None:
+            metrics["explained_variance"] = ops.explained_variance(batch.values, batch.returns, batch.response_mask)
         metrics.update(self.algorithm.step_metrics(batch))
-        self.step += 1
         self.algorithm.after_step({**metrics, "progress": self.step / self.total_steps})
+        self.step += 1
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,9 +288,9 @@ class Learner:
             figures.add("sampler_drift", difference.abs())
         figures.add("approx_kl", ops.kl_estimate(tokens.old_logprobs, tokens.logprobs, "k3"))
         if isinstance(config := self.algorithm.config, PolicyGradientConfig):
-            ratio = difference.exp()
+            ratio, (low, high) = difference.exp(), config.clip_ranges
             figures.add("ratio", ratio)
-            figures.add("clip_fraction", ((ratio - 1).abs() > config.clip_range).float())
+            figures.add("clip_fraction", ((ratio < 1 - low) | (ratio > 1 + high)).float())
 
     def _trained(self) -> list[nn.Module]:
         return [self.policy] if self.critic is None or self.shared_critic else [self.policy, self.critic]

@@ -57,6 +57,7 @@ def rollout_metrics(last: Sequence[StepInfo], rewards: Sequence[float]) -> dict[
     return {
         **{f"rollout/{name}": mean for name, mean in means.items()},
         "rollout/reward": float(np.mean(rewards)),
+        "rollout/reward_variance": float(np.var(rewards)),
         "rollout/truncated_fraction": float(np.mean([Ending.of(info) is not Ending.ANSWERED for info in last])),
         "rollout/retriever_errors": float(sum(info["error"] is not None for info in last)),
     }

@@ -66,8 +66,9 @@ def test_groups_of_equal_rewards_are_counted_and_teach_nothing():
     algorithm = GRPO(GRPOConfig())
     advantages, _ = algorithm.estimate_advantages(batch)
     assert (advantages == 0).all()
-    assert algorithm.step_metrics(batch) == {"equal_reward_fraction": 1.0}
-    assert algorithm.step_metrics(grouped([0, 0, 1, 1, 2, 2])) == {"equal_reward_fraction": pytest.approx(1 / 3)}
+    assert algorithm.step_metrics(batch)["equal_reward_fraction"] == 1.0
+    mixed = algorithm.step_metrics(grouped([0, 0, 1, 1, 2, 2]))
+    assert mixed["equal_reward_fraction"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("estimator", ops.KL_ESTIMATORS)
@@ -103,6 +104,19 @@ def test_guided_groups_ask_the_teacher_about_wrong_answers_only():
     ruled_out = tokens(teacher_logprobs=torch.where(part.correct, -torch.inf, part.teacher_logprobs))
     assert torch.equal(guided.token_loss(ruled_out), guided.token_loss(part))
     assert guided.needs == {"teacher_logprobs", "entropy"}
+
+
+def test_the_penalty_of_groups_is_logged_as_a_sum_over_each_trajectory():
+    batch = grouped([0, 0, 0, 1, 1, 1])
+    for algorithm, anchor, pays in (
+        (GRPO(GRPOConfig(kl_coef=0.5)), batch.ref_logprobs, torch.ones(6, dtype=torch.bool)),
+        (DGPOGRPO(DGPOGRPOConfig(kl_coef=0.5)), batch.teacher_logprobs, ~batch.correct),
+    ):
+        k1 = batch.old_logprobs - anchor
+        paid = 0.5 * (((-k1).exp() - 1 + k1) * batch.response_mask).sum(1) * pays
+        metrics = algorithm.step_metrics(batch)
+        assert metrics["penalty_mean"] == pytest.approx(paid.mean().item(), abs=1e-9)
+        assert metrics["penalty_variance"] == pytest.approx(paid.var(correction=0).item(), rel=1e-9)
 
 
 def test_with_the_same_advantages_and_no_divergence_grpo_is_ppo():

@@ -554,10 +554,47 @@ def test_dgpo_reports_the_divergence_of_wrong_trajectories_only():
     wrong = batch.response_mask & ~batch.correct[:, None]
     expected = (batch.old_logprobs - batch.teacher_logprobs)[wrong].mean().item()
     metrics = DGPO(DGPOConfig()).step_metrics(batch)
-    assert metrics == {"anchor_kl": pytest.approx(expected, abs=1e-12), "wrong_fraction": pytest.approx(0.6)}
-    assert DGPO(DGPOConfig()).step_metrics(make_batch([True, True])) == {"wrong_fraction": 0.0}
+    assert metrics["anchor_kl"] == pytest.approx(expected, abs=1e-12)
+    assert metrics["wrong_fraction"] == pytest.approx(0.6)
+    no_penalty = {"penalty_mean": 0.0, "penalty_variance": 0.0}
+    assert DGPO(DGPOConfig()).step_metrics(make_batch([True, True])) == {"wrong_fraction": 0.0, **no_penalty}
     everyone = (batch.old_logprobs - batch.ref_logprobs)[batch.response_mask].mean().item()
-    assert PPO(PPOConfig()).step_metrics(batch) == {"anchor_kl": pytest.approx(everyone, abs=1e-12)}
+    assert PPO(PPOConfig()).step_metrics(batch)["anchor_kl"] == pytest.approx(everyone, abs=1e-12)
+
+
+def test_the_penalty_that_is_logged_is_what_the_rewards_lose():
+    for algorithm in (PPO(PPOConfig(kl_coef=0.3)), DGPO(DGPOConfig(kl_coef=0.3)), DGPO(DGPOConfig(kl_clip=0.1))):
+        batch = make_batch(MIXED)
+        paid = batch.rewards - algorithm.shape_rewards(batch).sum(1)
+        metrics = algorithm.step_metrics(batch)
+        assert metrics["penalty_mean"] == pytest.approx(paid.mean().item(), abs=1e-12)
+        assert metrics["penalty_variance"] == pytest.approx(paid.var(correction=0).item(), abs=1e-12)
+        assert metrics["penalty_variance"] > 0
+
+
+def test_a_clipped_penalty_costs_no_token_more_than_its_bound():
+    batch = make_batch(MIXED)
+    batch.teacher_kl = batch.old_logprobs - batch.teacher_logprobs
+    k1 = torch.where(batch.response_mask & ~batch.correct[:, None], batch.teacher_kl, 0.0)
+    for estimator, clipped in (("k1", k1.clamp(-0.5, 0.5)), ("exact", k1.clamp(max=0.5))):
+        algorithm = DGPO(DGPOConfig(kl_coef=1.0, kl_clip=0.5, kl_estimator=estimator))
+        torch.testing.assert_close(algorithm.shape_rewards(batch).sum(1), batch.rewards - clipped.sum(1), **NINE_DIGITS)
+
+
+def test_dgpo_with_the_reference_in_the_teachers_place_is_its_own_teacher():
+    mine, theirs = make_batch(MIXED), make_batch(MIXED)
+    theirs.teacher_logprobs = theirs.ref_logprobs
+    mine.teacher_logprobs = None
+    own = DGPO(DGPOConfig(anchor="reference", kl_coef=0.3))
+    assert own.needs == {"values", "entropy", "ref_logprobs"}
+    assert_same_credit(shaped(own, mine), shaped(DGPO(DGPOConfig(kl_coef=0.3)), theirs))
+
+
+def test_dgpo_without_its_teacher_and_its_selection_is_ppo():
+    left, right = make_batch(MIXED), make_batch(MIXED)
+    without = DGPO(DGPOConfig(anchor="reference", selective=False))
+    assert_same_credit(shaped(without, left), shaped(PPO(PPOConfig()), right))
+    assert without.needs == PPO(PPOConfig()).needs
 
 
 def test_exact_divergence_takes_the_place_of_the_estimate():

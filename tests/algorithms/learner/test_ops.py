@@ -322,6 +322,29 @@ def test_clipped_surrogate_by_hand():
     torch.testing.assert_close(logprobs.grad, t([-2.0, 0.0, -1.0, 3.0, 0.0, 3.3]), **TIGHT)
 
 
+def test_clipped_surrogate_with_another_upper_bound():
+    logprobs, old = t([1.5, 1.1, 0.5]).log(), torch.zeros(3, dtype=torch.float64)
+    loss = ops.clipped_surrogate(logprobs, old, t([2.0, 2.0, -2.0]), 0.2, 0.28)
+    torch.testing.assert_close(loss, t([-2.56, -2.2, 1.6]), **TIGHT)
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", [-2.0, 2.0, 0.5]), ("k2", [2.0, 2.0, 0.125])])
+def test_a_clipped_estimate_stays_within_its_bound(estimator, expected):
+    other = torch.zeros(3, dtype=torch.float64)
+    torch.testing.assert_close(ops.kl_estimate(t([-3.0, 3.0, 0.5]), other, estimator, 2.0), t(expected), **TIGHT)
+
+
+def test_explained_variance_by_hand():
+    returns, mask = t([1.0, 0.0, 1.0, 0.0, 77.0]), torch.tensor([True] * 4 + [False])
+    assert ops.explained_variance(returns, returns, mask) == 1
+    assert ops.explained_variance(returns + 5, returns, mask) == pytest.approx(1)
+    assert ops.explained_variance(t([0.5] * 5), returns, mask) == 0
+    # errors 0.5, 0.5, -0.5, 0.5: their variance is 0.25 - 0.25^2, that of the returns 0.25
+    assert ops.explained_variance(t([0.5, -0.5, 1.5, -0.5, 0.0]), returns, mask) == pytest.approx(1 - 0.1875 / 0.25)
+    assert ops.explained_variance(returns, t([1.0] * 5), mask) == 0
+    assert ops.explained_variance(returns, returns, torch.zeros(5, dtype=torch.bool)) == 0
+
+
 def test_clipped_surrogate_is_finite_however_far_apart():
     logprobs = t([0.0, -5000.0, 0.0, -INF], requires_grad=True)
     old = t([-5000.0, 0.0, -5000.0, -INF])

@@ -244,7 +244,7 @@ def test_help_says_what_it_is_how_to_use_it_and_what_there_is():
     assert lines[0] == "Train a search agent, measure it, and write everything into a run directory."
     assert any("python -m algorithms.run resume=outputs/dgpo/<time>" in line for line in lines)
     assert f"algo: {', '.join(ALGORITHMS.names())}" in lines
-    assert "  kl_coef: 0.02" in lines
+    assert "  kl_coef: 0.001" in lines
 
 
 def test_the_examples_in_the_help_compose():
