@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.terminal import printable
-from algorithms.assets import resolve_model
+from algorithms.assets import newest_checkpoint, resolve_model
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.run_guard import CONFIG_FILE
 from algorithms.sb3.learner import is_outside_learner
@@ -41,16 +41,17 @@ def main(config: DictConfig) -> None:
     """Entry point; Hydra composes the configuration."""
     with clear_errors():
         given: Any = OmegaConf.to_container(config, resolve=True)
-        found = find(given.pop("checkpoint"))
+        found = find(given.pop("checkpoint"), given["cache_dir"])
         evaluate(evaluate_config(given, found.model, found.settings), Path(HydraConfig.get().runtime.output_dir))
 
 
-def find(name: str | None) -> Found:
+def find(name: str | None, cache_dir: str = RunConfig.cache_dir) -> Found:
     """The model behind a name, and the run that it comes from.
 
     Args:
         name: A run directory, which stands for its newest complete checkpoint; a folder in Hugging Face format, be it
-            `checkpoints/<step>` of a run; a bundled name; or a hub id.
+            `checkpoints/<step>` of a run; a `.gguf` file; a bundled name; or a hub id.
+        cache_dir: Where folders of `.gguf` files are kept.
 
     Raises:
         ConfigurationError: The name is missing, or a folder or file that is none of these.
@@ -65,13 +66,8 @@ def find(name: str | None) -> Found:
                 f"The run {name} trained {algorithm}, which is no language model and is measured by its "
                 "own run; see summary.json there, or train again with other dataset=... or evaluation=... settings."
             )
-        from algorithms.training import checkpoint
-
-        newest = checkpoint.latest(path)
-        if newest is None:
-            raise ConfigurationError(f"The run {name} has no complete checkpoint yet, under {path / 'checkpoints'}.")
-        return Found(str(newest), settings)
-    if path.exists() and not (path / "config.json").is_file():
+        return Found(str(newest_checkpoint(path)), settings)
+    if path.exists() and path.suffix != ".gguf" and not (path / "config.json").is_file():
         listed = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "a file"
         raise ConfigurationError(
             f"checkpoint={name} is neither a run directory ({CONFIG_FILE} is missing) nor a Hugging Face model "
@@ -80,7 +76,7 @@ def find(name: str | None) -> Found:
         )
     run_dir = path.absolute().parent.parent
     of_run = path.exists() and path.absolute().parent.name == "checkpoints" and (run_dir / CONFIG_FILE).is_file()
-    return Found(resolve_model(name), _saved_settings(run_dir) if of_run else {})
+    return Found(resolve_model(name, cache_dir), _saved_settings(run_dir) if of_run else {})
 
 
 def _saved_settings(run_dir: Path) -> dict[str, Any]:
@@ -127,6 +123,7 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
             "probes_s": round(result.probes_s, 3),
         },
         "fingerprints": fingerprints(envs, result.num_questions),
+        "precision": networks.precision,
         "config": asdict(config),
         **provenance(networks.device),
     }

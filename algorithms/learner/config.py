@@ -199,7 +199,8 @@ class LearnerConfig:
 
     Attributes:
         precision: Of the computation, rollouts included: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a
-            GPU, float32 elsewhere. Weights and optimizer are float32.
+            GPU, and on a CPU with matrix units for it (AMX) where the model has at least ten million parameters;
+            float32 elsewhere. Weights and optimizer are float32.
         micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
         chunk_tokens: Model-written tokens that go through the LM head at once; a chunk of logits is this times the
             vocabulary times 4 bytes, and about four of them exist at the peak.

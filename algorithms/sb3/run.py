@@ -35,7 +35,7 @@ class OutsideRun:
 
     def __init__(self, learner: OutsideLearner, config: RunConfig, run_dir: Path) -> None:
         self.learner, self.config, self.run_dir = learner, config, run_dir
-        self.tokenizer = load_tokenizer(resolve_model(config.model.policy))
+        self.tokenizer = load_tokenizer(resolve_model(config.model.policy, config.cache_dir))
         self.environments = Environments(config, self.tokenizer)
         self.costs: dict[str, float] = {}
         self.words: dict[str, tuple[str, ...]] = {}

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.assets import resolve_model
 from algorithms.learner import seeding
 from algorithms.learner.algorithm import Algorithm, Progress
 from algorithms.learner.types import RolloutStats, Trajectory
@@ -121,7 +120,7 @@ class Sources:
         networks = self._networks
         settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
         settings["searched"] = of_retriever(envs.retriever)
-        teacher = resolve_model(str(config.model.teacher))
+        teacher = self._networks.place(str(config.model.teacher))
         key = of_playing(settings, teacher, networks.teacher_tokenizer, envs.dataset)
         folder = Path(config.cache_dir).expanduser() / "demonstrations"
         path, parts = folder / f"{key}.jsonl.gz", folder / f"{key}.parts"

@@ -19,6 +19,7 @@ from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets import resolve_model
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
 from algorithms.learner.networks import (
+    decided_precision,
     declared_vocab_size,
     freeze,
     load_model,
@@ -120,19 +121,25 @@ class Networks:
         tokenizer: The policy's.
         teacher_tokenizer: The teacher's, which may have another chat template; the policy's if there is no teacher.
         policy: The network being trained, float32.
+        precision: Of the computation, "float32" or "bfloat16".
         vocab_size: Ids that policy and teacher have in common.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = load_tokenizer(resolve_model(config.model.policy))
-        teacher = config.model.teacher
-        self.teacher_tokenizer = self.tokenizer if teacher is None else load_tokenizer(resolve_model(teacher))
-        self.policy = load_model(resolve_model(config.model.policy), device=self.device)
+        policy, teacher = config.model.policy, config.model.teacher
+        self.tokenizer = load_tokenizer(self.place(policy))
+        self.teacher_tokenizer = self.tokenizer if teacher is None else load_tokenizer(self.place(teacher))
+        self.policy = load_model(self.place(policy), device=self.device)
+        self.precision = decided_precision(config.learner.precision, self.policy)
         self.vocab_size = self._shared_vocab_size()
         self._teacher: PreTrainedModel | None = None
         self._teachers: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+    def place(self, name: str) -> str:
+        """Folder or hub id of a model, by a name as in the configuration."""
+        return resolve_model(name, self._config.cache_dir)
 
     def teacher(self) -> PreTrainedModel:
         """The frozen teacher, loaded if it is not in memory; bfloat16 on a GPU.
@@ -143,7 +150,7 @@ class Networks:
         if self._teacher is None:
             if self._config.model.teacher is None:
                 raise ConfigurationError("This algorithm needs a teacher, and model.teacher is null; name a model.")
-            path = resolve_model(self._config.model.teacher)
+            path = self.place(self._config.model.teacher)
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
             self._teacher = freeze(load_model(path, device=self.device, dtype=dtype))
             self._teachers.add(self._teacher)
@@ -153,7 +160,7 @@ class Networks:
         # The same whether or not this process ever loads the teacher: with demonstrations at hand it may not.
         if self._config.model.teacher is None:
             return logit_width(self.policy)
-        path = resolve_model(self._config.model.teacher)
+        path = self.place(self._config.model.teacher)
         widths = (logit_width(self.policy), declared_vocab_size(path))
         return shared_vocab_size(self.tokenizer, self.teacher_tokenizer, *widths)
 
@@ -194,7 +201,7 @@ class Networks:
             num_rows=envs.num_envs,
             action_ends=envs.metadata["action_ends"],
             vocab_size=self.vocab_size,
-            precision=self._config.learner.precision,
+            precision=self.precision,
         )
 
 

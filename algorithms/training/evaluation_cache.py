@@ -42,7 +42,7 @@ def place(
     settings |= {
         "rollout": vars(config.rollout),
         "scoring": {field.name: getattr(config.evaluation, field.name) for field in fields(ScoringConfig)},
-        "precision": config.learner.precision,
+        "precision": networks.precision,
         "vocab_size": networks.vocab_size,
         "device": networks.device.type,
         "is_teacher": is_teacher,

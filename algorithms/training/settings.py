@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import pkgutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -20,9 +21,11 @@ import algorithms
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes import DEFAULT_PROBES
 from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS, Registry, did_you_mean
+from algorithms.assets import ASSETS
 from algorithms.learner.algorithm import ALGORITHMS, check_settings
 from algorithms.learner.config import WITHOUT_EFFECT, LearnerConfig
 from algorithms.rollout.config import RolloutConfig
+from algorithms.training import presets
 
 
 @dataclass
@@ -30,12 +33,15 @@ class ModelConfig:
     """Which networks.
 
     Attributes:
-        policy: Start of the policy: a bundled name, a Hugging Face folder or a hub id.
+        policy: Start of the policy: a bundled name, a Hugging Face folder, a run directory (its newest checkpoint), a
+            `.gguf` file, or a hub id.
         teacher: Likewise; None where no teacher is to be had.
+        settings: Of a preset: what else suits the model, see `presets`. They are in the configuration already.
     """
 
     policy: str = "tiny-student"
     teacher: str | None = "tiny-teacher"
+    settings: dict[str, Any] = field(default_factory=dict, metadata=WITHOUT_EFFECT)
 
 
 #: Which passages an evaluation shows; all but the first are names of probes.
@@ -143,14 +149,16 @@ class RunConfig:
 class EvaluateConfig:
     """Settings of `algorithms.evaluate`.
 
-    `env`, `dataset`, `retriever`, `reward` and `rollout` are those of the run that the checkpoint comes from, else the
-    defaults of a run. A single setting changes one of them (`env.max_turns=2`), a name replaces all (`dataset=jsonl`).
+    `env`, `dataset`, `retriever`, `reward`, `rollout` and `learner` are those of the run that the checkpoint comes
+    from, else the defaults of a run, with the prompt `search_r1` unless the model is a bundled one. A single setting
+    changes one of them (`env.max_turns=2`), a name replaces all (`dataset=jsonl`).
 
     Attributes:
-        checkpoint: A run directory, a Hugging Face folder, a bundled name or a hub id.
+        checkpoint: A run directory, a Hugging Face folder, a `.gguf` file, a bundled name or a hub id.
         num_envs: Episodes played at once.
         max_retriever_error_fraction: Share of the episodes that a failed search may end; past it the evaluation stops.
         probes: ARC probes, by name or as a mapping with `name` and settings; empty for none.
+        cache_dir: Where the folder is kept that becomes of a `.gguf` file.
         threads: CPU threads; None leaves PyTorch's choice.
     """
 
@@ -160,10 +168,12 @@ class EvaluateConfig:
     retriever: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
     rollout: dict[str, Any] = field(default_factory=dict)
+    learner: dict[str, Any] = field(default_factory=dict)
     evaluation: ScoringConfig = field(default_factory=ScoringConfig)
     num_envs: int = 96
     max_retriever_error_fraction: float = 0.2
     probes: list[Any] = field(default_factory=lambda: list(DEFAULT_PROBES))
+    cache_dir: str = "~/.cache/agentic_rag_env"
     threads: int | None = None
 
 
@@ -183,12 +193,14 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
         ConfigurationError: A value can't work, is missing or unknown.
     """
     registries = {registry.group: registry for registry in (ENVS, DATASETS, RETRIEVERS, REWARDS)}
-    schemas: dict[str, Any] = {"rollout": RolloutConfig}
-    specs = {"rollout": {**of_run.get("rollout", {}), **given["rollout"]}}
+    schemas: dict[str, Any] = {"rollout": RolloutConfig, "learner": LearnerConfig}
+    specs = {section: {**of_run.get(section, {}), **given[section]} for section in schemas}
     for group, default in _DEFAULT_PARTS.items():
         chosen = given[group]
         specs[group] = chosen if "name" in chosen else {**of_run.get(group, {"name": default}), **chosen}
         schemas[group] = named_config(registries[group], specs[group]["name"])
+    if not of_run and Path(model).parent != ASSETS and specs["env"]["name"] == _DEFAULT_PARTS["env"]:
+        specs["env"] = {"prompt": "search_r1", **specs["env"]}  # nobody else knows the protocol unasked
     try:
         typed = OmegaConf.merge({group: OmegaConf.structured(schema) for group, schema in schemas.items()}, specs)
         parts = _plain(typed)
@@ -198,8 +210,10 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
         algo=None,
         model=ModelConfig(policy=model, teacher=None),
         rollout=RolloutConfig(**parts.pop("rollout")),
+        learner=LearnerConfig(**parts.pop("learner")),
         evaluation=EvaluationConfig(**given["evaluation"]),
         **{name: given[name] for name in ("num_envs", "max_retriever_error_fraction", "probes", "threads")},
+        cache_dir=given["cache_dir"],
         **parts,
     )
 
@@ -273,10 +287,12 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store("run_schema", RunConfig)
     evaluate_schema = OmegaConf.structured(EvaluateConfig)
-    for group in ("rollout", *_DEFAULT_PARTS):
+    for group in ("rollout", "learner", *_DEFAULT_PARTS):
         OmegaConf.set_struct(evaluate_schema[group], False)  # single settings of what the checkpoint brings
     store.store("evaluate_schema", evaluate_schema)
     store.store("model", ModelConfig, group="schema/model")
+    for name, settings in presets.options().items():
+        store.store(name, settings, group="schema/preset", package="_global_")
     registries: tuple[Registry, ...] = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
     for registry in registries:
         for name in registry.names():

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.terminal import printable
-from algorithms.assets import resolve_model
 from algorithms.learner.config import PolicyGradientConfig
 from algorithms.learner.networks import load_model
 from algorithms.learner.types import Trajectory
@@ -192,12 +191,12 @@ class _Model(NamedTuple):
 def _models(trainer: Trainer) -> list[_Model]:
     """The raw policy, the policy after each stage that had any step, and the teacher."""
     networks, config = trainer.networks, trainer.config
-    paths = [("raw", resolve_model(config.model.policy))]
+    paths = [("raw", networks.place(config.model.policy))]
     trained = [stage for stage in _stages(trainer) if stage["steps"]]
     paths += [(stage["name"], str(trainer.run_dir / stage["checkpoint"])) for stage in trained]
     models = [_Model(name, path, partial(load_model, path, device=networks.device)) for name, path in paths]
     if config.model.teacher is not None:
-        models.append(_Model("teacher", resolve_model(config.model.teacher), networks.teacher))
+        models.append(_Model("teacher", networks.place(config.model.teacher), networks.teacher))
     return models
 
 
@@ -256,6 +255,7 @@ def _summary(trainer: Trainer, evaluated: Sequence[Evaluated]) -> dict[str, Any]
         gain=_gains(evaluated, config.evaluation.seed),
         demonstrations={name: found.counts() for name, found in demonstrations.items()},
         kl_estimator=trained_by.kl_estimator if isinstance(trained_by, PolicyGradientConfig) else None,
+        precision=trainer.networks.precision,
     )
 
 

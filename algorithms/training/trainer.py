@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.assets import resolve_model
 from algorithms.learner import seeding
 from algorithms.learner.algorithm import Algorithm, DemonstrationConfig, Progress, Role
 from algorithms.learner.collate import collate
@@ -25,6 +25,7 @@ from algorithms.training.batches import Sources, choose_source
 from algorithms.training.build import Environments, Networks, build_stages
 from algorithms.training.costs import cost_metrics, spend, timed
 from algorithms.training.episode_figures import trajectory_metrics
+from algorithms.training.presets import toy_settings
 from algorithms.training.run_logger import RunLogger
 from algorithms.training.settings import RunConfig
 from algorithms.training.trajectory_samples import is_due, token_figures, write_check, write_sample
@@ -112,6 +113,8 @@ class Trainer:
         for split in ("train", "dev", "test"):
             self.environments.dataset(split)
         self.networks.player(self.networks.policy, self.environments.envs("train"))
+        if warning := toy_settings(self.config, self.stages, self.networks.policy.num_parameters()):
+            warnings.warn(warning, stacklevel=2)
         cache_dir = Path(self.config.cache_dir).expanduser()
         cache_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(cache_dir, os.W_OK):
@@ -145,6 +148,7 @@ class Trainer:
         with RunLogger(self.run_dir, total, start_step=self.position.step) as logger:
             stages = ", then ".join(f"{stage.name} ({self.num_steps(stage)} steps)" for stage in self.stages)
             logger.message(f"training: {stages}; written to {self.run_dir}")
+            logger.message(f"computing in {self.networks.precision} on {self.networks.device}")
             if self._resume_from is not None:
                 logger.message(f"resuming after step {self.position.step} of {total}")
             while self.position.stage < len(self.stages):
@@ -196,7 +200,7 @@ class Trainer:
             critic=Critic(policy, shared=self.config.learner.critic == "shared") if Role.CRITIC in roles else None,
             reference=self._policy_at_stage_start() if Role.REFERENCE in roles else None,
             teacher=self.networks.teacher() if Role.TEACHER in roles else None,
-            config=self.config.learner,
+            config=replace(self.config.learner, precision=self.networks.precision),
             total_steps=total_steps,
             vocab_size=self.networks.vocab_size,
             temperature=self.config.rollout.temperature,
@@ -204,7 +208,7 @@ class Trainer:
 
     def _policy_at_stage_start(self) -> PreTrainedModel:
         start = self.position.stage_starts[-1]
-        path = str(self.checkpoint_path(start)) if start else resolve_model(self.config.model.policy)
+        path = str(self.checkpoint_path(start)) if start else self.networks.place(self.config.model.policy)
         return freeze(load_model(path, device=self.networks.device))
 
     def _draw(self, algorithm: Algorithm, source: str) -> tuple[list[Trajectory], dict[str, float]]:

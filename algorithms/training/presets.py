@@ -1,0 +1,104 @@
+"""Model presets: `conf/model/<name>.yaml` also says what other settings suit the model, and `config.yaml` takes them.
+
+What a preset says under `settings` is put between the defaults and everything that a person writes: experiments and
+the command line still win. Most keys are those of a run (`rollout`, `learner`, `evaluation`, ...). Four of them depend
+on what else was chosen:
+
+| key | goes to |
+| --- | --- |
+| `env` | the environment, if it has all these settings |
+| `imitation` | every algorithm of the run that trains on demonstrations, as far as it has the setting |
+| `policy_gradient` | every policy-gradient method of the run, likewise |
+| `critic` | `critic_optimizer` of those with a critic |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agentic_rag_env.registry import ENVS
+from algorithms.learner.algorithm import ALGORITHMS
+from algorithms.learner.config import AlgorithmConfig, CriticConfig, DemonstrationConfig, PolicyGradientConfig
+
+#: The presets that come with the project.
+FOLDER = Path(__file__).parents[2] / "conf" / "model"
+#: Networks larger than this are no toys.
+TOY_PARAMETERS = 10_000_000
+#: Learning rates from here on are for toys.
+_TOY_LEARNING_RATE = 1e-3
+_TOY_NEW_TOKENS = 48
+_BY_CHOICE = ("env", "imitation", "policy_gradient", "critic")
+
+
+def options() -> dict[str, dict[str, Any]]:
+    """What is put into a configuration, by `<model>-<algorithm>-<environment>` as they may be chosen together."""
+    found = {}
+    for file in sorted(FOLDER.glob("*.yaml")):
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")).get("settings", {})
+        for algorithm in ALGORITHMS.names() if settings else ():
+            for env in ENVS.names():
+                found[f"{file.stem}-{algorithm}-{env}"] = _chosen(settings, algorithm, env)
+    return found
+
+
+def _chosen(settings: Mapping[str, Any], algorithm: str, env: str) -> dict[str, Any]:
+    chosen = {key: value for key, value in settings.items() if key not in _BY_CHOICE}
+    if of_algorithm := _of_algorithm(settings, algorithm):
+        chosen["algo"] = of_algorithm
+    of_env = settings.get("env", {})
+    if of_env.keys() <= _names(ENVS.get(env).config):
+        chosen["env"] = dict(of_env)
+    return chosen
+
+
+def _of_algorithm(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings of an algorithm and of those that it starts from unless another start is chosen."""
+    config = ALGORITHMS.get(name).config
+    kinds = {DemonstrationConfig: "imitation", PolicyGradientConfig: "policy_gradient"}
+    chosen: dict[str, Any] = {}
+    for kind, key in kinds.items():
+        if config is not None and issubclass(config, kind):
+            chosen |= {name: value for name, value in settings.get(key, {}).items() if name in _names(config)}
+    if config is not None and issubclass(config, CriticConfig) and "critic" in settings:
+        chosen["critic_optimizer"] = settings["critic"]
+    if config is not None and issubclass(config, AlgorithmConfig) and (start := config().warm_start):
+        chosen["warm_start"] = _of_algorithm(settings, start["name"])
+    return chosen
+
+
+def _names(config: type | None) -> set[str]:
+    return {setting.name for setting in dataclasses.fields(config)} if config else set()
+
+
+def toy_settings(config: Any, stages: Sequence[Any], num_parameters: int) -> str | None:
+    """A warning if a real model meets settings that were made for the bundled toy; else None.
+
+    Args:
+        config: The run's, a `RunConfig`.
+        stages: Its algorithms, with names and settings.
+        num_parameters: Of the policy.
+    """
+    if num_parameters <= TOY_PARAMETERS:
+        return None
+    met = [
+        f"learning rate {stage.config.optimizer.learning_rate:g} of {stage.name}"
+        for stage in stages
+        if stage.config.optimizer.learning_rate >= _TOY_LEARNING_RATE
+    ]
+    if config.env.get("prompt") == "bare":
+        met.append("env.prompt=bare, which tells the model nothing of the protocol")
+    if config.rollout.max_new_tokens <= _TOY_NEW_TOKENS:
+        met.append(f"rollout.max_new_tokens={config.rollout.max_new_tokens}")
+    if not met:
+        return None
+    presets = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "tiny"))
+    return (
+        f"The policy has {num_parameters / 1e6:.0f}M parameters and meets settings that were made for a network of "
+        f"0.2M: {'; '.join(met)}. Take the model's preset ({presets}), with model.policy=... for weights elsewhere: "
+        "model=smollm2_135m model.policy=<folder>."
+    )
