@@ -177,6 +177,46 @@ class EvaluateConfig:
     threads: int | None = None
 
 
+@dataclass
+class AskConfig:
+    """Settings of `algorithms.ask`.
+
+    `env`, `dataset`, `retriever`, `rollout` and `learner` are as in `EvaluateConfig`, except that the model decodes
+    greedily, and that the precision "auto" is float32 on a CPU, where it writes a single episode faster.
+
+    Attributes:
+        checkpoint: A run directory, a Hugging Face folder, a `.gguf` file, a bundled name or a hub id.
+        question: In plain words; None: questions are typed one after the other.
+        cache_dir: Where the folder is kept that becomes of a `.gguf` file.
+        threads: CPU threads; None leaves PyTorch's choice.
+    """
+
+    checkpoint: str = MISSING
+    question: str | None = None
+    env: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    retriever: dict[str, Any] = field(default_factory=dict)
+    rollout: dict[str, Any] = field(default_factory=dict)
+    learner: dict[str, Any] = field(default_factory=dict)
+    cache_dir: str = "~/.cache/agentic_rag_env"
+    threads: int | None = None
+
+
+def ask_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> RunConfig:
+    """The settings of a conversation, in the form of a run's; see `evaluate_config`.
+
+    Args:
+        given: From the command line, shaped like `AskConfig`, without checkpoint and question.
+        model: Folder or hub id of the model.
+        of_run: Settings of the run that it comes from; empty if there is none.
+    """
+    evaluation = OmegaConf.to_container(OmegaConf.structured(EvaluateConfig))
+    assert isinstance(evaluation, dict)
+    settings: Any = {**evaluation, **given, "num_envs": 1, "probes": []}
+    settings["rollout"] = {"temperature": 0.0, **given["rollout"]}
+    return evaluate_config(settings, model, of_run)
+
+
 #: The parts of a run where nothing else is said, as in conf/config.yaml.
 _DEFAULT_PARTS = {"env": "agentic_rag", "dataset": "tiny", "retriever": "bm25", "reward": "exact_match"}
 
@@ -290,6 +330,10 @@ def register_schemas() -> None:
     for group in ("rollout", "learner", *_DEFAULT_PARTS):
         OmegaConf.set_struct(evaluate_schema[group], False)  # single settings of what the checkpoint brings
     store.store("evaluate_schema", evaluate_schema)
+    ask_schema = OmegaConf.structured(AskConfig)
+    for group in ("env", "dataset", "retriever", "rollout", "learner"):
+        OmegaConf.set_struct(ask_schema[group], False)
+    store.store("ask_schema", ask_schema)
     store.store("model", ModelConfig, group="schema/model")
     for name, settings in presets.options().items():
         store.store(name, settings, group="schema/preset", package="_global_")
