@@ -28,7 +28,9 @@ class Turn:
     """One action of the model and the reply of the environment.
 
     Attributes:
-        action_ids: [n] int64, exactly as sampled, the end-of-text token included if it was sampled.
+        action_ids: [n] int64, exactly as sampled. An end-of-text token is left out where the episode goes on, as in
+            Search-R1, for what follows was written without it in sight; the last action of an episode keeps it. So
+            an action of that token alone is empty where the episode goes on.
         action_logprobs: [n] float32, nats, under the full distribution at the sampling temperature.
         observation_ids: [m] int64, the environment's reply, tokenized once; empty at the end of an episode.
         info: The environment's report of this step.

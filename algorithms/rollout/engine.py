@@ -33,12 +33,14 @@ class Action:
         ids: [n] int64, exactly as sampled.
         logprobs: [n] float32, nats, of the whole distribution at the engine's temperature.
         text: The action as an environment reads it, without the end-of-text token.
+        ends_text: The last id is an end-of-text token, which is left out of the row if it goes on.
     """
 
     row: int
     ids: np.ndarray
     logprobs: np.ndarray
     text: str
+    ends_text: bool
 
 
 class Engine(Protocol):
@@ -76,7 +78,11 @@ class Engine(Protocol):
         ...
 
     def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
-        """Continue a row whose action has ended; arguments as in `open`, behind the tokens that the row has."""
+        """Continue a row whose action has ended; arguments as in `open`, behind the tokens that the row has.
+
+        An end-of-text token that ended the action is left out first, as in Search-R1: an observation goes on where the
+        model's words end, inside the same message.
+        """
         ...
 
     def write(self) -> list[Action]:
@@ -165,8 +171,9 @@ class CachedEngine:
 
     def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
         """See `Engine`."""
-        # The last token of an action has been sampled, but not yet read.
-        self._wait(row, np.concatenate((self._ids[row, self._counts[row] - 1 : self._counts[row]], ids)), uniforms)
+        # The last token of an action has been sampled, but not yet read; one that ends the text never is.
+        last = self._ids[row, self._counts[row] - 1 : self._counts[row]]
+        self._wait(row, np.concatenate((last[~self.action_end.is_eos[last]], ids)), uniforms)
 
     def _wait(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None) -> None:
         assert uniforms is not None or self.config.temperature == 0
@@ -198,7 +205,8 @@ class CachedEngine:
 
     def _action(self, row: int) -> Action:
         ids = self._ids[row, : self._counts[row]].copy()
-        return Action(row, ids, self._logprobs[row, : self._counts[row]].copy(), self.action_end.text(ids))
+        logprobs = self._logprobs[row, : self._counts[row]].copy()
+        return Action(row, ids, logprobs, self.action_end.text(ids), bool(self.action_end.is_eos[ids[-1]]))
 
     def _decode(self) -> None:
         """Draw one more token in every running row."""

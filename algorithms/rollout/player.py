@@ -216,7 +216,8 @@ class _Rollout:
         for action, observation in zip(actions, observations, strict=True):
             env = action.row
             episode = self.episodes[env]
-            episode.num_tokens += len(action.ids)
+            # An end-of-text token is no part of an episode that goes on.
+            episode.num_tokens += len(action.ids) - action.ends_text
             terminated, truncated = bool(terminations[env]), bool(truncations[env])
             reward, info = float(rewards[env]), info_at(infos, env)
             # The observation, and at least one token of the next action.
@@ -226,7 +227,7 @@ class _Rollout:
                 cut = self.envs.cut_off(env)
                 reward, info = reward + cut.reward, cut.info
             ended = terminated or truncated
-            self._record_turn(episode, action, observation[:0] if ended else observation, info)
+            self._record_turn(episode, action, None if ended else observation, info)
             episode.reward += reward
             if ended:
                 self._finish(env, info, terminated)
@@ -236,8 +237,14 @@ class _Rollout:
         if self.progress and any(action.row not in self.episodes for action in actions):
             self.progress(self.num_finished, len(self.questions))
 
-    def _record_turn(self, episode: _Episode, action: Action, observation_ids: np.ndarray, info: StepInfo) -> None:
-        episode.turns.append(Turn(action.ids, action.logprobs, observation_ids, info))
+    def _record_turn(self, episode: _Episode, action: Action, observation: np.ndarray | None, info: StepInfo) -> None:
+        """Keep what the row holds: every token of it was written behind exactly those before it; None: it ended."""
+        if observation is None:
+            turn = Turn(action.ids, action.logprobs, action.ids[:0], info)
+        else:
+            num_kept = len(action.ids) - action.ends_text
+            turn = Turn(action.ids[:num_kept], action.logprobs[:num_kept], observation, info)
+        episode.turns.append(turn)
         self.stats.sampled_tokens += len(action.ids)
         if info["error"] is not None:
             self.stats.retriever_errors += 1

@@ -28,6 +28,8 @@ class NaiveEngine:
 
     def append(self, row, ids, uniforms=None):
         assert row not in self.pending
+        if self.histories[row][-1] == self.tokenizer.eos_token_id:
+            self.histories[row].pop()
         self.histories[row] += ids.tolist()
         self.pending[row] = uniforms
 
@@ -59,7 +61,8 @@ class NaiveEngine:
         history += written
         told = written[:-1] if written[-1] == self.tokenizer.eos_token_id else written
         logprobs = np.array(draw.logprobs, dtype=np.float32)
-        return Action(row, np.array(written), logprobs, self.tokenizer.decode(told, clean_up_tokenization_spaces=False))
+        text = self.tokenizer.decode(told, clean_up_tokenization_spaces=False)
+        return Action(row, np.array(written), logprobs, text, len(told) < len(written))
 
 
 class _Draw(LogitsProcessor):

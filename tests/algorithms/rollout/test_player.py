@@ -111,10 +111,15 @@ def play_naively(player: Player, questions, seed) -> list[Trajectory]:
             total += float(reward)
             observation = encode_plain(tokenizer, [text])[0]
             ended = terminated or truncated
-            if not ended and len(ids) + len(observation) >= config.max_tokens:
+            told = len(action) - (token == eos)
+            if not ended and len(ids) - len(action) + told + len(observation) >= config.max_tokens:
                 ended, info = True, info | {"ending": Ending.OUT_OF_TOKENS}
             kept = observation[:0] if ended else observation
-            turns.append(Turn(np.array(action), np.array(logprobs, dtype=np.float32), kept, info))
+            if not ended and token == eos:  # Search-R1 goes on without it
+                ids.pop()
+                action, logprobs = action[:-1], logprobs[:-1]
+            written = np.array(action, dtype=np.int64)
+            turns.append(Turn(written, np.array(logprobs, dtype=np.float32), kept, info))
             ids += kept.tolist()
             if ended:
                 break
@@ -185,16 +190,17 @@ def replay(env: AgenticRAGEnv, question: int, trajectory: Trajectory, player: Pl
     reward, length = 0.0, len(trajectory.prompt_ids)
     for position, turn in enumerate(trajectory.turns):
         action = turn.action_ids.tolist()
+        last = position == len(trajectory.turns) - 1
         limit = min(config.max_new_tokens, config.max_tokens - length)
-        assert 1 <= len(action) <= limit
+        assert last <= len(action) <= limit
         length += len(action) + len(turn.observation_ids)
-        assert eos not in action[:-1]
+        assert eos not in (action[:-1] if last else action)
         assert not any(tag in tokenizer.decode(action[:-1]) for tag in CLOSING)
-        text = tokenizer.decode(action[:-1] if action[-1] == eos else action)
-        assert action[-1] == eos or any(tag in text for tag in CLOSING) or len(action) == limit
+        text = tokenizer.decode(action[:-1] if action[-1:] == [eos] else action)
+        if last:
+            assert action[-1] == eos or any(tag in text for tag in CLOSING) or len(action) == limit
         observation, step_reward, terminated, truncated, info = env.step(text)
         reward += float(step_reward)
-        last = position == len(trajectory.turns) - 1
         no_room = last and not terminated and not truncated
         assert turn.info == info | ({"ending": Ending.OUT_OF_TOKENS} if no_room else {})
         assert (terminated or truncated) <= last
@@ -322,13 +328,27 @@ def test_keys_and_values_take_little_more_room_than_they_need():
                 assert stop <= capacity < max(stop + 512, 2 * stop + 64)
 
 
-def test_end_of_text_is_kept_in_the_ids_and_out_of_the_text():
+def test_end_of_text_is_out_of_the_text_and_of_an_episode_that_goes_on():
     player = make_toy_player(model=make_policy("whole", eos_bias=50.0), num_envs=2)
     (trajectory,), _ = player.rollout([0], seed=(0,))
     eos = player.engine.tokenizer.eos_token_id
-    assert [turn.action_ids.tolist() for turn in trajectory.turns] == [[eos]] * 3
+    assert [turn.action_ids.tolist() for turn in trajectory.turns] == [[], [], [eos]]
+    assert [len(turn.action_logprobs) for turn in trajectory.turns] == [0, 0, 1]
     assert {turn.info["action"] for turn in trajectory.turns} == {"malformed"}
     assert (trajectory.terminated, trajectory.truncated, trajectory.reward) == (False, True, 0.0)
+
+
+def test_what_follows_a_malformed_turn_is_written_without_its_end_of_text():
+    """The log-probability of every recorded token is that of one pass over the tokens recorded before it."""
+    model = make_policy("whole", seed=1, eos_bias=4.0)
+    trajectories, stats = make_toy_player(model=model).rollout(list(range(8)) * 2, seed=(0,))
+    eos = make_tokenizer("whole").eos_token_id
+    recorded = sum(trajectory.num_action_tokens for trajectory in trajectories)
+    assert stats.sampled_tokens > recorded, "some end-of-text tokens were left out"
+    assert not any(eos in turn.action_ids for trajectory in trajectories for turn in trajectory.turns[:-1])
+    partly = [t for t in trajectories if any(len(turn.action_ids) for turn in t.turns[:-1])]
+    assert partly
+    torch.testing.assert_close(sampled_logprobs(trajectories), plain_logprobs(model, trajectories), atol=1e-4, rtol=0)
 
 
 def test_every_end_of_text_id_of_the_generation_settings_ends_an_action():
@@ -339,7 +359,7 @@ def test_every_end_of_text_id_of_the_generation_settings_ends_an_action():
     with torch.no_grad():
         model.get_output_embeddings().bias[also_eos] = 50.0
     (trajectory,), _ = make_toy_player(model=model).rollout([0], seed=(0,))
-    assert {tuple(turn.action_ids) for turn in trajectory.turns} == {(also_eos,)}
+    assert [turn.action_ids.tolist() for turn in trajectory.turns] == [[], [], [also_eos]]
 
 
 def test_special_tokens_are_not_read_out_of_passages_but_tags_stay_whole():
@@ -421,12 +441,12 @@ def test_the_reward_sees_an_episode_that_is_cut_off():
 
 
 def test_room_is_counted_to_the_token():
-    """Actions are one end-of-text token each; then either nothing fits behind the hint, or exactly one token does."""
+    """Actions are an end-of-text token alone; then either nothing fits behind the hint, or exactly one token does."""
     model, tokenizer = make_policy("whole", eos_bias=50.0), make_tokenizer("whole")
     (full,), _ = make_toy_player(model=model, max_tokens=512, env_settings={"max_turns": 2}).rollout([0], seed=(0,))
     hint = full.turns[0].observation_ids
     assert tokenizer.decode(hint).startswith("\nMy previous action is invalid.")
-    used = len(full.prompt_ids) + 1 + len(hint)
+    used = len(full.prompt_ids) + len(hint)
     (tight,), _ = make_toy_player(model=model, max_tokens=used).rollout([0], seed=(0,))
     assert [len(turn.observation_ids) for turn in tight.turns] == [0]
     (roomy,), _ = make_toy_player(model=model, max_tokens=used + 1).rollout([0], seed=(0,))
