@@ -209,6 +209,7 @@ def test_the_environment_imports_light():
         "import algorithms.training.settings as settings; settings.register_schemas()",
         "import algorithms.run",
         "import algorithms.evaluate",
+        "import algorithms.ask",
         "import algorithms.compare",
         "import algorithms.show",
     ],

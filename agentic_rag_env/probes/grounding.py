@@ -131,7 +131,7 @@ class Shuffled:
         questions, seed = list(material.questions[: self.config.num_questions]), material.seed
         episodes = _play(material, questions, Misplaced(_retriever(material), questions, seed))
         prompts = [Prompt(render_prompt(material.prompt, question.text), "", DIRECTLY) for question in questions]
-        answers = [parse_action(cut(DIRECTLY + text)) for text in generated(material.generate, prompts)]
+        answers = [parse_action(cut(DIRECTLY + (text or ""))) for text in generated(material.generate, prompts)]
         closed = [
             isinstance(action, Answer) and exact_match(action.text, question.golden_answers) == 1
             for action, question in zip(answers, questions, strict=True)

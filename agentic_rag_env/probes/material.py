@@ -22,8 +22,8 @@ from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.types import Found, Passage, Question, StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
 
-#: Continues each prompt, greedily if it can be chosen; the prompt itself is not repeated.
-Generate: TypeAlias = Callable[[Sequence[str]], list[str]]
+#: Continues each prompt, greedily if it can be chosen; the prompt itself is not repeated. None: it is too long to read.
+Generate: TypeAlias = Callable[[Sequence[str]], Sequence[str | None]]
 
 #: The infos of an episode's steps, in their order.
 EpisodeInfos: TypeAlias = Sequence[StepInfo]
@@ -132,7 +132,7 @@ class Material:
         return [[*passages, *self.distractors(number, self.top_k - len(passages))] for number, passages in gold]
 
     @cached_property
-    def direct_answers(self) -> list[str]:
+    def direct_answers(self) -> list[str | None]:
         """What the model says to the readable questions when it is given the evidence and no room for a thought."""
         return self.read(self.evidence, self.readable, DIRECTLY)
 
@@ -162,7 +162,7 @@ class Material:
         """The gold passages of all questions."""
         return list({_identity(passage): passage for gold in self.gold for passage in gold.passages}.values())
 
-    def read(self, passages: Sequence[Sequence[Passage]], numbers: Sequence[int], opening: str) -> list[str]:
+    def read(self, passages: Sequence[Sequence[Passage]], numbers: Sequence[int], opening: str) -> list[str | None]:
         """Let the model go on after passages.
 
         Args:
@@ -171,7 +171,8 @@ class Material:
             opening: How its words begin.
 
         Returns:
-            For each question what it wrote, the opening in front, cut at the earliest closing tag.
+            For each question what it wrote, the opening in front, cut at the earliest closing tag; None where the
+            prompt was too long for it.
 
         Raises:
             ConfigurationError: There is no `generate`, or it doesn't return a text for each prompt.
@@ -184,7 +185,8 @@ class Material:
             )
             for number, shown in zip(numbers, passages, strict=True)
         ]
-        return [cut(opening + text) for text in generated(self.generate, prompts)]
+        texts = generated(self.generate, prompts)
+        return [None if text is None else cut(opening + text) for text in texts]
 
     def draw(self, *key: int) -> np.random.Generator:
         """A generator that depends on the seed and on what is drawn, and on nothing else."""
@@ -276,7 +278,9 @@ def _play_together(generate: Generate | None, envs: AgenticRAGVectorEnv, numbers
     episodes: list[list[StepInfo]] = [[] for _ in numbers]
     running = list(range(len(numbers)))
     while running:
-        texts = generated(generate, [Prompt(messages[row], transcripts[row]) for row in running])
+        texts = [
+            text or "" for text in generated(generate, [Prompt(messages[row], transcripts[row]) for row in running])
+        ]
         actions: list[str | None] = [None] * envs.num_envs
         for row, text in zip(running, texts, strict=True):
             actions[row] = text
@@ -288,8 +292,8 @@ def _play_together(generate: Generate | None, envs: AgenticRAGVectorEnv, numbers
     return episodes
 
 
-def generated(generate: Generate | None, prompts: Sequence[str]) -> list[str]:
-    """What a model writes behind each prompt.
+def generated(generate: Generate | None, prompts: Sequence[str]) -> list[str | None]:
+    """What a model writes behind each prompt; None behind one that is too long for it.
 
     Raises:
         ConfigurationError: There is no `generate`, or it doesn't return a text for each prompt.

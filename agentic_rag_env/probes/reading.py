@@ -54,7 +54,8 @@ class SourceReferencing:
     | figure | formula |
     | --- | --- |
     | `exact_match`, `f1` | mean_i EM_i, mean_i F1_i |
-    | `format_failures` | share of i without `</answer>` |
+    | `format_failures` | share of i without `</answer>`, apart from those too long |
+    | `too_long` | share of i whose prompt is too long for the model, which scores 0; left out if there is none |
     | `without_gold` | share of all questions that are left out for lack of gold passages |
 
     Robustness, over the first `num_questions` of them, as far as k + 1 distractors are found for them: the best matches
@@ -70,8 +71,9 @@ class SourceReferencing:
     | `absent_answered` | given k + 1 distractors only, words free: share of i that answer, abstentions apart |
     | `absent_invented` | share of i that answer with what none of the passages holds |
     | `absent_searched`, `absent_abstained`, `absent_malformed` | share of i that search, decline, do neither |
+    | `absent_too_long` | share of i whose prompt is too long for the model; left out if there is none |
 
-    The four shares answered, searched, abstained and malformed sum to 1.
+    The shares answered, searched, abstained, malformed and too long sum to 1.
 
     Args:
         config: How many distractors, for how many questions.
@@ -89,7 +91,9 @@ class SourceReferencing:
         matches = _exact_matches(material, material.readable, texts)
         figures["exact_match"] = share(matches, "high", seed=seed)
         figures["f1"] = share(_f1_scores(material, material.readable, texts), "high", seed=seed)
-        figures["format_failures"] = share([_answer(text) is None for text in texts], "low", seed=seed)
+        failed = [text is not None and _answer(text) is None for text in texts]
+        figures["format_failures"] = share(failed, "low", seed=seed)
+        figures |= _too_long(texts, seed)
         distractors = self._distractors(material)
         if distractors:
             figures |= self._among_distractors(material, distractors)
@@ -140,7 +144,8 @@ def thinking(material: Material) -> Figures:
     | --- | --- |
     | `exact_match`, `f1` | mean_i EM_i, mean_i F1_i |
     | `gain` | mean_i (EM_i - EM_i of source referencing), paired; above 0: thinking helps |
-    | `format_failures` | share of i without `</think>`, or with neither an answer nor a search after it |
+    | `format_failures` | share of i without `</think>`, or with neither an answer nor a search after it; not too long |
+    | `too_long` | share of i whose prompt is too long for the model, which scores 0; left out if there is none |
     | `searched` | share of i that close the thought and then search, though all evidence is there |
     | `exact_match_well_formed` | mean EM over the i that think and answer; left out if there is none |
     | `without_gold` | share of all questions that are left out for lack of gold passages |
@@ -154,15 +159,17 @@ def thinking(material: Material) -> Figures:
         return figures
     written = material.read(material.evidence, numbers, THINK_OPEN)
     # Of a thought that is never closed nothing is left, which is no action.
-    texts = [text.partition(THINK_CLOSE)[2] for text in written]
+    texts = [text and text.partition(THINK_CLOSE)[2] for text in written]
     matches = np.array(_exact_matches(material, numbers, texts))
     direct = _exact_matches(material, numbers, material.direct_answers)
     answered = np.array([_answer(text) is not None for text in texts])
-    searched = np.array([isinstance(parse_action(text), Search) for text in texts])
+    searched = np.array([isinstance(parse_action(text or ""), Search) for text in texts])
+    read = np.array([text is not None for text in texts])
     figures["exact_match"] = share(matches, "high", seed=seed)
     figures["f1"] = share(_f1_scores(material, numbers, texts), "high", seed=seed)
     figures["gain"] = figure(matches - direct, "high", seed=seed)
-    figures["format_failures"] = share(~answered & ~searched, "low", seed=seed)
+    figures["format_failures"] = share(read & ~answered & ~searched, "low", seed=seed)
+    figures |= _too_long(texts, seed)
     figures["searched"] = share(searched, seed=seed)
     if answered.any():
         figures["exact_match_well_formed"] = share(matches[answered], "high", seed=seed)
@@ -171,7 +178,8 @@ def thinking(material: Material) -> Figures:
 
 def _without_evidence(material: Material, distractors: dict[int, list[Passage]]) -> Figures:
     """What the model does when only distractors are there."""
-    actions = [parse_action(text) for text in material.read(list(distractors.values()), list(distractors), "")]
+    texts = material.read(list(distractors.values()), list(distractors), "")
+    actions = [None if text is None else parse_action(text) for text in texts]
     answers = [normalize_answer(action.text) if isinstance(action, Answer) else None for action in actions]
     abstained = [answer is not None and answer in ABSTENTIONS for answer in answers]
     answered = [answer is not None and answer not in ABSTENTIONS for answer in answers]
@@ -180,34 +188,41 @@ def _without_evidence(material: Material, distractors: dict[int, list[Passage]])
         for says, answer, shown in zip(answered, answers, distractors.values(), strict=True)
     ]
     searched = [isinstance(action, Search) for action in actions]
-    malformed = [not isinstance(action, (Answer, Search)) for action in actions]
+    malformed = [action is not None and not isinstance(action, (Answer, Search)) for action in actions]
     found: dict[str, tuple[Sequence[bool], Best]] = {
-        "answered": (answered, None),
+        "answered": (answered, "low"),
         "invented": (invented, "low"),
         "searched": (searched, None),
         "abstained": (abstained, None),
         "malformed": (malformed, "low"),
     }
-    return {f"absent_{name}": share(values, best, seed=material.seed) for name, (values, best) in found.items()}
+    figures = {name: share(values, best, seed=material.seed) for name, (values, best) in found.items()}
+    return {f"absent_{name}": figure for name, figure in (figures | _too_long(texts, material.seed)).items()}
+
+
+def _too_long(texts: Sequence[str | None], seed: int) -> Figures:
+    """The share of prompts that the model had no room for, if there is any; no failure of the model."""
+    unread = [text is None for text in texts]
+    return {"too_long": share(unread, seed=seed)} if any(unread) else {}
 
 
 def _without_gold(material: Material) -> Figures:
     return {"without_gold": share([not gold.passages for gold in material.gold], seed=material.seed)}
 
 
-def _answer(text: str) -> str | None:
-    action = parse_action(text)
+def _answer(text: str | None) -> str | None:
+    action = parse_action(text or "")
     return action.text if isinstance(action, Answer) else None
 
 
-def _exact_matches(material: Material, numbers: Sequence[int], texts: Sequence[str]) -> list[float]:
+def _exact_matches(material: Material, numbers: Sequence[int], texts: Sequence[str | None]) -> list[float]:
     return [
         exact_match(_answer(text), material.questions[number].golden_answers)
         for number, text in zip(numbers, texts, strict=True)
     ]
 
 
-def _f1_scores(material: Material, numbers: Sequence[int], texts: Sequence[str]) -> list[float]:
+def _f1_scores(material: Material, numbers: Sequence[int], texts: Sequence[str | None]) -> list[float]:
     return [
         f1_score(_answer(text), material.questions[number].golden_answers)
         for number, text in zip(numbers, texts, strict=True)

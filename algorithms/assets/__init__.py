@@ -38,7 +38,7 @@ def resolve_model(name: str, cache_dir: str | Path = "~/.cache/agentic_rag_env")
 
 def is_run(path: Path) -> bool:
     """Whether a folder is one that a run wrote."""
-    return (path / ".hydra" / "config.yaml").is_file() or (path / "checkpoints").is_dir()
+    return (path / ".hydra" / "config.yaml").is_file()
 
 
 def newest_checkpoint(run_dir: Path) -> Path:

@@ -26,8 +26,8 @@ class Generator:
         assert engine.config.temperature == 0
         self.engine = engine
 
-    def __call__(self, prompts: Sequence[str]) -> list[str]:
-        """See `agentic_rag_env.probes.Generate`. A prompt that is too long gets no text, and a warning says so."""
+    def __call__(self, prompts: Sequence[str]) -> list[str | None]:
+        """See `agentic_rag_env.probes.Generate`. A prompt that is too long gets None, and a warning says so."""
         encoded = self._encode(prompts) if prompts else []
         max_tokens = self.engine.config.max_tokens
         fitting = [number for number, ids in enumerate(encoded) if len(ids) < max_tokens]
@@ -39,7 +39,7 @@ class Generator:
             )
         # Prompts of about the same length are read together; the longest first, so that memory runs out at once.
         waiting = sorted(fitting, key=lambda number: len(encoded[number]))
-        texts = [""] * len(prompts)
+        texts: list[str | None] = [None] * len(prompts)
         number_of: dict[int, int] = {}
         free = list(range(self.engine.num_rows))
         try:

@@ -258,6 +258,21 @@ def test_without_evidence_an_agent_answers_searches_abstains_or_does_neither(rep
     assert shares == nothing | expected
 
 
+def test_a_prompt_that_is_too_long_is_no_failure_of_format():
+    """Of four questions one can never be read, one is answered, and two replies are malformed."""
+    script = {"oslo": "Oslo</answer>", "eiffel": "?", "verdi": "?"}
+    by_question = {question.text.rstrip("?"): script.get(question.id) for question in READING}
+
+    def generate(prompts):
+        return [by_question[asked(prompt)] for prompt in prompts]
+
+    found = values(read(generate, "source_referencing"))
+    assert (found["exact_match"], found["format_failures"], found["too_long"]) == (0.25, 0.5, 0.25)
+    assert (found["absent_malformed"], found["absent_too_long"]) == (0.75, 0.25)
+    thought = values(read(generate, "thinking"))
+    assert (thought["format_failures"], thought["too_long"]) == (0.75, 0.25)
+
+
 def test_distractors_are_the_matches_of_the_question_without_gold_and_answers():
     corpus = [
         Passage("a", "Paris\nThe Seine flows."),  # gold

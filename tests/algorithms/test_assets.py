@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ import torch
 from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_runs import DGPO_STEPS, KD_STEPS
 from toy_policy import make_player
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from agentic_rag_env.actions import Answer, Search, parse_action
 from agentic_rag_env.prompts import MALFORMED_HINT, PROMPTS, format_passages, information_block
 from agentic_rag_env.vector import AgenticRAGVectorEnv
-from algorithms.assets import ASSETS, pretrain, traces
+from algorithms.assets import ASSETS, gguf, pretrain, resolve_model, traces
 from algorithms.assets.tokenizer import EOS, build_tokenizer
 from algorithms.learner.networks import load_model, load_tokenizer
 from algorithms.rollout.config import RolloutConfig
@@ -40,6 +42,24 @@ def test_transformers_loads_them_like_any_other(name):
 
 def test_they_are_small():
     assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) < 16 * 2**20
+
+
+def test_a_run_stands_for_its_newest_checkpoint(dgpo_run):
+    newest = dgpo_run.path / "checkpoints" / f"{KD_STEPS + DGPO_STEPS:06d}"
+    assert resolve_model(str(dgpo_run.path)) == str(newest)
+
+
+def test_a_gguf_file_stands_for_its_folder_in_the_cache(tmp_path, monkeypatch):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(gguf, "convert", lambda path, folder: folder.mkdir(parents=True))
+    folder = Path(resolve_model(str(file), tmp_path / "cache"))
+    assert folder.parent == tmp_path / "cache" / "gguf"
+    assert folder.is_dir()
+
+
+def test_what_is_neither_stays_as_it_is():
+    assert resolve_model("owner/name") == "owner/name"
 
 
 @pytest.mark.parametrize(

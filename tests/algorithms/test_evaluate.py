@@ -124,10 +124,18 @@ def test_a_checkpoint_folder_of_a_run_brings_the_settings_of_the_run(dgpo_run, s
 def test_a_hugging_face_folder_and_a_bundled_name_start_from_the_defaults(dgpo_run, scored, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(ASSETS / "tiny-student", folder)
-    named = ["evaluation.num_questions=32", *SMALL]
+    named = ["evaluation.num_questions=32", *SMALL, "env.prompt=bare"]
     score = scored(f"checkpoint={folder}", *named)
     assert score.summary["evaluation"]["checkpoint"] == dgpo_run.summary["evaluation"]["raw"]
     assert scored("checkpoint=tiny-teacher", *FEW).summary["checkpoint"] == str(ASSETS / "tiny-teacher")
+
+
+def test_a_model_that_is_not_ours_is_told_the_protocol_and_any_precision_can_be_had(scored, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(ASSETS / "tiny-student", folder)
+    score = scored(f"checkpoint={folder}", *FEW, "learner.precision=bfloat16", "rollout.max_new_tokens=4")
+    assert score.summary["config"]["env"]["prompt"] == "search_r1"
+    assert score.summary["precision"] == "bfloat16"
 
 
 def test_nothing_of_these_is_a_clear_error(scored, tmp_path, monkeypatch):

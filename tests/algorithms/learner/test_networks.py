@@ -15,6 +15,7 @@ from algorithms.learner.networks import (
     Critic,
     backbone_hidden,
     check_lm_head,
+    decided_precision,
     freeze,
     lm_logits,
     load_model,
@@ -150,6 +151,23 @@ def test_logits_are_cut_before_anything_else_and_float32():
     with torch.no_grad():
         model.get_output_embeddings().weight[10:] = 1e4
     torch.testing.assert_close(lm_logits(model, hidden, 10).softmax(-1), logits.softmax(-1), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "amx", "num_parameters", "decided"),
+    [
+        ("auto", True, 135_000_000, "bfloat16"),
+        ("auto", True, 200_000, "float32"),  # casting costs more than it saves
+        ("auto", False, 135_000_000, "float32"),
+        ("float32", True, 135_000_000, "float32"),
+        ("bfloat16", False, 200_000, "bfloat16"),
+    ],
+)
+def test_what_precision_a_machine_computes_in(monkeypatch, setting, amx, num_parameters, decided):
+    model = make_policy("whole")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(model, "num_parameters", lambda: num_parameters)
+    assert decided_precision(setting, model) == decided
 
 
 def test_families_that_cap_or_scale_logits_are_refused_by_name():

@@ -1,0 +1,77 @@
+"""Model presets: what they bring, what wins over them, and who is warned."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+
+import algorithms.run  # noqa: F401  # its launcher is named in the configuration
+from algorithms.learner.config import OptimizerConfig
+from algorithms.training import presets
+from algorithms.training.build import build_stages
+from algorithms.training.settings import RunConfig, run_config
+
+PRESETS = sorted(file.stem for file in presets.FOLDER.glob("*.yaml") if file.stem != "tiny")
+
+
+def composed(*overrides: str) -> RunConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_module("conf", version_base="1.3"):
+        return run_config(compose("config", overrides=list(overrides)))
+
+
+def test_a_preset_is_enough():
+    config = composed("algo=sft", "model=smollm2_135m", "dataset=nq_mini")
+    assert config.model.policy == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (config.env["prompt"], config.env["top_k"], config.env["max_observation_tokens"]) == ("search_r1", 1, 128)
+    assert (config.rollout.max_new_tokens, config.learner.micro_batch_tokens) == (64, 2048)
+    assert (config.algo["epochs"], config.algo["batch_size"]) == (2, 8)
+    assert config.algo["optimizer"]["learning_rate"] == 2e-4
+    assert (config.evaluation.num_questions, config.probes) == (100, ["search_behaviour"])
+
+
+def test_imitation_policy_gradients_and_critics_get_rates_of_their_own():
+    config = composed("algo=dgpo", "model=smollm2_135m")
+    cold_start, dgpo = build_stages(config.algo)
+    assert cold_start.config.optimizer.learning_rate == 2e-4
+    assert dgpo.config.optimizer.learning_rate == 3e-5
+    assert dgpo.config.critic_optimizer.learning_rate == 1e-4
+    assert dgpo.config.optimizer.betas == (0.9, 0.99), "what the preset does not say stays"
+
+
+def test_the_command_line_and_experiments_win():
+    config = composed("algo=sft", "model=smollm2_135m", "algo.epochs=5", "env.prompt=bare", "rollout.max_new_tokens=48")
+    assert (config.algo["epochs"], config.env["prompt"], config.rollout.max_new_tokens) == (5, "bare", 48)
+    config = composed("+experiment=paper", "retriever.url=http://localhost:8000/retrieve", "model=smollm2_135m")
+    assert (config.env["top_k"], config.rollout.max_new_tokens) == (3, 500)
+    assert config.algo["optimizer"]["learning_rate"] == 1e-6
+    assert config.algo["warm_start"]["optimizer"]["learning_rate"] == 1e-4
+
+
+def test_the_toy_is_as_it_was():
+    config = composed("algo=sft")
+    assert (config.env["prompt"], config.rollout.max_new_tokens) == ("bare", 48)
+    assert config.algo["optimizer"]["learning_rate"] == 3e-3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("algorithm", ["sft", "ppo", "dgpo", "grpo", "maskable_ppo"])
+def test_no_preset_leaves_a_real_model_with_the_settings_of_the_toy(preset, algorithm):
+    config = composed(f"algo={algorithm}", f"model={preset}")
+    assert config.env["prompt"] == "search_r1"
+    if algorithm != "maskable_ppo":
+        assert presets.toy_settings(config, build_stages(config.algo), 135_000_000) is None
+
+
+def test_a_real_model_that_meets_the_settings_of_the_toy_is_told_once_which_preset_helps():
+    optimizer = OptimizerConfig(learning_rate=3e-3)
+    stage = SimpleNamespace(name="sft", config=SimpleNamespace(optimizer=optimizer))
+    config = composed("algo=sft")
+    said = presets.toy_settings(config, [stage], 135_000_000)
+    assert said is not None
+    for part in ("135M", "0.003 of sft", "env.prompt=bare", "max_new_tokens=48", "model=smollm2_135m", "qwen2.5_0.5b"):
+        assert part in said
+    assert presets.toy_settings(config, [stage], 200_000) is None
