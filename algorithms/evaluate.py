@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.terminal import printable
-from algorithms.assets import newest_checkpoint, resolve_model
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.run_guard import CONFIG_FILE
 from algorithms.sb3.learner import is_outside_learner
+from algorithms.training.model_names import newest_checkpoint, resolve_model
 from algorithms.training.settings import RunConfig, evaluate_config, register_schemas
 
 with clear_errors():  # of a plug-in

@@ -12,7 +12,6 @@ import torch
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.types import StepInfo
 from agentic_rag_env.wrappers import DiscreteActions
-from algorithms.assets import resolve_model
 from algorithms.learner import seeding
 from algorithms.learner.networks import load_tokenizer
 from algorithms.learner.types import Trajectory
@@ -24,6 +23,7 @@ from algorithms.training.build import Environments
 from algorithms.training.checkpoint import checkpoint_name
 from algorithms.training.costs import cost_metrics, spend, timed
 from algorithms.training.episode_figures import rollout_metrics
+from algorithms.training.model_names import resolve_model
 from algorithms.training.run_logger import RunLogger
 from algorithms.training.settings import RunConfig
 from algorithms.training.summary import publish, summarize

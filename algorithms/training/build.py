@@ -16,7 +16,6 @@ from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
 from agentic_rag_env.vector import AgenticRAGVectorEnv
-from algorithms.assets import resolve_model
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
 from algorithms.learner.networks import (
     decided_precision,
@@ -31,6 +30,7 @@ from algorithms.rollout.engine import CachedEngine, Engine
 from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player
 from algorithms.rollout.tokenization import PlainEncoder
+from algorithms.training.model_names import resolve_model
 from algorithms.training.settings import RunConfig
 
 

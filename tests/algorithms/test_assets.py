@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from agentic_rag_env.actions import Answer, Search, parse_action
 from agentic_rag_env.prompts import MALFORMED_HINT, PROMPTS, format_passages, information_block
 from agentic_rag_env.vector import AgenticRAGVectorEnv
-from algorithms.assets import ASSETS, gguf, pretrain, resolve_model, traces
+from algorithms.assets import ASSETS, gguf, pretrain, traces
 from algorithms.assets.tokenizer import EOS, build_tokenizer
 from algorithms.learner.networks import load_model, load_tokenizer
 from algorithms.rollout.config import RolloutConfig
+from algorithms.training.model_names import resolve_model
 
 MODELS = ("tiny-student", "tiny-teacher")
 

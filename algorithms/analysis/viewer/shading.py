@@ -13,7 +13,7 @@ from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from algorithms.analysis.runs import Run
 from algorithms.analysis.viewer.episodes import FIGURES, Turn
 from algorithms.analysis.viewer.gallery import Gallery
-from algorithms.assets import resolve_model
+from algorithms.assets import ASSETS, BUNDLED
 
 #: Splits the text of a turn into that of its tokens; None where that can't be done.
 Split = Callable[[Turn], Sequence[str] | None]
@@ -92,7 +92,8 @@ def _tokenizer_place(run: Run) -> str:
     saved = sorted(file.parent for file in run.path.glob("checkpoints/*/tokenizer.json"))
     if saved:
         return str(saved[-1])
-    return resolve_model(str((run.config.get("model") or {}).get("policy")))
+    policy = str((run.config.get("model") or {}).get("policy"))
+    return str(ASSETS / policy) if policy in BUNDLED else policy
 
 
 def _decoder(place: str) -> Decode:

@@ -11,11 +11,11 @@ import pytest
 from small_runs import DGPO, SFT, TINY, assert_same_run, command, resume, train
 
 from agentic_rag_env.errors import DataError, RetrieverError
-from algorithms.assets import resolve_model
 from algorithms.learner.networks import load_tokenizer
 from algorithms.rollout.player import Player
 from algorithms.training.build import Environments, Networks
 from algorithms.training.demonstrations import Demonstrations, cached, collect, is_demonstration
+from algorithms.training.model_names import resolve_model
 from algorithms.training.settings import EvaluateConfig, evaluate_config
 
 IGNORANT = "model.teacher=tiny-student"

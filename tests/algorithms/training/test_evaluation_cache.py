@@ -14,7 +14,6 @@ from small_runs import DGPO, PPO, assert_same_run, command, resume, train
 
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.registry import REWARDS
-from algorithms.assets import resolve_model
 from algorithms.learner.networks import load_tokenizer
 from algorithms.learner.types import Trajectory, Turn
 from algorithms.rollout.player import Player
@@ -22,6 +21,7 @@ from algorithms.training import fingerprints
 from algorithms.training.build import Environments, Networks
 from algorithms.training.evaluation_cache import Kept, place
 from algorithms.training.fingerprints import of_code
+from algorithms.training.model_names import resolve_model
 from algorithms.training.settings import EvaluateConfig, evaluate_config
 
 STUDENT = resolve_model("tiny-student")
