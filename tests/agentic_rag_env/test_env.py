@@ -188,7 +188,12 @@ def test_forced_opens_the_answer_after_the_last_turn_and_only_there(world: Quest
         (" Paris </answer> </search>", "answer", "Paris"),
         ("</answer>", "answer", ""),
         ("Paris", "malformed", None),
-        ("<answer> Paris </answer>", "answer", "<answer> Paris"),
+        ("<answer> Paris </answer>", "answer", "Paris"),
+        ("<think> hm </think> <answer> Paris </answer>", "answer", "Paris"),
+        ("<answer></answer>", "answer", ""),
+        ("<answer> Paris", "malformed", None),
+        ("<think> hm </think> Paris </answer>", "answer", "<think> hm </think> Paris"),
+        ("<search></search>", "malformed", None),
         ("<search> q </search>", "search", None),
     ],
 )
