@@ -24,6 +24,7 @@ from agentic_rag_env.prompts import (
     PROMPTS,
     format_passages,
     information_block,
+    render_prompt,
 )
 from agentic_rag_env.rewards import Outcome, f1_score
 from agentic_rag_env.types import Ending, Passage, Question, StepInfo
@@ -118,6 +119,22 @@ def test_prompts(world: QuestionSet) -> None:
     assert bare == "What is the capital of France?\n"  # the question mark is added
     assert full == PROMPTS["search_r1"].replace("{question}", "What is the capital of France?")
     assert own == "Q: What is the capital of France? A:"
+
+
+@pytest.mark.parametrize(
+    ("question", "shown"),
+    [
+        ("Who is it", "Who is it?"),
+        (" Who is it? ", "Who is it?"),
+        ("是谁？", "是谁？"),
+        ("من هو؟", "من هو؟"),
+        ("Who⁇", "Who⁇"),
+        ("¿Quién", "¿Quién?"),
+        ("", "?"),
+    ],
+)
+def test_a_question_gets_a_mark_only_where_it_has_none_of_any_script(question: str, shown: str) -> None:
+    assert render_prompt("bare", question) == f"{shown}\n"
 
 
 # --- counting turns ------------------------------------------------------------------------------------------------
