@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+THINK_OPEN = "<think>"
+THINK_CLOSE = "</think>"
 ANSWER_OPEN = "<answer>"
 SEARCH_CLOSE = "</search>"
 ANSWER_CLOSE = "</answer>"

@@ -54,7 +54,7 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
         - `"none"`: the episode is over.
         - `"no_search"`: one more turn, in which an answer counts and a search is reported but not executed.
         - `"forced"`: one more turn like that. The observation before it ends with `<answer>`, and the text is read as
-          its continuation.
+          its continuation, unless it writes the tag itself.
     - Truncation: the search failed (the retriever raised `RetrieverError`); `info["error"]` holds the message.
 
     ## Information

@@ -92,9 +92,11 @@ class Rules:
         return self.max_turns + (self.final_turn != "none")
 
     def parse(self, text: str, turn: int) -> Action:
-        """The action in the text of a turn, counted from 1."""
-        forced = self.final_turn == "forced" and turn == self.num_calls
-        return parse_action(ANSWER_OPEN + text if forced else text)
+        """The action in the text of a turn, counted from 1; behind a forced `<answer>` the tag may stand once more."""
+        action = parse_action(text)
+        if isinstance(action, Malformed) and self.final_turn == "forced" and turn == self.num_calls:
+            return parse_action(ANSWER_OPEN + text)
+        return action
 
     def reply(self, passages: Sequence[Passage] | None, turn: int) -> str:
         """The observation after a turn that did not end the episode.

@@ -5,6 +5,7 @@ The passage block and the hint follow the reference implementation to the letter
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 
 from agentic_rag_env.errors import ConfigurationError
@@ -52,7 +53,12 @@ def render_prompt(template: str, question: str) -> str:
             f"{did_you_mean(template, PROMPTS)}"
         )
     question = question.strip()
-    return template.replace("{question}", question if question.endswith("?") else question + "?")
+    return template.replace("{question}", question if ends_with_question_mark(question) else question + "?")
+
+
+def ends_with_question_mark(text: str) -> bool:
+    """Whether a question mark of any script ends a text, outer blanks apart."""
+    return "QUESTION MARK" in unicodedata.name(text.rstrip()[-1:] or " ", "")
 
 
 def format_passages(passages: Iterable[Passage]) -> str:

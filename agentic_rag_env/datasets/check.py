@@ -12,8 +12,17 @@ from typing import NamedTuple
 
 from agentic_rag_env.answers import normalize_answer, word_forms
 from agentic_rag_env.corpus import read_rows
-from agentic_rag_env.datasets.rows import dataset_name, file_stem, format_of, is_exploded, question_in
+from agentic_rag_env.datasets.rows import (
+    dataset_name,
+    file_stem,
+    format_of,
+    has_lists_in_text,
+    is_exploded,
+    is_passage,
+    question_in,
+)
 from agentic_rag_env.errors import DataError
+from agentic_rag_env.prompts import ends_with_question_mark
 from agentic_rag_env.types import Passage, Question
 
 #: Words of the longest answer that a model can be expected to give word for word.
@@ -96,6 +105,9 @@ def check_file(path: str | Path) -> FileReport:
             report.num_rows += 1
             report.formats[format_of(row)] += 1
             place = where.rpartition(", ")[2]
+            if is_passage(row):
+                found.add(True, "passage and no question", place, "Give a file of passages with --corpus.")
+                continue
             try:
                 question = question_in(row, where, name, stem)
             except DataError as error:
@@ -110,12 +122,17 @@ def check_file(path: str | Path) -> FileReport:
                 )
                 continue
             report.questions.append(question)
+            if has_lists_in_text(row):
+                advice = "A run takes the members of the list as the answers; write them as a list to be sure."
+                found.add(
+                    False, "list of answers written as text", _quoted(question, question.golden_answers, place), advice
+                )
             _look_at_answers(found, question, place)
             _look_at_question(found, question, place, place_of_id, asked)
     except DataError as error:
         found.add(True, "broken off: the rest of the file can't be read", str(error), "Fetch or write the file anew.")
     else:
-        if not report.questions:
+        if not report.questions and not report.formats["passages"]:
             advice = "A row needs question and golden_answers (FlashRAG), or prompt and reward_model (Search-R1)."
             found.add(True, "no row that is a question", f"{report.num_rows} rows", advice)
     report.findings = found.listed()
@@ -162,7 +179,7 @@ def _look_at_question(
             f"{place}: {question.id!r}, also at {first}",
             "The file is refused as it is; number the rows anew, or drop the ids: the line number will do.",
         )
-    if not question.text.rstrip().endswith("?"):
+    if not ends_with_question_mark(question.text):
         found.add(
             False,
             "no question mark at the end",

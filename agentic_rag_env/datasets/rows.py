@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -16,6 +18,8 @@ from agentic_rag_env.types import Question
 GENERIC_STEMS = frozenset({"all", "train", "dev", "test", "val", "valid", "validation", "eval", "data", "questions"})
 #: What precedes the question in the prompts of Search-R1's files.
 _PROMPT_MARKER = "Question:"
+#: Characters of a list of answers that is written as text; far above every published one.
+_LONGEST_LIST = 100_000
 
 _logger = logging.getLogger(__name__)
 
@@ -95,10 +99,13 @@ def question_in(row: dict[str, Any], where: str, name: str, stem: str) -> Questi
 
     FlashRAG's rows have `id`, `question`, `golden_answers` (a list of strings; a string counts as one) and perhaps
     `metadata` (an object). Search-R1's have `data_source`, the name of the dataset, and the answers in
-    `reward_model.ground_truth.target`; without `question` it is the text after "Question:" in the first message of
-    `prompt`. As its merged files number the questions of each source anew, `data_source` precedes the id there. The
-    metadata's `context`, the paragraphs that HotpotQA and others give with a question, is dropped: it is most of the
-    file, and here an agent has to find them.
+    `reward_model.ground_truth.target`, or in verl's way in `reward_model.ground_truth` itself; without `question` it is
+    the text after "Question:" in the last message of `prompt` that holds it. As Search-R1's merged files number the
+    questions of each source anew, `data_source` precedes the id there. A list of answers that is written as text, such
+    as `"['Rome', 'Roma']"`, counts as the list.
+
+    The metadata's `context`, the paragraphs that HotpotQA and others give with a question, is dropped: it is most of
+    the file, and here an agent has to find them.
 
     Args:
         row: The row; null counts as missing in `id`, `question` and `metadata`.
@@ -124,9 +131,21 @@ def question_in(row: dict[str, Any], where: str, name: str, stem: str) -> Questi
 
 def format_of(row: dict[str, Any]) -> str:
     """Whose format a row has, as `check` names it."""
+    if is_passage(row):
+        return "passages"
     if row.get("reward_model") is not None:
         return "Search-R1"
     return "FlashRAG" if "golden_answers" in row else "unknown"
+
+
+def is_passage(row: dict[str, Any]) -> bool:
+    """Whether a row is one of a corpus."""
+    return not {"question", "prompt"} & row.keys() and ("contents" in row or {"title", "text"} <= row.keys())
+
+
+def has_lists_in_text(row: dict[str, Any]) -> bool:
+    """Whether an answer of a sound row is a list that is written as text."""
+    return any(answers_in_text(answer) for answer in _given_answers(row, "")[0])
 
 
 def is_exploded(golden_answers: Sequence[str]) -> bool:
@@ -152,24 +171,39 @@ def _text(row: dict[str, Any], where: str) -> str:
 
 
 def _question_of_prompt(prompt: Any, place: str) -> str:
-    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], dict):
+    """What stands behind the marker in the last message that holds it, those of a system and an assistant apart."""
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(message, dict) for message in prompt):
         raise DataError(f"{place}: expected a list of messages, got {json_type(prompt)}; a field 'question' would do.")
-    content = text_field(prompt[0], "content", place)
-    question = content.partition(_PROMPT_MARKER)[2].strip()
-    if not question:
-        raise DataError(f"{place}: has no question after {_PROMPT_MARKER!r}; put it into a field 'question'.")
-    return question
+    for message in reversed(prompt):
+        if message.get("role") not in ("system", "assistant"):
+            question = text_field(message, "content", place).partition(_PROMPT_MARKER)[2].strip()
+            if question:
+                return question
+    raise DataError(f"{place}: has no question after {_PROMPT_MARKER!r}; put it into a field 'question'.")
 
 
 def _golden_answers(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    """The accepted answers of a row, from either of the two places where they may stand."""
+    """The accepted answers of a row; a list that is written as text counts as the list."""
+    given, place = _given_answers(row, where)
+    answers = [answer for text in given for answer in answers_in_text(text) or [text]]
+    for index, answer in enumerate(answers):
+        if not checked_text(answer, f"{place}[{index}]").strip():
+            raise DataError(f"{place}[{index}]: is blank; no answer can match it.")
+    return tuple(answers)
+
+
+def _given_answers(row: dict[str, Any], where: str) -> tuple[list[str], str]:
+    """The answers as they stand in a row, in either of the two places where they may, and that place."""
     field, answers = "golden_answers", row.get("golden_answers")
     if answers is None and (row.get("reward_model") is not None or "golden_answers" not in row):
-        field, answers = "reward_model.ground_truth.target", row
-        for key in field.split("."):
+        field, answers = "reward_model.ground_truth", row
+        for key in ("reward_model", "ground_truth"):
             answers = answers.get(key) if isinstance(answers, dict) else None
+        if isinstance(answers, dict):  # Search-R1; verl's own rows hold the answer right here
+            field, answers = f"{field}.target", answers.get("target")
         if answers is None:
-            raise DataError(f"{where}: no field 'golden_answers' (nor {field!r}); the row has {', '.join(row)}.")
+            nor = "reward_model.ground_truth.target"
+            raise DataError(f"{where}: no field 'golden_answers' (nor {nor!r}); the row has {', '.join(row)}.")
     place = f"{where}, field {field!r}"
     if isinstance(answers, str):
         answers = [answers]
@@ -178,6 +212,23 @@ def _golden_answers(row: dict[str, Any], where: str) -> tuple[str, ...]:
     if not answers:
         raise DataError(f"{place}: is empty; a question needs at least one accepted answer.")
     for index, answer in enumerate(answers):
-        if not checked_text(answer, f"{place}[{index}]").strip():
-            raise DataError(f"{place}[{index}]: is blank; no answer can match it.")
-    return tuple(answers)
+        checked_text(answer, f"{place}[{index}]")
+    return answers, place
+
+
+def answers_in_text(text: str) -> list[str] | None:
+    """The members of a list of strings that is written as text, as JSON or as Python writes it; None for other text.
+
+    PopQA is published in the one form, and copies of it in the other.
+    """
+    text = text.strip()
+    if not text.startswith(("['", '["')) or not text.endswith(("']", '"]')) or len(text) > _LONGEST_LIST:
+        return None
+    for read in (json.loads, ast.literal_eval):  # neither of which runs anything
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and all(isinstance(member, str) for member in found):
+            return found
+    return None

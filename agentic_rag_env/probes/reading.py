@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agentic_rag_env.actions import Answer, Search, parse_action
+from agentic_rag_env.actions import THINK_CLOSE, THINK_OPEN, Answer, Search, parse_action
 from agentic_rag_env.answers import exact_match, f1_score, holds_answer, normalize_answer
 from agentic_rag_env.probes.figures import Best, Figures, figure, share
 from agentic_rag_env.probes.material import DIRECTLY, Material
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.settings import COUNT, check_settings, or_none
 from agentic_rag_env.types import Passage
-
-THINK_OPEN = "<think>"
-THINK_CLOSE = "</think>"
 
 #: Answers, normalized, that decline to give one.
 ABSTENTIONS = frozenset(

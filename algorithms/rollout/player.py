@@ -18,7 +18,7 @@ from agentic_rag_env.vector import info_at
 from algorithms.learner.seeding import rng
 from algorithms.learner.types import RolloutStats, Trajectory, Turn
 from algorithms.rollout.engine import Action, Engine
-from algorithms.rollout.tokenization import encode_plain, encode_prompts
+from algorithms.rollout.tokenization import encode_plain, encode_prompts, opened_thought
 
 #: Called with the number of finished episodes and of all episodes.
 Progress = Callable[[int, int], None]
@@ -94,6 +94,7 @@ class Player:
         assert engine.num_rows >= envs.num_envs
         # Any: what goes beyond `TextEnvs`, such as a dataset, is known to those who made the environments.
         self.engine, self.envs = engine, envs
+        self.opened_thought = opened_thought(engine.tokenizer)
         self.max_retriever_error_fraction = max_retriever_error_fraction
 
     def rollout(
@@ -210,7 +211,9 @@ class _Rollout:
         """Send these actions, record what comes back, and continue the rows whose episodes go on."""
         sent: list[str | None] = [None] * self.envs.num_envs
         for action in actions:
-            sent[action.row] = action.text
+            # What a chat template has begun for the model belongs to its first turn.
+            begun = "" if self.episodes[action.row].turns else self.player.opened_thought
+            sent[action.row] = begun + action.text
         texts, rewards, terminations, truncations, infos = self.envs.step(sent)
         observations = encode_plain(self.engine.tokenizer, [texts[action.row] for action in actions])
         for action, observation in zip(actions, observations, strict=True):

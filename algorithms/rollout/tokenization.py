@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from agentic_rag_env.actions import THINK_OPEN
+
 #: Stands for a text while a chat template is rendered around it.
 _PLACE = "\ue000"
 
@@ -39,6 +41,15 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     around = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     before, after = (tokenizer.encode(part, add_special_tokens=False) for part in str(around).split(_PLACE))
     return np.array([*before, *encode_plain(tokenizer, [text])[0], *after], dtype=np.int64)
+
+
+def opened_thought(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tag that a chat template writes for the model where it opens the reply with a thought; else empty."""
+    if not tokenizer.chat_template:
+        return ""
+    chat = [{"role": "user", "content": _PLACE}]
+    around = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+    return THINK_OPEN if around.rpartition(_PLACE)[2].rstrip().endswith(THINK_OPEN) else ""
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:

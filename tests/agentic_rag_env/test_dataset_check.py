@@ -51,6 +51,9 @@ def test_formats(tmp_path: Path) -> None:
         ([{"question": "a?"}], (True, 1, "no field 'golden_answers' (nor 'reward_model.ground_truth.target')")),
         ([row("a?", "P", "a", "r")], (True, 1, "answer exploded into single characters")),
         ([row("a?", "The"), row("b?", "!", "a")], (False, 2, "every answer is empty once normalized")),
+        ([row("a?", "['George Rankin', 'G. Rankin']")], (False, 1, "list of answers written as text")),
+        ([row("a?", "b"), {"id": "1", "contents": "T\nx"}], (True, 1, "passage and no question")),
+        ([{"id": "1", "title": "T", "text": "x"}], (True, 1, "passage and no question")),
         ([row("a?", "×", "*")], (False, 1, "an answer among others is empty once normalized")),
         ([row("a?", "b", id="q"), row("c?", "d", id="q")], (True, 1, "id used before")),
         ([row("What is it?", "b"), row("what is the  it", "B.")], (False, 1, "question asked before")),
@@ -69,6 +72,12 @@ def test_what_is_found(tmp_path: Path, rows: list[Any], expected: tuple[bool, in
 def test_nothing_is_found_that_is_not_there(tmp_path: Path) -> None:
     sound = [row("a?", "7", "8", "9"), row("b?", "B", "C", "D"), row("c?", "w " * 21, "w"), row("d? ", "The Who")]
     assert found(write(tmp_path / "q.jsonl", *sound)) == []
+
+
+def test_question_marks_of_other_scripts_end_a_question(tmp_path: Path) -> None:
+    texts = ("是谁？", "من هو؟", "What⁇", "When? ", "Who", "¿Why")
+    file = write(tmp_path / "q.jsonl", *(row(text, "b") for text in texts))
+    assert found(file) == [(False, 2, "no question mark at the end")]
 
 
 def test_the_first_example_and_what_to_do(tmp_path: Path) -> None:

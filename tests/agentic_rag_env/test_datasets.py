@@ -122,9 +122,48 @@ def test_search_r1_parquet(tmp_path: Path) -> None:
     assert list(DATASETS.build({"name": "jsonl", "questions": str(file)})) == expected
 
 
+def test_a_prompt_behind_a_system_message_and_answers_in_the_way_of_verl(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Question: is what you will be asked."}
+    shot = [{"role": "user", "content": "Question: an example?"}, {"role": "assistant", "content": "Question: none"}]
+    asked = {"role": "user", "content": "Think. Question: where?"}
+    rows = [
+        {"prompt": [system, asked], "reward_model": {"ground_truth": "Rome"}},
+        {"prompt": [*shot, asked], "reward_model": {"ground_truth": ["Rome", "Roma"]}},
+        {"prompt": [asked], "reward_model": {"ground_truth": {"target": "Rome"}}},
+    ]
+    file = write(tmp_path / "train.jsonl", rows)
+    questions = DATASETS.build({"name": "jsonl", "questions": str(file)})
+    assert {question.text for question in questions} == {"where?"}
+    assert [question.golden_answers for question in questions] == [("Rome",), ("Rome", "Roma"), ("Rome",)]
+
+
+@pytest.mark.parametrize(
+    ("given", "answers"),
+    [
+        ("['George Rankin', 'G. Rankin']", ("George Rankin", "G. Rankin")),
+        ('["politician", "statesman"]', ("politician", "statesman")),
+        (['["politician", "statesman"]'], ("politician", "statesman")),
+        (["Rome", "['Roma']"], ("Rome", "Roma")),
+        ("""["O'Brien", 'say "x"']""", ("O'Brien", 'say "x"')),
+        ("[1, 2]", ("[1, 2]",)),
+        ("[sic]", ("[sic]",)),
+        ("['a', 1]", ("['a', 1]",)),
+        ("['a'] and ['b']", ("['a'] and ['b']",)),
+        ("['a', __import__('os').getcwd(), 'b']", ("['a', __import__('os').getcwd(), 'b']",)),
+        ("['" + "[" * 90_000 + "']", ("[" * 90_000,)),
+        ("['a'" + "+['b'" * 9_000 + "]", ("['a'" + "+['b'" * 9_000 + "]",)),
+    ],
+)
+def test_a_list_of_answers_written_as_text_is_a_list(tmp_path: Path, given: Any, answers: tuple[str, ...]) -> None:
+    file = write(tmp_path / "train.jsonl", [{"question": "what?", "golden_answers": given}])
+    (question,) = DATASETS.build({"name": "jsonl", "questions": str(file)})
+    assert question.golden_answers == answers
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
+        ([{"role": "system", "content": "Question: who?"}], "row 1, field 'prompt': has no question after 'Question:'"),
         ([{"content": "What now?"}], "row 1, field 'prompt': has no question after 'Question:'"),
         ([], "row 1, field 'prompt': expected a list of messages, got list"),
         ("Question: who?", "row 1, field 'prompt': expected a list of messages, got str"),
@@ -453,7 +492,9 @@ def test_the_union_is_measured_by_dataset_and_on_average(two: dict[str, Any]) ->
     for question in questions:
         right = question.id.startswith("hotpotqa/")
         info: Any = {"answer": question.golden_answers[0] if right else "no idea", "f1": float(right), "error": None}
-        turn = Turn(no_ids, np.zeros(0, np.float32), no_ids, info | {"num_searches": 0, "action": "answer"})
+        turn = Turn(
+            no_ids, np.zeros(0, np.float32), no_ids, info | {"num_searches": 0, "action": "answer", "correct": right}
+        )
         trajectories.append(Trajectory(no_ids, [turn], 0, "policy", float(right), right, True, False))
     figures = measure(trajectories, questions)
     assert figures["all"]["exact_match"] == 4 / 16

@@ -24,6 +24,7 @@ from agentic_rag_env.prompts import (
     PROMPTS,
     format_passages,
     information_block,
+    render_prompt,
 )
 from agentic_rag_env.rewards import Outcome, f1_score
 from agentic_rag_env.types import Ending, Passage, Question, StepInfo
@@ -120,6 +121,22 @@ def test_prompts(world: QuestionSet) -> None:
     assert own == "Q: What is the capital of France? A:"
 
 
+@pytest.mark.parametrize(
+    ("question", "shown"),
+    [
+        ("Who is it", "Who is it?"),
+        (" Who is it? ", "Who is it?"),
+        ("是谁？", "是谁？"),
+        ("من هو؟", "من هو؟"),
+        ("Who⁇", "Who⁇"),
+        ("¿Quién", "¿Quién?"),
+        ("", "?"),
+    ],
+)
+def test_a_question_gets_a_mark_only_where_it_has_none_of_any_script(question: str, shown: str) -> None:
+    assert render_prompt("bare", question) == f"{shown}\n"
+
+
 # --- counting turns ------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +205,12 @@ def test_forced_opens_the_answer_after_the_last_turn_and_only_there(world: Quest
         (" Paris </answer> </search>", "answer", "Paris"),
         ("</answer>", "answer", ""),
         ("Paris", "malformed", None),
-        ("<answer> Paris </answer>", "answer", "<answer> Paris"),
+        ("<answer> Paris </answer>", "answer", "Paris"),
+        ("<think> hm </think> <answer> Paris </answer>", "answer", "Paris"),
+        ("<answer></answer>", "answer", ""),
+        ("<answer> Paris", "malformed", None),
+        ("<think> hm </think> Paris </answer>", "answer", "<think> hm </think> Paris"),
+        ("<search></search>", "malformed", None),
         ("<search> q </search>", "search", None),
     ],
 )

@@ -162,7 +162,7 @@ def test_splits_share_one_corpus_object(tmp_path: Path) -> None:
         ),
         ({"question": "?", "golden_answers": ["a", " "]}, "line 2, field 'golden_answers'[1]: is blank"),
         ({"question": "?", "golden_answers": ""}, "line 2, field 'golden_answers'[0]: is blank"),
-        ({"question": "?", "reward_model": {"ground_truth": ["a"]}}, "line 2: no field 'golden_answers'"),
+        ({"question": "?", "reward_model": {"ground_truth": {}}}, "line 2: no field 'golden_answers'"),
         (
             {"question": "?", "reward_model": {"ground_truth": {"target": 3}}},
             "line 2, field 'reward_model.ground_truth.target': expected a string or a list of strings, got int.",

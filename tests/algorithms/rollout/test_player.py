@@ -24,9 +24,10 @@ from algorithms.learner.types import Trajectory, Turn
 from algorithms.rollout import engine as engine_module
 from algorithms.rollout import kv_cache
 from algorithms.rollout.config import RolloutConfig
+from algorithms.rollout.engine import Action
 from algorithms.rollout.player import Player
 from algorithms.rollout.sampling import sample
-from algorithms.rollout.tokenization import decode, encode_plain, encode_prompts
+from algorithms.rollout.tokenization import decode, encode_plain, encode_prompts, opened_thought
 
 CLOSING = ("</search>", "</answer>")
 BASE = {"max_new_tokens": 20, "max_tokens": 400}
@@ -661,3 +662,51 @@ def test_a_question_cannot_spell_the_control_tokens_of_a_chat_template():
     assert plain.tolist() == [eos, *tokenizer.encode("who", add_special_tokens=False), eos, *tokenizer.encode("?")]
     assert hostile.tolist().count(eos) == 2
     assert decode(tokenizer, hostile) == "<eos>who<eos> ada<eos>?"
+
+
+class ScriptedEngine:
+    """Writes the given texts, one a turn."""
+
+    def __init__(self, tokenizer, *texts: str) -> None:
+        self.tokenizer, self.config, self.num_rows, self.computed_tokens = tokenizer, RolloutConfig(**BASE), 1, 0
+        self.texts, self.is_open = list(texts), False
+
+    def open(self, row, ids, uniforms=None):
+        self.is_open = True
+
+    append = open
+
+    def write(self):
+        if not self.is_open:
+            return []
+        text = self.texts.pop(0)
+        ids = encode_plain(self.tokenizer, [text])[0]
+        return [Action(0, ids, np.zeros(len(ids), dtype=np.float32), text)]
+
+    def close(self, rows):
+        self.is_open = False
+
+
+@pytest.mark.parametrize(
+    ("opens", "first", "reward"),
+    [
+        ("<think>\n", "who</think> <search> ada </search>", 1.0),
+        ("", "<think>who</think> <search> ada </search>", 1.0),
+        ("", "who</think> <search> ada </search>", 0.75),  # nobody opened that thought
+        ("<think>\n", "<search> ada </search>", 0.75),  # nor closed this one
+    ],
+)
+def test_a_thought_that_a_chat_template_opens_belongs_to_the_first_turn(opens, first, reward):
+    tokenizer = copy.deepcopy(make_tokenizer("bytes"))
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}" + f"{{{{ {opens!r} }}}}"
+    assert opened_thought(tokenizer) == opens.strip()
+    world = make_world()
+    envs = make_envs(1, world, reward={"name": "format_aware", "structure_format_score": 0.25})
+    last = f"<think>it</think><answer>{world[0].golden_answers[0]}</answer>"
+    (trajectory,), _ = Player(ScriptedEngine(tokenizer, first, last), envs).rollout([0], seed=(0,))
+    assert trajectory.correct
+    assert trajectory.reward == reward
+
+
+def test_without_a_template_nobody_opens_a_thought():
+    assert opened_thought(make_tokenizer("whole")) == ""
