@@ -31,6 +31,7 @@ from small_runs import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agentic_rag_env.types import Ending
 from algorithms.assets import ASSETS
 from algorithms.rollout.player import Player
 from algorithms.rollout.trajectory_files import read_trajectories, transcript
@@ -146,6 +147,7 @@ def test_every_step_has_its_line_of_metrics(dgpo_run):
         assert row["step"] == KD_STEPS + 1 or {"train/approx_kl", "train/entropy"} <= row.keys()
         assert 0 <= row["rollout/exact_match"] <= 1
         assert row["rollout/retriever_errors"] == 0
+        assert sum(row[f"rollout/{ending}_fraction"] for ending in Ending) == pytest.approx(1)
     assert not any("rollout/exact_match" in row for row in dgpo_run.metrics if row["stage"] == "kd")
 
 
