@@ -202,7 +202,7 @@ def arc_metrics(arc: Mapping[str, Figures], prefix: str = "arc") -> dict[str, fl
 
 
 def write_predictions(path: Path, trajectories: Sequence[Trajectory], dataset: QuestionSet) -> None:
-    """Write what was answered, a JSON line per question: id, dataset, golden answers, prediction and scores."""
+    """Write what was answered, a JSON line per question: id, dataset, golden answers, prediction, ending, scores."""
     lines = []
     for trajectory, question in zip(trajectories, dataset, strict=False):
         info = trajectory.turns[-1].info
@@ -211,6 +211,7 @@ def write_predictions(path: Path, trajectories: Sequence[Trajectory], dataset: Q
             "dataset": _group(question, dataset),
             "golden_answers": list(question.golden_answers),
             "prediction": info["answer"],
+            "ending": trajectory.ending,
             "correct": trajectory.correct,
             "f1": info["f1"],
             "sub_exact_match": sub_exact_match(info["answer"], question.golden_answers),

@@ -13,7 +13,7 @@ from small_runs import Run, command
 from transformers import AutoTokenizer
 
 from agentic_rag_env import AgenticRAGEnv, ConfigurationError, RetrieverError
-from agentic_rag_env.types import StepInfo
+from agentic_rag_env.types import Ending, StepInfo
 from agentic_rag_env.wrappers import DiscreteActions
 from algorithms import evaluate
 from algorithms.analysis.runs import find_runs
@@ -108,6 +108,7 @@ def test_transcripts_can_be_read_like_those_of_a_language_model(run):
     for trajectory in played:
         last = trajectory.turns[-1]
         assert last.info["action"] == "answer"
+        assert trajectory.ending is Ending.ANSWERED
         assert f"<answer> {last.info['answer']} </answer>" in transcript(trajectory, tokenizer)
         assert all(turn.action_logprobs[0] < 0 and not turn.action_logprobs[1:].any() for turn in trajectory.turns)
 
@@ -206,7 +207,8 @@ def test_an_episode_without_an_answer_earns_nothing():
 
     learner, told = MaskablePPO(config), []
     learner.train(lambda: DiscreteActions(env), Settings, told.append)
-    assert told[0]["rollout/truncated_fraction"] > 0.5
+    assert told[0]["rollout/out_of_turns_fraction"] == told[0]["rollout/truncated_fraction"] > 0.5
+    assert told[0]["rollout/answered_fraction"] == 1 - told[0]["rollout/truncated_fraction"]
     assert set(np.unique(learner.model.rollout_buffer.rewards)) <= {0.0, 1.0}
 
 

@@ -31,6 +31,7 @@ from small_runs import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agentic_rag_env.types import Ending
 from algorithms.assets import ASSETS
 from algorithms.rollout.player import Player
 from algorithms.rollout.trajectory_files import read_trajectories, transcript
@@ -146,6 +147,7 @@ def test_every_step_has_its_line_of_metrics(dgpo_run):
         assert row["step"] == KD_STEPS + 1 or {"train/approx_kl", "train/entropy"} <= row.keys()
         assert 0 <= row["rollout/exact_match"] <= 1
         assert row["rollout/retriever_errors"] == 0
+        assert sum(row[f"rollout/{ending}_fraction"] for ending in Ending) == pytest.approx(1)
     assert not any("rollout/exact_match" in row for row in dgpo_run.metrics if row["stage"] == "kd")
 
 
@@ -367,7 +369,7 @@ def test_demonstrations_are_collected_once(dgpo_run, tmp_path, cache):
         "algo.num_demonstrations=23",
         "algo.correct_only=false",
         "model.teacher=TEACHER",
-        "model.policy=POLICY",
+        "model.teacher=TEMPLATE",
     ],
 )
 def test_whatever_decides_the_demonstrations_is_in_their_key(change, dgpo_run, tmp_path, cache):
@@ -377,17 +379,32 @@ def test_whatever_decides_the_demonstrations_is_in_their_key(change, dgpo_run, t
             teacher.get_output_embeddings().weight[0, 0] += 1e-3
         teacher.save_pretrained(tmp_path / "model")
         AutoTokenizer.from_pretrained(ASSETS / "tiny-teacher").save_pretrained(tmp_path / "model")
-    if "POLICY" in change:  # the policy's tokenizer writes the prompt that the teacher reads
-        shutil.copytree(ASSETS / "tiny-student", tmp_path / "model")
-        settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
-        settings["chat_template"] = "{{ messages[0]['content'] }}!"
-        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
-    change = change.replace("TEACHER", str(tmp_path / "model")).replace("POLICY", str(tmp_path / "model"))
+    if "TEMPLATE" in change:  # the teacher's tokenizer writes the prompt that it reads
+        with_template("tiny-teacher", tmp_path / "model")
+    change = change.replace("TEACHER", str(tmp_path / "model")).replace("TEMPLATE", str(tmp_path / "model"))
     asked = patch.object(demonstrations, "collect", side_effect=KeyboardInterrupt)
     with asked as collect:
         run = command(*TINY, "algo=sft", *SFT, f"hydra.run.dir={tmp_path / 'run'}", f"cache_dir={cache}", change)
     assert run.code == 130, run.err
     assert collect.called
+
+
+def with_template(model: str, folder: Path) -> None:
+    """A copy of a bundled model with a chat template of its own."""
+    shutil.copytree(ASSETS / model, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ messages[0]['content'] }}!"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_how_the_policy_reads_prompts_asks_no_teacher_anew(dgpo_run, tmp_path, cache):
+    with_template("tiny-student", tmp_path / "model")
+    settings = ["algo=sft", *SFT, "algo.epochs=1", f"model.policy={tmp_path / 'model'}", GREEDY]
+    with patch.object(demonstrations, "collect", side_effect=AssertionError("asked")):
+        run = train(tmp_path / "run", cache, *settings, "evaluation.num_questions=2", "probes=[]")
+    assert run.summary["demonstrations"]["sft"]["found"] == 24
+    (first, *_) = read_trajectories(run.path / "trajectories" / "train-000002.jsonl.gz")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").decode(first.prompt_ids.tolist()).endswith("\n!")
 
 
 def test_demonstrations_are_those_of_what_is_searched_now(dgpo_run, tmp_path, cache):
