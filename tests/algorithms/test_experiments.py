@@ -186,14 +186,10 @@ def test_the_ablations_have_one_regime(method):
     assert config.model.teacher_temperature == 1.5
     for stage in stages:
         if "teacher" in stage.trains_on:
-            assert (stage.config.num_demonstrations, stage.config.epochs) == (NUM_DEMONSTRATIONS, 12)
+            assert (stage.config.num_demonstrations, stage.config.epochs) == (250, 12)
         else:
             assert (stage.config.steps, stage.config.optimizer.schedule) == (300, "constant")
             assert stage.config.kl_coef == (0.0 if method == "no_penalty" else 0.001)
-
-
-#: Of the cold start of the ablations, which is to answer a fifth to a third of the questions.
-NUM_DEMONSTRATIONS = 150
 
 
 def gpu_commands() -> dict[str, list[str]]:
