@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,22 @@ from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.hydra_launcher import register_launcher
 from algorithms.launch.run_guard import left_to_run
 from algorithms.sb3.learner import outside_learner
-from algorithms.training.settings import RunConfig, register_schemas, run_config
+from algorithms.training.settings import RunConfig, by_group, register_schemas, run_config
 
 with clear_errors():  # of a plug-in
     register_schemas()
     register_launcher()
 
 
+def main() -> None:
+    """Entry point."""
+    sys.argv[1:] = map(by_group, sys.argv[1:])
+    _composed()
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def main(config: DictConfig) -> None:
-    """Entry point; Hydra composes the configuration."""
+def _composed(config: DictConfig) -> None:
+    """With the configuration that Hydra composes."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     with clear_errors(run_dir):
         left = left_to_run(run_dir, config)

@@ -24,6 +24,7 @@ from algorithms.launch import job_pool
 from algorithms.launch.job_display import JobDisplay
 from algorithms.launch.run_guard import begun, complete, require_same
 from algorithms.training import file_locks
+from algorithms.training.settings import by_group
 
 _LOCKS = ".launcher"
 #: Hydra takes launchers from the package `hydra_plugins` only, so this module bears a second name.
@@ -115,6 +116,7 @@ class SlotsLauncher(Launcher):
             ConfigurationError: Two jobs have the same directory, or a directory holds a run with other settings.
         """
         planned: dict[str, job_pool.Job] = {}
+        job_overrides = [list(map(by_group, overrides)) for overrides in job_overrides]
         shared = set.intersection(*map(set, job_overrides))
         for number, overrides in enumerate(job_overrides, start=first):
             config = self._loader.load_sweep_config(self._config, list(overrides))

@@ -32,7 +32,7 @@ def complete(run_dir: Path) -> bool:
 
 def job_name(overrides: Sequence[str]) -> str:
     """What the directory of a job is called: its overrides, in an order that does not depend on how they were given."""
-    pairs = [override.lstrip("+").partition("=") for override in overrides]
+    pairs = [override.lstrip("+").rpartition("@")[2].partition("=") for override in overrides]
     compared = sorted(("." in key, key, value) for key, _, value in pairs if key not in settings_without_effect())
     return file_name("+".join(f"{key}-{value}" for _, key, value in compared) or "defaults")
 

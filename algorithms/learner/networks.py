@@ -142,6 +142,19 @@ def freeze(model: Network) -> Network:
     return model.eval().requires_grad_(False)
 
 
+def soften(model: PreTrainedModel, temperature: float) -> PreTrainedModel:
+    """Divide a model's logits by a temperature, whoever reads them. Returns the same network.
+
+    Args:
+        model: A causal language model without a bias on its logits.
+        temperature: Above 1: a model that is less sure of itself, and errs more often when it is sampled from.
+    """
+    head = model.get_output_embeddings()
+    # A parameter of its own: one that is tied to the input embedding must leave that as it is.
+    head.weight = nn.Parameter(head.weight.detach() / temperature)
+    return model
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """An id that may fill padding; not necessarily a dedicated one, so no mask can be read off it."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):

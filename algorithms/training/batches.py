@@ -119,6 +119,7 @@ class Sources:
         }
         networks = self._networks
         settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
+        settings["teacher_temperature"] = config.model.teacher_temperature
         settings["searched"] = of_retriever(envs.retriever)
         teacher = self._networks.place(str(config.model.teacher))
         key = of_playing(settings, teacher, networks.teacher_tokenizer, envs.dataset)

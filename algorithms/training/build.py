@@ -25,6 +25,7 @@ from algorithms.learner.networks import (
     load_tokenizer,
     logit_width,
     shared_vocab_size,
+    soften,
 )
 from algorithms.rollout.engine import CachedEngine, Engine
 from algorithms.rollout.generator import Generator
@@ -142,7 +143,7 @@ class Networks:
         return resolve_model(name, self._config.cache_dir)
 
     def teacher(self) -> PreTrainedModel:
-        """The frozen teacher, loaded if it is not in memory; bfloat16 on a GPU.
+        """The frozen teacher at its temperature, loaded if it is not in memory; bfloat16 on a GPU.
 
         Raises:
             ConfigurationError: No teacher is configured, or it can't be loaded.
@@ -152,7 +153,9 @@ class Networks:
                 raise ConfigurationError("This algorithm needs a teacher, and model.teacher is null; name a model.")
             path = self.place(self._config.model.teacher)
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-            self._teacher = freeze(load_model(path, device=self.device, dtype=dtype))
+            teacher = load_model(path, device=self.device, dtype=dtype)
+            temperature = self._config.model.teacher_temperature
+            self._teacher = freeze(teacher if temperature == 1 else soften(teacher, temperature))
             self._teachers.add(self._teacher)
         return self._teacher
 

@@ -30,7 +30,7 @@ def place(
         networks: Who plays with the model, and how.
         envs: Where.
         model: Folder or hub id.
-        is_teacher: The teacher may be loaded in another precision.
+        is_teacher: The teacher may be loaded in another precision, and softened.
 
     Returns:
         The folder; None where some of what the evaluation depends on is not known.
@@ -46,6 +46,7 @@ def place(
         "vocab_size": networks.vocab_size,
         "device": networks.device.type,
         "is_teacher": is_teacher,
+        "teacher_temperature": config.model.teacher_temperature if is_teacher else None,
         "searched": searched,
         "code": code,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,17 @@ class ModelConfig:
             `.gguf` file, or a hub id.
         teacher: Likewise; None where no teacher is to be had.
         settings: Of a preset: what else suits the model, see `presets`. They are in the configuration already.
+        teacher_temperature: The teacher's logits are divided by it everywhere: where it plays demonstrations, judges
+            tokens, and is measured. Above 1 makes a teacher that errs out of one that does not.
     """
 
     policy: str = "tiny-student"
     teacher: str | None = "tiny-teacher"
     settings: dict[str, Any] = field(default_factory=dict, metadata=WITHOUT_EFFECT)
+    teacher_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_settings(self, "above 0", lambda value: value > 0, "teacher_temperature")
 
 
 #: Which passages an evaluation shows; all but the first are names of probes.
@@ -357,9 +364,28 @@ def named_config(registry: Registry, name: str) -> type:
 
 
 def _selectable(registry: Registry, name: str, schema: type) -> Any:
-    """A config-group option; a warm start is composed in place, so that its settings are typed too."""
+    """A config-group option.
+
+    An algorithm's has its warm start composed in place, so that its settings are typed too; and wherever in a chain the
+    algorithm stands, it takes what the chosen `stages` say of it.
+    """
+    if registry is not ALGORITHMS:
+        return schema
+    parts: list[dict[str, str | None]] = [{f"/schema/{registry.group}@_here_": name}]
     for setting in dataclasses.fields(schema):
-        if setting.name == "warm_start" and setting.default_factory is not dataclasses.MISSING:
-            start = setting.default_factory()["name"]
-            return {"defaults": [{f"/schema/{registry.group}@_here_": name}, {f"/{registry.group}@warm_start": start}]}
-    return schema
+        if setting.name == "warm_start":
+            make = setting.default_factory
+            start = None if make is dataclasses.MISSING else make()["name"]
+            parts.append({f"/{registry.group}@warm_start": start})
+    return {"defaults": [*parts, {"optional /stages@_here_": f"${{stages}}/{name}"}]}
+
+
+_CHOSEN_START = re.compile(r"\+{0,2}(?:algo@)?(algo(?:\.warm_start)+)=(?!(?:[^{]*,)?null(?:,|$)|\{)")
+
+
+def by_group(override: str) -> str:
+    """`algo.warm_start=kd` as Hydra's choice of an option, so that it is composed like any other algorithm.
+
+    Without this it would be a mere name, and be built with its defaults whatever `stages` says of it.
+    """
+    return _CHOSEN_START.sub(r"algo@\1=", override)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from algorithms.analysis.comparison import statistics
+from algorithms.analysis.comparison import published, statistics
 from algorithms.analysis.comparison.methods import Method, answers
 from algorithms.analysis.comparison.statistics import Paired
 from algorithms.analysis.comparison.table_formats import Cell, Number, Table
@@ -44,6 +44,24 @@ def compare_pairs(methods: Sequence[Method], mode: str, against: str | None = No
                 found = statistics.paired(*np.split(right, [len(one.runs)]))
                 pairs.append(Pair(one.label, other.label, found))
     return pairs
+
+
+def told_power(methods: Sequence[Method], mode: str) -> str | None:
+    """What differences these runs can tell apart, and what the paper's would take; None for single seeds."""
+    found = []
+    for first, second in combinations([method for method in methods if len(method.runs) > 1], 2):
+        if (right := answers([*first.runs, *second.runs], mode)) is not None:
+            found.append(statistics.Power(*np.split(right, [len(first.runs)])))
+    if not found:
+        return None
+    seen = float(np.median([power.detectable() for power in found]))
+    needed = sorted(power.seeds_for(published.GUIDANCE) or np.inf for power in found)[len(found) // 2]
+    enough = f"{needed} seeds a method" if needed < np.inf else "more questions, whatever the number of seeds"
+    return (
+        f"these runs can tell apart differences of {seen:.3f}, {mode} (median over {len(found)} pairs; found in four "
+        f"of five cases at the 5 % level, before correction); the paper's {published.GUIDANCE:.3f} of the teacher's "
+        f"guidance would take {enough}."
+    )
 
 
 class Verdict(NamedTuple):

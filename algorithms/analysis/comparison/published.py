@@ -30,6 +30,9 @@ PUBLISHED: dict[str, dict[str, float]] = {
     for name, scores in _ROWS.items()
 } | {name: {AVERAGE: score} for name, score in _ABLATIONS.items()}
 
+#: What the teacher's guidance is worth in the paper's ablation.
+GUIDANCE = PUBLISHED["dgpo"][AVERAGE] - PUBLISHED["no_teacher_guidance"][AVERAGE]
+
 _ALIASES = {
     "naturalquestions": "nq",
     "2wikimultihopqa": "2wiki",

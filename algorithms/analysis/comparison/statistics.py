@@ -16,6 +16,8 @@ import numpy as np
 from scipy import signal, stats
 
 LEVEL = 0.95
+#: Chance to find a difference that is there.
+POWER = 0.8
 _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 #: A variance below that is of rounding; that of a single answer among a million questions is above.
 _ROUNDING = 1e-20
@@ -140,6 +142,40 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def rank_agreement(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     """Kendall's tau-b and Spearman's rho of two scores of the same methods; not a number if one is constant."""
     return float(stats.kendalltau(ours, theirs).statistic), float(stats.spearmanr(ours, theirs).statistic)
+
+
+# --- power -----------------------------------------------------------------------------------------------------------
+
+
+class Power:
+    """What a paired comparison of two methods can see, from the variances that its runs have shown.
+
+    The variance of a difference is that of the questions, in which the two differ always alike and which no seed takes
+    away, over their number; and that of the seeds, single answers included, over theirs.
+
+    Args:
+        first: Right or wrong, [seeds, questions] bool; at least two seeds.
+        second: Likewise, with the same questions.
+    """
+
+    def __init__(self, first: np.ndarray, second: np.ndarray) -> None:
+        self.num_seeds = min(len(first), len(second))
+        count = first.shape[1]
+        of_answers = sum(float(each.var(axis=0, ddof=1).mean()) / len(each) for each in (first, second))
+        of_means = float((first.mean(axis=0) - second.mean(axis=0)).var(ddof=1))
+        self._of_questions = max(0.0, of_means - of_answers) / count
+        self._of_seeds = sum(float(each.mean(axis=1).var(ddof=1)) for each in (first, second))
+
+    def detectable(self, num_seeds: int | None = None) -> float:
+        """The difference that so many seeds of each, by default those there are, find with a chance of `POWER`."""
+        seeds = num_seeds or self.num_seeds
+        freedom = 2 * (seeds - 1)
+        factor = float(stats.t.ppf((1 + LEVEL) / 2, freedom) + stats.t.ppf(POWER, freedom))
+        return factor * float(np.sqrt(self._of_questions + self._of_seeds / seeds))
+
+    def seeds_for(self, difference: float, most: int = 1000) -> int | None:
+        """The fewest seeds of each method that find a difference; None if `most` do not, on these questions."""
+        return next((seeds for seeds in range(2, most + 1) if self.detectable(seeds) <= difference), None)
 
 
 # --- aggregates over seeds and groups of questions (Agarwal et al., arXiv:2108.13264) ---------------------------------

@@ -16,7 +16,7 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.registry import did_you_mean
 from agentic_rag_env.terminal import printable
-from algorithms.analysis.comparison import arc_panel, checks, curves, figures, pairwise, style, tables
+from algorithms.analysis.comparison import arc_panel, checks, curves, figures, pairwise, stability, style, tables
 from algorithms.analysis.comparison.checks import Finding
 from algorithms.analysis.comparison.methods import Method, make_methods, without_copies
 from algorithms.analysis.comparison.page import Section, page
@@ -130,6 +130,8 @@ def study(folders: Sequence[Path], options: Options) -> Comparison:
     if not modes:
         raise ConfigurationError("No mode of decoding was evaluated in all of these runs, so there is nothing to show.")
     methods.sort(key=lambda method: -method.means(modes[0], ALL, "exact_match").mean())
+    if (power := pairwise.told_power(methods, modes[0])) is not None:
+        findings.append(Finding(power, False))
     return Comparison(runs, methods, findings, _sections(runs, methods, modes, options))
 
 
@@ -166,7 +168,9 @@ def _sections(runs: Sequence[Run], methods: Sequence[Method], modes: Sequence[st
         whole.printed = False
         tables_of_probes = [short.weak_points(), short.table("arc", "ARC panel")]
         sections.append(Section("Where each is weak (ARC)", (), tables_of_probes, [whole]))
-    sections.append(Section("Learning curves", figures.learning_curves(methods, looks), note=_BANDS))
+    steady = stability.table(methods)
+    curves_shown = figures.learning_curves(methods, looks)
+    sections.append(Section("Learning curves", curves_shown, [steady] if steady else (), note=_BANDS))
     cost = tables.costs(methods, main)
     sections.append(Section("Cost beside score", figures.cost_beside_score(methods, main, looks), [cost], note=_BARS))
     scored = {mode: tables.score_tables(methods, mode, shown) for mode in modes}

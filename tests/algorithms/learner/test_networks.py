@@ -23,6 +23,7 @@ from algorithms.learner.networks import (
     logit_width,
     pad_id,
     shared_vocab_size,
+    soften,
 )
 
 
@@ -186,6 +187,19 @@ def test_families_that_cap_or_scale_logits_are_refused_by_name():
             check_lm_head(model)
     check_lm_head(make_policy("whole"))
     check_lm_head(make_policy("whole").bfloat16())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_softened_model_has_its_logits_divided_and_nothing_else_changed(folder, tied):
+    model = load_model(folder)
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    ids = torch.arange(6)[None]
+    embedding, logits = model.get_input_embeddings().weight.clone(), model(ids).logits
+    softened = soften(model, 2.0)
+    torch.testing.assert_close(softened(ids).logits, logits / 2)
+    assert torch.equal(softened.get_input_embeddings().weight, embedding)
+    check_lm_head(softened)
 
 
 def test_freeze():

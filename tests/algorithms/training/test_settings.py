@@ -25,7 +25,14 @@ from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import load_tokenizer
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training.build import build_stages
-from algorithms.training.settings import EvaluationConfig, ModelConfig, RunConfig, register_schemas, run_config
+from algorithms.training.settings import (
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    by_group,
+    register_schemas,
+    run_config,
+)
 
 ROOT = Path(__file__).parents[3]
 CONF = Path(conf.__file__).parent
@@ -33,7 +40,7 @@ TINY_STUDENT = ASSETS / "tiny-student"
 PAPER = ["+experiment=paper", "retriever.url=http://127.0.0.1:9/retrieve"]
 REGISTRIES = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
 NAMES = [(registry, name) for registry in REGISTRIES for name in registry.names()]
-DEFAULT_GROUPS = ("algo", "env", "dataset", "retriever", "reward", "model")
+DEFAULT_GROUPS = ("algo", "env", "dataset", "retriever", "reward", "model", "stages")
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 
 register_schemas()
@@ -41,7 +48,7 @@ register_schemas()
 
 def configure(*overrides: str) -> RunConfig:
     with initialize_config_module("conf", version_base="1.3"):
-        return run_config(compose("config", list(overrides)))
+        return run_config(compose("config", list(map(by_group, overrides))))
 
 
 @pytest.fixture
@@ -158,10 +165,11 @@ def test_settings_of_every_depth_arrive():
         (["algo.warm_start=sft"], ["sft", "dgpo"]),
         (["algo@algo.warm_start=sft", "algo.warm_start.epochs=3"], ["sft", "dgpo"]),
         (["algo=ppo"], ["ppo"]),
-        (["algo=ppo", "algo.warm_start=kd"], ["kd", "ppo"]),
+        (["algo=ppo", "algo.warm_start=kd", "algo.warm_start.epochs=3"], ["kd", "ppo"]),
         (["algo=ppo", "+algo@algo.warm_start=kd", "algo.warm_start.epochs=3"], ["kd", "ppo"]),
-        (["algo=kd", "+algo@algo.warm_start=dgpo"], ["kd", "dgpo", "kd-2"]),  # the inverted order, after a cold start
-        (["algo=kd", "+algo@algo.warm_start=dgpo", "algo.warm_start.warm_start=null"], ["dgpo", "kd"]),
+        (["algo=kd", "algo.warm_start=dgpo"], ["kd", "dgpo", "kd-2"]),  # the inverted order, after a cold start
+        (["algo=kd", "algo.warm_start=dgpo", "algo.warm_start.warm_start=null"], ["dgpo", "kd"]),
+        (["algo=kd", "algo.warm_start=dgpo", "algo.warm_start.warm_start=sft"], ["sft", "dgpo", "kd"]),
     ],
 )
 def test_stages_are_a_matter_of_configuration(overrides, expected):
@@ -169,6 +177,20 @@ def test_stages_are_a_matter_of_configuration(overrides, expected):
     assert [stage.name for stage in built] == expected
     if "algo.warm_start.epochs=3" in overrides:
         assert built[0].config.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "composed"),
+    [
+        ("algo.warm_start=kd", "algo@algo.warm_start=kd"),
+        ("+algo@algo.warm_start=kd", "algo@algo.warm_start=kd"),
+        ("algo.warm_start.warm_start=kd,sft", "algo@algo.warm_start.warm_start=kd,sft"),
+        *((same, same) for same in ("algo.warm_start=null", "algo.warm_start=kd,null", "algo.warm_start=null,kd")),
+        *((same, same) for same in ("algo.warm_start={name: kd}", "algo.warm_start.epochs=3", "algo=kd", "-m")),
+    ],
+)
+def test_a_warm_start_given_by_its_name_is_an_option(given, composed):
+    assert by_group(given) == composed
 
 
 # --- what is wrong is refused ----------------------------------------------------------------------------------------
@@ -180,7 +202,8 @@ BAD = [
     ("algo.warm_start.epoch=1", ["'epoch' not in 'KDConfig'"]),
     ("evaluation.evry=1", ["'evry' not in 'EvaluationConfig'"]),
     ("algo@algo.warm_start=dkpo", ["Could not find 'algo/dkpo'"]),
-    ("algo.warm_start=dkpo", ["Unknown algo 'dkpo'", "Known: dgpo, "]),
+    ("algo.warm_start=dkpo", ["Could not find 'algo/dkpo'", "dgpo", "kd"]),
+    ("stages=papr", ["Could not find 'stages/papr'", "paper"]),
     ("algo.steps=many", ["'many'", "could not be converted to Integer", "algo.steps"]),
     ("algo.selective=3.5", ["3.5", "bool", "algo.selective"]),
     ("algo.optimizer.learning_rate=fast", ["'fast'", "Float", "algo.optimizer.learning_rate"]),

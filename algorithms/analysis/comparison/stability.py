@@ -1,0 +1,73 @@
+"""How steadily a method learned: its checks on the dev split in the last stage of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from algorithms.analysis.comparison import statistics
+from algorithms.analysis.comparison.methods import Method
+from algorithms.analysis.comparison.statistics import Estimate
+from algorithms.analysis.comparison.table_formats import NOTHING, Cell, Number, Table
+from algorithms.analysis.runs import Run
+
+_METRIC = "dev/exact_match"
+#: A collapse leaves at most that share of the best check before it, and is at least that deep.
+_SHARE, _DEPTH = 0.5, 0.1
+
+
+class Stability(NamedTuple):
+    """The checks of one run in figures.
+
+    Attributes:
+        best: Highest exact match.
+        last: That of the last check.
+        area: Area under the curve over the steps that it spans: the mean, by the trapezoidal rule.
+        collapse: Step of the run at which exact match first was at most half of the best check before it, and at least
+            0.1 below it; None: never.
+    """
+
+    best: float
+    last: float
+    area: float
+    collapse: int | None
+
+
+def of_run(run: Run) -> Stability | None:
+    """From the checks in the last stage; None if there was none."""
+    stage = run.metrics[-1].get("stage") if run.metrics else None
+    checks = [row for row in run.metrics if row.get(_METRIC) is not None and row.get("stage") == stage]
+    if not checks:
+        return None
+    steps, scores = np.array([row["step"] for row in checks]), np.array([row[_METRIC] for row in checks], dtype=float)
+    between = (scores[1:] + scores[:-1]) / 2
+    area = np.average(between, weights=np.diff(steps)) if len(between) else scores[0]
+    best = np.maximum.accumulate(scores)
+    fallen = steps[(scores <= _SHARE * best) & (scores <= best - _DEPTH)]
+    return Stability(float(best[-1]), float(scores[-1]), float(area), int(fallen[0]) if len(fallen) else None)
+
+
+def table(methods: Sequence[Method]) -> Table | None:
+    """Best, last and mean of the checks of each method, and its collapses; None where no run has any check."""
+    rows: list[list[Cell]] = []
+    for method in methods:
+        found = [each for run in method.runs if (each := of_run(run)) is not None]
+        if found:
+            fallen = [each.collapse for each in found if each.collapse is not None]
+            figures = [Number.of(_mean([getattr(each, name) for each in found])) for name in ("best", "last", "area")]
+            share = f"{len(fallen)} of {len(found)}"
+            rows.append([method.label, *figures, share, str(min(fallen)) if fallen else NOTHING])
+    note = (
+        "Exact match of the checks on the dev split in the last stage: means over seeds with 95 % t intervals over "
+        "seeds alone. Area: mean over the steps. A run has collapsed at the first check that is at most half of the "
+        "best one before it, and at least 0.1 below it; the step is that of the seed that did so first."
+    )
+    columns = ["method", "best", "last", "area", "collapsed", "first collapse"]
+    return Table("stability", "Stability of training", columns, rows, note) if rows else None
+
+
+def _mean(by_seed: Sequence[float]) -> Estimate:
+    values = np.array(by_seed)
+    return statistics.crossed_mean(values, 0.0, 1) if len(values) > 1 else Estimate(float(values[0]))
