@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.hydra_launcher import register_launcher
-from algorithms.launch.run_guard import left_to_run
+from algorithms.launch.run_guard import left_to_run, no_trace_of_refusals
 from algorithms.sb3.learner import outside_learner
 from algorithms.training.settings import RunConfig, register_schemas, run_config
 
@@ -25,7 +25,7 @@ with clear_errors():  # of a plug-in
 def main(config: DictConfig) -> None:
     """Entry point; Hydra composes the configuration."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    with clear_errors(run_dir):
+    with clear_errors(run_dir), no_trace_of_refusals(run_dir, config):
         left = left_to_run(run_dir, config)
         if left is not None:
             run(run_config(left), run_dir)
