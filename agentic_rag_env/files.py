@@ -1,10 +1,12 @@
-"""Files that are there with all of their content, or not at all; and JSON lines read one by one."""
+"""Files that are there with all of their content, or not at all; names of files; and JSON lines read one by one."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +15,15 @@ from typing import Any, TypeVar
 
 from agentic_rag_env.errors import DataError
 
+#: Most bytes of a line of JSON: a gzip file of some hundred KiB could hold one that fills the memory.
+MAX_LINE = 2**26
+_MAX_NAME = 120
 _Made = TypeVar("_Made")
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A place to write a file that appears under its own name only once it is complete.
+    """A place to write a file that appears under its own name only once it is complete and on the disk.
 
     Args:
         path: Where the file shall be; what is there stays until then, and for good if the block raises.
@@ -29,9 +34,20 @@ def written_whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
+        sync(partial)
         partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -40,25 +56,69 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove what killed processes left in a folder that no other process writes to."""
-    for partial in folder.glob(".*.partial"):
-        partial.unlink()
+def remove_partial(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of files that no other process writes.
+
+    Args:
+        folder: Where they are.
+        name: Of the only file to look for, or a pattern.
+    """
+    for partial in folder.glob(f".{name}.*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def file_name(text: str, also: str = "") -> str:
+    """A text as the name of one file or folder: no path, readable, safe in a shell, different for different texts.
+
+    Args:
+        text: Whatever a file or a setting holds.
+        also: Characters to keep besides letters, digits and `_.+-`.
+    """
+    name = re.sub(rf"[^\w.+{re.escape(also)}-]", "_", text, flags=re.ASCII).lstrip("-.")[:_MAX_NAME]
+    return (
+        name
+        if name and name == text
+        else f"{name or 'run'}-{hashlib.sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:8]}"
+    )
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a text file, unpacked if its name ends in `.gz`.
+
+    Raises:
+        DataError: The file is damaged, is no text, or has a line of more than `MAX_LINE` bytes.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise DataError(f"{path}, line {number}: has more than {MAX_LINE} bytes.")
+                yield line.decode("utf-8")
+        if not number and path.suffix == ".gz" and path.stat().st_size == 0:
+            raise EOFError("it is empty")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file ({error}).") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number}: is no text in UTF-8 ({error}).") from error
 
 
 def read_rows(path: Path, make: Callable[[dict[str, Any]], _Made]) -> Iterator[_Made]:
-    """What `make` makes of each line of a file of trajectories.
+    """What `make` makes of each line of a file of JSON lines, such as trajectories or predictions.
 
     Raises:
         DataError: The file is no such file; the message names it and the line.
     """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    made = make(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-                    raise DataError(f"{path}, line {number}: no trajectory ({error}).") from error
-                yield made
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file ({error}); delete it, and it will be made again.") from error
+    for number, line in enumerate(lines_of(path), 1):
+        try:
+            made = make(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+            raise DataError(f"{path}, line {number}: no such row ({type(error).__name__}: {error}).") from error
+        yield made

@@ -11,12 +11,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.terminal import printable
 from algorithms.launch.clear_errors import clear_errors
-from algorithms.launch.run_guard import CONFIG_FILE
 from algorithms.sb3.learner import is_outside_learner
 from algorithms.training.model_names import newest_checkpoint, resolve_model
+from algorithms.training.run_files import CONFIG_FILE, read_settings, write_summary
 from algorithms.training.settings import RunConfig, evaluate_config, register_schemas
 
 with clear_errors():  # of a plug-in
@@ -60,7 +60,7 @@ def find(name: str | None, cache_dir: str = RunConfig.cache_dir) -> Found:
         raise ConfigurationError("checkpoint=... is missing; give a run directory, a Hugging Face folder or a hub id.")
     path = Path(name).expanduser()
     if (path / CONFIG_FILE).is_file():
-        settings = _saved_settings(path)
+        settings = _settings(path)
         if is_outside_learner(algorithm := (settings.get("algo") or {}).get("name")):
             raise ConfigurationError(
                 f"The run {name} trained {algorithm}, which is no language model and is measured by its "
@@ -76,11 +76,21 @@ def find(name: str | None, cache_dir: str = RunConfig.cache_dir) -> Found:
         )
     run_dir = path.absolute().parent.parent
     of_run = path.exists() and path.absolute().parent.name == "checkpoints" and (run_dir / CONFIG_FILE).is_file()
-    return Found(resolve_model(name, cache_dir), _saved_settings(run_dir) if of_run else {})
+    if of_run:
+        from algorithms.training.checkpoint import require_whole
+
+        require_whole(path)
+    return Found(resolve_model(name, cache_dir), _settings(run_dir) if of_run else {})
 
 
-def _saved_settings(run_dir: Path) -> dict[str, Any]:
-    settings: Any = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE), resolve=True)
+def _settings(run_dir: Path) -> dict[str, Any]:
+    """The settings saved in a run directory, as far as they have the form of settings."""
+    settings = read_settings(run_dir)
+    for group in ("algo", "env", "dataset", "retriever", "reward", "rollout", "learner"):
+        section = settings.get(group, {})
+        unnamed = group in ("rollout", "learner") or section == {}
+        if not isinstance(section, dict) or not (unnamed or isinstance(section.get("name"), str)):
+            raise DataError(f"{run_dir / CONFIG_FILE}: {group} is no section of settings.")
     return settings
 
 
@@ -101,7 +111,7 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
     from algorithms.training.arc_table import show_arc
     from algorithms.training.build import Environments, Networks
     from algorithms.training.fingerprints import fingerprints
-    from algorithms.training.summary import console, provenance, results_table, show_episode, write_summary
+    from algorithms.training.summary import console, provenance, results_table, show_episode
 
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.hydra_launcher import register_launcher
-from algorithms.launch.run_guard import left_to_run
+from algorithms.launch.run_guard import left_to_run, no_trace_of_refusals
 from algorithms.sb3.learner import outside_learner
 from algorithms.training.settings import RunConfig, by_group, register_schemas, run_config
 
@@ -32,7 +32,7 @@ def main() -> None:
 def _composed(config: DictConfig) -> None:
     """With the configuration that Hydra composes."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    with clear_errors(run_dir):
+    with clear_errors(run_dir), no_trace_of_refusals(run_dir, config):
         left = left_to_run(run_dir, config)
         if left is not None:
             run(run_config(left), run_dir)

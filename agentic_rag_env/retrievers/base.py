@@ -22,6 +22,9 @@ KEPT_FROM = 5000
 MAX_QUERY_CHARS = 10_000
 #: Places in the corpus and scores, best first; equal scores in the order of the corpus.
 Ranking: TypeAlias = list[tuple[int, float]]
+#: Key in the metadata of a setting that names a file which the retriever writes. Settings that a run directory brings
+#: may be a stranger's; what they name so counts only if the command line names it too.
+OUTSIDE = "outside"
 
 
 @runtime_checkable

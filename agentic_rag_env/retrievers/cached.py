@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import (
+    OUTSIDE,
     Retriever,
     build_wrapped,
     checked_queries,
@@ -34,7 +35,7 @@ class CachedConfig:
     """
 
     retriever: Any = "bm25"
-    path: str | None = None
+    path: str | None = field(default=None, metadata={OUTSIDE: True})
     max_in_memory: int = 100_000
     offline: bool = False
     fingerprint: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.files import file_name, lines_of, read_rows, sha256
+from agentic_rag_env.terminal import printable
+from algorithms.training.run_files import read_summary, read_yaml
 
 ALL = "all"
 
@@ -97,9 +97,11 @@ class Run:
         """The predictions of each mode of decoding, or where these are not kept the transcripts."""
         found = {}
         for mode in self.modes:
-            stem = f"{self.summary.get('split', 'test')}-{self.final}-{mode}.jsonl"
+            split = str(self.summary.get("split", "test"))
+            stem = f"{file_name(split)}-{file_name(self.final)}-{file_name(mode, also='=')}.jsonl"
             for file in (self.path / "predictions" / stem, self.path / "trajectories" / f"{stem}.gz"):
                 if file.is_file():
+                    self.check(file)
                     found[mode] = _predictions(file)
                     break
         return found
@@ -107,7 +109,22 @@ class Run:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of `metrics.jsonl`, without a last one that was cut off; empty if there is no such file."""
+        self.check(self.path / "metrics.jsonl")
         return _metrics(self.path / "metrics.jsonl")
+
+    def check(self, file: Path) -> None:
+        """Make sure that a file of a finished run is as the run left it.
+
+        Raises:
+            DataError: It was damaged or changed since; runs of earlier versions can't tell.
+        """
+        sums = self.summary.get("files")
+        told = sums.get(file.relative_to(self.path).as_posix()) if isinstance(sums, Mapping) else None
+        if told is not None and file.is_file() and sha256(file) != told:
+            raise DataError(
+                f"{file} is not as the run left it: its checksum is not that in summary.json. Finish the run again "
+                f"with resume={self.path}, or leave the run out."
+            )
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -153,33 +170,40 @@ def groups(runs: Sequence[Run]) -> list[str]:
 
 
 def _read(folder: Path) -> Run:
-    config, overrides = _yaml(folder / ".hydra" / "config.yaml"), _yaml(folder / ".hydra" / "overrides.yaml")
+    config, overrides = (_shown(_yaml(folder / ".hydra" / name)) for name in ("config.yaml", "overrides.yaml"))
     given = tuple(str(override) for override in overrides) if isinstance(overrides, list) else ()
     config = config if isinstance(config, dict) else {}
-    file = folder / "summary.json"
-    if not file.is_file():
-        return Run(folder, {}, config, given, f"unfinished: no summary.json{_last_step(folder)}")
     try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
+        summary = _shown(read_summary(folder))
         run = Run(folder, summary, summary["config"], given)
         if not all(run.figures(mode)[ALL]["n"] for mode in run.modes):
             return Run(folder, {}, config, given, "nothing was evaluated")
+    except FileNotFoundError:
+        return Run(folder, {}, config, given, f"unfinished: no summary.json{_last_step(folder)}")
+    except DataError as error:
+        return Run(folder, {}, config, given, str(error))
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         return Run(folder, {}, config, given, f"summary.json is not that of a run ({type(error).__name__}: {error})")
     return run
 
 
+def _shown(plain: Any) -> Any:
+    """Plain data of a run, which may be a stranger's, with nothing in its texts that could steer a terminal."""
+    if isinstance(plain, str):
+        return plain if plain.isprintable() else printable(plain)
+    if isinstance(plain, dict):
+        return {_shown(name): _shown(value) for name, value in plain.items()}
+    return [_shown(value) for value in plain] if isinstance(plain, list) else plain
+
+
 def _predictions(file: Path) -> list[dict[str, Any]]:
     """Question, group and verdict of each row; of all the rest of a transcript nothing is needed here."""
-    kept = ("question_id", "correct", "dataset")
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-            if any("question_id" not in row or "correct" not in row for row in rows):
-                raise KeyError("question_id, correct")
-            return [{name: row[name] for name in kept if name in row} for row in rows]
-    except (EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} holds no predictions ({type(error).__name__}: {error}).") from error
+
+    def kept(row: Mapping[str, Any]) -> dict[str, Any]:
+        group = {"dataset": _shown(row["dataset"])} if "dataset" in row else {}
+        return {"question_id": str(row["question_id"]), "correct": bool(row["correct"]), **group}
+
+    return list(read_rows(file, kept))
 
 
 def _last_step(folder: Path) -> str:
@@ -190,22 +214,17 @@ def _last_step(folder: Path) -> str:
 def _metrics(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    lines = list(lines_of(file))
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             if number < len(lines):
                 raise DataError(f"{file}, line {number} is not a JSON object with a 'step'.") from error
     return rows
 
 
 def _yaml(file: Path) -> Any:
-    if not file.is_file():
-        return None
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise DataError(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
+    return read_yaml(file) if file.is_file() else None

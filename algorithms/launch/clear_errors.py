@@ -6,12 +6,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from agentic_rag_env.errors import AgenticRAGError
+from agentic_rag_env.errors import AgenticRAGError, ConfigurationError, DataError, UnknownNameError
+from agentic_rag_env.registry import PLUGINS_VARIABLE
 from agentic_rag_env.terminal import print_line, printable
+from algorithms.training.run_files import allow, places, read_settings
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        _print_message("Interrupted.", run_dir)
+        _print_message("Interrupted.", error, run_dir)
         raise SystemExit(130) from error
     except (AgenticRAGError, OSError, FloatingPointError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -38,7 +40,7 @@ def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
             from hydra.errors import CompactHydraException
 
             raise CompactHydraException(message) from error
-        _print_message(message, run_dir)
+        _print_message(message, error, run_dir)
         raise SystemExit(1) from error
     finally:
         warnings.formatwarning = shown_before
@@ -48,10 +50,25 @@ def _format_warning(message: Warning | str, category: type[Warning], *_: Any) ->
     return printable(f"{category.__name__.removeprefix('User')}: {message}\n", sys.stderr.encoding)
 
 
-def _print_message(message: str, run_dir: Path | None) -> None:
+def _print_message(message: str, error: BaseException, run_dir: Path | None) -> None:
     print_line(message, sys.stderr)
-    if run_dir is not None and any(run_dir.glob("checkpoints/*/manifest.json")):
-        print(f"Checkpoints are kept. To go on: python -m algorithms.run resume={run_dir}", file=sys.stderr)
+    if run_dir is None or not any(run_dir.glob("checkpoints/*/manifest.json")):
+        return
+    if isinstance(error, UnknownNameError):
+        print(
+            f"If a plug-in registers it, install its package, or name its file: {PLUGINS_VARIABLE}=<file> python -m "
+            f"algorithms.run {_resume(run_dir)}",
+            file=sys.stderr,
+        )
+    elif not isinstance(error, (ConfigurationError, DataError)):  # these say themselves what would help
+        print(f"Checkpoints are kept. To go on: python -m algorithms.run {_resume(run_dir)}", file=sys.stderr)
+
+
+def _resume(run_dir: Path) -> str:
+    with suppress(DataError):
+        if places(settings := read_settings(run_dir)):
+            return f"resume={run_dir} {allow(settings)}"
+    return f"resume={run_dir}"
 
 
 def _is_job_of_a_multirun() -> bool:

@@ -19,11 +19,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from algorithms.launch import job_pool
 from algorithms.launch.job_display import JobDisplay
 from algorithms.launch.run_guard import begun, complete, require_same
 from algorithms.training import file_locks
+from algorithms.training.run_files import allowed, places, read_settings
 from algorithms.training.settings import by_group
 
 _LOCKS = ".launcher"
@@ -83,7 +84,7 @@ class SlotsLauncher(Launcher):
         except KeyboardInterrupt as error:
             self._say_how_to_go_on(planned, "Interrupted.")
             raise SystemExit(130) from error
-        except (ConfigurationError, OSError) as error:
+        except (AgenticRAGError, OSError) as error:
             raise SystemExit(f"{type(error).__name__}: {error}") from error
         finally:
             file_locks.release(self._lock_file)
@@ -146,7 +147,9 @@ class SlotsLauncher(Launcher):
                 return None
             start = [sys.executable, "-m", "algorithms.run", *self._hydra_flags()]
             if begun(directory):
-                return [*start, f"resume={_quoted(directory)}", "hydra.mode=RUN"]
+                # `_plan` has found that its settings are those of this command, so what they name may be asked.
+                named = allowed([place for _, place in places(read_settings(directory))])
+                return [*start, f"resume={_quoted(directory)}", named, "hydra.mode=RUN"]
             given = [*self._config.hydra.overrides.hydra, *overrides]
             threads = [f"threads={slot.environment['OMP_NUM_THREADS']}"] if set_threads else []
             return [*start, *given, *threads, f"hydra.run.dir={_quoted(directory)}", "hydra.mode=RUN"]

@@ -7,10 +7,8 @@ and started anew: what still runs then is waited for, not started a second time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -28,7 +26,6 @@ from algorithms.training import file_locks
 LOG_FILE = "log.txt"
 GRACE_S = 10.0
 _POLL_S = 0.1
-_MAX_NAME = 120
 _HOLDER_BYTES = 1024
 
 
@@ -246,12 +243,6 @@ class Launcher:
             _signal_group(attempt, signal.SIGKILL)
             if attempt.process is not None:
                 attempt.process.wait()
-
-
-def file_name(text: str) -> str:
-    """A text as the name of a directory: readable, safe in a shell and for Hydra, different for different texts."""
-    name = re.sub(r"[^\w.+-]", "_", text, flags=re.ASCII).lstrip("-.")[:_MAX_NAME]
-    return name if name and name == text else f"{name or 'run'}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def tail(path: Path, num_bytes: int = 8192) -> list[str]:

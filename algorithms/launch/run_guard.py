@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,13 +13,21 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from agentic_rag_env.errors import ConfigurationError
-from algorithms.launch.job_pool import file_name
+from agentic_rag_env.errors import ConfigurationError, DataError, UnknownNameError
+from agentic_rag_env.files import file_name, remove_partial
 from algorithms.training import file_locks
-from algorithms.training.settings import settings_without_effect
+from algorithms.training.run_files import (
+    CONFIG_FILE,
+    differences,
+    read_settings,
+    read_summary,
+    require_named,
+    write_settings,
+)
+from algorithms.training.settings import plain, settings_without_effect
 
-CONFIG_FILE = Path(".hydra") / "config.yaml"
-_LOCK_FILE = Path(".hydra") / "lock"
+_LOCK_FILE = CONFIG_FILE.parent / "lock"
+_OF_HYDRA = {".hydra", "config.yaml", "hydra.yaml", "overrides.yaml", "lock"}
 
 
 def begun(run_dir: Path) -> bool:
@@ -26,8 +36,15 @@ def begun(run_dir: Path) -> bool:
 
 
 def complete(run_dir: Path) -> bool:
-    """Whether a directory holds a run that has come to its end."""
-    return (run_dir / "summary.json").is_file()
+    """Whether a directory holds a run that has come to its end; a damaged summary is made again, and does not count."""
+    try:
+        read_summary(run_dir)
+        return True
+    except FileNotFoundError:
+        return False
+    except DataError as error:
+        warnings.warn(f"{error}; it is made again.", stacklevel=2)
+        return False
 
 
 def job_name(overrides: Sequence[str]) -> str:
@@ -93,6 +110,28 @@ def _refuse(message: str) -> NoReturn:
     raise SystemExit(f"ConfigurationError: {message}")
 
 
+@contextmanager
+def no_trace_of_refusals(run_dir: Path, given: DictConfig) -> Iterator[None]:
+    """Remove the directory of a run whose settings or files are refused before it has begun.
+
+    Args:
+        run_dir: The run directory; it stays if it holds anything that Hydra has not written.
+        given: The configuration of the present command line.
+    """
+    try:
+        yield
+    except (ConfigurationError, DataError, UnknownNameError):
+        folder = run_dir / CONFIG_FILE.parent
+        left = {path.name for path in (*run_dir.glob("*"), *folder.glob("*"))}
+        if given.resume is None and left <= _OF_HYDRA:
+            for name in _OF_HYDRA:
+                if name != folder.name:
+                    (folder / name).unlink(missing_ok=True)
+            for empty in (folder, run_dir):
+                empty.rmdir()
+        raise
+
+
 def left_to_run(run_dir: Path, given: DictConfig) -> DictConfig | None:
     """The configuration of what is left to do in a run directory, None if that is nothing.
 
@@ -103,12 +142,15 @@ def left_to_run(run_dir: Path, given: DictConfig) -> DictConfig | None:
     Raises:
         ConfigurationError: It is not that of the run that is there.
     """
+    for folder in (run_dir, *(run_dir / name for name in (CONFIG_FILE.parent, "trajectories", "predictions"))):
+        remove_partial(folder)  # of a process that was killed: this one has the lock
     if given.resume is not None:
         return saved_config(run_dir, given)
     if not begun(run_dir):
+        write_settings(run_dir, plain(given))
         return given
     require_same(run_dir, given)
-    return None if complete(run_dir) else _load(run_dir)
+    return None if complete(run_dir) else OmegaConf.create(read_settings(run_dir))
 
 
 def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
@@ -119,13 +161,12 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
         given: The configuration of the present command line. What it sets must be as it was, or be without effect.
 
     Raises:
-        ConfigurationError: The folder is no run directory, or a setting differs: a run that goes on with other settings
-            would be neither the old one nor a new one.
+        ConfigurationError: A setting differs: a run that goes on with other settings would be neither the old one nor a
+            new one. Or the saved settings name places outside that the command line does not allow.
+        DataError: The folder is no run directory, or its settings are damaged.
     """
-    file = run_dir / CONFIG_FILE
-    if not file.is_file():
-        raise ConfigurationError(_no_run(run_dir))
-    saved = _load(run_dir)
+    settings = read_settings(run_dir)
+    saved = OmegaConf.create(settings)
     for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+~").partition("=")[0].rpartition("@")[2]
         was, wanted = (_comparable(OmegaConf.select(config, key)) for config in (saved, given))
@@ -136,12 +177,10 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
                 f"resume goes on with the run's own settings, where {key} is {was}, not {wanted}. Leave it out; or "
                 f"begin a new run, from these weights if you like: model.policy={run_dir}/checkpoints/<step>."
             )
-    return saved
-
-
-def _load(run_dir: Path) -> DictConfig:
-    saved = OmegaConf.load(run_dir / CONFIG_FILE)
-    assert isinstance(saved, DictConfig)
+    require_named(settings, given.allow, str(run_dir))
+    if not file_locks.is_cache(Path(str(saved.get("cache_dir", ""))).expanduser()):
+        print(f"cache_dir={given.cache_dir} is used: {saved.get('cache_dir')} is no cache of these commands.")
+        saved.cache_dir = given.cache_dir
     return saved
 
 
@@ -155,23 +194,18 @@ def require_same(run_dir: Path, given: DictConfig) -> None:
     Raises:
         ConfigurationError: A setting differs; the message names it.
     """
-    saved = OmegaConf.to_container(_load(run_dir))
-    task = OmegaConf.masked_copy(given, [str(key) for key in given if key not in ("hydra", *settings_without_effect())])
-    wanted = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(task)))
-    found = [f"{key} is {there} there, {here} here" for key, there, here in _differences(saved, wanted)]
+    wanted = plain(OmegaConf.masked_copy(given, [str(key) for key in given if key != "hydra"]))
+    wanted = {key: value for key, value in wanted.items() if key not in settings_without_effect()}
+    found = [
+        f"{key} is {_comparable(there)} there, {_comparable(here)} here"
+        for key, there, here in differences(read_settings(run_dir), wanted)
+    ]
     if found:
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         raise ConfigurationError(
             f"{run_dir} holds a run with other settings: {'; '.join(found[:5])}{more}. Choose another directory, or "
             "remove that run."
         )
-
-
-def _differences(first: Any, second: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(first, dict) and isinstance(second, dict):
-        shared = [name for name in first if name in second]
-        return [each for name in shared for each in _differences(first[name], second[name], f"{key}.{name}".strip("."))]
-    return [] if first == second else [(key, _comparable(first), _comparable(second))]
 
 
 def _comparable(value: Any) -> Any:

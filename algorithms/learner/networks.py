@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,12 +22,19 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner.model_folders import (
+    as_folder,
+    hint_for,
+    refuse_pickles,
+    require_config,
+    require_model,
+    require_tokenizer,
+)
 
 Network = TypeVar("Network", bound=nn.Module)
 
 #: Parameters from which bfloat16 is faster on a CPU that multiplies matrices in it.
 _MIN_BFLOAT16_PARAMETERS = 10_000_000
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -40,16 +46,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ConfigurationError: The folder holds no tokenizer, or the hub id cannot be loaded.
     """
-    if (folder := _as_folder(path)) and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise ConfigurationError(
-            f"{str(path)!r} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there. Copy these files "
-            "from the model that the weights come from, or save them there with tokenizer.save_pretrained."
-        )
+    require_model(path)
+    require_tokenizer(path)
     # For some model types AutoTokenizer puts the family's own splitting rules in the place of those in tokenizer.json,
     # even where the folder declares that the file is all there is to it.
     declared = _load(get_tokenizer_config, path).get("tokenizer_class")
     generic = declared in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    return _load((PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained, path)
+    loader: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
+    return _load(loader.from_pretrained, path, trust_remote_code=False)
 
 
 def load_model(
@@ -66,7 +70,9 @@ def load_model(
         ConfigurationError: The folder is no model, the hub id cannot be loaded, or the model's family cannot be
             trained here (see `check_lm_head`).
     """
-    _require_config(path)
+    require_model(path)
+    require_config(path)
+    refuse_pickles(path)
     # Weights of another shape are let through here only for them to be named below.
     model, report = _load(
         AutoModelForCausalLM.from_pretrained,
@@ -74,6 +80,8 @@ def load_model(
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     if lacking := sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]):
         raise ConfigurationError(
@@ -94,17 +102,9 @@ def declared_vocab_size(path: str | Path) -> int:
     Raises:
         ConfigurationError: It is no model, or can't be loaded.
     """
-    _require_config(path)
-    return _load(AutoConfig.from_pretrained, path).get_text_config().vocab_size
-
-
-def _require_config(path: str | Path) -> None:
-    if (folder := _as_folder(path)) and not (folder / "config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-        raise ConfigurationError(
-            f"{str(path)!r} is no Hugging Face model: config.json is missing (found: {found or 'nothing'}). Give a "
-            "folder written by save_pretrained, such as checkpoints/<step> of a run, or a hub id."
-        )
+    require_model(path)
+    require_config(path)
+    return _load(AutoConfig.from_pretrained, path, trust_remote_code=False).get_text_config().vocab_size
 
 
 def decided_precision(precision: str, model: PreTrainedModel) -> str:
@@ -197,6 +197,25 @@ def shared_vocab_size(
                 "without a teacher: model.teacher=null."
             )
     return min(widths) if sizes[0] == sizes[1] else shared
+
+
+def require_rows(tokenizer: PreTrainedTokenizerBase, width: int, path: str | Path) -> None:
+    """Make sure that every token has a row in the embedding.
+
+    Args:
+        tokenizer: The model's.
+        width: Rows of its embedding.
+        path: The model, for the error.
+
+    Raises:
+        ConfigurationError: One has none, as where a token was added without resizing the model.
+    """
+    token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if last >= width:
+        raise ConfigurationError(
+            f"The tokenizer of {str(path)!r} has ids up to {last} ({token!r}), but its embedding has only {width} "
+            "rows. Call model.resize_token_embeddings(len(tokenizer)) and save both, or take that token out."
+        )
 
 
 def logit_width(model: PreTrainedModel) -> int:
@@ -321,24 +340,9 @@ def no_progress_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _as_folder(path: str | Path) -> Path | None:
-    """The path as a folder if it is meant as one; None for a hub id, which is `name` or `owner/name`."""
-    folder = Path(path).expanduser()
-    text = str(path)
-    looks_local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
-    return folder if looks_local or folder.exists() else None
-
-
 def _load(loader: Callable[..., Any], path: str | Path, **settings: Any) -> Any:
-    folder = _as_folder(path)
     try:
         with no_progress_bars():
-            return loader(str(folder or path), **settings)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        hint = (
-            "The files there are incomplete or of an unknown kind."
-            if folder
-            else "It is neither a folder here nor reachable on the Hugging Face hub. Check the spelling and the "
-            "network, or download it once with `hf download` and give the folder."
-        )
-        raise ConfigurationError(f"Cannot load {str(path)!r}. {hint} ({error})") from error
+            return loader(str(as_folder(path) or path), **settings)
+    except Exception as error:  # the files may be a stranger's, and the libraries that parse them raise what they like
+        raise ConfigurationError(f"Cannot load {str(path)!r}. {hint_for(path, error)}") from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from agentic_rag_env.actions import THINK_OPEN
+from agentic_rag_env.errors import ConfigurationError
 
 #: Stands for a text while a chat template is rendered around it.
 _PLACE = "\ue000"
@@ -34,11 +36,10 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """A text as the message of a user, behind which the template opens the reply, [p] int64."""
     if not any(token in text for token in tokenizer.all_special_tokens):
         chat = [{"role": "user", "content": text}]
-        rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        return np.array(rendered, dtype=np.int64)
+        return np.array(_rendered(tokenizer, chat, return_dict=False), dtype=np.int64)
     # A question that spells a control token stays text: only what the template puts around it is read for such tokens.
     chat = [{"role": "user", "content": _PLACE}]
-    around = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    around = _rendered(tokenizer, chat, tokenize=False)
     before, after = (tokenizer.encode(part, add_special_tokens=False) for part in str(around).split(_PLACE))
     return np.array([*before, *encode_plain(tokenizer, [text])[0], *after], dtype=np.int64)
 
@@ -48,8 +49,19 @@ def opened_thought(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         return ""
     chat = [{"role": "user", "content": _PLACE}]
-    around = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+    around = str(_rendered(tokenizer, chat, tokenize=False))
     return THINK_OPEN if around.rpartition(_PLACE)[2].rstrip().endswith(THINK_OPEN) else ""
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **form: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, **form)
+    except Exception as error:  # a template is a small program of the model's author, and raises what it likes
+        raise ConfigurationError(
+            f"The chat template of {tokenizer.name_or_path!r} can't render a user's message "
+            f"({type(error).__name__}: {error}). Mend chat_template in that folder, or remove it there: the text is "
+            "then read as it is."
+        ) from error
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:

@@ -24,6 +24,7 @@ from algorithms.learner.networks import (
     load_model,
     load_tokenizer,
     logit_width,
+    require_rows,
     shared_vocab_size,
     soften,
 )
@@ -133,6 +134,7 @@ class Networks:
         self.tokenizer = load_tokenizer(self.place(policy))
         self.teacher_tokenizer = self.tokenizer if teacher is None else load_tokenizer(self.place(teacher))
         self.policy = load_model(self.place(policy), device=self.device)
+        require_rows(self.tokenizer, logit_width(self.policy), policy)
         self.precision = decided_precision(config.learner.precision, self.policy)
         self.vocab_size = self._shared_vocab_size()
         self._teacher: PreTrainedModel | None = None

@@ -8,9 +8,9 @@ final name never holds half a checkpoint; what a broken disk does to it later, t
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.files import sha256, sync
 from algorithms.learner.networks import no_progress_bars
 
 MANIFEST = "manifest.json"
@@ -116,15 +117,44 @@ def save(
 
 
 def latest(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a run, None if there is none; broken ones are skipped with a warning."""
+    """The newest complete checkpoint of a run, None if none was saved; broken ones are skipped with a warning.
+
+    Raises:
+        DataError: There are checkpoints, and all of them are broken.
+    """
     root = Path(run_dir) / "checkpoints"
     _put_back(root)
-    for path in reversed(_checkpoints(root)):
+    saved = _checkpoints(root)
+    for path in reversed(saved):
         problem = find_problem(path)
         if problem is None:
             return path
         warnings.warn(f"Checkpoint {path} is skipped: {problem}.", stacklevel=2)
+    if saved:
+        raise DataError(
+            f"None of the {len(saved)} checkpoints in {root} is whole, so the run can't go on from where it was. Put "
+            "one of them back from a copy; or remove that folder, and the run begins again at its first step."
+        )
     return None
+
+
+def require_whole(path: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint that is damaged, and name one that is not.
+
+    Args:
+        path: A folder of `<run>/checkpoints`.
+
+    Raises:
+        DataError: It is damaged or missing.
+    """
+    path = Path(path)
+    if problem := find_problem(path):
+        whole = [each for each in _checkpoints(path.parent) if each != path and find_problem(each) is None]
+        earlier = [each for each in whole if path.name.isdecimal() and int(each.name) < int(path.name)]
+        way_on = f"A whole one is {(earlier or whole)[-1]}." if whole else "There is no whole one beside it."
+        if earlier:
+            way_on += " A run goes on from there once the later ones are removed, and ends the same."
+        raise DataError(f"Checkpoint {path} can't be used: {problem}. {way_on}")
 
 
 def load(path: str | os.PathLike[str], *, policy: PreTrainedModel, critic: nn.Module | None = None) -> TrainingState:
@@ -151,7 +181,7 @@ def load(path: str | os.PathLike[str], *, policy: PreTrainedModel, critic: nn.Mo
         policy.load_state_dict(saved_policy.state_dict())
         if critic is not None:
             critic.load_state_dict(state["critic"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise DataError(f"Checkpoint {path} does not fit the networks of this run: {error}") from error
     step = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]
     return TrainingState(step, state["learner"], state["trainer"])
@@ -162,9 +192,11 @@ def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Args:
         path: A checkpoint's folder, as `latest` gives it.
+
+    Raises:
+        DataError: The state holds more than plain data, or is damaged.
     """
-    state = torch.load(Path(path) / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)
-    return state["trainer"]
+    return _plain_state(Path(path), mmap=True)["trainer"]
 
 
 def find_problem(path: Path, checksums: bool = True) -> str | None:
@@ -186,19 +218,36 @@ def find_problem(path: Path, checksums: bool = True) -> str | None:
         return f"its {MANIFEST} says step {step}"
     for name, (size, digest) in expected.items():
         file = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"its {MANIFEST} names a file outside of it"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if checksums and _sha256(file) != digest:
+        if checksums and sha256(file) != digest:
             return f"{name} does not have the checksum it was saved with"
     return None
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    if problem := find_problem(path):
-        raise DataError(f"Checkpoint {path} can't be loaded: {problem}. Choose another one of {path.parent}.")
-    return torch.load(path / TRAINING_STATE, map_location="cpu", weights_only=True)
+    require_whole(path)
+    return _plain_state(path)
+
+
+def _plain_state(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The training state, from which nothing is executed: it holds tensors and plain data, or it is refused."""
+    file = path / TRAINING_STATE
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        if not all(isinstance(state[name], dict) for name in ("learner", "trainer")) or "critic" not in state:
+            raise TypeError("it has not the parts of a training state")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{file} can't be read without executing what is in it, or is damaged ({type(error).__name__}: {first}). "
+            "It is not used; begin a new run from the weights beside it: model.policy=" + str(path)
+        ) from error
+    return state
 
 
 def _checkpoints(root: Path) -> list[Path]:
@@ -236,18 +285,10 @@ def _require_plain(value: Any, where: str) -> None:
         )
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _write_manifest(folder: Path, step: int) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     entries = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files
     }
     (folder / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=1), encoding="utf-8")
 
@@ -255,15 +296,7 @@ def _write_manifest(folder: Path, step: int) -> None:
 def _sync(folder: Path) -> None:
     """Make sure that all of a folder is on the disk."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _put_in_place(unfinished: Path, final: Path) -> None:
@@ -275,7 +308,7 @@ def _put_in_place(unfinished: Path, final: Path) -> None:
         shutil.rmtree(replaced)
     else:
         unfinished.replace(final)
-    _sync_one(final.parent)
+    sync(final.parent)
 
 
 def _prune(root: Path, step: int, keep_last: int | None, keep_steps: Collection[int]) -> None:

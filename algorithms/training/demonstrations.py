@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agentic_rag_env.errors import DataError
-from agentic_rag_env.files import write_whole
 from algorithms.learner import seeding
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.player import Player
 from algorithms.rollout.trajectory_files import read_trajectories, write_trajectories
 from algorithms.training.file_locks import exclusively
+from algorithms.training.kept_files import read_kept, seal
 from algorithms.training.run_logger import progress
 
 
@@ -102,26 +100,22 @@ def is_demonstration(trajectory: Trajectory, correct_only: bool = True) -> bool:
 def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> Demonstrations:
     """What a file holds, made and written first if it is not there; by one run, where several want it at once.
 
+    A file that is damaged, was shortened or belongs to something else is made again, with a word.
+
     Args:
-        path: Ends in `.jsonl.gz`. The counts stand beside it in a `.json` file, which is written last.
+        path: Ends in `.jsonl.gz`; the counts stand in its seal.
         make: Collects.
         tokenizer: For the text in the file.
-
-    Raises:
-        DataError: The files are damaged; the message says what to delete.
     """
-    counts = path.with_name(path.name.removesuffix(".jsonl.gz") + ".json")
-    if not counts.exists():
-        with exclusively(
-            counts.with_suffix(".lock"), "waiting for another run, which collects the same demonstrations"
-        ):
-            if not counts.exists():
+    found = read_kept(path, read_trajectories, warn=False)
+    if found is None:
+        lock = path.with_name(path.name.removesuffix(".jsonl.gz") + ".lock")
+        with exclusively(lock, "waiting for another run, which collects the same demonstrations"):
+            found = read_kept(path, read_trajectories)
+            if found is None:
                 made = make()
                 write_trajectories(path, made.trajectories, tokenizer)
-                numbers = {name: value for name, value in vars(made).items() if name != "trajectories"}
-                write_whole(counts, json.dumps(numbers).encode())
-    try:
-        numbers = json.loads(counts.read_text(encoding="utf-8"))
-        return Demonstrations(read_trajectories(path), **numbers)
-    except (json.JSONDecodeError, TypeError, FileNotFoundError) as error:
-        raise DataError(f"{counts} and {path.name} beside it are no pair ({error}); delete both.") from error
+                seal(path, {name: value for name, value in vars(made).items() if name != "trajectories"})
+                return made
+    trajectories, numbers = found
+    return Demonstrations(trajectories, **numbers)

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.datasets.base import QuestionSet
-from agentic_rag_env.files import write_whole
+from agentic_rag_env.files import file_name, write_whole
 from agentic_rag_env.probes import Figures, Material, interval, macro_interval, run_probes
 from agentic_rag_env.rewards import sub_exact_match
 from agentic_rag_env.types import Question
@@ -152,7 +152,7 @@ def evaluate_player(
             trajectories = play(temperature, count, show)
         result.trajectories[temperature] = trajectories
         result.figures[temperature] = measure(trajectories, dataset, config.seed)
-        file = f"{split}-{name}-{mode}.jsonl"
+        file = f"{file_name(split)}-{file_name(name)}-{mode}.jsonl"
         write_trajectories(folder / "trajectories" / f"{file}.gz", trajectories, tokenizer, dataset)
         write_predictions(folder / "predictions" / file, trajectories, dataset)
     return result

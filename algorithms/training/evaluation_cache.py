@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.probes import Figures
 from agentic_rag_env.vector import AgenticRAGVectorEnv
@@ -16,6 +15,7 @@ from algorithms.learner.types import Trajectory
 from algorithms.rollout.trajectory_files import read_trajectories, write_trajectories
 from algorithms.training.build import Networks
 from algorithms.training.fingerprints import of_code, of_playing, of_retriever
+from algorithms.training.kept_files import read_kept, seal
 from algorithms.training.settings import RunConfig, ScoringConfig
 
 
@@ -58,6 +58,8 @@ def place(
 class Kept:
     """Episodes of one model under one set of conditions, and the figures of probes on them.
 
+    What is damaged, was shortened or belongs to something else is made again, with a word.
+
     Args:
         folder: Of nothing else; None to keep nothing.
         tokenizer: For the text in the files.
@@ -76,14 +78,15 @@ class Kept:
         Episodes are not kept if a search has failed in any of them: another time it may not.
         """
         path = self._folder and self._folder / f"{mode}.jsonl.gz"
-        if path and path.exists():
-            return read_trajectories(path)
+        if path and (kept := read_kept(path, read_trajectories)) is not None:
+            return kept[0]
         self.found_all = False
         played = play()
         if any(trajectory.turns[-1].info["error"] is not None for trajectory in played):
             self._folder = None
         elif path:
             write_trajectories(path, played, self._tokenizer)
+            seal(path)
         return played
 
     def arc(self, ask: Callable[[], tuple[dict[str, Figures], bool]]) -> dict[str, Figures]:
@@ -91,18 +94,13 @@ class Kept:
 
         Args:
             ask: Measures them, and says whether to keep them: not if a search has failed meanwhile.
-
-        Raises:
-            DataError: The file is damaged.
         """
         path = self._folder and self._folder / "arc.json"
-        if path and path.exists():
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise DataError(f"{path} is damaged ({error}); delete the folder that it is in.") from error
+        if path and (kept := read_kept(path, lambda file: json.loads(file.read_text(encoding="utf-8")))) is not None:
+            return kept[0]
         self.found_all = False
         figures, is_lasting = ask()
         if path and is_lasting:
             write_whole(path, json.dumps(figures).encode())
+            seal(path)
         return figures

@@ -18,6 +18,10 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
+from agentic_rag_env.files import write_whole
+
+#: What tells a cache folder from a folder that only bears its name; also read by programs that make backups.
+_TAG, _SIGNATURE = "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n# of agentic_rag_env\n"
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: dict[Path, int] = {}
 
@@ -72,6 +76,23 @@ def release(path: Path) -> None:
     descriptor = _held.pop(path.absolute(), None)
     if descriptor is not None:
         os.close(descriptor)
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether a folder was made by `make_cache`."""
+    tag = folder / _TAG
+    return tag.is_file() and tag.read_bytes() == _SIGNATURE.encode()
+
+
+def make_cache(folder: Path) -> None:
+    """Make a cache folder, or make an existing folder one.
+
+    Raises:
+        OSError: It can't be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_cache(folder):
+        write_whole(folder / _TAG, _SIGNATURE.encode())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.terminal import printable
 
@@ -143,33 +143,30 @@ def without_surrogates(text: str) -> str:
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Remove the lines after a step, and a last line that was cut off in the middle.
+    """Remove the lines after a step, and what is no whole line; what is lost of the steps before is said.
 
     Args:
         path: A `metrics.jsonl`; need not exist.
         last_step: The last step to keep.
-
-    Raises:
-        DataError: Another line than the last is not what `RunLogger.write` writes.
     """
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = []
-    for number, line in enumerate(lines, start=1):
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept, steps = [], set()
+    for line in lines:
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise DataError(
-                f"{path}, line {number} is not a JSON object with a 'step'; repair or remove the file to resume."
-            ) from error
+            step = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+            continue
         if step <= last_step and line.endswith(b"\n"):
             kept.append(line)
-    if kept == lines:
-        return
-    write_whole(path, b"".join(kept))
+            steps.add(step)
+    if lost := len(set(range(1, last_step + 1)) - steps):
+        warnings.warn(
+            f"{path} lacks {lost} of the {last_step} steps so far: it was damaged or shortened. Curves will lack them "
+            "too; the weights and the final figures do not depend on it.",
+            stacklevel=2,
+        )
+    if kept != lines:
+        write_whole(path, b"".join(kept))
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import pkgutil
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from algorithms.learner.algorithm import ALGORITHMS, check_settings
 from algorithms.learner.config import WITHOUT_EFFECT, LearnerConfig
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training import presets
+from algorithms.training.run_files import require_named
 
 
 @dataclass
@@ -118,6 +120,7 @@ class RunConfig:
         probes: ARC probes at the end, by name or as a mapping with `name` and settings; empty for none.
         probe_every: Training steps between probes on the questions of a check on the dev split; 0 for none.
         threads: CPU threads; None leaves PyTorch's choice.
+        allow: Addresses and files outside of the run directory that the settings saved in `resume` may name.
     """
 
     algo: Any = MISSING
@@ -139,6 +142,7 @@ class RunConfig:
     probes: list[Any] = field(default_factory=lambda: list(DEFAULT_PROBES))
     probe_every: int = field(default=0, metadata=WITHOUT_EFFECT)
     threads: int | None = field(default=None, metadata=WITHOUT_EFFECT)
+    allow: list[str] = field(default_factory=list, metadata=WITHOUT_EFFECT)
 
     def __post_init__(self) -> None:
         check_settings(self, "in [0, 2**32)", lambda value: 0 <= value < 2**32, "seed")
@@ -167,6 +171,7 @@ class EvaluateConfig:
         probes: ARC probes, by name or as a mapping with `name` and settings; empty for none.
         cache_dir: Where the folder is kept that becomes of a `.gguf` file.
         threads: CPU threads; None leaves PyTorch's choice.
+        allow: Addresses and files outside of the run directory that the settings saved in it may name.
     """
 
     checkpoint: str = MISSING
@@ -182,6 +187,7 @@ class EvaluateConfig:
     probes: list[Any] = field(default_factory=lambda: list(DEFAULT_PROBES))
     cache_dir: str = "~/.cache/agentic_rag_env"
     threads: int | None = None
+    allow: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -196,6 +202,7 @@ class AskConfig:
         question: In plain words; None: questions are typed one after the other.
         cache_dir: Where the folder is kept that becomes of a `.gguf` file.
         threads: CPU threads; None leaves PyTorch's choice.
+        allow: Addresses and files outside of the run directory that the settings saved in it may name.
     """
 
     checkpoint: str = MISSING
@@ -207,6 +214,7 @@ class AskConfig:
     learner: dict[str, Any] = field(default_factory=dict)
     cache_dir: str = "~/.cache/agentic_rag_env"
     threads: int | None = None
+    allow: list[str] = field(default_factory=list)
 
 
 def ask_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> RunConfig:
@@ -242,15 +250,19 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
     registries = {registry.group: registry for registry in (ENVS, DATASETS, RETRIEVERS, REWARDS)}
     schemas: dict[str, Any] = {"rollout": RolloutConfig, "learner": LearnerConfig}
     specs = {section: {**of_run.get(section, {}), **given[section]} for section in schemas}
+    used: dict[str, Any] = {}
     for group, default in _DEFAULT_PARTS.items():
         chosen = given[group]
-        specs[group] = chosen if "name" in chosen else {**of_run.get(group, {"name": default}), **chosen}
+        saved = {} if "name" in chosen else {**of_run.get(group, {"name": default})}
+        specs[group] = {**saved, **chosen}
+        used[group] = {name: value for name, value in saved.items() if name not in chosen}
         schemas[group] = named_config(registries[group], specs[group]["name"])
     if not of_run and Path(model).parent != ASSETS and specs["env"]["name"] == _DEFAULT_PARTS["env"]:
         specs["env"] = {"prompt": "search_r1", **specs["env"]}  # nobody else knows the protocol unasked
+    require_named(used, given.get("allow", ()), "the run directory")
     try:
         typed = OmegaConf.merge({group: OmegaConf.structured(schema) for group, schema in schemas.items()}, specs)
-        parts = _plain(typed)
+        parts = plain(typed)
     except OmegaConfBaseException as error:
         raise ConfigurationError(" ".join(str(error).split())) from error
     return RunConfig(
@@ -271,7 +283,7 @@ def run_config(composed: DictConfig) -> RunConfig:
     Raises:
         ConfigurationError: A value can't work, is missing or unknown.
     """
-    settings = _plain(composed)
+    settings = plain(composed)
     sections = {
         "model": ModelConfig,
         "learner": LearnerConfig,
@@ -285,7 +297,7 @@ def run_config(composed: DictConfig) -> RunConfig:
     return RunConfig(**settings)
 
 
-def _plain(composed: Any) -> dict[str, Any]:
+def plain(composed: Any) -> dict[str, Any]:
     """A configuration as plain data, if nothing in it is missing."""
     try:
         settings: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
@@ -316,6 +328,16 @@ def settings_without_effect(section: type = RunConfig, prefix: str = "") -> froz
         elif dataclasses.is_dataclass(inner := setting.default_factory):
             found |= settings_without_effect(inner, f"{prefix}{setting.name}.")
     return frozenset(found)
+
+
+def settings_with_effect(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of a run, nested, without those that have no effect on what comes of it."""
+    left_out = settings_without_effect()
+    return {
+        name: settings_with_effect(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if prefix + name not in left_out
+    }
 
 
 def import_zoo() -> None:

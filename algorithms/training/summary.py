@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import shutil
@@ -21,13 +20,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agentic_rag_env.files import write_whole
 from agentic_rag_env.terminal import printable
 from algorithms.learner.config import PolicyGradientConfig
 from algorithms.learner.networks import load_model
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.trajectory_files import transcript
-from algorithms.training import evaluation
+from algorithms.training import checkpoint, evaluation
 from algorithms.training.arc_table import show_arc
 from algorithms.training.build import Environments
 from algorithms.training.checkpoint import checkpoint_name
@@ -36,6 +34,7 @@ from algorithms.training.evaluation import Evaluated, mode_name
 from algorithms.training.evaluation_cache import place
 from algorithms.training.file_locks import exclusively
 from algorithms.training.fingerprints import fingerprints, versions
+from algorithms.training.run_files import write_summary
 from algorithms.training.run_logger import write_results
 from algorithms.training.settings import RunConfig, settings_without_effect
 from algorithms.training.trainer import Trainer
@@ -125,11 +124,6 @@ def publish(
 # --- what the evaluation of a single checkpoint shares ---------------------------------------------------------------
 
 
-def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`, whole or not at all."""
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
-
-
 def provenance(device: torch.device) -> dict[str, Any]:
     """What the figures were made with: versions, machine and the most memory that the process ever had."""
     return {
@@ -173,7 +167,7 @@ def show_episode(
     """Print one whole episode, if possible a right one with searches in it."""
     shown = next((t for t in trajectories if t.correct and len(t.turns) > 2), trajectories[0])
     terminal.rule(f"a test episode of {name}: {'right' if shown.correct else 'wrong'}")
-    terminal.print(printable(transcript(shown, tokenizer), terminal.encoding), markup=False, highlight=False)
+    terminal.print(Text(printable(transcript(shown, tokenizer), terminal.encoding)))
     terminal.rule()
 
 
@@ -193,6 +187,8 @@ def _models(trainer: Trainer) -> list[_Model]:
     networks, config = trainer.networks, trainer.config
     paths = [("raw", networks.place(config.model.policy))]
     trained = [stage for stage in _stages(trainer) if stage["steps"]]
+    for stage in trained:
+        checkpoint.require_whole(trainer.run_dir / stage["checkpoint"])
     paths += [(stage["name"], str(trainer.run_dir / stage["checkpoint"])) for stage in trained]
     models = [_Model(name, path, partial(load_model, path, device=networks.device)) for name, path in paths]
     if config.model.teacher is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, DataError
 from algorithms.learner import seeding
 from algorithms.learner.algorithm import Algorithm, DemonstrationConfig, Progress, Role
 from algorithms.learner.collate import collate
@@ -25,9 +24,11 @@ from algorithms.training.batches import Sources, choose_source
 from algorithms.training.build import Environments, Networks, build_stages
 from algorithms.training.costs import cost_metrics, spend, timed
 from algorithms.training.episode_figures import trajectory_metrics
+from algorithms.training.file_locks import make_cache
 from algorithms.training.presets import toy_settings
+from algorithms.training.run_files import CONFIG_FILE, differences
 from algorithms.training.run_logger import RunLogger
-from algorithms.training.settings import RunConfig
+from algorithms.training.settings import RunConfig, settings_with_effect
 from algorithms.training.trajectory_samples import is_due, token_figures, write_check, write_sample
 
 
@@ -96,6 +97,8 @@ class Trainer:
         self._refuse_what_fails_late()
         self.position = Position()
         self._resume_from = checkpoint.latest(run_dir)
+        if self._resume_from is not None:
+            self._take_position(self._resume_from)
         if any(Role.TEACHER in stage.roles for stage in self.stages):
             self.networks.teacher()
         self.sources = Sources(config, self.networks, self.environments, self.stages)
@@ -116,9 +119,36 @@ class Trainer:
         if warning := toy_settings(self.config, self.stages, self.networks.policy.num_parameters()):
             warnings.warn(warning, stacklevel=2)
         cache_dir = Path(self.config.cache_dir).expanduser()
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(cache_dir, os.W_OK):
-            raise ConfigurationError(f"cache_dir={cache_dir} can't be written to; name another folder.")
+        try:
+            make_cache(cache_dir)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cache_dir={cache_dir} can't be written to ({error.strerror}); name another folder."
+            ) from error
+
+    def _take_position(self, saved_in: Path) -> None:
+        """Where a checkpoint stands, if it was saved with these settings.
+
+        Raises:
+            ConfigurationError: The settings were changed since.
+            DataError: Its state is none of a run.
+        """
+        state = checkpoint.read_trainer_state(saved_in)
+        try:
+            self.position = Position(**state["position"])
+            found = differences(state.get("settings", {}), self._settings())  # earlier versions saved none
+        except (KeyError, TypeError) as error:
+            raise DataError(f"Checkpoint {saved_in} holds no state of a run ({error!r}).") from error
+        if found:
+            changed = "; ".join(f"{key} was {before} and is {now}" for key, before, now in found[:5])
+            raise ConfigurationError(
+                f"{self.run_dir / CONFIG_FILE} was changed since checkpoint {saved_in.name} was saved: {changed}. "
+                f"Change it back to go on; or begin a new run from these weights: model.policy={saved_in}"
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings that have an effect on what comes of the run."""
+        return settings_with_effect(asdict(self.config))
 
     def _check_last_batches(self) -> None:
         """The last batch of a pass over stored trajectories may be small, but not smaller than its minibatches."""
@@ -143,8 +173,6 @@ class Trainer:
     def train(self) -> None:
         """Train all stages to their end. The teacher is out of memory afterwards."""
         total = sum(self.num_steps(stage) for stage in self.stages)
-        if self._resume_from is not None:
-            self.position = Position(**checkpoint.read_trainer_state(self._resume_from)["position"])
         with RunLogger(self.run_dir, total, start_step=self.position.step) as logger:
             stages = ", then ".join(f"{stage.name} ({self.num_steps(stage)} steps)" for stage in self.stages)
             logger.message(f"training: {stages}; written to {self.run_dir}")
@@ -208,6 +236,8 @@ class Trainer:
 
     def _policy_at_stage_start(self) -> PreTrainedModel:
         start = self.position.stage_starts[-1]
+        if start:
+            checkpoint.require_whole(self.checkpoint_path(start))
         path = str(self.checkpoint_path(start)) if start else self.networks.place(self.config.model.policy)
         return freeze(load_model(path, device=self.networks.device))
 
@@ -310,7 +340,11 @@ class Trainer:
                 tokenizer=self.networks.tokenizer,
                 critic=learner.critic,
                 learner_state=learner.state_dict(),
-                trainer_state={"position": asdict(self.position), "replay": self.sources.replay.state_dict()},
+                trainer_state={
+                    "position": asdict(self.position),
+                    "replay": self.sources.replay.state_dict(),
+                    "settings": self._settings(),
+                },
                 keep_last=self.config.keep_checkpoints,
                 keep_steps=[*self.position.stage_starts, *self.position.best_steps()],
             )

@@ -151,7 +151,7 @@ def test_nothing_of_these_is_a_clear_error(scored, tmp_path, monkeypatch):
         (f"checkpoint={tmp_path}/notes", "neither a run directory (.hydra/config.yaml is missing) nor a Hugging Face"),
         (f"checkpoint={tmp_path}/notes", "found: a.txt"),
         (f"checkpoint={tmp_path}/notes/a.txt", "found: a file"),
-        (f"checkpoint={tmp_path}/absent", "holds no tokenizer"),
+        (f"checkpoint={tmp_path}/absent", "There is no folder"),
         (f"checkpoint={tmp_path}/young", "has no complete checkpoint yet"),
         ("checkpoint=nobody/nothing-of-the-kind", "neither a folder here nor reachable on the Hugging Face hub"),
     ):

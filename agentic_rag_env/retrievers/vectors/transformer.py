@@ -49,10 +49,10 @@ def load_pretrained(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     try:
-        # A model's own code is never executed; left unset, the library would ask whoever sits at the terminal.
+        # A model's own code is never executed, nor a pickle read; left unset, the library would ask at the terminal.
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         loaded, loading = getattr(transformers, auto_class).from_pretrained(
-            model, dtype="auto", output_loading_info=True, trust_remote_code=False
+            model, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ConfigurationError(

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.files import write_whole
+from agentic_rag_env.files import file_name, write_whole
 from agentic_rag_env.registry import did_you_mean
 from agentic_rag_env.terminal import printable
 from algorithms.analysis.comparison import arc_panel, checks, curves, figures, pairwise, stability, style, tables
@@ -27,6 +27,8 @@ from algorithms.analysis.runs import ALL, Run, find_runs, groups
 
 TITLE = "Comparison of search agents"
 _MARK = "comparison.json"
+#: Besides the usual ones, characters in the names of tables and figures: of modes of decoding, such as T=1.
+_KEPT = "="
 _BANDS = "Lines are means over seeds at steps that all have logged; bands reach from the lowest seed to the highest."
 _BARS = "Bars are the 95 % intervals of the table of results."
 
@@ -208,6 +210,8 @@ def _check_out(out: Path) -> None:
     """Never overwrite what is not a comparison."""
     if (out / "summary.json").exists() or (out / "metrics.jsonl").exists():
         raise ConfigurationError(f"{out} is a run directory; choose another folder for the comparison (--out).")
+    if any((out / name).is_symlink() for name in ("tb", "figures")):
+        raise ConfigurationError(f"{out} holds links that lead elsewhere; choose another folder (--out).")
     if (out / "tb").exists() and not (out / _MARK).exists():
         raise ConfigurationError(f"{out} holds a tb/ that is not of a comparison; choose another folder (--out).")
 
@@ -215,9 +219,16 @@ def _check_out(out: Path) -> None:
 def _remove_earlier(out: Path) -> None:
     """What an earlier comparison has written there, so that none of it is taken for a part of this one."""
     if (out / _MARK).exists():
-        with suppress(ValueError):
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
             for name in json.loads((out / _MARK).read_text(encoding="utf-8")).get("files", ()):
-                (out / name).unlink(missing_ok=True)
+                if _is_ours(name):
+                    (out / name).unlink(missing_ok=True)
+
+
+def _is_ours(name: Any) -> bool:
+    """Whether a name in the mark of an earlier comparison, which may be a stranger's, can be one that `write` chose."""
+    parts = Path(name).parts if isinstance(name, str) else ()
+    return len(parts) in (1, 2) and all(file_name(part, _KEPT) == part for part in parts)
 
 
 def write(found: Comparison, out: Path) -> None:
@@ -228,16 +239,20 @@ def write(found: Comparison, out: Path) -> None:
     text = f"# {TITLE}\n\n" + (f"{told}\n" if told else "") + "\n".join(table.markdown() for table in found.tables)
     files = {"comparison.md": text, "curves.csv": curves.curves_csv(found.methods)}
     for table in found.tables:
-        files |= {f"{table.name}.csv": table.csv(), f"{table.name}.tex": table.latex()}
+        name = file_name(table.name, _KEPT)
+        files |= {f"{name}.csv": table.csv(), f"{name}.tex": table.latex()}
     content: dict[str, Any] = {
         "findings": [{"text": finding.text, "refuses": finding.refuses} for finding in found.findings],
         "tables": {table.name: table.records() for table in found.tables},
     }
-    content["files"] = [*files, "comparison.html", *(f"figures/{drawing.name}.png" for drawing in found.drawings)]
+    images = {
+        file_name(drawing.name, _KEPT): style.render(drawing, "png", LIGHT, with_legend=True)
+        for drawing in found.drawings
+    }
+    content["files"] = [*files, "comparison.html", *(f"figures/{name}.png" for name in images)]
     files[_MARK] = json.dumps(content, indent=2, ensure_ascii=False)
     for name, written in files.items():
         write_whole(out / name, written.encode())
-    images = {drawing.name: style.render(drawing, "png", LIGHT, with_legend=True) for drawing in found.drawings}
     for name, image in images.items():
         write_whole(out / "figures" / f"{name}.png", image)
     write_whole(out / "comparison.html", page(TITLE, found.sections, found.findings).encode())

@@ -14,6 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from agentic_rag_env.files import file_name
 from algorithms.analysis.comparison.curves import CURVES
 from algorithms.analysis.comparison.methods import Method
 from algorithms.analysis.comparison.tables import cost_figures
@@ -39,7 +40,7 @@ def write_board(folder: Path, methods: Sequence[Method], images: Mapping[str, by
             }
             final |= {f"cost/{name}": value for name, value in cost_figures(run).items() if np.isfinite(value)}
             chosen = {name: _shown(run.settings.get(name)) for name in settings} | {"method": method.label}
-            with _event_file(folder / f"{method.label}/seed{run.seed}".replace(" ", "")) as writer:
+            with _event_file(folder / _name(method.label) / file_name(f"seed{run.seed}")) as writer:
                 for row in run.metrics:
                     for name in CURVES:
                         if row.get(name) is not None:
@@ -76,6 +77,11 @@ def _varying_settings(methods: Sequence[Method]) -> list[str]:
     return [name for name in differ if name not in ("resume", "cache_dir")] + ["algo.name"] * (
         "algo.name" not in differ
     )
+
+
+def _name(label: str) -> str:
+    """The folder of a method, whose label may come from a stranger's summary."""
+    return file_name(label.replace(" ", ""), also=",=()")
 
 
 def _shown(value: object) -> str | float | bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -12,10 +11,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.files import read_rows
 from algorithms.analysis.runs import Run, find_runs
 from algorithms.analysis.viewer.episodes import Episode, read_episodes
 
+_TOLD = ("golden_answers", "dataset")
 _SUFFIX = ".jsonl.gz"
 _OF_STEP = re.compile(r"(?P<split>.+)-(?P<step>\d{6,})")
 _OF_MODEL = re.compile(r"(?P<split>[^-]+)-(?P<model>.+)-(?P<mode>greedy|T=.+)")
@@ -165,6 +166,7 @@ def gather(folders: Sequence[Path], wanted: Wanted) -> Gallery:
         for file in chosen:
             # What was played on the way stands in the run's first column.
             column = next((each for each in of_run if each.measured == file.measured), of_run[0])
+            run.check(file.path)
             for occurrence, episode in _numbered(read_episodes(file.path, _answers(file.path))):
                 rows.setdefault((file.split, file.step, episode.question_id, occurrence), {})[column] = episode
         columns += of_run
@@ -259,8 +261,4 @@ def _answers(path: Path) -> dict[str, Mapping[str, Any]]:
     file = path.parent.parent / "predictions" / path.name.removesuffix(".gz")
     if not file.is_file():
         return {}
-    try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return {row["question_id"]: {name: row[name] for name in ("golden_answers", "dataset")} for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} holds no predictions ({type(error).__name__}: {error}).") from error
+    return dict(read_rows(file, lambda row: (row["question_id"], {name: row[name] for name in _TOLD})))

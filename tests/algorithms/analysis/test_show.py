@@ -308,7 +308,7 @@ def test_folders_that_hold_nothing_to_look_at(run, tmp_path):
 def test_damaged_files_are_named(run):
     file = run / "trajectories" / "test-dgpo-greedy.jsonl.gz"
     write(file, [ROWS[0], {"question_id": "b"}])
-    with pytest.raises(DataError, match="line 2: no trajectory"):
+    with pytest.raises(DataError, match="line 2: no such row"):
         gather([run], Wanted())
     write(file, ROWS)
     file.write_bytes(file.read_bytes()[:-5])
@@ -317,7 +317,7 @@ def test_damaged_files_are_named(run):
     short = json.loads(json.dumps(ROWS[0]))
     short["turns"][0]["action_logprobs"] = [0.0]
     write(file, [short])
-    with pytest.raises(DataError, match="line 1: no trajectory"):
+    with pytest.raises(DataError, match="line 1: no such row"):
         gather([run], Wanted())
 
 

@@ -20,9 +20,10 @@ from omegaconf import OmegaConf
 from small_runs import SFT, TINY, Run, assert_same_run, command, train
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.files import file_name
 from algorithms.launch import job_pool
 from algorithms.launch.hydra_launcher import make_slots
-from algorithms.launch.job_pool import Job, Launcher, Slot, file_name
+from algorithms.launch.job_pool import Job, Launcher, Slot
 from algorithms.launch.run_guard import job_name
 from algorithms.training import demonstrations, file_locks
 

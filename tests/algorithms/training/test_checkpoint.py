@@ -110,7 +110,7 @@ def test_any_damage_to_any_file_is_noticed(tmp_path):
             (whole / name).unlink() if damaged is None else (whole / name).write_bytes(damaged)
             with pytest.warns(UserWarning, match=r"000002 is skipped"):
                 assert checkpoint.latest(tmp_path) == good, name
-            with pytest.raises(DataError, match="can't be loaded"):
+            with pytest.raises(DataError, match="can't be used"):
                 checkpoint.load(whole, policy=make_model())
             (whole / name).write_bytes(content)
     assert checkpoint.latest(tmp_path) == whole

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 from small_runs import DGPO, SFT, TINY, assert_same_run, command, resume, train
 
-from agentic_rag_env.errors import DataError, RetrieverError
+from agentic_rag_env.errors import RetrieverError
 from algorithms.learner.networks import load_tokenizer
 from algorithms.rollout.player import Player
 from algorithms.training.build import Environments, Networks
@@ -105,16 +105,36 @@ def test_the_outcome_is_read_back_whole_and_not_made_twice(teacher_player, tmp_p
             file.unlink()
 
 
-def test_half_written_demonstrations_are_collected_again_and_damaged_ones_named(teacher_player, tmp_path):
+def test_half_written_damaged_and_foreign_demonstrations_are_collected_again(teacher_player, tmp_path):
     tokenizer = load_tokenizer(resolve_model("tiny-teacher"))
-    path = tmp_path / "key.jsonl.gz"
-    cached(path, lambda: Demonstrations([], 1, 4, 0), tokenizer)
-    (tmp_path / "key.json").unlink()  # a crash after the first of the two files
-    assert cached(path, lambda: Demonstrations([], 2, 8, 0), tokenizer).num_asked == 8
-    for damage in ("{", "[]", '{"num_wanted": 1}'):
-        (tmp_path / "key.json").write_text(damage)
-        with pytest.raises(DataError, match=r"key\.json and key\.jsonl\.gz beside it are no pair .*; delete both"):
-            cached(path, lambda: pytest.fail("collected again"), tokenizer)
+    path, seal = tmp_path / "key.jsonl.gz", tmp_path / "key.jsonl.gz.seal"
+    made = collect(teacher_player, 8, max_questions=16, seed=0)
+    cached(path, lambda: made, tokenizer)
+    whole = {file: file.read_bytes() for file in (path, seal)}
+    other = tmp_path / "other.jsonl.gz"
+    cached(other, lambda: Demonstrations(made.trajectories[:2], 8, 16, 5), tokenizer)
+    foreign = {path: other.read_bytes(), seal: (tmp_path / "other.jsonl.gz.seal").read_bytes()}
+    half = gzip.compress(b"".join(gzip.decompress(whole[path]).splitlines(True)[:4]))
+    for damage in (
+        {seal: None},  # a crash after the first of the two files
+        {path: None},
+        {path: b""},
+        {path: half},  # valid in itself, with 4 of 8 rows
+        {path: whole[path][:-20]},
+        {seal: b"{"},
+        {seal: b"[]"},
+        {seal: whole[seal].replace(b'"num_asked": 16', b'"num_asked": 61')},
+        foreign,
+    ):
+        for file, content in {**whole, **damage}.items():
+            file.unlink(missing_ok=True)
+            if content is not None:
+                file.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"key\.jsonl\.gz is made again: "):
+            again = cached(path, lambda: made, tokenizer)
+        assert again.counts() == made.counts()
+        read = cached(path, lambda: pytest.fail("collected again"), tokenizer)
+        assert (ids(read), read.num_sampled_tokens) == (ids(made), made.num_sampled_tokens)
 
 
 def test_fewer_than_wanted_are_trained_on_with_a_warning(tmp_path, cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 from small_runs import DGPO, PPO, assert_same_run, command, resume, train
 
-from agentic_rag_env.errors import DataError
 from agentic_rag_env.registry import REWARDS
 from algorithms.learner.networks import load_tokenizer
 from algorithms.learner.types import Trajectory, Turn
@@ -208,9 +208,25 @@ def test_nothing_is_kept_without_a_place():
     assert not kept.found_all
 
 
-@pytest.mark.parametrize(("file", "said"), [("arc.json", "delete the folder"), ("greedy.jsonl.gz", "greedy.jsonl.gz")])
-def test_a_damaged_file_is_named(tmp_path, file, said):
-    (tmp_path / file).write_text("{")
-    kept = Kept(tmp_path, load_tokenizer(STUDENT))
-    with pytest.raises(DataError, match=said):
-        kept.arc(unasked) if file == "arc.json" else kept.episodes("greedy", unasked)
+@pytest.mark.parametrize("damage", [b"", b"{", None], ids=["empty", "other", "shortened"])
+@pytest.mark.parametrize("file", ["arc.json", "greedy.jsonl.gz"])
+def test_a_damaged_file_is_made_again_with_a_word(tmp_path, file, damage):
+    def fetch(kept: Kept, count: int):
+        if file == "arc.json":
+            return kept.arc(lambda: ({"probe": {"figure": {"value": count}}}, True))
+        return len(kept.episodes("greedy", lambda: [played(number) for number in range(count)]))
+
+    tokenizer = load_tokenizer(STUDENT)
+    first = fetch(Kept(tmp_path, tokenizer), 4)
+    # Half of the rows, in a file that is whole in itself.
+    half = (
+        gzip.compress(b"".join(gzip.decompress((tmp_path / file).read_bytes()).splitlines(True)[:2]))
+        if (file.endswith(".gz"))
+        else b"{}"
+    )
+    (tmp_path / file).write_bytes(half if damage is None else damage)
+    kept = Kept(tmp_path, tokenizer)
+    with pytest.warns(UserWarning, match=rf"{file} is made again: it does not have the checksum"):
+        assert fetch(kept, 4) == first
+    assert not kept.found_all
+    assert fetch(Kept(tmp_path, tokenizer), 5) == first, "kept again"

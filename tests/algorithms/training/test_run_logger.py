@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agentic_rag_env.errors import DataError
 from algorithms.training import run_logger
 from algorithms.training.run_logger import RunLogger, without_surrogates, write_results
 
@@ -67,15 +66,19 @@ def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path):
 def test_a_torn_last_line_is_dropped(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "stage": "kd"}\n' + torn)
-    with open_logger(tmp_path, start_step=2) as logger:
+    with pytest.warns(UserWarning, match="lacks 1 of the 2"), open_logger(tmp_path, start_step=2) as logger:
         logger.write(3, {}, "kd")
     assert [line["step"] for line in lines(tmp_path)] == [1, 3]
 
 
-def test_a_damaged_line_elsewhere_is_an_error(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"step": 2}\n')
-    with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is not a JSON object with a 'step'"):
-        open_logger(tmp_path, start_step=2)
+def test_what_was_lost_of_the_metrics_is_said_and_stops_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"step": 3}\n{"step": 4}\n')
+    with pytest.warns(UserWarning, match=r"metrics.jsonl lacks 1 of the 3 steps so far"):
+        open_logger(tmp_path, start_step=3).close()
+    assert lines(tmp_path) == [{"step": 1}, {"step": 3}]
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match=r"metrics.jsonl lacks 3 of the 3 steps so far"):
+        open_logger(tmp_path, start_step=3).close()
 
 
 def test_transcripts_are_shown_word_for_word(tmp_path):

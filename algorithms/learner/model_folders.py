@@ -1,0 +1,112 @@
+"""What lies behind the name of a model, which may be a stranger's: refused before anything of it is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from agentic_rag_env.errors import ConfigurationError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_ADAPTER = "adapter_config.json"
+_HUB_TIMEOUT_S = 10.0
+
+
+def as_folder(path: str | Path) -> Path | None:
+    """The path as a folder if it is meant as one; None for a hub id, which is `name` or `owner/name`."""
+    folder = Path(path).expanduser()
+    text = str(path)
+    looks_local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    # `outputs/dgpo` is a misspelled folder where there is a folder `outputs`, not a model of somebody called so.
+    looks_local = looks_local or ("/" in text and Path(text.partition("/")[0]).is_dir())
+    return folder if looks_local or folder.exists() else None
+
+
+def require_model(path: str | Path) -> None:
+    """Make sure that there is a model, in a folder or on the hub.
+
+    Raises:
+        ConfigurationError: There is no such folder, or it holds an adapter; or the hub does not know the name, or can't
+            be reached.
+    """
+    folder = as_folder(path)
+    if folder is None:
+        _require_on_hub(str(path))
+    elif not folder.is_dir():
+        near = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        close = difflib.get_close_matches(folder.name, near, n=1)
+        hint = f" Did you mean {str(folder.parent / close[0])!r}?" if close else ""
+        raise ConfigurationError(f"There is no folder {str(path)!r}.{hint}")
+    elif (folder / _ADAPTER).is_file():
+        raise ConfigurationError(
+            f"{str(path)!r} holds an adapter ({_ADAPTER}), which would be left out. Merge it into its base model "
+            "(merge_and_unload of peft, then save_pretrained) and give the folder that this writes; or remove "
+            f"{_ADAPTER} if the weights there are merged already."
+        )
+
+
+def require_tokenizer(path: str | Path) -> None:
+    """Make sure that a folder holds a tokenizer.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    if (folder := as_folder(path)) and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigurationError(
+            f"{str(path)!r} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there. Copy these files "
+            "from the model that the weights come from, or save them there with tokenizer.save_pretrained."
+        )
+
+
+def require_config(path: str | Path) -> None:
+    """Make sure that a folder holds the settings of a model.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    if (folder := as_folder(path)) and not (folder / "config.json").is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
+        raise ConfigurationError(
+            f"{str(path)!r} is no Hugging Face model: config.json is missing (found: {found or 'nothing'}). Give a "
+            "folder written by save_pretrained, such as checkpoints/<step> of a run, or a hub id."
+        )
+
+
+def refuse_pickles(path: str | Path) -> None:
+    """Make sure that the weights of a folder can be read without executing anything.
+
+    Raises:
+        ConfigurationError: They are pickled only.
+    """
+    folder = as_folder(path)
+    if folder and not any(folder.glob("*.safetensors")) and (pickled := sorted(folder.glob("*.bin"))):
+        raise ConfigurationError(
+            f"{str(path)!r} holds its weights as a pickle only ({pickled[0].name}), and reading a pickle can execute "
+            "what is in it, so it is never read. Take the model's safetensors files instead; or, if you trust the "
+            "folder, convert it yourself: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(another)."
+        )
+
+
+def hint_for(path: str | Path, error: Exception) -> str:
+    """What may be wrong where a model can't be loaded."""
+    if "trust_remote_code" in str(error):
+        return "It brings code of its own, which is never run; give a model of a family that transformers knows."
+    if as_folder(path):
+        return f"The files there are incomplete or of an unknown kind. ({error})"
+    return (
+        "It is neither a folder here nor reachable on the Hugging Face hub. Check the spelling and the network, or "
+        f"download it once with `hf download` and give the folder. ({error})"
+    )
+
+
+def _require_on_hub(name: str) -> None:
+    """Ask the hub once and say so; the loaders by themselves would try for the better part of a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        print(f"{name} is no folder here; asking the Hugging Face hub for it.", flush=True)
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+    except Exception as error:  # several libraries have a hand in it, each with errors of its own
+        raise ConfigurationError(f"Cannot load {name!r}. {hint_for(name, error)}") from error
