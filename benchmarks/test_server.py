@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +157,55 @@ def test_a_lone_client(spec: dict[str, Any], store: CorpusStore, texts: list[str
     deadline_ms = ServerConfig.max_wait_ms
     print(f"difference {medians['coalescing'] - medians['plain']:.2f} ms, deadline {deadline_ms} ms")
     assert medians["coalescing"] <= medians["plain"] + deadline_ms + 1
+
+
+def ask_every_100_ms(port: int, texts: list[str], num_requests: int = 300) -> np.ndarray:
+    """Latencies [ms] of a client that asks one usual query every 100 ms."""
+    client, latencies = http.client.HTTPConnection("127.0.0.1", port), []
+    due = time.perf_counter()
+    for number in range(num_requests):
+        due += 0.1
+        time.sleep(max(0.0, due - time.perf_counter()))
+        asked = time.perf_counter()
+        retrieve(client, [texts[number % len(texts)]])
+        latencies.append(1000 * (time.perf_counter() - asked))
+    return np.array(latencies)
+
+
+def retrieve(client: http.client.HTTPConnection, queries: list[str]) -> None:
+    client.request("POST", "/retrieve", json.dumps({"queries": queries, "topk": TOP_K, "return_scores": True}))
+    response = client.getresponse()
+    assert response.status == 200, response.read()
+    response.read()
+
+
+def test_long_queries_do_not_hold_the_others_up(folder: Path, store: CorpusStore, texts: list[str]) -> None:
+    """A second client sends 40 queries of 2,800 words in a request, again and again."""
+    rng = np.random.default_rng(0)
+    words = sorted({word for text in texts for word in text.lower().split() if len(word) <= 3})
+    long_queries = [" ".join(rng.choice(words, 2800))[: ServerConfig.max_query_chars] for _ in range(40)]
+    alone, beside = [], []
+    with server("coalescing", spec_of("bm25", folder, store), store.path) as port:
+        ask_every_100_ms(port, texts, 20)
+        for _ in range(3):
+            alone.append(np.percentile(ask_every_100_ms(port, texts), 99))
+            stop, num_sent = threading.Event(), 0
+
+            def send() -> None:
+                nonlocal num_sent
+                client = http.client.HTTPConnection("127.0.0.1", port)
+                while not stop.is_set():  # noqa: B023
+                    retrieve(client, long_queries)
+                    num_sent += 1
+
+            sender = threading.Thread(target=send)
+            sender.start()
+            beside.append(np.percentile(ask_every_100_ms(port, texts), 99))
+            stop.set()
+            sender.join()
+            print(f"\n{NUM_PASSAGES} passages, p99 alone {alone[-1]:.0f} ms, beside ", end="")
+            print(f"{num_sent} requests of 40 long queries {beside[-1]:.0f} ms")
+    assert np.median(beside) <= max(50, 3 * np.median(alone))
 
 
 def play_together(dataset: QuestionSet, retriever: HttpRetriever) -> int:

@@ -34,6 +34,8 @@ MAX_QUERY_WORDS = 128
 _SPAN = 4096
 #: Blocks of scores for each passage that is asked for.
 _BLOCKS = 64
+#: Words whose place in the vocabulary is remembered; to search for one takes as long as to score a rare one.
+_MOST_FOUND = 2**16
 #: From this share of characters in scripts without blanks on, words are no good unit.
 _MUCH_UNSPACED = 0.1
 
@@ -105,6 +107,7 @@ class BM25Retriever(CorpusRetriever):
     """
 
     def __init__(self, config: BM25Config, corpus: Sequence[Passage] | None = None) -> None:
+        self._found: dict[str, int | None] = {}
         self._tokenizer = config.make_tokenizer()
         self._tokenizer.words(())  # so that a stemmer or stop words that are missing are told before anything is opened
         self._config, self._given = config, corpus
@@ -168,8 +171,14 @@ class BM25Retriever(CorpusRetriever):
         return [(int(row), float(scores[row])) for row in best]
 
     def _find(self, word: str) -> int | None:
-        place = bisect_left(self._vocabulary, word, key=lambda entry: entry.as_py())
-        return place if place < len(self._vocabulary) and self._vocabulary[place].as_py() == word else None
+        if word in self._found:
+            return self._found[word]
+        place: int | None = bisect_left(self._vocabulary, word, key=lambda entry: entry.as_py())
+        if place == len(self._vocabulary) or self._vocabulary[place].as_py() != word:
+            place = None
+        if len(self._found) < _MOST_FOUND:
+            self._found[word] = place
+        return place
 
 
 def _reached(scores: NDArray[np.float32], count: int) -> np.float32:
@@ -250,9 +259,14 @@ def _load(folder: Path) -> tuple[Any, Any]:
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     try:
         words = pa.ipc.open_file(pa.memory_map(str(folder / VOCABULARY))).get_batch(0).column(0)
-        return bm25s.BM25.load(folder, mmap=True, load_vocab=False, show_progress=False), words
+        index = bm25s.BM25.load(folder, mmap=True, load_vocab=False, show_progress=False)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{folder}: is a damaged BM25 index ({error}); build it again.") from error
+    # Still mapped, but as plain arrays: a slice of a `memmap` takes ten times as long as one of those.
+    index.scores = {
+        name: np.asarray(part) if isinstance(part, np.memmap) else part for name, part in index.scores.items()
+    }
+    return index, words
 
 
 def _spans(texts: Iterable[str]) -> Iterable[list[str]]:

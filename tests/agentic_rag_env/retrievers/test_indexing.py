@@ -406,7 +406,7 @@ def test_bm25_on_disk_equals_in_memory(bm25_folder: Path) -> None:
     assert found_by(opened, ["number300"])[0][0][0] == "p300"
     assert found_by(pickle.loads(pickle.dumps(opened)), queries) == found_by(made, queries)
     assert opened.fingerprint == made.fingerprint
-    assert isinstance(opened._index.scores["data"], np.memmap)
+    assert isinstance(opened._index.scores["data"].base, np.memmap)
 
 
 def test_bm25_over_stems_on_disk(tmp_path: Path, store: CorpusStore, bm25_folder: Path) -> None:
