@@ -37,6 +37,9 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
             action None leaves a row alone.
         **settings: Those of `AgenticRAGEnv`. The only render mode is "ansi".
 
+    `gymnasium.make_vec(..., vectorization_mode="async")` makes N single environments in processes of their own instead.
+    It needs `vector_kwargs={"shared_memory": False}`, since text has no longest length, and searches row by row.
+
     Raises:
         ConfigurationError: As for `AgenticRAGEnv`, or `num_envs` or `autoreset_mode` can't work.
 

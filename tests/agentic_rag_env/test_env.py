@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -26,8 +27,10 @@ from agentic_rag_env.prompts import (
     information_block,
     render_prompt,
 )
+from agentic_rag_env.registry import REWARDS
 from agentic_rag_env.rewards import Outcome, f1_score
 from agentic_rag_env.types import Ending, Passage, Question, StepInfo
+from agentic_rag_env.wrappers import DiscreteActions, TokenIds
 
 SEARCH = "<think> hm </think> <search> Seine </search>"
 ANSWER = "<answer> Paris </answer>"
@@ -580,6 +583,39 @@ def test_infos_have_the_same_keys_in_every_step(world: QuestionSet) -> None:
     infos = [first, *(env.step(text)[4] for text in (SEARCH, JUNK, ANSWER))]
     assert all(list(info) == list(StepInfo.__annotations__) for info in infos)
     assert all(type(info["turn"]) is int and type(info["exact_match"]) is float for info in infos)
+
+
+@pytest.mark.parametrize("reward", REWARDS.names())
+def test_an_environment_can_be_pickled_in_the_middle_of_an_episode(world: QuestionSet, reward: str) -> None:
+    for make in (
+        lambda: gymnasium.make("AgenticRAG-v0", dataset=world, reward=reward, prompt="search_r1"),
+        lambda: AgenticRAGEnv(world, reward=reward, prompt="search_r1"),
+    ):
+        env = make()
+        env.reset(seed=5)
+        env.step(SEARCH)
+        copy = pickle.loads(pickle.dumps(env))
+        assert copy.step(SEARCH) == env.step(SEARCH)
+        assert copy.step(ANSWER) == env.step(ANSWER)
+        assert copy.reset() == env.reset()
+
+
+@pytest.mark.parametrize("view", [DiscreteActions, lambda env: TokenIds(env, Bytes(), vocab_size=256)])
+def test_a_view_can_be_pickled(world: QuestionSet, view: Any) -> None:
+    env = view(AgenticRAGEnv(world))
+    env.reset(seed=5)
+    copy = pickle.loads(pickle.dumps(env))
+    action = env.action_space.sample()
+    for ours, theirs in zip(env.step(action), copy.step(action), strict=True):
+        np.testing.assert_equal(ours, theirs)
+
+
+class Bytes:
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
 
 
 def test_render_ansi_returns_the_transcript(world: QuestionSet) -> None:

@@ -285,6 +285,24 @@ def test_make_vec_uses_the_batched_environment(world: QuestionSet, mode: Any) ->
         envs.close()
 
 
+def test_in_processes_of_their_own_rows_are_the_same(world: QuestionSet) -> None:
+    """Without shared memory, for which a text would need a longest length."""
+    settings: dict[str, Any] = {"num_envs": 2, "dataset": world, "max_turns": 1}
+    apart = gymnasium.make_vec(
+        "AgenticRAG-v0", vectorization_mode="async", vector_kwargs={"shared_memory": False}, **settings
+    )
+    together = gymnasium.make_vec("AgenticRAG-v0", **settings)
+    try:
+        assert apart.reset(seed=3)[0] == together.reset(seed=3)[0]
+        for actions in ((SEARCH, JUNK), (ANSWER, JUNK)):
+            ours, theirs = apart.step(actions), together.step(actions)
+            assert ours[0] == theirs[0]
+            for one, other in zip(ours[1:4], theirs[1:4], strict=True):
+                assert one.tolist() == other.tolist()
+    finally:
+        apart.close()
+
+
 def test_make_vec_with_gymnasiums_own_loop_gives_the_same(world: QuestionSet) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
