@@ -405,6 +405,24 @@ def test_step_needs_a_running_episode_and_a_text(world: QuestionSet) -> None:
             "function of (answer, golden_answers), agentic_rag_env.rewards.answer_reward",
         ),
         ({"reward": lambda: 1.0}, ConfigurationError, "reward must be a name, or a function of one agentic_rag_env"),
+        ({"prompt": 3}, ConfigurationError, "name of a template or a text with '{question}', got 3"),
+        ({"prompt": ["{question}"]}, ConfigurationError, "got ['{question}']"),
+        ({"dataset": [1]}, ConfigurationError, "an iterable of Question, got 1 in it"),
+        (
+            {"max_observation_chars": "500"},
+            ConfigurationError,
+            "an integer of at least 1, or None for no bound, got '500'",
+        ),
+        ({"max_observation_tokens": 9.5}, ConfigurationError, "or None for no bound, got 9.5"),
+        ({"max_observation_tokens": 500, "tokenizer": "gpt2"}, ConfigurationError, "tokenizer must have encode(text,"),
+        (
+            {"final_turn": ["none"]},
+            ConfigurationError,
+            "final_turn must be one of none, no_search, forced, got ['none']",
+        ),
+        ({"render_mode": 1}, ConfigurationError, "or None, got 1"),
+        ({"max_turns": "4"}, ConfigurationError, "max_turns must be an integer of at least 1, got '4'"),
+        ({"max_turns": True}, ConfigurationError, "max_turns must be an integer of at least 1, got True"),
         ({"prompt": "search-r1"}, ConfigurationError, "Did you mean 'search_r1'?"),
         ({"final_turn": "no-search"}, ConfigurationError, "forced, got 'no-search'. Did you mean 'no_search'?"),
         ({"max_turns": 0}, ConfigurationError, "max_turns must be an integer of at least 1, got 0"),
@@ -429,11 +447,21 @@ def test_settings_that_cannot_work_are_refused(
     ("options", "message"),
     [
         ({"question_idx": 1}, "no option 'question_idx'. Did you mean 'question_index'?"),
-        ({"question_index": 4}, "must be in [0, 4) for dataset 'small', got 4"),
-        ({"question_index": -1}, "must be in [0, 4) for dataset 'small', got -1"),
+        ({"question_index": 4}, "must be an integer in [0, 4) for dataset 'small', got 4"),
+        ({"question_index": -1}, "in [0, 4) for dataset 'small', got -1"),
+        ({"question_index": 1.0}, "in [0, 4) for dataset 'small', got 1.0"),
+        ({"question_index": "1"}, "in [0, 4) for dataset 'small', got '1'"),
+        ({"question_index": [1]}, "in [0, 4) for dataset 'small', got [1]"),
+        ({"question_index": True}, "in [0, 4) for dataset 'small', got True"),
+        ({"question_index": np.array([1])}, "in [0, 4) for dataset 'small', got array([1])"),
+        (
+            ["question_index"],
+            "options of reset must be a mapping such as {'question_index': 0}, got ['question_index']",
+        ),
+        (3, "options of reset must be a mapping"),
     ],
 )
-def test_reset_options_that_do_not_exist(world: QuestionSet, options: dict[str, Any], message: str) -> None:
+def test_reset_options_that_do_not_exist(world: QuestionSet, options: Any, message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         AgenticRAGEnv(world).reset(options=options)
     assert message in str(caught.value)
