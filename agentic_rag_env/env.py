@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +11,8 @@ import gymnasium
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.episode import Episode, FinalTurn, Found, Rules, StepResult, search
 from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.registry import DATASETS, RETRIEVERS, REWARDS, did_you_mean
+from agentic_rag_env.registry import DATASETS, RETRIEVERS, REWARDS
+from agentic_rag_env.resets import check_options, question_number
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import Reward
 from agentic_rag_env.settings import COUNT, check_value, one_of, or_none
@@ -165,15 +165,12 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
             ConfigurationError: There is no such option or question.
         """
         super().reset(seed=seed)
-        check_options(options, ("question_index",))
-        index = (options or {}).get("question_index")
+        index = check_options(options, ("question_index",)).get("question_index")
         if index is None:
-            index = self.np_random.integers(len(self.dataset))
-        elif not 0 <= index < len(self.dataset):
-            raise ConfigurationError(
-                f"question_index must be in [0, {len(self.dataset)}) for dataset {self.dataset.name!r}, got {index}."
-            )
-        prompt = self._episode.begin(self.dataset[operator.index(index)])
+            index = int(self.np_random.integers(len(self.dataset)))
+        else:
+            index = question_number(index, len(self.dataset), f"dataset {self.dataset.name!r}")
+        prompt = self._episode.begin(self.dataset[index])
         self._num_printed = 0
         self._print_news()
         return prompt, self._episode.report()
@@ -221,17 +218,6 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
             self._num_printed = len(self._episode.transcript)
 
 
-def check_options(options: Mapping[str, Any] | None, allowed: Iterable[str]) -> None:
-    """Refuse an option of `reset` that does not exist.
-
-    Raises:
-        ConfigurationError: Naming it and the ones that do.
-    """
-    for given in options or {}:
-        if given not in allowed:
-            raise ConfigurationError(f"reset has no option {given!r}.{did_you_mean(str(given), allowed)}")
-
-
 def _build_dataset(spec: Any) -> QuestionSet:
     dataset = DATASETS.build(spec)
     if isinstance(dataset, QuestionSet):
@@ -240,7 +226,11 @@ def _build_dataset(spec: Any) -> QuestionSet:
         raise ConfigurationError(
             f"dataset must be a name, a mapping, a QuestionSet or an iterable of Question, got {dataset!r}."
         )
-    return QuestionSet("questions", tuple(dataset))
+    questions = tuple(dataset)
+    for question in questions:
+        if not isinstance(question, Question):
+            raise ConfigurationError(f"dataset must be an iterable of Question, got {question!r} in it.")
+    return QuestionSet("questions", questions)
 
 
 def _build_retriever(spec: Any, dataset: QuestionSet) -> Retriever:

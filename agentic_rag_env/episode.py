@@ -80,6 +80,10 @@ class Rules:
                 f"max_observation_tokens={self.max_observation_tokens} needs a tokenizer to count with; pass "
                 "tokenizer=..., or use max_observation_chars."
             )
+        if self.max_observation_tokens is not None and not hasattr(self.tokenizer, "encode"):
+            raise ConfigurationError(
+                f"tokenizer must have encode(text, add_special_tokens=False), got {self.tokenizer!r}."
+            )
         empty = information_block("") + (ANSWER_OPEN if self.final_turn == "forced" else "")
         if self._budget is not None:
             unit = "tokens" if self.max_observation_chars is None else "chars"

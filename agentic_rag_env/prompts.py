@@ -45,6 +45,10 @@ def render_prompt(template: str, question: str) -> str:
     Raises:
         ConfigurationError: The template is neither a known name nor contains `{question}`.
     """
+    if not isinstance(template, str):
+        raise ConfigurationError(
+            f"prompt must be the name of a template or a text with '{{question}}', got {template!r}."
+        )
     if template in PROMPTS:
         template = PROMPTS[template]
     elif "{question}" not in template:

@@ -47,14 +47,24 @@ def answer_reward(score: Callable[[str | None, tuple[str, ...]], float]) -> Rewa
     Args:
         score: Function of the answer (None if there is none) and the golden answers, such as `f1_score`.
     """
+    return _AnswerReward(score)
 
-    def reward(outcome: Outcome) -> float:
-        return score(outcome.answer, outcome.question.golden_answers)
 
-    # So that the registry tells it from the rewards made of other functions, and knows what module it depends on.
-    reward.__module__ = getattr(score, "__module__", reward.__module__)
-    reward.__qualname__ = f"answer_reward({getattr(score, '__qualname__', repr(score))})"
-    return reward
+class _AnswerReward:
+    """See `answer_reward`; no closure, so that environments can be pickled."""
+
+    def __init__(self, score: Callable[[str | None, tuple[str, ...]], float]) -> None:
+        self.score = score
+        # So that the registry tells it from the rewards made of other functions, and knows what module it depends on.
+        self.__module__ = getattr(score, "__module__", type(self).__module__)
+        self.__qualname__ = f"answer_reward({getattr(score, '__qualname__', repr(score))})"
+
+    def __call__(self, outcome: Outcome) -> float:
+        """The score of the answer."""
+        return self.score(outcome.answer, outcome.question.golden_answers)
+
+    def __repr__(self) -> str:
+        return self.__qualname__
 
 
 def check_reward(reward: Any) -> None:

@@ -12,10 +12,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from agentic_rag_env.actions import CLOSING_TAGS
-from agentic_rag_env.env import AgenticRAGEnv, check_options
+from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.episode import Episode, StepResult, search
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError
 from agentic_rag_env.registry import ENVS
+from agentic_rag_env.resets import row_seeds, rows_and_questions
 from agentic_rag_env.settings import COUNT, check_value, one_of, or_none
 from agentic_rag_env.types import Found, StepInfo
 
@@ -36,6 +37,9 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
             hold the end of the last. DISABLED: an episode ends for good until `reset` with a `reset_mask`, and the
             action None leaves a row alone.
         **settings: Those of `AgenticRAGEnv`. The only render mode is "ansi".
+
+    `gymnasium.make_vec(..., vectorization_mode="async")` makes N single environments in processes of their own instead.
+    It needs `vector_kwargs={"shared_memory": False}`, since text has no longest length, and searches row by row.
 
     Raises:
         ConfigurationError: As for `AgenticRAGEnv`, or `num_envs` or `autoreset_mode` can't work.
@@ -78,12 +82,12 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
         self._observations = [""] * num_envs
 
     def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+        self, *, seed: int | Sequence[int | None] | np.ndarray | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[_Batch, dict[str, Any]]:
         """Begin episodes.
 
         Args:
-            seed: An int seeds row i with `seed + i`; a sequence seeds every row with its own; None seeds nothing.
+            seed: An int seeds row i with `seed + i`; a sequence or array seeds every row with its own; None seeds nothing.
             options: `reset_mask` [N] bool: rows to reset, the others stay as they are; default all.
                 `question_index` [N] int: question of each row, -1 draws one; default all -1. An int stands for N.
 
@@ -93,12 +97,9 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
         Raises:
             ConfigurationError: An option or the number of seeds does not fit.
         """
-        if seed is None:
-            seed = [None] * self.num_envs
-        seeds = seed if isinstance(seed, Sequence) else range(seed, seed + self.num_envs)
-        if len(seeds) != self.num_envs:
-            raise ConfigurationError(f"seed needs one value per row, {self.num_envs}, got {len(seeds)}.")
-        mask, indices = self._read_options(options or {})
+        seeds = row_seeds(seed, self.num_envs)
+        of_dataset = len(self.dataset), f"dataset {self.dataset.name!r}"
+        mask, indices = rows_and_questions(options, self.num_envs, *of_dataset)
         infos: dict[str, Any] = {}
         for row in np.flatnonzero(mask).tolist():
             if seeds[row] is not None:
@@ -228,25 +229,6 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
                 )
             acting.add(row)
         return acting
-
-    def _read_options(self, options: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        check_options(options, ("reset_mask", "question_index"))
-        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
-        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
-            raise ConfigurationError(
-                f"reset_mask must be an array of {self.num_envs} bools with at least one True, got {mask!r}."
-            )
-        indices = np.asarray(options.get("question_index", -1))
-        if indices.shape not in ((), (self.num_envs,)) or not np.issubdtype(indices.dtype, np.integer):
-            raise ConfigurationError(f"question_index must be an int or {self.num_envs} of them, got {indices!r}.")
-        indices = np.broadcast_to(indices, (self.num_envs,))
-        bad = indices[mask & ((indices < -1) | (indices >= len(self.dataset)))]
-        if len(bad):
-            raise ConfigurationError(
-                f"question_index must be in [0, {len(self.dataset)}) for dataset {self.dataset.name!r}, or -1 to draw "
-                f"one, got {bad[0]}."
-            )
-        return mask, indices
 
 
 def info_at(infos: Mapping[str, Any], row: int) -> StepInfo:

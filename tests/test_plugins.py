@@ -190,9 +190,9 @@ def test_a_plug_in_may_look_names_up(load):
         (
             "from agentic_rag_env.registry import REWARDS\nfrom agentic_rag_env.rewards import answer_reward\n"
             "def mine(answer, golden_answers): return 0.0\nREWARDS.register('f1')(answer_reward(mine))",
-            "reward 'f1' is already registered by agentic_rag_env.rewards; choose another",
+            "reward 'f1' is already registered by agentic_rag_env.answers; choose another",
         ),
-        (CONSTANT.format(name="f1"), "reward 'f1' is already registered by agentic_rag_env.rewards; choose another"),
+        (CONSTANT.format(name="f1"), "reward 'f1' is already registered by agentic_rag_env.answers; choose another"),
         (
             "from agentic_rag_env import REWARDS\n@REWARDS.register('bare')\nclass Bare: ...",
             r"reward 'bare' must be registered with a dataclass of its settings \(an empty one .*\), got None",

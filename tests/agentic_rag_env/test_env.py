@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -26,8 +27,10 @@ from agentic_rag_env.prompts import (
     information_block,
     render_prompt,
 )
+from agentic_rag_env.registry import REWARDS
 from agentic_rag_env.rewards import Outcome, f1_score
 from agentic_rag_env.types import Ending, Passage, Question, StepInfo
+from agentic_rag_env.wrappers import DiscreteActions, TokenIds
 
 SEARCH = "<think> hm </think> <search> Seine </search>"
 ANSWER = "<answer> Paris </answer>"
@@ -402,6 +405,24 @@ def test_step_needs_a_running_episode_and_a_text(world: QuestionSet) -> None:
             "function of (answer, golden_answers), agentic_rag_env.rewards.answer_reward",
         ),
         ({"reward": lambda: 1.0}, ConfigurationError, "reward must be a name, or a function of one agentic_rag_env"),
+        ({"prompt": 3}, ConfigurationError, "name of a template or a text with '{question}', got 3"),
+        ({"prompt": ["{question}"]}, ConfigurationError, "got ['{question}']"),
+        ({"dataset": [1]}, ConfigurationError, "an iterable of Question, got 1 in it"),
+        (
+            {"max_observation_chars": "500"},
+            ConfigurationError,
+            "an integer of at least 1, or None for no bound, got '500'",
+        ),
+        ({"max_observation_tokens": 9.5}, ConfigurationError, "or None for no bound, got 9.5"),
+        ({"max_observation_tokens": 500, "tokenizer": "gpt2"}, ConfigurationError, "tokenizer must have encode(text,"),
+        (
+            {"final_turn": ["none"]},
+            ConfigurationError,
+            "final_turn must be one of none, no_search, forced, got ['none']",
+        ),
+        ({"render_mode": 1}, ConfigurationError, "or None, got 1"),
+        ({"max_turns": "4"}, ConfigurationError, "max_turns must be an integer of at least 1, got '4'"),
+        ({"max_turns": True}, ConfigurationError, "max_turns must be an integer of at least 1, got True"),
         ({"prompt": "search-r1"}, ConfigurationError, "Did you mean 'search_r1'?"),
         ({"final_turn": "no-search"}, ConfigurationError, "forced, got 'no-search'. Did you mean 'no_search'?"),
         ({"max_turns": 0}, ConfigurationError, "max_turns must be an integer of at least 1, got 0"),
@@ -426,11 +447,21 @@ def test_settings_that_cannot_work_are_refused(
     ("options", "message"),
     [
         ({"question_idx": 1}, "no option 'question_idx'. Did you mean 'question_index'?"),
-        ({"question_index": 4}, "must be in [0, 4) for dataset 'small', got 4"),
-        ({"question_index": -1}, "must be in [0, 4) for dataset 'small', got -1"),
+        ({"question_index": 4}, "must be an integer in [0, 4) for dataset 'small', got 4"),
+        ({"question_index": -1}, "in [0, 4) for dataset 'small', got -1"),
+        ({"question_index": 1.0}, "in [0, 4) for dataset 'small', got 1.0"),
+        ({"question_index": "1"}, "in [0, 4) for dataset 'small', got '1'"),
+        ({"question_index": [1]}, "in [0, 4) for dataset 'small', got [1]"),
+        ({"question_index": True}, "in [0, 4) for dataset 'small', got True"),
+        ({"question_index": np.array([1])}, "in [0, 4) for dataset 'small', got array([1])"),
+        (
+            ["question_index"],
+            "options of reset must be a mapping such as {'question_index': 0}, got ['question_index']",
+        ),
+        (3, "options of reset must be a mapping"),
     ],
 )
-def test_reset_options_that_do_not_exist(world: QuestionSet, options: dict[str, Any], message: str) -> None:
+def test_reset_options_that_do_not_exist(world: QuestionSet, options: Any, message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         AgenticRAGEnv(world).reset(options=options)
     assert message in str(caught.value)
@@ -580,6 +611,39 @@ def test_infos_have_the_same_keys_in_every_step(world: QuestionSet) -> None:
     infos = [first, *(env.step(text)[4] for text in (SEARCH, JUNK, ANSWER))]
     assert all(list(info) == list(StepInfo.__annotations__) for info in infos)
     assert all(type(info["turn"]) is int and type(info["exact_match"]) is float for info in infos)
+
+
+@pytest.mark.parametrize("reward", REWARDS.names())
+def test_an_environment_can_be_pickled_in_the_middle_of_an_episode(world: QuestionSet, reward: str) -> None:
+    for make in (
+        lambda: gymnasium.make("AgenticRAG-v0", dataset=world, reward=reward, prompt="search_r1"),
+        lambda: AgenticRAGEnv(world, reward=reward, prompt="search_r1"),
+    ):
+        env = make()
+        env.reset(seed=5)
+        env.step(SEARCH)
+        copy = pickle.loads(pickle.dumps(env))
+        assert copy.step(SEARCH) == env.step(SEARCH)
+        assert copy.step(ANSWER) == env.step(ANSWER)
+        assert copy.reset() == env.reset()
+
+
+@pytest.mark.parametrize("view", [DiscreteActions, lambda env: TokenIds(env, Bytes(), vocab_size=256)])
+def test_a_view_can_be_pickled(world: QuestionSet, view: Any) -> None:
+    env = view(AgenticRAGEnv(world))
+    env.reset(seed=5)
+    copy = pickle.loads(pickle.dumps(env))
+    action = env.action_space.sample()
+    for ours, theirs in zip(env.step(action), copy.step(action), strict=True):
+        np.testing.assert_equal(ours, theirs)
+
+
+class Bytes:
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
 
 
 def test_render_ansi_returns_the_transcript(world: QuestionSet) -> None:

@@ -95,7 +95,7 @@ def test_equal_to_single_environments_bit_for_bit(world: QuestionSet, mode: Auto
     assert [rng.bit_generator.state for rng in ours.np_random] == [rng.bit_generator.state for rng in theirs.np_random]
 
 
-@pytest.mark.parametrize("seed", [3, [5, None, 1, 1, 0], None])
+@pytest.mark.parametrize("seed", [3, [5, None, 1, 1, 0], None, np.int64(3)])
 def test_seeds_as_gymnasium_gives_them(world: QuestionSet, seed: Any) -> None:
     ours = AgenticRAGVectorEnv(N, dataset=world)
     theirs = SyncVectorEnv([lambda: AgenticRAGEnv(world)] * N)
@@ -103,6 +103,12 @@ def test_seeds_as_gymnasium_gives_them(world: QuestionSet, seed: Any) -> None:
         envs.reset(seed=0)
     assert_same(ours.reset(seed=seed), theirs.reset(seed=seed))
     assert_same(ours.reset(), theirs.reset())
+
+
+def test_seeds_may_be_an_array(world: QuestionSet) -> None:
+    envs = AgenticRAGVectorEnv(3, dataset=world)
+    assert envs.reset(seed=np.array([5, 1, 1]))[0] == envs.reset(seed=[5, 1, 1])[0]
+    assert envs.np_random_seed == (5, 1, 1)
 
 
 def test_spaces_and_metadata(world: QuestionSet) -> None:
@@ -285,6 +291,24 @@ def test_make_vec_uses_the_batched_environment(world: QuestionSet, mode: Any) ->
         envs.close()
 
 
+def test_in_processes_of_their_own_rows_are_the_same(world: QuestionSet) -> None:
+    """Without shared memory, for which a text would need a longest length."""
+    settings: dict[str, Any] = {"num_envs": 2, "dataset": world, "max_turns": 1}
+    apart = gymnasium.make_vec(
+        "AgenticRAG-v0", vectorization_mode="async", vector_kwargs={"shared_memory": False}, **settings
+    )
+    together = gymnasium.make_vec("AgenticRAG-v0", **settings)
+    try:
+        assert apart.reset(seed=3)[0] == together.reset(seed=3)[0]
+        for actions in ((SEARCH, JUNK), (ANSWER, JUNK)):
+            ours, theirs = apart.step(actions), together.step(actions)
+            assert ours[0] == theirs[0]
+            for one, other in zip(ours[1:4], theirs[1:4], strict=True):
+                assert one.tolist() == other.tolist()
+    finally:
+        apart.close()
+
+
 def test_make_vec_with_gymnasiums_own_loop_gives_the_same(world: QuestionSet) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -321,6 +345,20 @@ def test_settings_that_cannot_work_are_refused(world: QuestionSet, settings: dic
     ("reset", "message"),
     [
         ({"seed": [1, 2]}, "seed needs one value per row, 3, got 2"),
+        ({"seed": np.array([1, 2])}, "seed needs one value per row, 3, got 2"),
+        ({"seed": np.array(1.5)}, "seed must be an integer, 3 of them or None, got array(1.5)"),
+        ({"seed": [0, 1.0, 2]}, "seed of row 1 must be an integer of at least 0, or None, got 1.0"),
+        ({"seed": "123"}, "seed must be an integer, 3 of them or None, got '123'"),
+        ({"seed": -1}, "seed must be an integer of at least 0, or None, got -1"),
+        ({"seed": [0, 0, -1]}, "seed of row 2 must be an integer of at least 0, or None, got -1"),
+        ({"seed": 1.5}, "seed must be an integer, 3 of them or None, got 1.5"),
+        ({"options": 3}, "options of reset must be a mapping"),
+        ({"options": {"question_index": "1"}}, "an int or 3 of them, got '1'"),
+        ({"options": {"question_index": [1.0, 0, 0]}}, "an int or 3 of them"),
+        ({"options": {"question_index": [0, [1, 2], 0]}}, "an int or 3 of them, got [0, [1, 2], 0]"),
+        ({"options": {"question_index": [0, None, 0]}}, "an int or 3 of them"),
+        ({"options": {"question_index": True}}, "an int or 3 of them"),
+        ({"options": {"reset_mask": [[True], True]}}, "array of 3 bools with at least one True, got [[True], True]"),
         ({"options": {"reset_mark": 1}}, "Did you mean 'reset_mask'?"),
         ({"options": {"reset_mask": np.ones(2, dtype=bool)}}, "array of 3 bools with at least one True"),
         ({"options": {"reset_mask": np.ones(3)}}, "array of 3 bools"),
