@@ -173,7 +173,9 @@ def test_any_rollout_is_what_the_model_and_the_environment_say(
 
     expected = plain_logprobs(player.engine.model, trajectories, temperature)
     torch.testing.assert_close(sampled_logprobs(trajectories), expected, atol=1e-4, rtol=0)
-    assert stats.sampled_tokens == len(expected) == int(collate(trajectories, 0).response_mask.sum())
+    assert len(expected) == int(collate(trajectories, 0).response_mask.sum())
+    malformed = [t for trajectory in trajectories for t in trajectory.turns[:-1] if t.info["action"] == "malformed"]
+    assert 0 <= stats.sampled_tokens - len(expected) <= len(malformed), "the end-of-text tokens left out"
     assert stats.computed_tokens == sum(trajectory.num_tokens - 1 for trajectory in trajectories)
     assert [trajectory.group_id for trajectory in trajectories] == groups
     assert {trajectory.source for trajectory in trajectories} == {"teacher"}
