@@ -36,7 +36,8 @@ def trajectory(last: dict, reward: float = 0.0, num_turns: int = 1) -> Trajector
 
 def test_every_learner_logs_the_same_figures_of_its_episodes():
     expected = {
-        "rollout/exact_match": 3 / 8, "rollout/reward": 2.5 / 8, "rollout/num_searches": (4 + 3 * 2 + 4) / 8,
+        "rollout/exact_match": 3 / 8, "rollout/reward": 2.5 / 8, "rollout/reward_variance": 3.25 / 8 - (2.5 / 8) ** 2,
+        "rollout/num_searches": (4 + 3 * 2 + 4) / 8,
         "rollout/answered_fraction": 4 / 8, "rollout/search_failed_fraction": 1 / 8,
         "rollout/out_of_turns_fraction": 1 / 8, "rollout/out_of_tokens_fraction": 2 / 8,
         "rollout/truncated_fraction": 4 / 8, "rollout/retriever_errors": 1.0,
