@@ -87,7 +87,7 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
         """Begin episodes.
 
         Args:
-            seed: An int seeds row i with `seed + i`; a sequence or array seeds every row with its own; None seeds nothing.
+            seed: An int seeds row i with `seed + i`; a sequence or array gives each row its own; None: none.
             options: `reset_mask` [N] bool: rows to reset, the others stay as they are; default all.
                 `question_index` [N] int: question of each row, -1 draws one; default all -1. An int stands for N.
 

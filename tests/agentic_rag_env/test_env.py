@@ -414,7 +414,7 @@ def test_step_needs_a_running_episode_and_a_text(world: QuestionSet) -> None:
             "an integer of at least 1, or None for no bound, got '500'",
         ),
         ({"max_observation_tokens": 9.5}, ConfigurationError, "or None for no bound, got 9.5"),
-        ({"max_observation_tokens": 500, "tokenizer": "gpt2"}, ConfigurationError, "tokenizer must have encode(text,"),
+        ({"max_observation_tokens": 500, "tokenizer": 5}, ConfigurationError, "tokenizer must have encode(text,"),
         (
             {"final_turn": ["none"]},
             ConfigurationError,

@@ -109,6 +109,8 @@ def test_seeds_may_be_an_array(world: QuestionSet) -> None:
     envs = AgenticRAGVectorEnv(3, dataset=world)
     assert envs.reset(seed=np.array([5, 1, 1]))[0] == envs.reset(seed=[5, 1, 1])[0]
     assert envs.np_random_seed == (5, 1, 1)
+    assert envs.reset(seed=np.int64(5))[0] == envs.reset(seed=5)[0]
+    assert envs.np_random_seed == (5, 6, 7)
 
 
 def test_spaces_and_metadata(world: QuestionSet) -> None:
