@@ -50,7 +50,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     require_tokenizer(path)
     # For some model types AutoTokenizer puts the family's own splitting rules in the place of those in tokenizer.json,
     # even where the folder declares that the file is all there is to it.
-    declared = _load(get_tokenizer_config, path).get("tokenizer_class")
+    declared = _load(lambda place: dict(get_tokenizer_config(place)), path).get("tokenizer_class")
     generic = declared in ("PreTrainedTokenizerFast", "TokenizersBackend")
     loader: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
     return _load(loader.from_pretrained, path, trust_remote_code=False)

@@ -212,7 +212,7 @@ def find_problem(path: Path, checksums: bool = True) -> str | None:
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not finished"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} is damaged ({error!r})"
     if path.name != f"{step:06d}":
         return f"its {MANIFEST} says step {step}"
