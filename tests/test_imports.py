@@ -33,6 +33,7 @@ LEAVES = {"algorithms.training.run_files"}
 KNOW_HYDRA = {
     "algorithms.training.settings",
     "algorithms.launch.clear_errors",
+    "algorithms.launch.command_line",
     "algorithms.launch.hydra_launcher",
     "algorithms.launch.run_guard",
     *(f"algorithms.{name}" for name in algorithms.COMMANDS),
