@@ -237,6 +237,7 @@ def test_the_tree_holds_what_it_should_and_nothing_else():
     if tracked is None:
         pytest.skip("not a git checkout")
     furniture = {
+        "CITATION.cff",
         "pyproject.toml",
         "SECURITY.md",
         "constraints.txt",
