@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.terminal import printable
 from algorithms.launch.clear_errors import clear_errors
+from algorithms.launch.command_line import prepare
 from algorithms.sb3.learner import is_outside_learner
 from algorithms.training.model_names import newest_checkpoint, resolve_model
 from algorithms.training.run_files import CONFIG_FILE, read_settings, write_summary
@@ -36,9 +37,15 @@ class Found:
     settings: dict[str, Any]
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
-def main(config: DictConfig) -> None:
+def main() -> None:
     """Entry point; Hydra composes the configuration."""
+    with clear_errors():
+        prepare("evaluate")
+    _main()
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+def _main(config: DictConfig) -> None:
     with clear_errors():
         given: Any = OmegaConf.to_container(config, resolve=True)
         found = find(given.pop("checkpoint"), given["cache_dir"])

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from algorithms.launch.clear_errors import clear_errors
+from algorithms.launch.command_line import prepare
 from algorithms.launch.hydra_launcher import register_launcher
 from algorithms.launch.run_guard import left_to_run, no_trace_of_refusals
 from algorithms.sb3.learner import outside_learner
@@ -25,6 +26,8 @@ with clear_errors():  # of a plug-in
 def main() -> None:
     """Entry point."""
     sys.argv[1:] = map(by_group, sys.argv[1:])
+    with clear_errors():
+        prepare("config")
     _composed()
 
 

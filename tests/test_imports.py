@@ -33,6 +33,7 @@ LEAVES = {"algorithms.training.run_files"}
 KNOW_HYDRA = {
     "algorithms.training.settings",
     "algorithms.launch.clear_errors",
+    "algorithms.launch.command_line",
     "algorithms.launch.hydra_launcher",
     "algorithms.launch.run_guard",
     *(f"algorithms.{name}" for name in algorithms.COMMANDS),
@@ -236,6 +237,7 @@ def test_the_tree_holds_what_it_should_and_nothing_else():
     if tracked is None:
         pytest.skip("not a git checkout")
     furniture = {
+        "CITATION.cff",
         "pyproject.toml",
         "SECURITY.md",
         "constraints.txt",

@@ -15,12 +15,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.errors import ConfigCompositionException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from algorithms.launch import job_pool
+from algorithms.launch.command_line import explanation
 from algorithms.launch.job_display import JobDisplay
 from algorithms.launch.run_guard import begun, complete, require_same
 from algorithms.training import file_locks
@@ -118,6 +120,7 @@ class SlotsLauncher(Launcher):
         """
         planned: dict[str, job_pool.Job] = {}
         job_overrides = [list(map(by_group, overrides)) for overrides in job_overrides]
+        job_overrides = self._fitting(job_overrides)
         shared = set.intersection(*map(set, job_overrides))
         for number, overrides in enumerate(job_overrides, start=first):
             config = self._loader.load_sweep_config(self._config, list(overrides))
@@ -136,6 +139,33 @@ class SlotsLauncher(Launcher):
             command = self._command(directory, overrides, set_threads=config.threads is None)
             planned[name] = job_pool.Job(name, directory, command, own or name)
         return list(planned.values())
+
+    def _fitting(self, jobs: Sequence[Sequence[str]]) -> list[list[str]]:
+        """The overrides of each job, without those settings of parts that its own parts do not have.
+
+        Raises:
+            ConfigurationError: No job's parts have one of the settings.
+        """
+        fitting: list[list[str]] = []
+        #: Why a setting was left out everywhere; None for one that some job takes.
+        unused: dict[str, str | None] = {each: "" for job in jobs for each in job if each.startswith("++")}
+        for job in jobs:
+            sure = [each for each in job if not each.startswith("++")]
+            for override in (each for each in job if each.startswith("++")):
+                try:
+                    self._loader.load_sweep_config(self._config, [*sure, override.lstrip("+")])
+                except ConfigCompositionException as error:
+                    if explanation(error) is None:
+                        raise ConfigurationError(" ".join(str(error.__cause__ or error).split())) from error
+                    if unused[override] is not None:
+                        unused[override] = explanation(error)
+                else:
+                    sure.append(override.lstrip("+"))
+                    unused[override] = None
+            fitting.append(sure)
+        if messages := [message for message in unused.values() if message]:
+            raise ConfigurationError(f"No job of the multirun takes a setting: {messages[0]}")
+        return fitting
 
     def _command(
         self, directory: Path, overrides: Sequence[str], set_threads: bool

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError, DataError, UnknownNameError
 from agentic_rag_env.files import file_name, remove_partial
+from agentic_rag_env.registry import did_you_mean
 from algorithms.training import file_locks
 from algorithms.training.run_files import (
     CONFIG_FILE,
@@ -172,6 +173,10 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
         was, wanted = (_comparable(OmegaConf.select(config, key)) for config in (saved, given))
         if key in settings_without_effect():
             OmegaConf.update(saved, key, wanted)
+        elif was is None and _is_unknown(saved, key):
+            section, _, name = key.rpartition(".")
+            known = OmegaConf.select(saved, section) if section else saved
+            raise ConfigurationError(f"The run in {run_dir} has no setting {key}.{did_you_mean(name, known or ())}")
         elif was != wanted:
             raise ConfigurationError(
                 f"resume goes on with the run's own settings, where {key} is {was}, not {wanted}. Leave it out; or "
@@ -182,6 +187,12 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
         print(f"cache_dir={given.cache_dir} is used: {saved.get('cache_dir')} is no cache of these commands.")
         saved.cache_dir = given.cache_dir
     return saved
+
+
+def _is_unknown(config: DictConfig, key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    place = OmegaConf.select(config, section) if section else config
+    return not OmegaConf.is_dict(place) or name not in place
 
 
 def require_same(run_dir: Path, given: DictConfig) -> None:

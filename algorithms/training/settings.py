@@ -25,7 +25,7 @@ from agentic_rag_env.probes import DEFAULT_PROBES
 from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS, Registry, did_you_mean
 from algorithms.assets import ASSETS
 from algorithms.learner.algorithm import ALGORITHMS, check_settings
-from algorithms.learner.config import WITHOUT_EFFECT, LearnerConfig
+from algorithms.learner.config import WITHOUT_EFFECT, DemonstrationConfig, LearnerConfig
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training import presets
 from algorithms.training.run_files import require_named
@@ -104,6 +104,20 @@ class EvaluationConfig(ScoringConfig):
 
 
 @dataclass
+class DemonstrationsConfig:
+    """What holds for every stage that trains on demonstrations.
+
+    Attributes:
+        num: Demonstrations to collect; None: each stage's own `num_demonstrations`.
+    """
+
+    num: int | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self, "at least 1, or null", lambda value: value is None or value >= 1, "num")
+
+
+@dataclass
 class RunConfig:
     """A whole run.
 
@@ -132,6 +146,7 @@ class RunConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    demonstrations: DemonstrationsConfig = field(default_factory=DemonstrationsConfig)
     seed: int = 0
     resume: str | None = field(default=None, metadata=WITHOUT_EFFECT)
     num_envs: int = 96
@@ -289,12 +304,43 @@ def run_config(composed: DictConfig) -> RunConfig:
         "learner": LearnerConfig,
         "rollout": RolloutConfig,
         "evaluation": EvaluationConfig,
+        "demonstrations": DemonstrationsConfig,
     }
+    settings.setdefault("demonstrations", {"num": None})  # a run of before this setting
     _check_names(RunConfig, "", settings)
     for name, section in sections.items():
         _check_names(section, f"{name}.", settings[name])
         settings[name] = section(**settings[name])
+    if (count := settings["demonstrations"].num) is not None:
+        settings["algo"] = _with_demonstrations(settings["algo"], count)
+        settings["demonstrations"] = DemonstrationsConfig()
     return RunConfig(**settings)
+
+
+def _with_demonstrations(spec: Any, count: int) -> dict[str, Any]:
+    """An algorithm's settings, where every stage that trains on demonstrations collects so many.
+
+    Raises:
+        ConfigurationError: No stage does.
+    """
+    first: dict[str, Any] = {"warm_start": spec}
+    place, found = first, False
+    while place.get("warm_start") is not None:
+        start = place["warm_start"]
+        place["warm_start"] = start = {"name": start} if isinstance(start, str) else dict(start)
+        kind = ALGORITHMS.get(start["name"]).config
+        if kind is not None and issubclass(kind, DemonstrationConfig):
+            start["num_demonstrations"], found = count, True
+        for setting in dataclasses.fields(kind) if kind else ():
+            if setting.name == "warm_start" and setting.default_factory is not dataclasses.MISSING:
+                start.setdefault("warm_start", setting.default_factory())
+        place = start
+    if not found:
+        raise ConfigurationError(
+            f"demonstrations.num={count}: no stage of {first['warm_start']['name']} trains on demonstrations; leave it "
+            "out."
+        )
+    return first["warm_start"]
 
 
 def plain(composed: Any) -> dict[str, Any]:

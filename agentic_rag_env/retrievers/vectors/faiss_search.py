@@ -16,6 +16,12 @@ from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 
 #: What FAISS on a GPU returns at most for a query.
 _MAX_GPU_CANDIDATES = 2048
+#: The two wheels share a folder, so that one breaks the other: whichever there is must be removed first.
+_HOW_TO_INSTALL = (
+    "Run `pip uninstall faiss-cpu faiss-gpu-cu12`, then pip install 'agentic-rag-env[faiss]' or, for GPUs, "
+    "'agentic-rag-env[faiss-gpu]', never both."
+)
+_WITHOUT = "backend=torch and retriever=bm25 do without it."
 
 
 def faiss_search(
@@ -92,8 +98,8 @@ class FaissGpuSearch:
 
         if not faiss_has_gpus():
             raise ConfigurationError(
-                f"dense device={devices!r} needs a GPU and a FAISS built for it (pip install faiss-gpu-cu12 instead of "
-                "faiss-cpu); backend=torch searches on a GPU without FAISS."
+                f"dense device={devices!r} needs a GPU and a FAISS built for it; backend=torch searches on a GPU "
+                f"without FAISS. {_HOW_TO_INSTALL}"
             )
         options = faiss.GpuMultipleClonerOptions()
         options.shard = True
@@ -119,14 +125,14 @@ def import_faiss(user: str) -> Any:
     """The library.
 
     Raises:
-        ConfigurationError: It is missing.
+        ConfigurationError: It is missing, or only remains of it are left.
     """
     try:
         import faiss
     except ImportError as error:
-        raise ConfigurationError(
-            f"{user!r} needs the library faiss: pip install faiss-cpu; backend=torch and retriever=bm25 do without."
-        ) from error
+        raise ConfigurationError(f"{user!r} needs the library faiss. {_HOW_TO_INSTALL} {_WITHOUT}") from error
+    if not hasattr(faiss, "IndexFlatIP"):  # a folder without its files, which Python imports as a namespace
+        raise ConfigurationError(f"{user!r} needs the library faiss, which is damaged. {_HOW_TO_INSTALL} {_WITHOUT}")
     return faiss
 
 

@@ -196,14 +196,15 @@ def test_a_warm_start_given_by_its_name_is_an_option(given, composed):
 # --- what is wrong is refused ----------------------------------------------------------------------------------------
 
 BAD = [
-    ("algo=dgpp", ["Could not find 'algo/dgpp'", "dgpo", "kd", "ppo", "sft"]),
-    ("retriever=bm52", ["Could not find 'retriever/bm52'", "bm25", "http"]),
-    ("algo.kl_cof=1", ["'kl_cof' not in 'DGPOConfig'"]),
-    ("algo.warm_start.epoch=1", ["'epoch' not in 'KDConfig'"]),
-    ("evaluation.evry=1", ["'evry' not in 'EvaluationConfig'"]),
-    ("algo@algo.warm_start=dkpo", ["Could not find 'algo/dkpo'"]),
-    ("algo.warm_start=dkpo", ["Could not find 'algo/dkpo'", "dgpo", "kd"]),
-    ("stages=papr", ["Could not find 'stages/papr'", "paper"]),
+    ("algo=dgpp", ["Unknown algo 'dgpp'. Did you mean 'dgpo'?", "kd", "ppo", "sft"]),
+    ("retriever=bm52", ["Unknown retriever 'bm52'. Did you mean 'bm25'?", "http"]),
+    ("algo.kl_cof=1", ["There is no setting algo.kl_cof. Did you mean 'kl_coef'?"]),
+    ("algo.warm_start.epoch=1", ["There is no setting algo.warm_start.epoch. Did you mean 'epochs'?"]),
+    ("evaluation.evry=1", ["There is no setting evaluation.evry. Did you mean 'every'?"]),
+    ("retriver=bm25", ["There is no setting retriver. Did you mean 'retriever'?"]),
+    ("algo@algo.warm_start=dkpo", ["Unknown algo 'dkpo'"]),
+    ("algo.warm_start=dkpo", ["Unknown algo 'dkpo'", "Known: dgpo, "]),
+    ("stages=papr", ["Unknown stages 'papr'. Did you mean 'paper'?"]),
     ("algo.steps=many", ["'many'", "could not be converted to Integer", "algo.steps"]),
     ("algo.selective=3.5", ["3.5", "bool", "algo.selective"]),
     ("algo.optimizer.learning_rate=fast", ["'fast'", "Float", "algo.optimizer.learning_rate"]),
@@ -266,8 +267,22 @@ def test_help_says_what_it_is_how_to_use_it_and_what_there_is():
     lines = run.out.splitlines()
     assert lines[0] == "Train a search agent, measure it, and write everything into a run directory."
     assert any("python -m algorithms.run resume=outputs/dgpo/<time>" in line for line in lines)
-    assert f"algo: {', '.join(ALGORITHMS.names())}" in lines
-    assert "  kl_coef: 0.001" in lines
+    assert f"  algo: {', '.join(ALGORITHMS.names())}" in lines
+    assert "  algo.critic_warmup_steps=6  # Steps at the start in which only the critic learns." in lines
+    assert (
+        command("--help", "algo.warm_start.epochs").out == "  algo.warm_start.epochs=12  # Passes over all of them.\n"
+    )
+    assert "algo.total_env_steps=150000" in command("--help", "algo=maskable_ppo", "algo").out
+    assert "Did you mean 'algo.kl_coef'?" in command("--help", "algo.kl_cof").err
+
+
+def test_one_setting_counts_the_demonstrations_of_whatever_stage_uses_them():
+    assert [stage.config.num_demonstrations for stage in stages("demonstrations.num=7", "algo=gkd")] == [7, 7]
+    assert stages("demonstrations.num=7")[0].config.num_demonstrations == 7
+    assert stages("demonstrations.num=7", "algo=ppo", "algo.warm_start=sft")[0].config.num_demonstrations == 7
+    assert configure("demonstrations.num=7") == configure("algo.warm_start.num_demonstrations=7")
+    with pytest.raises(ConfigurationError, match="no stage of ppo trains on demonstrations"):
+        configure("demonstrations.num=7", "algo=ppo", "algo.warm_start=null")
 
 
 def test_the_examples_in_the_help_compose():
