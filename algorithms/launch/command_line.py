@@ -99,7 +99,7 @@ def help_page(config_name: str, words: Sequence[str]) -> str:
 
 
 def _described(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    meanings = attributes_of(OmegaConf.get_type(config))
+    meanings = attributes_of(OmegaConf.get_type(config) or dict)
     values: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [name for name in config if name != "hydra"]))
     for name, value in values.items():
         key = f"{prefix}{name}"
