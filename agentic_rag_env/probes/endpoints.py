@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -74,11 +76,17 @@ class Endpoint:
 
     Raises:
         ConfigurationError: The library `httpx` is missing.
+
+    Attributes:
+        costs: So far: `requests` answered, `prompt_tokens` and `completion_tokens` as the server counts them (0 if it
+            does not), and `seconds` of waiting, added up over requests under way at once.
     """
 
     def __init__(self, config: EndpointConfig) -> None:
         require_httpx("An endpoint")
         self.config = config
+        self.costs: dict[str, float] = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0}
+        self._lock = threading.Lock()
         key = os.environ.get(config.api_key_variable)
         path = "completions" if config.api == "completions" else "chat/completions"
         self._client = HttpClient(
@@ -99,15 +107,34 @@ class Endpoint:
         with ThreadPoolExecutor(self.config.num_parallel) as pool:
             return list(pool.map(self._continue, prompts))
 
+    def chat(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
+        """The next message of each conversation, cut like the continuation of a prompt; `config.api` must be "chat".
+
+        Args:
+            conversations: Messages with `role` and `content`, the last one a user's.
+
+        Raises:
+            EndpointError: As for a prompt.
+        """
+        assert self.config.api == "chat"
+        payloads = [{**self._common(), "messages": list(messages)} for messages in conversations]
+        with ThreadPoolExecutor(self.config.num_parallel) as pool:
+            return list(pool.map(self._text, payloads))
+
     def close(self) -> None:
         """Close the open connections."""
         self._client.close()
 
     def _continue(self, prompt: str) -> str:
+        return self._text(self._request(prompt))
+
+    def _text(self, payload: Mapping[str, Any]) -> str:
+        started = time.perf_counter()
         try:
-            reply = self._client.post(self._request(prompt)).json()
+            reply = self._client.post(payload).json()
         except ServiceError as error:
             raise EndpointError(str(error)) from error
+        self._count(reply, time.perf_counter() - started)
         try:
             choice = reply["choices"][0]
             text = choice["text"] if self.config.api == "completions" else choice["message"]["content"]
@@ -117,9 +144,21 @@ class Endpoint:
             raise EndpointError(f"{self.config.url}: the reply holds no text: {str(reply)[:200]}")
         return cut(text or "")
 
-    def _request(self, prompt: str) -> dict[str, Any]:
+    def _count(self, reply: Any, seconds: float) -> None:
+        usage = reply.get("usage") if isinstance(reply, dict) else None
+        told = usage if isinstance(usage, dict) else {}
+        with self._lock:
+            self.costs["requests"] += 1
+            self.costs["seconds"] += seconds
+            for name in ("prompt_tokens", "completion_tokens"):
+                self.costs[name] += told[name] if isinstance(told.get(name), int) else 0
+
+    def _common(self) -> dict[str, Any]:
         config = self.config
-        common = {"model": config.model, "max_tokens": config.max_tokens, "temperature": config.temperature}
+        return {"model": config.model, "max_tokens": config.max_tokens, "temperature": config.temperature}
+
+    def _request(self, prompt: str) -> dict[str, Any]:
+        config, common = self.config, self._common()
         if config.api == "completions":
             return {**common, "prompt": str(prompt)}
         message = prompt.message if isinstance(prompt, Prompt) else str(prompt)

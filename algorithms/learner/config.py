@@ -12,6 +12,8 @@ from agentic_rag_env.errors import ConfigurationError
 WITHOUT_EFFECT = {"without_effect": True}
 LOSS_REDUCTIONS = ("token-mean", "seq-mean", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16")
+#: What a demonstration may be asked to be.
+FILTERS = ("correct", "well_formed", "length")
 CRITICS = ("separate", "shared")
 #: Whom a KL penalty may pull towards, and what the names of its figures in `NEEDS` and `Batch` begin with.
 ANCHORS = {"reference": "ref", "teacher": "teacher"}
@@ -96,11 +98,42 @@ class AlgorithmConfig:
 
 
 @dataclass(kw_only=True)
-class DemonstrationConfig(AlgorithmConfig):
-    """Settings of an algorithm that trains on the teacher's trajectories; the run collects them by these.
+class DemonstrationsConfig:
+    """Where demonstrations come from.
 
     Attributes:
-        num_demonstrations: Trajectories to collect from the teacher.
+        source: "teacher" (the teacher model), "file", "expert" (a script, for questions with gold passages) or
+            "endpoint" (an OpenAI-compatible server); plug-ins may register more.
+        path: The file; only for "file".
+        url: Address of the server up to the version, such as `http://127.0.0.1:8000/v1`; only for "endpoint".
+        model: What the server calls the model; only for "endpoint".
+        api_key_variable: Name of the environment variable that holds the server's key.
+        num: Another way to set `num_demonstrations`; None: that stands.
+        filters: What a demonstration must be: "correct", "well_formed" (no malformed turn), "length" (no action longer
+            than `rollout.max_new_tokens`). One that never answers is dropped in any case.
+    """
+
+    source: str = "teacher"
+    path: str | None = None
+    url: str | None = None
+    model: str | None = None
+    api_key_variable: str = "OPENAI_API_KEY"
+    num: int | None = None
+    filters: list[str] = field(default_factory=lambda: list(FILTERS))
+
+    def __post_init__(self) -> None:
+        check_settings(self, "at least 1 or null", lambda value: value is None or value >= 1, "num")
+        allowed = f"a list of some of {', '.join(FILTERS)}"
+        check_settings(self, allowed, lambda value: set(value) <= set(FILTERS), "filters")
+
+
+@dataclass(kw_only=True)
+class DemonstrationConfig(AlgorithmConfig):
+    """Settings of an algorithm that trains on stored demonstrations; the run collects them by these.
+
+    Attributes:
+        demonstrations: Where they come from.
+        num_demonstrations: Trajectories to collect.
         max_questions_per_demonstration: The teacher is asked at most this many times `num_demonstrations` training
             questions. Training goes on with what it got right.
         correct_only: Keep correct trajectories only; False: all with an answer and no malformed turn (DGPO's ablation
@@ -108,6 +141,7 @@ class DemonstrationConfig(AlgorithmConfig):
         hand_over_exact_match: Stop as soon as exact match on the development questions reaches this; None: never.
     """
 
+    demonstrations: DemonstrationsConfig = field(default_factory=DemonstrationsConfig)
     num_demonstrations: int = 400
     max_questions_per_demonstration: int = 4
     correct_only: bool = True
@@ -115,6 +149,13 @@ class DemonstrationConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        num, default = self.demonstrations.num, type(self).__dataclass_fields__["num_demonstrations"].default
+        if num is not None and self.num_demonstrations not in (num, default):
+            raise ConfigurationError(
+                f"num_demonstrations={self.num_demonstrations} and demonstrations.num={num} say different things; set "
+                "one of them."
+            )
+        self.num_demonstrations = self.num_demonstrations if num is None else num
         counts = ("num_demonstrations", "max_questions_per_demonstration")
         check_settings(self, "at least 1", lambda value: value >= 1, *counts)
         check_settings(

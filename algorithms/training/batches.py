@@ -1,4 +1,4 @@
-"""Where a training step gets its trajectories: the policy's fresh rollouts, or the teacher's stored demonstrations."""
+"""Where a training step gets its trajectories: the policy's fresh rollouts, or stored demonstrations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from algorithms.rollout.replay import Replay
 from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training import demonstrations
 from algorithms.training.build import Environments, Networks
-from algorithms.training.demonstrations import Demonstrations
+from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, Demonstrations
 from algorithms.training.fingerprints import of_playing, of_retriever
 from algorithms.training.settings import RunConfig
 
@@ -35,7 +35,7 @@ class Sources:
         stages: The algorithms of the run.
 
     Attributes:
-        demonstrations: Of the teacher, for each algorithm that trains on them.
+        demonstrations: Collected or read, for each algorithm that trains on them.
         replay: Of the policy's rollouts in the present stage.
         demonstrations_s: Seconds that collecting or reading them took.
 
@@ -112,27 +112,30 @@ class Sources:
         config, envs = self._config, self._environments.envs("train")
         settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "seed", "num_envs")}
         settings["rollout"] = vars(config.rollout)
+        networks, chosen = self._networks, wanted.demonstrations
+        source = DEMONSTRATION_SOURCES.get(chosen.source).factory(chosen, networks, envs, config.rollout)
         asking = {
             "count": wanted.num_demonstrations,
             "max_questions": wanted.num_demonstrations * wanted.max_questions_per_demonstration,
-            "correct_only": wanted.correct_only,
+            "filters": [name for name in chosen.filters if wanted.correct_only or name != "correct"],
         }
-        networks = self._networks
         settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
         settings["teacher_temperature"] = config.model.teacher_temperature
-        settings["searched"] = of_retriever(envs.retriever)
-        teacher = self._networks.place(str(config.model.teacher))
-        key = of_playing(settings, teacher, networks.teacher_tokenizer, envs.dataset)
+        settings |= {"searched": of_retriever(envs.retriever), "source": chosen.source, "of": source.fingerprint}
+        teacher = networks.place_of_teacher if source.by_model else None
+        tokenizer = networks.teacher_tokenizer if source.by_model else networks.tokenizer
+        key = of_playing(settings, teacher or f"no model: {chosen.source}", tokenizer, envs.dataset)
         folder = Path(config.cache_dir).expanduser() / "demonstrations"
         path, parts = folder / f"{key}.jsonl.gz", folder / f"{key}.parts"
 
         def make() -> Demonstrations:
-            player = networks.player(networks.teacher(), envs)
-            return demonstrations.collect(player, len(envs.dataset), **asking, seed=config.seed, parts=parts)
+            return demonstrations.collect(source, **asking, seed=config.seed, parts=parts)
 
-        found = demonstrations.cached(path, make, networks.teacher_tokenizer)
+        found = demonstrations.cached(path, make, tokenizer)
         shutil.rmtree(parts, ignore_errors=True)
-        if networks.reads_otherwise:  # the policy learns to write behind the prompts that it will be given
+        if (
+            source.by_model and networks.reads_otherwise
+        ):  # the policy learns to write behind the prompts that it will be given
             prompts = encode_prompts(networks.tokenizer, [one.prompt for one in found.trajectories])
             found.trajectories = [
                 replace(one, prompt_ids=ids) for one, ids in zip(found.trajectories, prompts, strict=True)
@@ -164,14 +167,18 @@ def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrati
     place = "algo" + ".warm_start" * (len(stages) - 1 - index)
     name = stages[index].name
     asked = f"{count} of {found.num_asked} training questions"
-    right = f"the teacher was right on {asked}"
-    message = right if settings.correct_only else f"the teacher answered {asked} without a malformed turn"
+    source = settings.demonstrations.source
+    right = f"the {source} was right on {asked}"
+    message = right if settings.correct_only else f"the {source} answered {asked} without a malformed turn"
     message += f", and {found.num_wanted} demonstrations are wanted (num_demonstrations)"
+    if found.dropped:
+        message += "; dropped: " + ", ".join(f"{reason} {value:g}" for reason, value in sorted(found.dropped.items()))
     limit = settings.num_demonstrations * settings.max_questions_per_demonstration
     more = "give more training questions"
     if found.num_asked >= limit:
         more = f"ask more ({place}.max_questions_per_demonstration, now {settings.max_questions_per_demonstration})"
-    remedy = f"{more}, or choose a teacher that knows the task"
+    other = "a teacher that knows the task" if source == "teacher" else "another demonstrations.source"
+    remedy = f"{more}, or choose {other}"
     if settings.correct_only:
         remedy += f", or keep wrong answers too ({place}.correct_only=false)"
     if count:

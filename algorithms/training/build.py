@@ -17,6 +17,7 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
+from algorithms.learner.config import DemonstrationsConfig
 from algorithms.learner.networks import (
     decided_precision,
     declared_vocab_size,
@@ -144,6 +145,12 @@ class Networks:
         """Folder or hub id of a model, by a name as in the configuration."""
         return resolve_model(name, self._config.cache_dir)
 
+    @property
+    def place_of_teacher(self) -> str | None:
+        """Folder or hub id of the teacher; None if there is none."""
+        teacher = self._config.model.teacher
+        return None if teacher is None else self.place(teacher)
+
     def teacher(self) -> PreTrainedModel:
         """The frozen teacher at its temperature, loaded if it is not in memory; bfloat16 on a GPU.
 
@@ -210,11 +217,17 @@ class Networks:
         )
 
 
+#: Settings that are dataclasses, by the last word of their name.
+_NESTED: dict[str, Any] = {"optimizer": OptimizerConfig, "demonstrations": DemonstrationsConfig}
+
+
 def _with_nested(spec: Any) -> Any:
-    """Optimizer settings as dataclasses, where a configuration has mappings."""
+    """Nested settings as dataclasses, where a configuration has mappings."""
     if not isinstance(spec, Mapping):
         return spec
     return {
-        key: OptimizerConfig(**value) if key.endswith("optimizer") and isinstance(value, Mapping) else value
+        key: _NESTED[key.rpartition("_")[2]](**value)
+        if key.rpartition("_")[2] in _NESTED and isinstance(value, Mapping)
+        else value
         for key, value in spec.items()
     }

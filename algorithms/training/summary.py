@@ -305,6 +305,9 @@ def _show(
         found = f"{counts['found']} demonstrations of {counts['wanted']} wanted"
         found = found if counts["found"] else "SKIPPED for want of demonstrations"
         terminal.print(f"{name}: {found}, from {counts['asked']} training questions")
+        if dropped := counts.get("dropped"):
+            told = ", ".join(f"{reason} {value:,.6g}" for reason, value in dropped.items())
+            terminal.print(f"{name}: dropped, and otherwise counted: {told}")
     for mode, gained in summary["gain"].items():
         low, high = gained["interval"]
         terminal.print(

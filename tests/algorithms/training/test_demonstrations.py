@@ -11,10 +11,12 @@ import pytest
 from small_runs import DGPO, SFT, TINY, assert_same_run, command, resume, train
 
 from agentic_rag_env.errors import RetrieverError
+from algorithms.learner.config import FILTERS, DemonstrationsConfig
 from algorithms.learner.networks import load_tokenizer
 from algorithms.rollout.player import Player
 from algorithms.training.build import Environments, Networks
-from algorithms.training.demonstrations import Demonstrations, cached, collect, is_demonstration
+from algorithms.training.demonstrations import Demonstrations, cached, collect, reason_to_drop
+from algorithms.training.demonstrations.teacher import Teacher
 from algorithms.training.model_names import resolve_model
 from algorithms.training.settings import EvaluateConfig, evaluate_config
 
@@ -26,51 +28,54 @@ SKIPPED = (
 
 
 @pytest.fixture(scope="module")
-def teacher_player():
+def teacher():
     """The bundled teacher in front of 60 training questions, 16 at once."""
     world = {"split": "train", "num_passages": 150, "num_questions": 60}
     given = vars(EvaluateConfig()) | {"evaluation": {}, "num_envs": 16, "dataset": world}
     config = evaluate_config(given, resolve_model("tiny-teacher"), {})
+    config.model.teacher = "tiny-teacher"
     networks = Networks(config)
-    return networks.player(networks.policy, Environments(config, networks.tokenizer).envs("train"))
+    return Teacher(
+        DemonstrationsConfig(), networks, Environments(config, networks.tokenizer).envs("train"), config.rollout
+    )
 
 
 def ids(found: Demonstrations) -> list[str]:
     return [trajectory.turns[-1].info["question_id"] for trajectory in found.trajectories]
 
 
-def test_asking_ends_with_enough_or_with_the_most_questions(teacher_player):
-    enough = collect(teacher_player, len(teacher_player.envs.dataset), 10, max_questions=60, seed=0)
-    assert enough.counts() == {"wanted": 10, "found": 10, "asked": 16}, "one round of 16 episodes brings ten right ones"
+def test_asking_ends_with_enough_or_with_the_most_questions(teacher):
+    enough = collect(teacher, 10, max_questions=60, seed=0)
+    assert enough.counts() | {"dropped": {}} == {"wanted": 10, "found": 10, "asked": 16, "dropped": {}}, (
+        "one round of 16 episodes brings ten right ones"
+    )
     assert all(trajectory.correct for trajectory in enough.trajectories)
 
-    bounded = collect(teacher_player, len(teacher_player.envs.dataset), 60, max_questions=20, seed=0)
+    bounded = collect(teacher, 60, max_questions=20, seed=0)
     assert bounded.num_asked == 20
     assert 10 <= len(bounded.trajectories) <= 20
     assert ids(bounded)[:10] == ids(enough), "the same questions in the same order"
 
-    everything = collect(teacher_player, len(teacher_player.envs.dataset), 100, max_questions=400, seed=0)
+    everything = collect(teacher, 100, max_questions=400, seed=0)
     assert everything.num_asked == 60, "each question once"
     assert len(set(ids(everything))) == len(everything.trajectories)
     assert everything.num_sampled_tokens > sum(t.num_action_tokens for t in everything.trajectories)
 
 
-def test_wrong_answers_are_kept_on_request_but_nothing_malformed(teacher_player):
-    right = collect(teacher_player, len(teacher_player.envs.dataset), 60, max_questions=60, seed=0)
-    answered = collect(
-        teacher_player, len(teacher_player.envs.dataset), 60, max_questions=60, correct_only=False, seed=0
-    )
+def test_wrong_answers_are_kept_on_request_but_nothing_malformed(teacher):
+    right = collect(teacher, 60, max_questions=60, seed=0)
+    answered = collect(teacher, 60, max_questions=60, filters=["well_formed"], seed=0)
     assert set(ids(right)) < set(ids(answered))
     for trajectory in answered.trajectories:
         assert trajectory.terminated
         assert all(turn.info["action"] != "malformed" for turn in trajectory.turns)
     wrong = [trajectory for trajectory in answered.trajectories if not trajectory.correct]
     assert wrong
-    assert not any(is_demonstration(trajectory) for trajectory in wrong)
-    assert all(is_demonstration(trajectory, correct_only=False) for trajectory in wrong)
+    assert {reason_to_drop(trajectory, FILTERS, 48) for trajectory in wrong} == {"wrong"}
+    assert {reason_to_drop(trajectory, ["well_formed"], 48) for trajectory in wrong} == {None}
 
 
-def test_a_crash_costs_one_rollout_of_the_teacher(teacher_player, tmp_path):
+def test_a_crash_costs_one_rollout_of_the_teacher(teacher, tmp_path):
     rollout, asked = Player.rollout, []
 
     def failing(engine, questions, **settings):
@@ -82,19 +87,19 @@ def test_a_crash_costs_one_rollout_of_the_teacher(teacher_player, tmp_path):
     settings = {"max_questions": 60, "seed": 0}
     with patch.object(Player, "rollout", failing):
         with pytest.raises(RetrieverError):
-            collect(teacher_player, len(teacher_player.envs.dataset), 60, **settings, parts=tmp_path)
-        taken_over = collect(teacher_player, len(teacher_player.envs.dataset), 60, **settings, parts=tmp_path)
+            collect(teacher, 60, **settings, parts=tmp_path)
+        taken_over = collect(teacher, 60, **settings, parts=tmp_path)
     assert asked[2] == asked[1], "the first questions are not asked again"
-    whole = collect(teacher_player, len(teacher_player.envs.dataset), 60, **settings)
+    whole = collect(teacher, 60, **settings)
     assert ids(taken_over) == ids(whole)
     assert taken_over.counts() == whole.counts()
     assert taken_over.num_sampled_tokens == whole.num_sampled_tokens
 
 
-def test_the_outcome_is_read_back_whole_and_not_made_twice(teacher_player, tmp_path):
+def test_the_outcome_is_read_back_whole_and_not_made_twice(teacher, tmp_path):
     tokenizer = load_tokenizer(resolve_model("tiny-teacher"))
     path = tmp_path / "key.jsonl.gz"
-    made = collect(teacher_player, len(teacher_player.envs.dataset), 3, max_questions=16, seed=0)
+    made = collect(teacher, 3, max_questions=16, seed=0)
     for outcome in (made, Demonstrations([], 7, 28, 123)):
         read = cached(path, lambda outcome=outcome: outcome, tokenizer)
         again = cached(path, lambda: pytest.fail("collected again"), tokenizer)
@@ -105,10 +110,10 @@ def test_the_outcome_is_read_back_whole_and_not_made_twice(teacher_player, tmp_p
             file.unlink()
 
 
-def test_half_written_damaged_and_foreign_demonstrations_are_collected_again(teacher_player, tmp_path):
+def test_half_written_damaged_and_foreign_demonstrations_are_collected_again(teacher, tmp_path):
     tokenizer = load_tokenizer(resolve_model("tiny-teacher"))
     path, seal = tmp_path / "key.jsonl.gz", tmp_path / "key.jsonl.gz.seal"
-    made = collect(teacher_player, 8, max_questions=16, seed=0)
+    made = collect(teacher, 8, max_questions=16, seed=0)
     cached(path, lambda: made, tokenizer)
     whole = {file: file.read_bytes() for file in (path, seal)}
     other = tmp_path / "other.jsonl.gz"
@@ -158,7 +163,9 @@ def skipped(tmp_path_factory, cache):
 
 def test_a_stage_without_any_is_skipped(skipped):
     summary = skipped.summary
-    assert summary["demonstrations"] == {"kd": {"wanted": 24, "found": 0, "asked": 60}}
+    counts = summary["demonstrations"]["kd"]
+    assert sum(counts.pop("dropped").values()) == 60
+    assert counts == {"wanted": 24, "found": 0, "asked": 60}
     assert [(stage["name"], stage["steps"], stage["checkpoint"]) for stage in summary["stages"]] == [
         ("kd", 0, None),
         ("dgpo", 4, "checkpoints/000004"),

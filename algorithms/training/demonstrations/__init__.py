@@ -1,0 +1,29 @@
+"""Trajectories to imitate: where they come from, which are kept, and the files that keep them.
+
+| source | who writes the turns |
+| --- | --- |
+| `teacher` | the teacher model |
+| `file` | whoever wrote a file of turns |
+| `expert` | a script, where the gold passages of a question are known |
+| `endpoint` | a model behind an OpenAI-compatible server |
+
+Each turn goes through the environments of the run, which alone decide observations, rewards and correctness. A source
+of one's own is a class with the decorator `DEMONSTRATION_SOURCES.register(name, DemonstrationsConfig)`.
+"""
+
+# Importing a source registers it.
+from algorithms.training.demonstrations import endpoint, expert, file, teacher
+from algorithms.training.demonstrations.collection import Demonstrations, cached, collect, reason_to_drop
+from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES
+
+__all__ = [
+    "DEMONSTRATION_SOURCES",
+    "Demonstrations",
+    "cached",
+    "collect",
+    "endpoint",
+    "expert",
+    "file",
+    "reason_to_drop",
+    "teacher",
+]

@@ -1,0 +1,137 @@
+"""Trajectories to imitate: collected once, kept on disk, reused by every run that would collect them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from algorithms.learner import seeding
+from algorithms.learner.config import FILTERS
+from algorithms.learner.types import Trajectory
+from algorithms.rollout.trajectory_files import read_trajectories, write_trajectories
+from algorithms.training.demonstrations.source import Source
+from algorithms.training.file_locks import exclusively
+from algorithms.training.kept_files import read_kept, seal
+from algorithms.training.run_logger import progress
+
+
+@dataclass
+class Demonstrations:
+    """What came of asking a source.
+
+    Attributes:
+        trajectories: Those to train on, in the order of asking; possibly fewer than wanted, or none.
+        num_wanted: Trajectories asked for.
+        num_asked: Training questions that the source was asked.
+        num_sampled_tokens: Tokens that it wrote on all of them.
+        dropped: How many were dropped, by reason; and what else the source counts, such as what it cost.
+    """
+
+    trajectories: list[Trajectory]
+    num_wanted: int
+    num_asked: int
+    num_sampled_tokens: int
+    dropped: dict[str, float] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, Any]:
+        """The numbers for the summary."""
+        counts = {"wanted": self.num_wanted, "found": len(self.trajectories), "asked": self.num_asked}
+        return counts | ({"dropped": dict(sorted(self.dropped.items()))} if self.dropped else {})
+
+
+def collect(
+    source: Source,
+    count: int,
+    *,
+    max_questions: int,
+    filters: Sequence[str] = FILTERS,
+    seed: int,
+    parts: Path | None = None,
+) -> Demonstrations:
+    """Let a source play training questions, until enough trajectories are worth imitating.
+
+    Args:
+        source: Plays in the training environments; each of its items at most once.
+        count: Trajectories wanted.
+        max_questions: Most items to play; where they do not bring enough, there are fewer trajectories.
+        filters: See `reason_to_drop`.
+        seed: Of the order of questions and of the draws of a model.
+        parts: Folder where what comes of each rollout is kept meanwhile, for a process that takes over after a crash.
+    """
+    order = seeding.rng(seed, "demonstrations").permutation(source.num_items)[:max_questions].tolist()
+    result = Demonstrations([], count, 0, 0)
+    size, dropped = source.envs.num_envs, Counter[str]()
+    with progress("collecting demonstrations", count) as show:
+        for start in range(0, len(order), size):
+            ask = partial(_ask, source, order[start : start + size], (seed, start), filters)
+            tokenizer = source.networks.tokenizer
+            part = cached(parts / f"{start:08d}.jsonl.gz", ask, tokenizer) if parts else ask()
+            result.num_asked += part.num_asked
+            result.num_sampled_tokens += part.num_sampled_tokens
+            result.trajectories += part.trajectories
+            dropped.update(part.dropped)
+            show(min(len(result.trajectories), count), count)
+            if len(result.trajectories) >= count:
+                break
+    del result.trajectories[count:]
+    result.dropped = dict(dropped) | {name: value for name, value in source.counts.items() if value}
+    return result
+
+
+def _ask(source: Source, items: list[int], seed: tuple[int, int], filters: Sequence[str]) -> Demonstrations:
+    """What comes of playing some items once."""
+    played, reasons, stats = source.play(items, seed)
+    found, dropped = [], Counter[str]()
+    for trajectory, given in zip(played, reasons, strict=True):
+        reason = given or reason_to_drop(trajectory, filters, source.rollout.max_new_tokens)
+        if reason is None:
+            found.append(trajectory)
+        else:
+            dropped[reason] += 1
+    return Demonstrations(found, len(items), len(played), stats.sampled_tokens, dict(dropped))
+
+
+def reason_to_drop(trajectory: Trajectory, filters: Sequence[str], max_new_tokens: int) -> str | None:
+    """Why a trajectory is not worth imitating; None if it is.
+
+    Args:
+        trajectory: Of whichever source.
+        filters: "correct": the answer matches exactly; "well_formed": no malformed turn; "length": no action of more
+            than `max_new_tokens`. Without an answer it is dropped in any case.
+        max_new_tokens: Tokens.
+    """
+    if "well_formed" in filters and any(turn.info["action"] == "malformed" for turn in trajectory.turns):
+        return "malformed"
+    if not trajectory.terminated:
+        return "unfinished"
+    if "length" in filters and any(len(turn.action_ids) > max_new_tokens for turn in trajectory.turns):
+        return "too_long"
+    return "wrong" if "correct" in filters and not trajectory.correct else None
+
+
+def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> Demonstrations:
+    """What a file holds, made and written first if it is not there; by one run, where several want it at once.
+
+    A file that is damaged, was shortened or belongs to something else is made again, with a word.
+
+    Args:
+        path: Ends in `.jsonl.gz`; the counts stand in its seal.
+        make: Collects.
+        tokenizer: For the text in the file.
+    """
+    found = read_kept(path, read_trajectories, warn=False)
+    if found is None:
+        lock = path.with_name(path.name.removesuffix(".jsonl.gz") + ".lock")
+        with exclusively(lock, "waiting for another run, which collects the same demonstrations"):
+            found = read_kept(path, read_trajectories)
+            if found is None:
+                made = make()
+                write_trajectories(path, made.trajectories, tokenizer)
+                seal(path, {name: value for name, value in vars(made).items() if name != "trajectories"})
+                return made
+    trajectories, numbers = found
+    return Demonstrations(trajectories, **numbers)

@@ -1,0 +1,62 @@
+"""Demonstrations of a model behind any OpenAI-compatible server, over as many turns as it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.probes.endpoints import Endpoint as Client
+from agentic_rag_env.probes.endpoints import EndpointConfig
+from agentic_rag_env.prompts import render_prompt
+from algorithms.learner.config import DemonstrationsConfig
+from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Authored, Dialogue
+
+
+@DEMONSTRATION_SOURCES.register("endpoint", DemonstrationsConfig)
+class Endpoint(Authored):
+    """A chat with the server for each episode: the prompt and the observations are a user's messages.
+
+    Raises:
+        ConfigurationError: The address or the model is not given.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        for name in ("url", "model"):
+            if getattr(self.config, name) is None:
+                raise ConfigurationError(f"demonstrations.source=endpoint needs demonstrations.{name}.")
+        self.client = Client(
+            EndpointConfig(
+                url=str(self.config.url),
+                model=str(self.config.model),
+                api="chat",
+                max_tokens=self.rollout.max_new_tokens,
+                temperature=self.rollout.temperature,
+                num_parallel=self.envs.num_envs,
+                api_key_variable=self.config.api_key_variable,
+            )
+        )
+
+    @property
+    def fingerprint(self) -> Any:
+        """Which model, and where; never the key."""
+        return [self.config.url, self.config.model]
+
+    def write(self, dialogues: Sequence[Dialogue]) -> list[str]:
+        """The server's next turns, asked for at once.
+
+        Raises:
+            EndpointError: The server failed, also when asked again.
+        """
+        texts = self.client.chat([self._messages(dialogue) for dialogue in dialogues])
+        self.counts = {f"endpoint_{name}": value for name, value in self.client.costs.items()}
+        return texts
+
+    def _messages(self, dialogue: Dialogue) -> list[dict[str, str]]:
+        prompt = render_prompt(self.envs.rules.prompt, dialogue.question.text)
+        messages = [{"role": "user", "content": prompt}]
+        for action, observation in zip(dialogue.actions, dialogue.observations, strict=True):
+            messages.append({"role": "assistant", "content": action})
+            messages.append({"role": "user", "content": observation.strip()})
+        return messages

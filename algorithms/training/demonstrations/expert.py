@@ -1,0 +1,99 @@
+"""Demonstrations by a script, for training questions whose gold passages are known.
+
+It searches for the question. Then it goes by the titles of gold passages that it has come to see, and answers with the
+shortest golden answer that stands in what it has read. It is honest: a query holds only words of the question and of
+observations already seen, and an answer only what was visible. A question that can't be done that way is dropped as
+`not_derivable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from agentic_rag_env.actions import Answer, Search, parse_action
+from agentic_rag_env.answers import holds_answer, normalize_answer
+from agentic_rag_env.probes.gold import find_gold
+from agentic_rag_env.types import Passage
+from algorithms.learner.config import DemonstrationsConfig
+from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Authored, Dialogue
+
+NOT_DERIVABLE = "not_derivable"
+#: Longer ones are sentences, which nobody answers word for word.
+_MAX_ANSWER_WORDS = 8
+
+
+@DEMONSTRATION_SOURCES.register("expert", DemonstrationsConfig)
+class Expert(Authored):
+    """Writes by script; a subclass under a name of its own changes `next_turn`.
+
+    Raises:
+        DataError: The metadata of a question has gold passages in a form that nobody knows.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        questions = [self.envs.dataset[index] for index in range(self.num_items)]
+        self.gold = find_gold(questions, self.envs.dataset.corpus)
+
+    def write(self, dialogues: Sequence[Dialogue]) -> list[str]:
+        """The next turn of each episode, as far as it is honest."""
+        texts = []
+        for dialogue in dialogues:
+            text = self.next_turn(dialogue)
+            if text is None or not is_honest(text, dialogue):
+                dialogue.dropped, text = NOT_DERIVABLE, ""
+            texts.append(text)
+        return texts
+
+    def next_turn(self, dialogue: Dialogue) -> str | None:
+        """What the script does next; None if it knows nothing to do. `is_honest` has the last word."""
+        question = dialogue.question
+        if not dialogue.actions:
+            return _search("I need to look this up.", question.text.strip())
+        gold = self.gold[dialogue.item]
+        seen = "\n".join(dialogue.observations)
+        missing = [passage for passage in gold.passages if not _was_read(passage, seen)]
+        complete = not missing or (gold.any_suffices and len(missing) < len(gold.passages))
+        # The last turn is for the answer.
+        may_search = len(dialogue.actions) < min(self.envs.rules.max_turns, self.envs.rules.num_calls - 1)
+        if not complete and may_search:
+            for passage in missing:
+                if self._may_be_named(passage, dialogue):
+                    return _search(f"I should read about {passage.title}.", passage.title)
+        answers = [answer for answer in question.golden_answers if _is_visible(answer, seen)]
+        if not answers:
+            return None
+        return f"<think> I have found the answer. </think><answer> {min(answers, key=len)} </answer>"
+
+    def _may_be_named(self, passage: Passage, dialogue: Dialogue) -> bool:
+        """Whether a title was seen and not searched for before."""
+        asked = [parse_action(action) for action in dialogue.actions]
+        queries = [normalize_answer(action.query) for action in asked if isinstance(action, Search)]
+        visible = "\n".join([dialogue.question.text, *dialogue.observations])
+        return normalize_answer(passage.title) not in queries and holds_answer(visible, [passage.title])
+
+
+def is_honest(text: str, dialogue: Dialogue) -> bool:
+    """Whether a turn says only what could be known when it was written.
+
+    Every word of a query stands in the question or in an observation; an answer stands in an observation as a whole.
+    """
+    action = parse_action(text)
+    if isinstance(action, Search):
+        visible = " ".join([dialogue.question.text, *dialogue.observations])
+        return set(normalize_answer(action.query).split()) <= set(normalize_answer(visible).split())
+    return isinstance(action, Answer) and _is_visible(action.text, "\n".join(dialogue.observations))
+
+
+def _search(thought: str, query: str) -> str:
+    return f"<think> {thought} </think><search> {query} </search>"
+
+
+def _is_visible(answer: str, seen: str) -> bool:
+    return len(answer.split()) <= _MAX_ANSWER_WORDS and holds_answer(seen, [answer])
+
+
+def _was_read(passage: Passage, seen: str) -> bool:
+    # Without blanks, because not every tokenizer gives them back as they were.
+    return "".join(f"(Title: {passage.title})".split()) in "".join(seen.split())

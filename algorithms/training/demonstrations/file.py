@@ -1,0 +1,152 @@
+"""Demonstrations from a file of turns as text, by whomever; the run's environments answer them anew.
+
+JSON lines, plain or `.gz`. Two forms, also mixed:
+
+- `{"question_id": "q7", "turns": ["<think>..</think><search>..</search>", "<think>..</think><answer>..</answer>"]}`;
+  `question`, the text of the question, may stand in place of `question_id`.
+- a line of a trajectory file of a run, whose `turns` are objects with `action` and `observation`.
+
+An observation in the file is compared with what the environment answers, and never used.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from agentic_rag_env.answers import normalize_answer
+from agentic_rag_env.errors import ConfigurationError, DataError
+from algorithms.learner.config import DemonstrationsConfig
+from algorithms.learner.types import Trajectory
+from algorithms.rollout.tokenization import decode, encode_plain
+from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Authored, Dialogue
+
+
+class Script(NamedTuple):
+    """A line of the file: what is written in each turn, and what came back where that was recorded (None: not told)."""
+
+    question_index: int
+    actions: list[str]
+    observations: list[str | None]
+
+
+@DEMONSTRATION_SOURCES.register("file", DemonstrationsConfig)
+class File(Authored):
+    """The turns of a file.
+
+    Raises:
+        ConfigurationError: No path is given, or none of the questions is a training question.
+        DataError: A line has another form; the message names it.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self.config.path is None:
+            raise ConfigurationError("demonstrations.source=file needs demonstrations.path, a file of JSON lines.")
+        path = Path(self.config.path).expanduser()
+        if not path.is_file():
+            raise ConfigurationError(f"demonstrations.path={self.config.path} is no file.")
+        content = path.read_bytes()
+        self._hash = hashlib.sha256(content).hexdigest()
+        by_id = {question.id: index for index, question in enumerate(self.envs.dataset)}
+        by_text = {normalize_answer(question.text): index for index, question in enumerate(self.envs.dataset)}
+        self.scripts: list[Script] = []
+        unknown = 0
+        for place, row in _rows(path, content):
+            index = _question_index(row, by_id, by_text, place)
+            if index is None:
+                unknown += 1
+            else:
+                self.scripts.append(Script(index, *_turns(row, place)))
+        self.num_items = len(self.scripts)
+        self.counts = {"unknown_question": unknown}
+        if not self.scripts:
+            raise ConfigurationError(
+                f"{path.name} has demonstrations of {unknown} questions, none of which is a training question of this "
+                "run; check dataset, or name the questions by the ids or texts that it has."
+            )
+
+    @property
+    def fingerprint(self) -> Any:
+        """The content of the file, wherever it lies."""
+        return self._hash
+
+    def question_index(self, item: int) -> int:
+        """See `Authored`."""
+        return self.scripts[item].question_index
+
+    def write(self, dialogues: Sequence[Dialogue]) -> list[str]:
+        """The next turn of each script."""
+        texts = []
+        for dialogue in dialogues:
+            script, turn = self.scripts[dialogue.item], len(dialogue.actions)
+            if turn and not self._is_same(script.observations[turn - 1], dialogue.observations[-1]):
+                dialogue.dropped = "environment_differs"
+            elif turn == len(script.actions):
+                dialogue.dropped = "unfinished"
+            texts.append("" if dialogue.dropped else script.actions[turn])
+        return texts
+
+    def check(self, dialogue: Dialogue, trajectory: Trajectory) -> str | None:
+        """Turns behind the end of the episode were answered by another environment."""
+        told = len(self.scripts[dialogue.item].actions)
+        ended_early = dialogue.dropped is None and len(trajectory.turns) < told
+        return "environment_differs" if ended_early else dialogue.dropped
+
+    def _is_same(self, told: str | None, observed: str) -> bool:
+        tokenizer = self.networks.tokenizer
+        if told is None:
+            return True
+        # Both as the tokenizer gives them back: one with unknown tokens does not give back every text.
+        return decode(tokenizer, encode_plain(tokenizer, [told])[0].tolist()).strip() == observed.strip()
+
+
+def _rows(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no text file of JSON lines ({error}).") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{place}: no JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: expected an object with 'question_id' or 'question', and 'turns'.")
+        yield place, row
+
+
+def _question_index(row: dict[str, Any], by_id: dict[str, int], by_text: dict[str, int], place: str) -> int | None:
+    """The training question that a row names; None if there is none."""
+    identifier, text = row.get("question_id"), row.get("question")
+    if isinstance(text, dict):  # as our own trajectory files have it
+        text = text.get("text")
+    if not isinstance(identifier, str) and not isinstance(text, str):
+        raise DataError(f"{place}: needs 'question_id' or 'question', a string; the row has {', '.join(row)}.")
+    if isinstance(identifier, str) and identifier in by_id:
+        return by_id[identifier]
+    return by_text.get(normalize_answer(text)) if isinstance(text, str) else None
+
+
+def _turns(row: dict[str, Any], place: str) -> tuple[list[str], list[str | None]]:
+    """What is written in each turn, and what came back; None where the row does not tell."""
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{place}, field 'turns': expected a list of texts, got {turns!r:.80}.")
+    objects = [turn if isinstance(turn, dict) else {"action": turn} for turn in turns]
+    actions = [turn.get("action") for turn in objects]
+    observations = [turn.get("observation") for turn in objects]
+    for number, (action, observation) in enumerate(zip(actions, observations, strict=True), 1):
+        if not isinstance(action, str) or not isinstance(observation, (str, type(None))):
+            raise DataError(
+                f"{place}, turn {number}: expected a text, or an object with the text 'action' and perhaps "
+                f"'observation', got {turns[number - 1]!r:.80}."
+            )
+    return [str(action) for action in actions], observations

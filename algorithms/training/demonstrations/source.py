@@ -1,0 +1,165 @@
+"""What a source of demonstrations is, and how texts become episodes of the run's own environments."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from agentic_rag_env.registry import Registry
+from agentic_rag_env.types import Question
+from algorithms.learner.config import DemonstrationsConfig
+from algorithms.learner.types import RolloutStats, Trajectory
+from algorithms.rollout.config import RolloutConfig
+from algorithms.rollout.engine import Action
+from algorithms.rollout.player import Player
+from algorithms.rollout.tokenization import decode, encode_plain
+from algorithms.training.build import Networks
+
+#: Where demonstrations may come from, by the name in `algo.demonstrations.source`; plug-ins may add to it.
+DEMONSTRATION_SOURCES = Registry("demonstrations")
+
+
+class Source(ABC):
+    """Plays training questions; what it plays is filtered afterwards.
+
+    Args:
+        config: The settings.
+        networks: The models of the run.
+        envs: The training environments.
+        rollout: How the run writes.
+
+    Attributes:
+        by_model: A model of the run writes: its files must be made anew when that model changes.
+        num_items: What can be played, numbered from 0: a question each, or a line of a file.
+        counts: What else is to be reported, by name.
+    """
+
+    by_model = False
+
+    def __init__(self, config: DemonstrationsConfig, networks: Networks, envs: Any, rollout: RolloutConfig) -> None:
+        self.config, self.networks, self.envs, self.rollout = config, networks, envs, rollout
+        self.num_items = len(envs.dataset)
+        self.counts: dict[str, float] = {}
+
+    @property
+    def fingerprint(self) -> Any:
+        """Plain data on which the demonstrations depend, beside the run's own settings; never a secret."""
+        return None
+
+    @abstractmethod
+    def play(
+        self, items: Sequence[int], seed: tuple[int, ...]
+    ) -> tuple[list[Trajectory], list[str | None], RolloutStats]:
+        """Play some of the items.
+
+        Returns:
+            A trajectory for each; for each, why the source itself would drop it, or None; and what it cost.
+        """
+
+
+@dataclass
+class Dialogue:
+    """An episode as its author sees it.
+
+    Attributes:
+        item: Number of the item that is played.
+        question: The question.
+        actions, observations: What was written so far and what came back, in order and equally many.
+        dropped: Why the author gave up; None while it did not.
+    """
+
+    item: int
+    question: Question
+    actions: list[str] = field(default_factory=list)
+    observations: list[str] = field(default_factory=list)
+    dropped: str | None = None
+
+
+class Authored(Source):
+    """A source that writes text, turn by turn. Only `write` must be defined."""
+
+    @abstractmethod
+    def write(self, dialogues: Sequence[Dialogue]) -> list[str]:
+        """The next turn of each episode; where there is none to write, it says why in `dropped` and returns ""."""
+
+    def question_index(self, item: int) -> int:
+        """Which question of the environments an item is about."""
+        return item
+
+    def check(self, dialogue: Dialogue, trajectory: Trajectory) -> str | None:
+        """Called at the end of each episode; a reason to drop it, or None."""
+        return dialogue.dropped
+
+    def play(
+        self, items: Sequence[int], seed: tuple[int, ...]
+    ) -> tuple[list[Trajectory], list[str | None], RolloutStats]:
+        """See `Source`."""
+        indices = [self.question_index(item) for item in items]
+        questions = [self.envs.dataset[index] for index in indices]
+        dialogues = [Dialogue(item, question) for item, question in zip(items, questions, strict=True)]
+        engine = _TextEngine(self, dialogues)
+        played, stats = Player(engine, self.envs).rollout(indices, seed=seed, source="teacher")
+        reasons = [self.check(*each) for each in zip(dialogues, played, strict=True)]
+        return played, reasons, stats
+
+
+class _TextEngine:
+    """An engine whose actions are an author's texts; the player opens a row for each dialogue, in their order.
+
+    A text is cut at the end of its first action, and encoded once. One that ends no action gets the end-of-text token,
+    as a model would have ended it.
+    """
+
+    def __init__(self, author: Authored, dialogues: Sequence[Dialogue]) -> None:
+        self.author, self.config = author, author.rollout
+        self.tokenizer = author.networks.tokenizer
+        self.num_rows, self.computed_tokens = author.envs.num_envs, 0
+        self._action_ends = author.envs.metadata["action_ends"]
+        self._coming = iter(dialogues)
+        self._open: dict[int, Dialogue] = {}
+        self._waiting: list[int] = []
+
+    def set_weights(self, model: Any) -> None:
+        """There are none to set."""
+        raise NotImplementedError("an author has no weights")
+
+    def open(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
+        """See `Engine`."""
+        self._open[row] = next(self._coming)
+        self._waiting.append(row)
+
+    def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
+        """See `Engine`."""
+        self._open[row].observations.append(decode(self.tokenizer, ids.tolist()))
+        self._waiting.append(row)
+
+    def write(self) -> list[Action]:
+        """See `Engine`."""
+        rows, self._waiting = self._waiting, []
+        dialogues = [self._open[row] for row in rows]
+        texts = self.author.write(dialogues) if rows else []
+        actions = []
+        for row, dialogue, text in zip(rows, dialogues, texts, strict=True):
+            action = self._action(row, text if dialogue.dropped is None else "<answer></answer>")
+            dialogue.actions.append(action.text)
+            actions.append(action)
+        return actions
+
+    def close(self, rows: Iterable[int]) -> None:
+        """See `Engine`."""
+        for row in rows:
+            self._open.pop(row, None)
+
+    def _action(self, row: int, text: str) -> Action:
+        ends = [text.find(end) + len(end) for end in self._action_ends if end in text]
+        text = text[: min(ends)] if ends else text
+        (ids,) = encode_plain(self.tokenizer, [text])
+        eos = self.tokenizer.eos_token_id
+        adds_eos = not ends and eos is not None
+        if adds_eos:
+            ids = np.append(ids, eos)
+        return Action(row, ids, np.zeros(len(ids), dtype=np.float32), text, adds_eos)

@@ -1,0 +1,192 @@
+"""Demonstrations from a file, from the scripted expert, from a server: same environments, same reports."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+from small_runs import SFT, command, train
+
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.types import Question
+from algorithms.learner.config import DemonstrationConfig, DemonstrationsConfig
+from algorithms.rollout.tokenization import decode
+from algorithms.training.build import Environments, Networks
+from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, collect
+from algorithms.training.demonstrations.expert import is_honest
+from algorithms.training.demonstrations.source import Dialogue
+from algorithms.training.model_names import resolve_model
+from algorithms.training.settings import EvaluateConfig, evaluate_config
+
+PASSAGES = [
+    ("p0", "Ada Park", "Ada Park lives in Riverton beside the mill."),
+    ("p1", "Riverton", "Riverton lies on the Silver Lake in the north."),
+    ("p2", "Bob Stone", "Bob Stone plays the harp every evening."),
+    ("p3", "Carl Wood", "Carl Wood sells bread and keeps quiet."),
+]
+QUESTIONS = [
+    ("one", "What does Bob Stone play", ["the harp", "harp"], ["p2"]),
+    ("two", "Which water is near where Ada Park lives", ["Silver Lake"], ["p0", "p1"]),
+    ("never", "What does Carl Wood sell", ["violins"], ["p3"]),
+]
+SEARCH = "<think> I look. </think><search> Bob Stone play </search>"
+HARP = "<think> Found. </think><answer> harp </answer>"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Three questions over four passages, one passage a search."""
+    folder = tmp_path_factory.mktemp("world")
+    rows = [
+        {"id": name, "question": text, "golden_answers": answers, "metadata": {"supporting": gold, "hops": len(gold)}}
+        for name, text, answers, gold in QUESTIONS
+    ]
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = [{"id": name, "contents": f"{title}\n{text}"} for name, title, text in PASSAGES]
+    (folder / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+    data = {"name": "jsonl", "questions": str(folder / "q.jsonl"), "corpus": str(folder / "c.jsonl"), "split": "all"}
+    given = vars(EvaluateConfig()) | {"evaluation": {}, "num_envs": 4, "dataset": data, "env": {"top_k": 1}}
+    config = evaluate_config(given, resolve_model("tiny-student"), {})
+    config.dataset["split"] = "all"
+    networks = Networks(config)
+    return networks, Environments(config, networks.tokenizer).envs("all"), config.rollout
+
+
+def source(world, **settings):
+    return DEMONSTRATION_SOURCES.get(settings["source"]).factory(DemonstrationsConfig(**settings), *world)
+
+
+def found_by(world, **settings):
+    made = collect(source(world, **settings), 50, max_questions=50, filters=["correct", "well_formed"], seed=0)
+    return {one.turns[-1].info["question_id"]: one for one in made.trajectories}, made.counts()["dropped"]
+
+
+def test_ten_lines_by_hand_are_played_again_and_what_does_not_hold_is_counted(world, tmp_path):
+    networks, envs, _ = world
+    envs.reset(options={"question_index": 0})
+    observation = envs.step([SEARCH] * 4)[0][0]
+    lines = [
+        {"question_id": "one", "turns": [SEARCH, HARP]},
+        {"question": "what does bob stone PLAY?", "turns": [SEARCH, HARP]},
+        {"question_id": "one", "turns": [{"action": SEARCH, "observation": observation}, {"action": HARP}]},
+        {"question_id": "one", "turns": [{"action": SEARCH, "observation": "Doc 1: He plays it."}, HARP]},
+        {"question_id": "one", "turns": [SEARCH]},
+        {"question_id": "one", "turns": [SEARCH, "<answer> flute </answer>"]},
+        {"question_id": "one", "turns": ["harp, surely", HARP]},
+        {"question_id": "one", "turns": [HARP, HARP]},
+        {"question_id": "elsewhere", "turns": [HARP]},
+        {"question": "Who?", "turns": [HARP]},
+    ]
+    path = tmp_path / "by_hand.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = collect(source(world, source="file", path=str(path)), 50, max_questions=50, seed=0)
+    counts = made.counts()
+    assert {name: counts[name] for name in ("wanted", "found", "asked")} == {"wanted": 50, "found": 3, "asked": 8}
+    assert counts["dropped"] == {
+        "environment_differs": 2, "malformed": 1, "unfinished": 1, "unknown_question": 2, "wrong": 1,
+    }  # fmt: skip
+    for one in made.trajectories:
+        assert one.correct
+        assert one.reward == 1.0
+        assert decode(networks.tokenizer, one.turns[0].action_ids.tolist()).endswith("</search>")
+        assert [passage.id for passage in one.turns[0].info["passages"]] == ["p2"]
+
+
+def test_the_expert_goes_by_what_it_sees(world):
+    found, dropped = found_by(world, source="expert")
+    assert dropped == {"not_derivable": 1}
+    assert set(found) == {"one", "two"}
+    assert [turn.info["query"] or turn.info["answer"] for turn in found["one"].turns] == [QUESTIONS[0][1], "harp"]
+    told = [turn.info["query"] or turn.info["answer"] for turn in found["two"].turns]
+    assert told == [QUESTIONS[1][1], "Riverton", "Silver Lake"]
+
+
+@pytest.mark.parametrize(
+    ("text", "honest"),
+    [
+        ("<search> lake home </search>", True),
+        ("<search> Riverton lake </search>", True),
+        ("<search> Springfield lake </search>", False),
+        ("<answer> Riverton </answer>", True),
+        ("<answer> home </answer>", False),
+        ("Riverton", False),
+    ],
+)
+def test_nothing_may_be_said_that_was_not_visible(text, honest):
+    dialogue = Dialogue(0, Question("q", "Which lake has the home?", ("x",)), ["a"], ["Ada lives in Riverton."])
+    assert is_honest(text, dialogue) is honest
+
+
+@pytest.fixture
+def server():
+    """A server that searches first and answers after the passage; each request is noted, the first one fails."""
+    asked, keys = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body)
+            keys.append(self.headers["Authorization"])
+            text = HARP if len(body["messages"]) > 1 else SEARCH + " and more"
+            reply = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+            content = json.dumps(reply).encode()
+            self.send_response(503 if len(asked) == 1 else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield SimpleNamespace(url=f"http://127.0.0.1:{running.server_port}/v1", asked=asked, keys=keys)
+    running.shutdown()
+    running.server_close()
+
+
+def test_a_server_plays_over_several_turns_and_its_costs_are_told(world, server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    settings = {"source": "endpoint", "url": server.url, "model": "m", "api_key_variable": "MY_KEY"}
+    found, counts = found_by(world, **settings)
+    assert set(found) == {"one"}
+    assert counts["wrong"] == 2
+    assert counts["endpoint_requests"] == 6
+    assert counts["endpoint_prompt_tokens"] == 42
+    assert counts["endpoint_completion_tokens"] == 18
+    assert set(server.keys) == {"Bearer secret"}
+    assert "secret" not in json.dumps([counts, source(world, **settings).fingerprint])
+    last = next(body["messages"] for body in server.asked if len(body["messages"]) > 1)
+    assert [message["role"] for message in last] == ["user", "assistant", "user"]
+    assert last[1]["content"] == SEARCH
+
+
+def test_both_ways_to_set_the_number_agree_or_are_refused():
+    assert DemonstrationConfig(demonstrations=DemonstrationsConfig(num=7)).num_demonstrations == 7
+    assert DemonstrationConfig(num_demonstrations=9).num_demonstrations == 9
+    with pytest.raises(ConfigurationError, match=r"num_demonstrations=9 and demonstrations\.num=7 say different"):
+        DemonstrationConfig(num_demonstrations=9, demonstrations=DemonstrationsConfig(num=7))
+    with pytest.raises(ConfigurationError, match="filters must be a list of some of"):
+        DemonstrationsConfig(filters=["right"])
+
+
+def test_a_run_learns_from_the_expert_without_any_teacher(tmp_path, cache):
+    expert = ["algo.demonstrations.source=expert", "model.teacher=null", "env.max_turns=3", "rollout.max_new_tokens=64"]
+    run = train(tmp_path / "run", cache, "algo=sft", *SFT, *expert, "evaluation.temperatures=[0]")
+    counts = run.summary["demonstrations"]["sft"]
+    assert counts["found"] > 0
+    assert f"sft: {counts['found']} demonstrations of 24 wanted" in run.out
+
+
+def test_a_source_that_does_not_exist_or_lacks_something_says_so(tmp_path, cache):
+    for settings, said in (
+        (["algo.demonstrations.source=expret"], "Did you mean 'expert'?"),
+        (["algo.demonstrations.source=file"], "needs demonstrations.path"),
+        (["model.teacher=null"], "model.teacher is null; name a model, or choose demonstrations.source="),
+    ):
+        run = command("algo=sft", *SFT, "num_envs=4", *settings, f"hydra.run.dir={tmp_path}/run", f"cache_dir={cache}")
+        assert run.code == 1
+        assert said in run.err
