@@ -108,7 +108,7 @@ def test_the_outcome_is_read_back_whole_and_not_made_twice(teacher_player, tmp_p
 def test_half_written_damaged_and_foreign_demonstrations_are_collected_again(teacher_player, tmp_path):
     tokenizer = load_tokenizer(resolve_model("tiny-teacher"))
     path, seal = tmp_path / "key.jsonl.gz", tmp_path / "key.jsonl.gz.seal"
-    made = collect(teacher_player, 8, max_questions=16, seed=0)
+    made = collect(teacher_player, len(teacher_player.envs.dataset), 8, max_questions=16, seed=0)
     cached(path, lambda: made, tokenizer)
     whole = {file: file.read_bytes() for file in (path, seal)}
     other = tmp_path / "other.jsonl.gz"
