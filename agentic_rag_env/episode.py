@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from agentic_rag_env.actions import ANSWER_OPEN, Action, Answer, Malformed, Search, parse_action
+from agentic_rag_env.budget import Budget
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError, RetrieverError
-from agentic_rag_env.prompts import MALFORMED_HINT, format_passages, information_block, render_prompt
+from agentic_rag_env.prompts import MALFORMED_HINT, information_block, render_prompt
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import Outcome, Reward, check_reward, exact_match, f1_score
-from agentic_rag_env.settings import COUNT, Allowed, check_settings, one_of, or_none
+from agentic_rag_env.settings import COUNT, Allowed, at_least, check_settings, one_of, or_none
 from agentic_rag_env.types import Ending, Found, Passage, Question, StepInfo
 
 #: What happens after the last turn that may search; `Rules` explains them.
@@ -85,10 +87,11 @@ class Rules:
                 f"tokenizer must have encode(text, add_special_tokens=False), got {self.tokenizer!r}."
             )
         empty = information_block("") + (ANSWER_OPEN if self.final_turn == "forced" else "")
-        if self._budget is not None:
-            unit = "tokens" if self.max_observation_chars is None else "chars"
-            words = f"at least {self._length(empty)}, the length of an observation without passages"
-            check_settings(self, Allowed(words, lambda _: self._fits(empty)), f"max_observation_{unit}")
+        for name in ("max_observation_chars", "max_observation_tokens"):
+            if getattr(self, name) is not None:
+                least = self.budget.length(empty)
+                words = f"at least {least}, the length of an observation without passages"
+                check_settings(self, Allowed(words, at_least(least).test), name)
 
     @property
     def num_calls(self) -> int:
@@ -116,30 +119,12 @@ class Rules:
         suffix = ANSWER_OPEN if self.final_turn == "forced" and turn == self.max_turns else ""
         if passages is None:
             return MALFORMED_HINT + suffix
-        text = format_passages(passages)
-        whole = information_block(text) + suffix
-        if self._fits(whole):
-            return whole
-        fitting, excess = 0, len(text)  # lengths of a prefix that fits and of one that does not
-        while excess - fitting > 1:
-            middle = (fitting + excess) // 2
-            if self._fits(information_block(text[:middle]) + suffix):
-                fitting = middle
-            else:
-                excess = middle
-        return information_block(text[:fitting]) + suffix
+        return self.budget.observation(passages, suffix)
 
-    @property
-    def _budget(self) -> int | None:
-        return self.max_observation_tokens if self.max_observation_chars is None else self.max_observation_chars
-
-    def _length(self, observation: str) -> int:
-        if self.max_observation_tokens is None:
-            return len(observation)
-        return len(self.tokenizer.encode(observation, add_special_tokens=False))
-
-    def _fits(self, observation: str) -> bool:
-        return self._budget is None or self._length(observation) <= self._budget
+    @cached_property
+    def budget(self) -> Budget:
+        """The bound of a passage block."""
+        return Budget(self.max_observation_chars, self.max_observation_tokens, self.tokenizer)
 
 
 class Episode:

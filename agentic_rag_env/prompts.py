@@ -65,11 +65,26 @@ def ends_with_question_mark(text: str) -> bool:
     return "QUESTION MARK" in unicodedata.name(text.rstrip()[-1:] or " ", "")
 
 
-def format_passages(passages: Iterable[Passage]) -> str:
-    """Passages as the agent reads them: `Doc 1(Title: ...) text`, a line each, best first, outer blanks stripped."""
-    return "\n".join(
-        f"Doc {rank}(Title: {passage.title}) {passage.text}" for rank, passage in enumerate(passages, 1)
-    ).strip()
+def format_passages(passages: Iterable[Passage], max_chars: int | None = None) -> str:
+    """Passages as the agent reads them: `Doc 1(Title: ...) text`, a line each, best first, outer blanks stripped.
+
+    Args:
+        passages: Best first.
+        max_chars: Only so many characters from the beginning; longer passages are not copied.
+    """
+    contents = [passage.contents for passage in passages]
+    is_cut = max_chars is not None and any(len(text) > max_chars for text in contents)
+    if is_cut:
+        # Blanks at the end of the last text are stripped, too, where they lie beyond the cut.
+        stripped = contents[-1].rstrip()
+        contents[-1] = stripped if "\n" in stripped else contents[-1]
+        is_cut = any(len(text) > max_chars for text in contents)  # type: ignore[operator]
+    lines = []
+    for rank, text in enumerate(contents, 1):
+        title, _, rest = text[:max_chars].partition("\n")
+        lines.append(f"Doc {rank}(Title: {title}) {rest}")
+    joined = "\n".join(lines)
+    return (joined if is_cut else joined.strip())[:max_chars]
 
 
 def information_block(text: str) -> str:

@@ -87,6 +87,13 @@ class PlainEncoder:
         """The ids; nothing is ever added."""
         return encode_plain(self.tokenizer, [text])[0].tolist()
 
+    def token_ends(self, text: str) -> list[int] | None:
+        """Where each token ends [characters]; None for a slow tokenizer, which can't tell."""
+        if not self.tokenizer.is_fast:
+            return None
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        return [end for _, end in encoded["offset_mapping"]]
+
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Exactly the text that ids stand for: special tokens kept, blanks untouched."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -519,6 +520,81 @@ def test_a_budget_in_tokens_is_never_exceeded(texts: list[str], budget: int, fin
         assert len(tokenizer.encode(longer, add_special_tokens=False)) > budget
 
 
+class Counted:
+    """A tokenizer that notes how long the texts are which it has to encode."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.lengths = inner, list[int]()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Any:
+        self.lengths.append(len(text))
+        return self.inner.encode(text, add_special_tokens=add_special_tokens)
+
+
+class Words:
+    """Runs of letters and single other characters; what `encode` returns tells where they end."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Any:
+        return Offsets([match.span() for match in re.finditer(r"[a-z]+|.", text, re.DOTALL)])
+
+
+class Offsets(list[Any]):
+    @property
+    def offsets(self) -> list[Any]:
+        return self
+
+
+def naive_cut(text: str, budget: int, tokenizer: Any) -> str:
+    """The first cut that fits, from the longest text down."""
+    return next(
+        block
+        for kept in range(len(text), -1, -1)
+        if len(tokenizer.encode(block := information_block(text[:kept]), add_special_tokens=False)) <= budget
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(contents, st.integers(20, 200))
+def test_a_budget_of_a_tokenizer_that_tells_where_tokens_end_is_used_up(texts: list[str], budget: int) -> None:
+    text = format_passages([Passage("", text) for text in texts])
+    cut = observe(texts, max_observation_tokens=budget, tokenizer=Words())
+    assert cut == naive_cut(text, budget, Words())
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "most_calls"), [(Words(), 4), (PairTokenizer(), 20)], ids=["tells ends", "does not"]
+)
+@pytest.mark.parametrize("num_passages", [1, 3])
+@pytest.mark.parametrize("word", ["abc ", "word, ", "x", "東", "a\n", "a" * 30 + " "])
+def test_of_a_huge_passage_no_more_is_encoded_than_is_kept(
+    tokenizer: Any, most_calls: int, num_passages: int, word: str
+) -> None:
+    counted = Counted(tokenizer)
+    huge = "T\n" + word * (10_000_000 // len(word))
+    env = AgenticRAGEnv(
+        [Question("1", "q", ("a",))],
+        FakeRetriever(*[huge] * num_passages),
+        max_observation_tokens=200,
+        tokenizer=counted,
+    )
+    env.reset()
+    counted.lengths.clear()
+    cut = env.step(SEARCH)[0]
+    longest = 32 * 200 + len(information_block(""))
+    assert len(tokenizer.encode(cut, add_special_tokens=False)) in (199, 200) or len(cut) == longest
+    assert len(counted.lengths) <= most_calls + 6 * (len(cut) > 900)  # the window grows
+    assert max(counted.lengths) <= min(max(900, 1.6 * len(cut)), longest)
+
+
+@pytest.mark.parametrize("max_chars", [None, *range(60)])
+def test_the_beginning_of_passages_is_that_of_the_whole(max_chars: int | None) -> None:
+    for texts in (["T\nx" + " " * 50], ["T" + " " * 50], ["T\n" + "ab " * 20, "U\n y "], ["T\n" + " " * 50 + "x"], []):
+        passages = [Passage("", text) for text in texts]
+        titles = [text.partition("\n") for text in texts]
+        whole = "\n".join(f"Doc {n}(Title: {title}) {rest}" for n, (title, _, rest) in enumerate(titles, 1)).strip()
+        assert format_passages(passages, max_chars) == whole[:max_chars]
+
+
 def test_a_budget_counted_by_a_real_tokenizer() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
@@ -528,7 +604,7 @@ def test_a_budget_counted_by_a_real_tokenizer() -> None:
         observe(["T\none"], max_observation_tokens=4, tokenizer=tokenizer)
     # < information > Doc 1 ( Title : T ) one two three </ information >
     cut = observe(["T\none two three"], max_observation_tokens=14, tokenizer=tokenizer)
-    assert cut == information_block("Doc 1(Title: T) one ")
+    assert cut == information_block("Doc 1(Title: T) one")
     assert len(tokenizer.encode(cut, add_special_tokens=False)) == 14
 
 

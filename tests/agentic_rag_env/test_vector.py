@@ -95,7 +95,7 @@ def test_equal_to_single_environments_bit_for_bit(world: QuestionSet, mode: Auto
     assert [rng.bit_generator.state for rng in ours.np_random] == [rng.bit_generator.state for rng in theirs.np_random]
 
 
-@pytest.mark.parametrize("seed", [3, [5, None, 1, 1, 0], None, np.int64(3)])
+@pytest.mark.parametrize("seed", [3, [5, None, 1, 1, 0], None])
 def test_seeds_as_gymnasium_gives_them(world: QuestionSet, seed: Any) -> None:
     ours = AgenticRAGVectorEnv(N, dataset=world)
     theirs = SyncVectorEnv([lambda: AgenticRAGEnv(world)] * N)

@@ -683,7 +683,7 @@ class ScriptedEngine:
             return []
         text = self.texts.pop(0)
         ids = encode_plain(self.tokenizer, [text])[0]
-        return [Action(0, ids, np.zeros(len(ids), dtype=np.float32), text)]
+        return [Action(0, ids, np.zeros(len(ids), dtype=np.float32), text, ends_text=False)]
 
     def close(self, rows):
         self.is_open = False
