@@ -42,10 +42,10 @@ def common_words(
         texts: Questions or passages.
         min_fraction: Share of the texts that a word must occur in, in [0, 1].
         min_texts: Number of texts that it must occur in, however few there are.
-        max_words: Only so many, the most common ones.
+        max_words: Most words to return; the most common ones are kept.
 
     Returns:
-        In lower case, the most common first; equally common ones in alphabetical order.
+        The words in lower case, the most common first; equally common ones in alphabetical order.
     """
     counts: Counter[str] = Counter()
     num_texts = 0

@@ -15,7 +15,7 @@ from agentic_rag_env.wrappers.view import View
 
 
 class Tokenizer(Protocol):
-    """Between text and ids, as the tokenizers of transformers do it."""
+    """Translates between text and ids, as the tokenizers of transformers do."""
 
     def encode(self, text: str, add_special_tokens: bool = False) -> Sequence[int]:
         """Ids of a text."""
