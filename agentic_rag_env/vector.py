@@ -265,7 +265,7 @@ def make_agentic_rag(config: AgenticRAGConfig, num_envs: int, **parts: Any) -> A
 
     Args:
         config: The rules.
-        num_envs: Rows.
+        num_envs: Number of rows.
         **parts: `dataset`, `retriever`, `reward`, `tokenizer` and `autoreset_mode`.
     """
     return AgenticRAGVectorEnv(num_envs, **vars(config), **parts)

@@ -101,7 +101,7 @@ class DiscreteActions(View[np.ndarray, np.integer]):
     ```
 
     Args:
-        env: What is viewed.
+        env: The environment to view.
         max_candidates: C, at least 1.
         question_words: Common words of questions, in lower case; by default those of the environment's dataset.
         query_words: Words that a query may add, in lower case; by default the common words of the dataset's corpus,

@@ -19,8 +19,8 @@ class Span(NamedTuple):
     """A part of a text.
 
     Attributes:
-        text: As it stands there.
-        position: Words of the text before it.
+        text: The span, exactly as the text holds it.
+        position: Number of words of the text before it.
     """
 
     text: str

@@ -25,7 +25,7 @@ class View(gymnasium.Env[ObsType, ActType]):
         ConfigurationError: `env` is another environment.
 
     Attributes:
-        env: What is viewed.
+        env: The environment that is viewed.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
