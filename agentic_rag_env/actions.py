@@ -1,6 +1,6 @@
-"""Reads one turn of model text: a search, an answer, or neither.
+"""Reads the action in one turn of model text: a search, an answer, or neither.
 
-Only text that the model wrote may be passed in. Retrieved passages never are, so a passage that contains tags cannot
+Pass in only text that the model wrote. Retrieved passages are never passed in, so the tags in a passage cannot
 search, answer or close anything.
 """
 

@@ -1,4 +1,4 @@
-"""How answers are compared, with the normalization of SQuAD that published numbers use."""
+"""Compares answers with the normalization of SQuAD, which published numbers use."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 def normalize_answer(text: str) -> str:
     """Bring an answer into the form that is compared.
 
-    Lower case, then no ASCII punctuation, then no articles (a, an, the), then single spaces. Other punctuation, such
-    as typographic quotes and dashes, survives.
+    The text is lower-cased, then loses its ASCII punctuation and its articles (a, an, the), and then has single spaces.
+    Other punctuation, such as typographic quotes and dashes, survives.
     """
     text = text.lower().translate(_DROP_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def comparable(text: str) -> str:
-    """The form in which an answer is compared with another one: as `normalize_answer` makes it, unless nothing is left.
+    """The form in which an answer is compared with another one: the result of `normalize_answer`, unless it is empty.
 
-    Then articles stay ("The The"), and if there are none punctuation ("!!!"). So "A" is matched by "a" and by nothing
-    that normalization empties as well. Texts that keep something never equal those that keep nothing.
+    If it is empty, the articles stay ("The The"). If there are none, the punctuation stays ("!!!"). So "A" matches "a",
+    but no other text that normalization empties. A text that keeps something never equals one that keeps nothing.
 
     Returns:
         Empty only if the text is blank; a blank text matches nothing.
@@ -41,7 +41,7 @@ def _spaced(text: str) -> str:
 
 
 def _aliases(golden_answers: str | Iterable[str]) -> list[str]:
-    """The golden answers as they are compared, without blank ones."""
+    """The golden answers in the form in which they are compared, without blank ones."""
     given = (golden_answers,) if isinstance(golden_answers, str) else golden_answers
     return [alias for alias in map(comparable, given) if alias]
 
@@ -49,8 +49,8 @@ def _aliases(golden_answers: str | Iterable[str]) -> list[str]:
 def exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
     """1.0 if the answer equals one of the golden answers after normalization, else 0.0.
 
-    Differs from SQuAD where normalization leaves nothing of a golden answer, such as "A": there every empty answer and
-    every article equals it, here only the same article; see `comparable`.
+    It differs from SQuAD where normalization empties a golden answer, such as "A". In SQuAD every empty answer and
+    every article equals it. Here only the same article does; see `comparable`.
 
     Args:
         prediction: The answer; None and blank ones score 0.
@@ -62,7 +62,7 @@ def exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> 
 def sub_exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
     """1.0 if the answer contains one of the golden answers after normalization, else 0.0.
 
-    A golden answer of which normalization leaves nothing must be matched exactly; every text contains it.
+    A golden answer that normalization empties must be matched exactly, because every text contains the empty text.
 
     Args:
         prediction: The answer; None and blank ones score 0.
@@ -78,8 +78,8 @@ def sub_exact_match(prediction: str | None, golden_answers: str | Iterable[str])
 def f1_score(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
     """Harmonic mean of the precision and recall of words, for the golden answer that fits best, in [0, 1].
 
-    The measure of SQuAD: words count as often as they occur. A golden answer of which normalization leaves nothing has
-    no words and must be matched exactly.
+    This is the measure of SQuAD: words count as often as they occur. A golden answer that normalization empties has no
+    words and must be matched exactly.
 
     Args:
         prediction: The answer; None and blank ones score 0.
@@ -101,7 +101,7 @@ def _word_f1(prediction: list[str], golden: list[str]) -> float:
 
 #: The ending of a possessive, with a typewriter's or a typesetter's apostrophe.
 _POSSESSIVE = re.compile(r"(?<=\w)['’]s\b", re.IGNORECASE)
-#: What belongs to a number between two digits.
+#: Marks that belong to a number when they stand between two digits.
 _IN_NUMBERS = frozenset(".,:")
 
 
@@ -109,8 +109,7 @@ def holds_answer(text: str, golden_answers: Iterable[str]) -> bool:
     """Whether a text holds one of the answers as whole words, both normalized as for exact match.
 
     A word also ends at a possessive ending, a dash or another mark inside of it: "Ptolemy's" holds "Ptolemy", "1960–65"
-    holds "1960". Numbers stay whole: "1,960" does not hold "960". An answer of which normalization leaves nothing is
-    never held.
+    holds "1960". Numbers stay whole: "1,960" does not hold "960". No text holds an answer that normalization empties.
     """
     forms = [f" {form} " for form in word_forms(text)]
     wanted = [form for answer in golden_answers for form in word_forms(answer) if form]
@@ -119,7 +118,7 @@ def holds_answer(text: str, golden_answers: Iterable[str]) -> bool:
 
 @lru_cache(maxsize=4096)
 def word_forms(text: str) -> tuple[str, ...]:
-    """A text in words, once as normalized for exact match, and where that differs once with words cut at marks."""
+    """The words of a text as normalized for exact match and, where these differ, its words cut at marks too."""
     normal = normalize_answer(text)
     cut = _POSSESSIVE.sub("", text)
     cut = "".join(" " if _ends_word(cut, place) else char for place, char in enumerate(cut))

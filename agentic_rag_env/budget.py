@@ -1,4 +1,4 @@
-"""How much of the passages an agent gets to read: the text is cut to a budget, the tags around it never are."""
+"""Decides how much of the passages an agent reads: the text is cut to a budget, the tags around it never are."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from agentic_rag_env.prompts import INFORMATION_OPEN, format_passages, information_block
 from agentic_rag_env.types import Passage
 
-#: Characters for each token of the budget that are looked at first, and at most. Ordinary text has about four in a
-#: token; a word of megabytes may be one token to a tokenizer, but is no use to an agent.
+#: Characters per token of the budget: how many are encoded first, and how many at most. Ordinary text has about four
+#: in a token. A tokenizer may take a word of megabytes for one token, but such a word is of no use to an agent.
 _CHARS_PER_TOKEN, _MOST_CHARS_PER_TOKEN = 4, 32
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bound of an observation; at most one of the two is set.
+    """The bound of an observation; at most one of `max_chars` and `max_tokens` is set.
 
     Attributes:
-        max_chars: In characters.
-        max_tokens: In tokens of the tokenizer; no more than 32 characters for each of them are shown.
-        tokenizer: Has `encode(text, add_special_tokens=False)`. One that also tells where tokens end is asked less
-            often; see `token_ends`.
+        max_chars: The bound in characters.
+        max_tokens: The bound in tokens of the tokenizer; at most 32 characters are shown for each of them.
+        tokenizer: An object with `encode(text, add_special_tokens=False)`. If it also tells where tokens end, it is
+            asked less often; see `token_ends`.
     """
 
     max_chars: int | None
@@ -30,7 +30,7 @@ class Budget:
     tokenizer: Any
 
     def length(self, observation: str) -> int:
-        """In the unit of the bound."""
+        """The length of an observation in the unit of the bound."""
         if self.max_tokens is None:
             return len(observation)
         return len(self.tokenizer.encode(observation, add_special_tokens=False))
@@ -38,11 +38,11 @@ class Budget:
     def observation(self, passages: Sequence[Passage], suffix: str) -> str:
         """The passages in their tags, as many characters of them as fit.
 
-        What does not fit is neither copied nor encoded, be a passage of any length.
+        Text that does not fit is neither copied nor encoded, however long a passage is.
 
         Args:
-            passages: Best first.
-            suffix: Follows the closing tag and counts, too.
+            passages: The passages, best first.
+            suffix: Text that follows the closing tag; it counts too.
         """
         if self.max_tokens is not None:
             return self._fitting(self.max_tokens, passages, suffix)
@@ -70,15 +70,15 @@ class Budget:
             return block(last_that_fits(fits, len(text) * max_tokens // count, len(text)))
         num_closing = sum(end > len(INFORMATION_OPEN) + len(text) for end in ends)
         kept = max(0, ends[max_tokens - num_closing - 1] - len(INFORMATION_OPEN))
-        # One character more would begin another token, if it is no blank.
+        # The next character would begin another token, unless it is a blank.
         return block(kept if fits(kept) else last_that_fits(fits, min(kept, len(text) - 1), len(text)))
 
 
 def token_ends(tokenizer: Any, text: str) -> list[int] | None:
     """Where in a text each of its tokens ends [characters]; None if the tokenizer can't tell.
 
-    Asked are a method `token_ends(text)` of the tokenizer, what `encode` of the library tokenizers returns, and the
-    fast tokenizers of transformers.
+    Three kinds of tokenizer can tell: one with a method `token_ends(text)`, one of the library tokenizers, and a fast
+    tokenizer of transformers.
     """
     if hasattr(tokenizer, "token_ends"):
         return tokenizer.token_ends(text)
@@ -93,9 +93,9 @@ def last_that_fits(fits: Callable[[int], bool], guess: int, excess: int) -> int:
     """A number that fits while the next one does not, found in few trials if the guess is good.
 
     Args:
-        fits: Whether a number fits; 0 does.
-        guess: In [0, excess).
-        excess: One that does not fit.
+        fits: Tells whether a number fits; 0 does.
+        guess: A number in [0, excess).
+        excess: A number that does not fit.
     """
     fitting, step = 0, 1
     if fits(guess):

@@ -1,7 +1,7 @@
-"""The folder in which what was made once is kept for every process, never beside the user's files.
+"""The cache folder keeps what one process has made for every other process. It never lies beside the user's files.
 
-An entry is a folder under a hash of all that its content depends on. Its files are listed in it with their sizes and
-hashes; an entry that is short, damaged or not ours is made again.
+An entry is a folder that is named by a hash of all that its content depends on. It lists its files with their sizes and
+hashes. An entry that is incomplete, damaged or not ours is made again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-#: Environment variable with another folder than `~/.cache/agentic_rag_env`.
+#: Environment variable that names another folder than `~/.cache/agentic_rag_env`.
 CACHE_VARIABLE = "AGENTIC_RAG_CACHE"
-#: Entries up to so many bytes are hashed whenever they are opened, which takes a second or two; of larger ones only the
-#: sizes are compared, and `agentic-rag-index check` reads them whole.
+#: Entries of up to this many bytes are hashed whenever they are opened, which takes a second or two. For larger ones
+#: only the sizes are compared; `agentic-rag-index check` reads them whole.
 _MOST_HASHED = 2**30
 _LISTING = "files.json"
 
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """The folder; it need not exist."""
+    """The cache folder; it need not exist."""
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/agentic_rag_env").expanduser()
 
 
@@ -35,10 +35,10 @@ def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
     """An entry of the cache folder, made first if it is not there whole.
 
     Args:
-        kind: Folder of the entries of one kind.
+        kind: Folder that holds the entries of one kind.
         key: Hash of all that the content depends on.
         make: Writes the files of the entry into an empty folder.
-        what: What they are, for the log.
+        what: What the files are, for the log.
 
     Raises:
         OSError: The cache folder cannot be written.
@@ -74,7 +74,7 @@ def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
 def key_of_file(file: Path) -> str:
     """Hash that changes with the contents of a file, wherever a small one lies.
 
-    Of a file of more than a gigabyte, it is a hash of its place, size, time and 256 blocks spread evenly over it.
+    For a file of more than a gigabyte, it is a hash of its place, size, time and 256 blocks spread evenly over it.
     """
     status = file.stat()
     if status.st_size <= _MOST_HASHED:

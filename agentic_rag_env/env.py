@@ -22,39 +22,39 @@ from agentic_rag_env.types import Question, StepInfo
 
 
 class AgenticRAGEnv(gymnasium.Env[str, str]):
-    """The agent answers a question. Turn by turn it writes text, and may search a corpus before it answers.
+    """The agent answers a question. It writes text turn by turn, and may search a corpus before it answers.
 
     ## Description
-    Each turn the agent writes a text that ends in one action. `<search> query </search>` retrieves passages, which it
-    reads between `<information>` and `</information>` before it writes its next turn. `<answer> text </answer>` ends
-    the episode. Whatever else it writes, such as its thoughts, has no effect. This is the protocol of Search-R1 [1],
-    which DGPO [2] shares.
+    In each turn the agent writes a text that ends in one action. `<search> query </search>` retrieves passages. The
+    agent reads them between `<information>` and `</information>` before it writes its next turn.
+    `<answer> text </answer>` ends the episode. Other text, such as the agent's thoughts, has no effect. This is the
+    protocol of Search-R1 [1], which DGPO [2] shares.
 
     ## Action Space
     `FreeText()`: any string, the text of one turn. It is cut at its earliest `</search>` or `</answer>`; the action is
-    what lies between that tag and the first matching opening tag. A turn without such a span, or with an empty query,
-    is malformed: it costs a turn and is answered with a hint. Actions are read from this text alone; tags in a
-    question or a passage have no effect.
+    the text between that tag and the first matching opening tag. A turn without such a span, or with an empty query,
+    is malformed: it costs a turn, and the environment replies with a hint. Actions are read from this text alone; tags
+    in a question or a passage have no effect.
 
     ## Observation Space
     `FreeText()`: only what the environment appends to the transcript. `reset` observes the whole prompt, a search
     observes its passages, a malformed turn the hint, and the end of an episode the empty string.
 
     ## Starting State
-    The prompt with a question drawn uniformly from the dataset, or with question number i of it:
-    `reset(options={"question_index": i})`.
+    The prompt with a question that is drawn uniformly from the dataset. `reset(options={"question_index": i})` asks
+    question number i instead.
 
     ## Rewards
-    0 in every step but the last, which earns what the reward function makes of the whole episode: by default 1 for an
-    answer that matches exactly after normalization, else 0. An episode that a failed search ends earns 0.
+    Every step but the last earns 0. The last one earns what the reward function makes of the whole episode: by default
+    1 for an answer that matches exactly after normalization, else 0. An episode that a failed search ends earns 0.
 
     ## Episode End
     - Termination: the agent answers.
     - Truncation: it is out of turns. There are `max_turns` turns that may search. Then, by `final_turn`:
         - `"none"`: the episode is over.
-        - `"no_search"`: one more turn, in which an answer counts and a search is reported but not executed.
-        - `"forced"`: one more turn like that. The observation before it ends with `<answer>`, and the text is read as
-          its continuation, unless it writes the tag itself.
+        - `"no_search"`: one more turn follows, in which an answer counts and a search is reported but not executed.
+        - `"forced"`: one more turn like that follows. The observation before it ends with `<answer>`, and the agent's
+          text is read as its continuation, unless it writes the tag itself.
     - Truncation: the search failed (the retriever raised `RetrieverError`); `info["error"]` holds the message.
 
     ## Information
@@ -91,15 +91,15 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
         reward: A registered name, a mapping (`{"name": "format_aware", ...}`), or a function of an `Outcome`, which is
             called when an episode ends, with or without an answer.
         prompt: Name of a template in `prompts.PROMPTS`, or a template that contains `{question}`.
-        max_turns: Turns that may search, malformed ones included; at least 1.
+        max_turns: Number of turns that may search, malformed ones included; at least 1.
         top_k: Most passages per search; at least 1.
         final_turn: "none", "no_search" or "forced", see above.
         max_observation_chars: Most characters of a passage observation, tags included; longer passage text is cut, the
             tags never are. None: unbounded. The hint is never cut.
-        max_observation_tokens: The same in tokens; not together with `max_observation_chars`.
+        max_observation_tokens: The same in tokens; only one of the two bounds can be set.
         tokenizer: Counts tokens; an object with `encode(text, add_special_tokens=False)`, such as those of
             transformers and tokenizers.
-        render_mode: "ansi": `render` returns the transcript so far. "human": it is printed as it grows.
+        render_mode: "ansi": `render` returns the transcript so far. "human": the transcript is printed as it grows.
 
     Raises:
         ConfigurationError: A setting can't work; the message says what is allowed.

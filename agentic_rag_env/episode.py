@@ -1,6 +1,6 @@
-"""One episode as a state machine without input or output, shared by the single and the vector environment.
+"""One episode as a state machine without input or output, which the single and the vector environment share.
 
-The search itself happens outside, between `Episode.act` and `Episode.observe`, so that many episodes can share one.
+The search happens outside, between `Episode.act` and `Episode.observe`, so that many episodes can share one search.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Rules:
 
     Attributes:
         reward: Scores an episode that has ended.
-        prompt: Template name, or a template with `{question}`.
-        max_turns: Turns that may search, malformed ones included.
-        final_turn: "none": the episode is truncated after these turns. "no_search": one more turn, in which an answer
-            counts and a search is not executed. "forced": likewise, and the last observation ends with `<answer>`, as
-            whose continuation the text is read.
+        prompt: Name of a template, or a template with `{question}`.
+        max_turns: Number of turns that may search, malformed ones included.
+        final_turn: "none": the episode is truncated after these turns. "no_search": one more turn follows, in which an
+            answer counts and a search is not executed. "forced": the same, but the last observation ends with
+            `<answer>`, and the agent's text is read as its continuation.
         max_observation_chars: Bound of a passage block, tags included; None: unbounded.
         max_observation_tokens: The same in tokens of the tokenizer; None: unbounded.
-        tokenizer: Has `encode(text, add_special_tokens=False)`; read only with `max_observation_tokens`.
+        tokenizer: An object with `encode(text, add_special_tokens=False)`, used only with `max_observation_tokens`.
 
     Raises:
         ConfigurationError: A setting is out of range, or leaves no room for the empty block.
@@ -99,7 +99,7 @@ class Rules:
         return self.max_turns + (self.final_turn != "none")
 
     def parse(self, text: str, turn: int) -> Action:
-        """The action in the text of a turn, counted from 1; behind a forced `<answer>` the tag may stand once more."""
+        """The action in the text of a turn, counted from 1; the text may repeat a forced `<answer>` tag."""
         action = parse_action(text)
         if isinstance(action, Malformed) and self.final_turn == "forced" and turn == self.num_calls:
             return parse_action(ANSWER_OPEN + text)
@@ -109,12 +109,12 @@ class Rules:
         """The observation after a turn that did not end the episode.
 
         Args:
-            passages: What the search found; None after a malformed turn.
+            passages: The passages that the search found; None after a malformed turn.
             turn: Number of the turn, counted from 1.
 
         Returns:
-            Passages in their tags, their text cut to the budget, or the hint; `<answer>` at the end where an answer is
-            forced next.
+            The passages in their tags, with their text cut to the budget, or the hint. `<answer>` follows where an
+            answer is forced next.
         """
         suffix = ANSWER_OPEN if self.final_turn == "forced" and turn == self.max_turns else ""
         if passages is None:
@@ -128,15 +128,15 @@ class Rules:
 
 
 class Episode:
-    """One question, from the prompt to the end; can be begun again and again.
+    """One episode, from the prompt to its ending; the object can begin any number of episodes in a row.
 
     Args:
         rules: The settings.
 
     Attributes:
-        question: The question asked, None before the first one.
+        question: The question that is asked; None before the first one.
         running: Whether `act` may be called.
-        turn: Turns taken.
+        turn: Number of turns taken.
         transcript: All texts so far: prompt, model, environment, model, ...
     """
 
@@ -151,7 +151,7 @@ class Episode:
         self._info: StepInfo | None = None
 
     def begin(self, question: Question) -> str:
-        """Start over with a question; returns the prompt."""
+        """Start over with a question, and return the prompt."""
         prompt = render_prompt(self._rules.prompt, question.text)
         self.question = question
         self.running = True
@@ -168,7 +168,7 @@ class Episode:
             text: What the model wrote.
 
         Returns:
-            The query to search for, None where there is nothing to search. Either way `observe` comes next.
+            The query to search for; None where there is nothing to search. In both cases, call `observe` next.
 
         Raises:
             ResetNeededError: No episode is running.
@@ -179,7 +179,7 @@ class Episode:
         if not self.running:
             state = "was called before reset" if self.question is None else "was called after the end of the episode"
             raise ResetNeededError(f"step {state}; call reset to begin an episode.")
-        self.running = False  # until `observe`: an episode whose search blew up can't go on
+        self.running = False  # until `observe`: an episode whose search raised can't go on
         self.turn += 1
         self.transcript.append(text)
         self._action = self._rules.parse(text, self.turn)
@@ -191,7 +191,7 @@ class Episode:
         """Complete the turn that `act` began.
 
         Args:
-            found: Result of the search, or its failure; None where `act` asked for no search.
+            found: The result of the search, or its failure; None where `act` asked for no search.
         """
         action = self._action
         assert action is not None, "observe comes after act"
@@ -213,8 +213,8 @@ class Episode:
         The last observation is taken back, because nobody reads it.
 
         Returns:
-            The last step as it is now: nothing observed, the reward of an episode without an answer, truncated, and the
-            same info with the ending "out_of_tokens".
+            The last step in its new form: an empty observation, the reward of an episode without an answer, truncated,
+            and the same info with the ending "out_of_tokens".
 
         Raises:
             ResetNeededError: No episode is running, or it has not yet had a turn.
@@ -227,7 +227,7 @@ class Episode:
         return self._end(Ending.OUT_OF_TOKENS, self._info)
 
     def report(self, **changes: Any) -> StepInfo:
-        """The info of a turn; what is not given has the value of a turn in which it did not happen."""
+        """The info of a turn; a key that is not given has the value of a turn in which nothing of its kind happened."""
         assert self.question is not None
         info: dict[str, Any] = {
             "question_id": self.question.id,
@@ -264,7 +264,7 @@ class Episode:
         return self._end(Ending.ANSWERED, info)
 
     def _end(self, ending: Ending, info: StepInfo) -> StepResult:
-        """The last step. A failed search is not the agent's fault and earns 0, whatever the reward."""
+        """The last step of the episode. A failed search is not the agent's fault, so it earns 0 whatever the reward."""
         reward = 0.0 if ending is Ending.SEARCH_FAILED else self._earned(info["answer"])
         answered = ending is Ending.ANSWERED
         return StepResult("", reward, answered, not answered, info | {"ending": ending})
@@ -292,13 +292,13 @@ def search(retriever: Retriever, queries: Sequence[str], top_k: int, question_id
 
     Args:
         retriever: Where to search.
-        queries: At least one.
+        queries: The queries, at least one.
         top_k: Most passages per query.
-        question_ids: Of the episodes, for error messages.
+        question_ids: Ids of the episodes' questions, for error messages.
 
     Returns:
-        Passages for each query, or the `RetrieverError` that stands in their place; the same one for each if the whole
-        search failed.
+        The passages for each query, or a `RetrieverError` in their place. If the whole search failed, every query has
+        the same `RetrieverError`.
 
     Raises:
         ValueError: The retriever broke its contract.

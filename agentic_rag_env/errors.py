@@ -6,7 +6,7 @@ class AgenticRAGError(Exception):
 
 
 class UnknownNameError(AgenticRAGError, ValueError):
-    """A registered name was asked for that does not exist; the message lists what does."""
+    """A name that was asked for is not registered; the message lists the names that are."""
 
 
 class ConfigurationError(AgenticRAGError, ValueError):

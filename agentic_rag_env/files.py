@@ -1,4 +1,4 @@
-"""Files that are there with all of their content, or not at all; names of files; and JSON lines read one by one."""
+"""Writes files that are there with all of their content or not at all, names files, and reads JSON lines one by one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A place to write a file that appears under its own name only once it is complete and on the disk.
 
     Args:
-        path: Where the file shall be; what is there stays until then, and for good if the block raises.
+        path: The final place of the file. A file that is there stays until then, and for good if the block raises.
 
     Yields:
         The place to write to, in the same folder.
@@ -51,27 +51,29 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there with all of its content or as it was before."""
+    """Write a file; at every moment it has either all of its new content or its old one."""
     with written_whole(path) as partial:
         partial.write_bytes(content)
 
 
 def remove_partial(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left of files that no other process writes.
+    """Remove the partial files that killed processes left. No process may be writing such a file.
 
     Args:
-        folder: Where they are.
-        name: Of the only file to look for, or a pattern.
+        folder: Where the partial files are.
+        name: The name of the only file to look for, or a pattern.
     """
     for partial in folder.glob(f".{name}.*.partial"):
         partial.unlink(missing_ok=True)
 
 
 def file_name(text: str, also: str = "") -> str:
-    """A text as the name of one file or folder: no path, readable, safe in a shell, different for different texts.
+    """A text as the name of one file or folder.
+
+    The name is no path. It is readable, safe in a shell, and different for different texts.
 
     Args:
-        text: Whatever a file or a setting holds.
+        text: Any text, such as one from a file or a setting.
         also: Characters to keep besides letters, digits and `_.+-`.
     """
     name = re.sub(rf"[^\w.+{re.escape(also)}-]", "_", text, flags=re.ASCII).lstrip("-.")[:_MAX_NAME]
@@ -83,7 +85,7 @@ def file_name(text: str, also: str = "") -> str:
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal digits."""
+    """The SHA-256 checksum of a file, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -111,10 +113,10 @@ def lines_of(path: Path) -> Iterator[str]:
 
 
 def read_rows(path: Path, make: Callable[[dict[str, Any]], _Made]) -> Iterator[_Made]:
-    """What `make` makes of each line of a file of JSON lines, such as trajectories or predictions.
+    """The results of `make` for each line of a file of JSON lines, such as trajectories or predictions.
 
     Raises:
-        DataError: The file is no such file; the message names it and the line.
+        DataError: The file holds no such lines; the message names it and the line.
     """
     for number, line in enumerate(lines_of(path), 1):
         try:

@@ -1,4 +1,4 @@
-"""Asks HTTP services: the one place for time limits, for what is asked again and when, and for proxies."""
+"""Asks HTTP services. It is the one place that decides on time limits, repeated requests and proxies."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from agentic_rag_env.errors import ConfigurationError
 
 #: Most bytes of a reply, decompressed; a service that sends more is broken or means harm.
 MAX_REPLY_BYTES = 2**28
-#: Statuses below 500 that another try may change: the request came in too slowly, or too many came in.
+#: Statuses below 500 that another try may change: the request was too slow, or there were too many requests.
 _PASSING_STATUSES = (408, 429)
-#: The setting under which the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide.
+#: With this setting, the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide on the proxy.
 ENVIRONMENT = "environment"
 
 
@@ -28,7 +28,7 @@ class ServiceError(Exception):
 
     Args:
         message: What happened.
-        status: Of the last reply; None where there was none.
+        status: Status of the last reply; None where there was none.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -37,11 +37,11 @@ class ServiceError(Exception):
 
 
 class Reply(NamedTuple):
-    """What a service answered with status 200.
+    """A reply of a service with status 200.
 
     Attributes:
-        body: Of the reply.
-        asked: Who answered and after how many tries, for errors.
+        body: Body of the reply.
+        asked: Which server answered and after how many tries, for errors.
     """
 
     body: bytes
@@ -60,7 +60,7 @@ class Reply(NamedTuple):
             raise self.error(f"the reply is not JSON: {start!r}") from error
 
     def error(self, problem: str) -> ServiceError:
-        """The error of a reply that is of no use."""
+        """The error for a reply that is of no use."""
         return ServiceError(f"{self.asked}: {problem}", 200)
 
 
@@ -71,16 +71,16 @@ class HttpClient:
     may share a client; a forked process opens connections of its own.
 
     Args:
-        urls: One or more addresses with the same contents, which take turns and stand in for each other.
+        urls: One or more servers with the same contents, which take turns and stand in for each other.
         timeout_s: Longest wait for a connection, for the next piece of a reply, and for the whole reply [seconds].
-        max_retries: How often a request is repeated, each time by every server until one answers.
-        backoff_s: Pause before the first repetition; each further one takes twice as long, and up to half of it is
-            added by chance, so that many clients do not come back at once [seconds].
-        skip_s: How long a server that failed is asked only if all others fail too [seconds].
-        proxy: `environment`: as the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` say. An address:
-            that proxy. None: no proxy. Addresses of this machine are never asked through one.
-        seed: Of the pauses; None: another one for every client.
-        headers: Sent with every request.
+        max_retries: How often a request is repeated; each time all servers are asked until one answers.
+        backoff_s: Pause before the first repetition [seconds]. Each further pause is twice as long. Up to half is
+            added by chance, so that many clients do not come back at once.
+        skip_s: Time for which a server that failed is asked only if all others fail too [seconds].
+        proxy: `environment`: the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide. An address:
+            that proxy is used. None: no proxy is used. Addresses of this machine are never asked through a proxy.
+        seed: Seed of the pauses; None: another one for every client.
+        headers: Headers sent with every request.
 
     Raises:
         ConfigurationError: The library `httpx` is missing.
@@ -130,10 +130,10 @@ class HttpClient:
         raise answer.error(self._asked(url, attempt))
 
     def get(self, url: str, path: str) -> Reply:
-        """Ask one of the servers once for what lies at a path beside its address.
+        """Ask one of the servers once for the content at a path beside its address.
 
         Raises:
-            ServiceError: It gave no reply of status 200.
+            ServiceError: The server gave no reply of status 200.
         """
         answer = self._ask("GET", url, path=path)
         if answer.status != 200:
@@ -148,7 +148,7 @@ class HttpClient:
             self._client = None
 
     def _servers(self) -> list[str]:
-        """All servers in the order in which to ask them: by turns, those that failed lately at the end."""
+        """All servers in the order in which to ask them. They take turns; servers that failed lately come last."""
         now, first = time.monotonic(), self._turn
         self._turn = (first + 1) % len(self.urls)
         return sorted(self.urls[first:] + self.urls[:first], key=lambda url: max(self._skipped_until[url], now))
@@ -194,7 +194,7 @@ class HttpClient:
                     ) from error
                 except (ValueError, httpx.InvalidURL) as error:
                     raise ServiceError(f"{url} cannot be asked through the proxy {_shown(proxy)}: {error}.") from error
-        # With a transport of ours, httpx itself looks at no variable for proxies.
+        # Given a transport of ours, httpx itself reads no variable for proxies.
         return httpx.Client(
             timeout=self._timeout_s, headers=self._headers, transport=httpx.HTTPTransport(), mounts=mounts
         )
@@ -208,11 +208,11 @@ class HttpClient:
 
 
 class _Answer(NamedTuple):
-    """What came of one request.
+    """The outcome of one request.
 
     Attributes:
-        status: Of the reply; None: there was none.
-        body: Of the reply.
+        status: Status of the reply; None: there was none.
+        body: Body of the reply.
         problem: Why there was no reply.
     """
 
@@ -222,7 +222,7 @@ class _Answer(NamedTuple):
 
     @property
     def is_final(self) -> bool:
-        """Whether another try would bring the same."""
+        """Whether another try would have the same outcome."""
         return self.status is not None and self.status < 500 and self.status not in _PASSING_STATUSES
 
     def error(self, asked: str) -> ServiceError:
@@ -231,10 +231,10 @@ class _Answer(NamedTuple):
 
 
 def require_httpx(user: str) -> None:
-    """Refuse to go on without the library.
+    """Refuse to go on without the library `httpx`.
 
     Args:
-        user: Who needs it, for the error.
+        user: The part that needs it, for the error.
 
     Raises:
         ConfigurationError: `httpx` is missing.

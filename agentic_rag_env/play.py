@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Play until the player leaves or the episodes are over, then print the score.
 
     Args:
-        arguments: Of the command line; None: those of the process.
+        arguments: Arguments of the command line; None: those of the process.
 
     Returns:
         Exit status: 0, or 2 where a setting can't work.
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_line(str(error), sys.stderr)
         return 2
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="backslashreplace")  # whatever is typed or piped in, the game goes on
+        sys.stdin.reconfigure(errors="backslashreplace")  # the game goes on whatever is typed or piped in
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lets the player edit the line
     _show(console, HELP, "dim")
@@ -75,9 +75,9 @@ def play_episode(
 
     Args:
         env: The environment.
-        read_line: Shows a prompt and returns what the player types, like `input`.
-        console: Where to write; rich's.
-        seed: For `reset`.
+        read_line: Shows a prompt and returns the line that the player types, like `input`.
+        console: The console of rich to write to.
+        seed: Seed for `reset`.
 
     Returns:
         The info of the last step.
@@ -107,8 +107,8 @@ def expand(line: str, forced: bool = False) -> str:
     """Turn the shortcuts `search: ...` and `answer: ...` into tags; other text stays as it is.
 
     Args:
-        line: What the player typed.
-        forced: The environment has already written `<answer>`; a line without tags is the answer.
+        line: The line that the player typed.
+        forced: Whether the environment has already written `<answer>`, so that a line without tags is the answer.
     """
     word, colon, content = line.strip().partition(":")
     word = word.strip().lower()

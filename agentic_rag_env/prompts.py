@@ -1,4 +1,4 @@
-"""Every word that the environment writes to the model (protocol of Search-R1, identical in DGPO).
+"""Holds every word that the environment writes to the model (the protocol of Search-R1, identical in DGPO).
 
 The passage block and the hint follow the reference implementation to the letter, so that published checkpoints work.
 """
@@ -25,7 +25,7 @@ PROMPTS = {
     "bare": "{question}\n",
 }
 
-#: What the agent reads after a turn without a valid action.
+#: The hint that the agent reads after a turn without a valid action.
 MALFORMED_HINT = (
     "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. "
     "If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
@@ -39,11 +39,11 @@ def render_prompt(template: str, question: str) -> str:
     """The first observation of an episode.
 
     Args:
-        template: A name in `PROMPTS`, or a template of one's own that contains `{question}`.
+        template: A name in `PROMPTS`, or another template, which contains `{question}`.
         question: The question; a question mark is added where none ends it.
 
     Raises:
-        ConfigurationError: The template is neither a known name nor contains `{question}`.
+        ConfigurationError: The template is no known name and does not contain `{question}`.
     """
     if not isinstance(template, str):
         raise ConfigurationError(
@@ -61,21 +61,21 @@ def render_prompt(template: str, question: str) -> str:
 
 
 def ends_with_question_mark(text: str) -> bool:
-    """Whether a question mark of any script ends a text, outer blanks apart."""
+    """Whether a text ends with a question mark of any script; blanks after it don't matter."""
     return "QUESTION MARK" in unicodedata.name(text.rstrip()[-1:] or " ", "")
 
 
 def format_passages(passages: Iterable[Passage], max_chars: int | None = None) -> str:
-    """Passages as the agent reads them: `Doc 1(Title: ...) text`, a line each, best first, outer blanks stripped.
+    """Passages in the form that the agent reads: a line `Doc 1(Title: ...) text` for each, outer blanks stripped.
 
     Args:
-        passages: Best first.
-        max_chars: Only so many characters from the beginning; longer passages are not copied.
+        passages: The passages, best first.
+        max_chars: Most characters of the result, from its beginning; the rest of the passages is not copied.
     """
     contents = [passage.contents for passage in passages]
     is_cut = max_chars is not None and any(len(text) > max_chars for text in contents)
     if is_cut:
-        # Blanks at the end of the last text are stripped, too, where they lie beyond the cut.
+        # Blanks at the end of the last text are stripped even where they lie beyond the cut.
         stripped = contents[-1].rstrip()
         contents[-1] = stripped if "\n" in stripped else contents[-1]
         is_cut = any(len(text) > max_chars for text in contents)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Names for the interchangeable parts, and the plug-ins that add to them: other packages, and single files."""
+"""Gives names to the interchangeable parts, and loads the plug-ins that add parts: other packages and single files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from typing import Any, NamedTuple
 from agentic_rag_env.errors import ConfigurationError, UnknownNameError
 from agentic_rag_env.settings import likely_name
 
-#: Environment variable with Python files that register parts, as many as one likes, separated as in PATH.
+#: Environment variable that lists any number of Python files which register parts, separated as in PATH.
 PLUGINS_VARIABLE = "AGENTIC_RAG_PLUGINS"
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """Close an error message: the likely spelling, if there is one, and everything that is allowed."""
+    """The end of an error message: the likely spelling, if there is one, and everything that is allowed."""
     names = sorted(allowed)
     return f"{likely_name(given, names)} Known: {', '.join(names) or 'none'}."
 
 
 def name_or_mapping(text: str) -> Any:
-    """What `Registry.build` takes, from an argument of a command line: a name, or a JSON object; a type for argparse.
+    """Read an argument of a command line as a name or a JSON object, for `Registry.build`; a type for argparse.
 
     Raises:
-        ArgumentTypeError: It begins like an object and is none.
+        ArgumentTypeError: The text begins like a JSON object but is none.
     """
     if not text.lstrip().startswith("{"):
         return text
@@ -41,7 +41,10 @@ def name_or_mapping(text: str) -> Any:
 
 
 class Entry(NamedTuple):
-    """What a name stands for: a factory and the dataclass of its settings (None: the factory is itself the part)."""
+    """The part that a name stands for: a factory and the dataclass of its settings.
+
+    The settings are None where the factory is itself the part.
+    """
 
     factory: Callable[..., Any]
     config: type | None
@@ -55,8 +58,8 @@ class Registry:
         @RETRIEVERS.register("bm25", BM25Config)
         class BM25Retriever: ...
 
-    From elsewhere it is the same decorator. An installed package declares an entry point in the group
-    `agentic_rag_env.<group>` that names the module to import; a file is named in `AGENTIC_RAG_PLUGINS`. Both are
+    Plug-ins use the same decorator. An installed package declares an entry point in the group
+    `agentic_rag_env.<group>` that names the module to import. A single file is named in `AGENTIC_RAG_PLUGINS`. Both are
     imported when a name is first looked up.
 
     Args:
@@ -70,7 +73,7 @@ class Registry:
         self._plugins_loaded = False
 
     def register(self, name: str, config: type | None = None) -> Callable[[Any], Any]:
-        """Decorator that gives a part its name.
+        """Return a decorator that gives a part its name.
 
         Args:
             name: The name used in configurations.
@@ -102,11 +105,11 @@ class Registry:
         return add
 
     def replace(self, name: str, now: str) -> None:
-        """Note what has taken the place of a part, so that older settings are told its new name.
+        """Note what has replaced a part, so that the error for its former name tells the new one.
 
         Args:
             name: The former name.
-            now: What to write instead, such as `'dense' with backend=torch`.
+            now: The text to write instead, such as `'dense' with backend=torch`.
         """
         self._replaced[name] = now
 
@@ -129,7 +132,7 @@ class Registry:
         return self._entries[name]
 
     def build(self, spec: Any, **context: Any) -> Any:
-        """Make a part from a name, a mapping with `name` and settings, or pass an object through.
+        """Make a part from a name, or from a mapping with `name` and settings; any other object is returned as it is.
 
         Args:
             spec: `"bm25"`, `{"name": "bm25", "k1": 1.2}`, or the part itself.
@@ -137,8 +140,7 @@ class Registry:
 
         Raises:
             UnknownNameError: The name is unknown.
-            ConfigurationError: The mapping has no name, or a setting that the part does not have, that is missing or
-                that can't work.
+            ConfigurationError: The mapping has no name, or a setting is unknown, is missing or can't work.
         """
         if isinstance(spec, str):
             spec = {"name": spec}
@@ -177,7 +179,7 @@ class Registry:
     def _load_plugins(self) -> None:
         if self._plugins_loaded:
             return
-        self._plugins_loaded = True  # already now, because a plug-in may look a name up
+        self._plugins_loaded = True  # set before loading, because a plug-in may look a name up
         try:
             for point in entry_points(group=f"agentic_rag_env.{self.group}"):
                 _load_entry_point(point)
@@ -201,7 +203,7 @@ def _load_entry_point(point: EntryPoint) -> None:
 
 def _load_file(path: str) -> None:
     file = Path(path).expanduser().resolve()
-    if (name := str(file)) in sys.modules:  # under its path, which no other module can have
+    if (name := str(file)) in sys.modules:  # the name is its path, which no other module can have
         return
     if not file.is_file() or file.suffix != ".py":
         raise ConfigurationError(

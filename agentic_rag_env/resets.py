@@ -1,4 +1,4 @@
-"""Reads what `reset` of an environment is given, and refuses what does not fit."""
+"""Reads the arguments of an environment's `reset`, and refuses those that do not fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_options(options: Mapping[str, Any] | None, allowed: Iterable[str]) -> 
         The options; empty for None.
 
     Raises:
-        ConfigurationError: Naming it and the ones that do.
+        ConfigurationError: An option does not exist; the message names it and the options that do.
     """
     if options is None:
         return {}
@@ -40,12 +40,12 @@ def question_number(index: Any, num_questions: int, source: str) -> int:
     """The option `question_index` of a single environment.
 
     Args:
-        index: What was given.
-        num_questions: How many there are.
-        source: Where, for the error.
+        index: The value that was given.
+        num_questions: Number of questions in the dataset.
+        source: Where the questions are, for the error.
 
     Raises:
-        ConfigurationError: It is no integer in [0, num_questions).
+        ConfigurationError: The index is no integer in [0, num_questions).
     """
     words = f"an integer in [0, {num_questions}) for {source}"
     check_value(
@@ -58,7 +58,7 @@ def row_seeds(seed: Any, num_envs: int) -> list[int | None]:
     """The argument `seed` of a vector environment, one for each row: an int s gives row i the seed s + i.
 
     Raises:
-        ConfigurationError: It is no seed, and no sequence or array of `num_envs` of them.
+        ConfigurationError: The argument is no seed, and no sequence or array of `num_envs` seeds.
     """
     if seed is None or _is_integer(seed):
         check_value("seed", seed, _SEED)
@@ -79,16 +79,16 @@ def rows_and_questions(
     """The options `reset_mask` and `question_index` of a vector environment.
 
     Args:
-        options: What was given.
-        num_envs: N.
-        num_questions: How many there are to choose from.
-        source: Where, for the error.
+        options: The options that were given.
+        num_envs: Number of rows N.
+        num_questions: Number of questions to choose from.
+        source: Where the questions are, for the error.
 
     Returns:
         Rows to reset, [N] bool, and the question of each row, [N] int64; -1 draws one.
 
     Raises:
-        ConfigurationError: There is another option, or one of another form.
+        ConfigurationError: There is an unknown option, or an option has another form.
     """
     options = check_options(options, ("reset_mask", "question_index"))
     mask = _array(options.get("reset_mask", np.ones(num_envs, dtype=np.bool_)))

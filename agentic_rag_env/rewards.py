@@ -1,4 +1,4 @@
-"""What an episode earns.
+"""Rewards: functions that say what an episode earns.
 
 A reward is a function of an `Outcome`, a whole episode that has ended, with or without an answer. `answer_reward` makes
 one from a score, a function of an answer and the golden answers; see `answers`.
@@ -26,10 +26,10 @@ class Outcome:
     """An episode that has ended, as a reward sees it.
 
     Attributes:
-        question: What was asked, with the golden answers.
+        question: The question, with its golden answers.
         answer: The parsed answer; None where the episode ended without one.
         prompt: The first observation.
-        turns: For each turn what the model wrote, and what the environment replied; "" after the last one.
+        turns: The model's text and the environment's reply for each turn; the reply to the last one is "".
     """
 
     question: Question
@@ -51,7 +51,7 @@ def answer_reward(score: Callable[[str | None, tuple[str, ...]], float]) -> Rewa
 
 
 class _AnswerReward:
-    """See `answer_reward`; no closure, so that environments can be pickled."""
+    """See `answer_reward`. It is a class and no closure, so that environments can be pickled."""
 
     def __init__(self, score: Callable[[str | None, tuple[str, ...]], float]) -> None:
         self.score = score
@@ -68,10 +68,10 @@ class _AnswerReward:
 
 
 def check_reward(reward: Any) -> None:
-    """Refuse what can't be called with an `Outcome`.
+    """Refuse a reward that can't be called with an `Outcome`.
 
     Raises:
-        ConfigurationError: Saying what a reward is.
+        ConfigurationError: The reward can't be called so; the message says what a reward is.
     """
     try:
         inspect.signature(reward).bind(None)
@@ -93,10 +93,10 @@ _WELL_FORMED_TURN = re.compile(
 
 
 def is_well_formed(outcome: Outcome) -> bool:
-    """Whether each turn is a thought and one action, nothing around them: searches that were executed, then an answer.
+    """Whether each turn is just a thought and one action: executed searches, then an answer.
 
-    Read are the turns of the model, each up to the tag that closes its action; what a passage says has no effect. An
-    answer that was forced has no thought before it and is not well-formed.
+    Only the model's turns are read, each up to the tag that closes its action. The text of a passage has no effect. A
+    forced answer has no thought before it and is not well-formed.
     """
     return (
         outcome.answer is not None
@@ -107,13 +107,13 @@ def is_well_formed(outcome: Outcome) -> bool:
 
 @dataclass
 class FormatAwareConfig:
-    """Weights of `FormatAware`, each in [0, 1]; the names and numbers of Search-R1 v0.3.
+    """Weights of `FormatAware`, each in [0, 1], with the names and numbers of Search-R1 v0.3.
 
     Attributes:
-        structure_format_score: For a well-formed episode without the right answer; taken off a right answer in an
-            episode that is not well-formed.
-        final_format_score: For a wrong answer in an episode that is not well-formed.
-        retrieval_score: Added where a well-formed episode has retrieved a golden answer and not given it.
+        structure_format_score: Reward of a well-formed episode without the right answer; it is taken off the reward of
+            a right answer in an episode that is not well-formed.
+        final_format_score: Reward of a wrong answer in an episode that is not well-formed.
+        retrieval_score: Reward added where a well-formed episode has retrieved a golden answer but not given it.
     """
 
     structure_format_score: float = 0.2
@@ -126,7 +126,7 @@ class FormatAwareConfig:
 
 @REWARDS.register("format_aware", FormatAwareConfig)
 class FormatAware:
-    """Exact match, and something for the right form (Jin et al., arXiv:2505.15117; weights of Search-R1 v0.3).
+    """Exact match, and a smaller reward for the right form (Jin et al., arXiv:2505.15117; weights of Search-R1 v0.3).
 
     With w: the episode is well-formed (`is_well_formed`), m: exact match, g: a golden answer stands in the text of a
     retrieved passage block after normalization::
@@ -137,8 +137,9 @@ class FormatAware:
         neither, an answer:   final_format_score
         no answer:            0
 
-    Differs from Search-R1: there, tags in passages count as the model's, a chat template is a condition of w, and an
-    episode without an answer earns final_format_score, because an answer is found in its prompt.
+    It differs from Search-R1 in three ways. There, tags in passages count as the model's, and a chat template is a
+    condition of w. An episode without an answer earns final_format_score there, because an answer is found in its
+    prompt.
     """
 
     def __init__(self, config: FormatAwareConfig) -> None:
@@ -168,12 +169,12 @@ _ANSWER_SPAN = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 def search_r1(outcome: Outcome) -> float:
     """Exact match as the scorer of Search-R1 and DGPO finds it, mistakes included; for comparing with their numbers.
 
-    That scorer reads prompt and response in one and takes the last complete answer span, provided that there are two:
-    the guard was to skip the example of the prompt. But their prompt holds two spans, "and" and "Beijing". So an
-    episode without an answer has answered "Beijing", or "and" if a hint about an invalid action came last; and passages
-    can answer. A turn is cut as theirs: after its first `</search>`, if it has none after its first `</answer>`.
+    That scorer reads prompt and response as one text. It takes the last complete answer span if there are at least two;
+    this guard was meant to skip the example in the prompt. But their prompt holds two spans, "and" and "Beijing". So an
+    episode without an answer has answered "Beijing", or "and" if a hint about an invalid action came last. Passages can
+    answer too. A turn is cut as theirs: after its first `</search>` or, if it has none, after its first `</answer>`.
 
-    Not reproduced: their cuts of long contexts, and what re-tokenization changes.
+    Their cuts of long contexts, and the changes by re-tokenization, are not reproduced.
 
     Raises:
         ConfigurationError: The prompt holds no span, so that the guard would leave an episode's only answer unread.

@@ -1,4 +1,4 @@
-"""The values that a setting may have. A range says itself in words, and one check refuses what lies outside of it.
+"""The values that a setting may have. A range describes itself in words, and one check refuses values outside of it.
 
     @dataclass
     class BM25Config:
@@ -26,8 +26,8 @@ class Allowed(NamedTuple):
     """The values that a setting may have.
 
     Attributes:
-        words: As they follow "must be", such as "at least 1".
-        test: Whether a value is one of them; a TypeError says that it is not.
+        words: The words that follow "must be", such as "at least 1".
+        test: Tells whether a value is one of them; a TypeError says that it is not.
         names: The values themselves where they are names; a typo gets the nearest one as a hint.
     """
 
@@ -58,11 +58,11 @@ def one_of(names: Iterable[str]) -> Allowed:
 
 
 def or_none(allowed: Allowed, meaning: str = "") -> Allowed:
-    """None too.
+    """The allowed values, and None too.
 
     Args:
-        allowed: What may be given otherwise.
-        meaning: Of None, as in "None for all".
+        allowed: The other values that are allowed.
+        meaning: The meaning of None, as in "None for all".
     """
     words = f"{allowed.words}, or {f'None for {meaning}' if meaning else 'None'}"
     return Allowed(words, lambda value: value is None or allowed.test(value), allowed.names)
@@ -82,7 +82,7 @@ def check_value(name: str, value: Any, allowed: Allowed) -> None:
     """Refuse a value that is not allowed.
 
     Raises:
-        ConfigurationError: Naming the setting, what is allowed and what was given.
+        ConfigurationError: The value is not allowed; the message names the setting, what is allowed and what was given.
     """
     try:
         good = allowed.test(value)
@@ -94,15 +94,15 @@ def check_value(name: str, value: Any, allowed: Allowed) -> None:
 
 
 def check_settings(config: Any, allowed: Allowed, *names: str) -> None:
-    """Refuse settings that are not allowed; for the `__post_init__` of their dataclass.
+    """Refuse settings that are not allowed; call it in the `__post_init__` of their dataclass.
 
     Args:
-        config: Has the settings as attributes.
-        allowed: What each of them may be.
-        *names: Of the settings.
+        config: The object that has the settings as attributes.
+        allowed: The values that each of them may have.
+        *names: Names of the settings.
 
     Raises:
-        ConfigurationError: Naming the first bad setting, what is allowed and what was given.
+        ConfigurationError: A setting is not allowed; the message names the first, what is allowed and what was given.
     """
     for name in names:
         check_value(name, getattr(config, name), allowed)

@@ -16,8 +16,8 @@ def printable(text: str, encoding: str | None = None) -> str:
     is printed.
 
     Args:
-        text: What is to be printed.
-        encoding: Of the terminal; what it lacks is escaped. None: UTF-8.
+        text: The text to print.
+        encoding: Encoding of the terminal; characters that it lacks are escaped. None: UTF-8.
     """
     shown = "".join(
         char if char.isprintable() or char == "\n" or unicodedata.category(char) == "Zs" else ascii(char)[1:-1]
@@ -28,7 +28,7 @@ def printable(text: str, encoding: str | None = None) -> str:
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:
-    """Print a line of text by strangers, such as an error that quotes them; at once, and to stdout by default."""
+    """Print a line of text by strangers, such as an error that quotes them, at once; by default to stdout."""
     file = file or sys.stdout
     print(printable(text, file.encoding), file=file, flush=True)
 
@@ -37,7 +37,7 @@ def rich_console(command: str) -> Any:
     """The console of a command that needs the library rich.
 
     Args:
-        command: Who needs it, for the error.
+        command: The command that needs it, for the error.
 
     Raises:
         ConfigurationError: `rich` is missing.

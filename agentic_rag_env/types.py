@@ -52,7 +52,7 @@ class Passage:
         return self.contents.partition("\n")[2]
 
 
-#: What a search brings for one query: passages, or the failure of this query alone.
+#: The result of a search for one query: passages, or the failure of this query alone.
 Found: TypeAlias = Sequence[Passage] | RetrieverError
 
 
@@ -73,8 +73,8 @@ class Ending(StrEnum):
         """Read why an episode is over.
 
         Args:
-            info: Of its last step. Files written before infos had an `ending` are read too: what else is in the info
-                tells an answer and a failed search, and nothing tells running out of turns from running out of tokens.
+            info: Info of its last step. Older files without an `ending` are read too: their infos tell an answer and a
+                failed search, but not running out of turns from running out of tokens.
 
         Returns:
             None where the info does not tell.

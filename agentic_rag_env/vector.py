@@ -42,11 +42,11 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
     It needs `vector_kwargs={"shared_memory": False}`, since text has no longest length, and searches row by row.
 
     Raises:
-        ConfigurationError: As for `AgenticRAGEnv`, or `num_envs` or `autoreset_mode` can't work.
+        ConfigurationError: `AgenticRAGEnv` would raise it, or `num_envs` or `autoreset_mode` can't work.
 
     Attributes:
         dataset: The questions, shared by all rows.
-        retriever: Likewise.
+        retriever: The retriever, shared by all rows.
         rules: The settings of the episodes.
         top_k: Most passages per search.
     """
@@ -152,14 +152,14 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
         """End the episode of a row after a turn, because its player has no room to go on, say in a model's context.
 
         Args:
-            row: Its last observation, which nobody reads, is taken back. Mode DISABLED only.
+            row: Number of the row. Its last observation is taken back, because nobody reads it. Mode DISABLED only.
 
         Returns:
-            The row's last step as it is now, see `Episode.cut_off`.
+            The row's last step in its new form, see `Episode.cut_off`.
 
         Raises:
             ResetNeededError: The row has no running episode, or one that has not yet had a turn.
-            ConfigurationError: Another mode, in which rows reset themselves.
+            ConfigurationError: The mode is another one, in which rows reset themselves.
             Exception: Whatever the reward raises, with a note naming the question.
         """
         if self.autoreset_mode is not AutoresetMode.DISABLED:
@@ -265,7 +265,7 @@ def make_agentic_rag(config: AgenticRAGConfig, num_envs: int, **parts: Any) -> A
 
     Args:
         config: The rules.
-        num_envs: Rows.
+        num_envs: Number of rows.
         **parts: `dataset`, `retriever`, `reward`, `tokenizer` and `autoreset_mode`.
     """
     return AgenticRAGVectorEnv(num_envs, **vars(config), **parts)

@@ -1,4 +1,4 @@
-"""Passages: reading their files, and the memory-mapped store that holds millions of them."""
+"""Reads files of passages, and holds millions of passages in a memory-mapped store."""
 
 from agentic_rag_env.corpus.rows import (
     checked_text,

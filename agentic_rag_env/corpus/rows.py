@@ -1,4 +1,4 @@
-"""Reads the rows of passage and question files, JSON lines above all, with errors that name the place."""
+"""Reads the rows of files of passages and questions, mostly JSON lines; its errors name the place."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import IO, Any
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.types import Passage
 
-#: Most bytes of a line; a longer one is no passage, and a small compressed file can hold one that fills the memory.
+#: Most bytes of a line. A longer line is no passage, and even a small compressed file can hold one that fills memory.
 MAX_LINE_BYTES = 2**25
-#: Rows of a Parquet or Arrow file that are Python objects at the same time.
+#: Rows of a Parquet or Arrow file that are held as Python objects at the same time.
 _BATCH_ROWS = 4096
 
 
 def passages_in(path: str | Path) -> Iterator[tuple[str, Passage]]:
     """Yield the place (file and line or row, for errors) and the passage of each row of a corpus file.
 
-    A row has `id` and `contents` (title on the first line, text after it), or `id`, `title` and `text`, from which the
-    contents are made as `"title"`, in literal double quotes, a line break and the text. Other fields are ignored.
+    A row has `id` and `contents` (title on the first line, text after it), or `id`, `title` and `text`. In the second
+    case the contents are the title in literal double quotes, a line break and the text. Other fields are ignored.
 
     Args:
-        path: See `read_rows`.
+        path: A file that `read_rows` reads.
 
     Raises:
         DataError: The file is missing or unreadable, or a row is malformed.
@@ -48,8 +48,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place and the content of each row of a file of JSON lines, Parquet or Arrow.
 
     Args:
-        path: A file that ends in `.parquet`, or in `.arrow` (the file or the stream format); any other is read as JSON
-            lines, see `read_jsonl`. A column `id` of integers becomes text.
+        path: A file that ends in `.parquet`, or in `.arrow` (the file or the stream format). Any other file is read as
+            JSON lines, see `read_jsonl`. A column `id` of integers becomes text.
 
     Raises:
         DataError: The file is missing or unreadable, or a line is malformed.
@@ -74,7 +74,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def file_version(path: str | Path) -> tuple[str, int, int]:
-    """What identifies the contents of a file within a process: absolute path, modification time [ns] and size [bytes].
+    """What identifies a file's contents within a process: its absolute path, modification time [ns] and size [bytes].
 
     Raises:
         DataError: There is no such file.
@@ -94,7 +94,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number, from 1, and the object of each line of a file of JSON objects; blank lines are skipped.
 
     Args:
-        path: The file, UTF-8, decompressed if it ends in `.gz` or `.zst`.
+        path: A file in UTF-8; it is decompressed if its name ends in `.gz` or `.zst`.
 
     Raises:
         DataError: The file cannot be read, or a line is too long, not UTF-8, not JSON or not an object.
@@ -126,12 +126,12 @@ def _parse_line(line: bytes, path: str | Path, number: int) -> dict[str, Any]:
 
 
 def json_type(value: Any) -> str:
-    """What an error message calls a value that came out of JSON."""
+    """The word for the type of a JSON value in an error message."""
     return "null" if value is None else type(value).__name__
 
 
 def text_field(row: Mapping[str, Any], field: str, where: str) -> str:
-    """A text of a row.
+    """The text in a field of a row.
 
     Args:
         row: The row.
@@ -139,7 +139,7 @@ def text_field(row: Mapping[str, Any], field: str, where: str) -> str:
         where: File and line, for the error.
 
     Raises:
-        DataError: The field is missing, no string, or holds a lone surrogate, which no tokenizer can encode.
+        DataError: The field is missing, is no string, or holds a lone surrogate, which no tokenizer can encode.
     """
     if field not in row:
         raise DataError(f"{where}: no field {field!r}; the row has {', '.join(row) or 'no fields'}.")
@@ -150,7 +150,7 @@ def checked_text(value: Any, where: str) -> str:
     """The value, if it is a string that can be encoded in UTF-8.
 
     Raises:
-        DataError: It is not.
+        DataError: It is no such string.
     """
     if not isinstance(value, str):
         raise DataError(f"{where}: expected a string, got {json_type(value)}.")

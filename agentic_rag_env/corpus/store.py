@@ -20,17 +20,18 @@ from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import written_whole
 from agentic_rag_env.types import Passage
 
-#: Key in the metadata of the Arrow schema that tells a store from other Arrow files; its value is the format's number.
+#: Key in the metadata of the Arrow schema that marks an Arrow file as a store; its value is the number of the format.
 _FORMAT_KEY, _FORMAT = b"agentic_rag_env.corpus", b"1"
-#: A record batch ends after so many passages or characters; writing holds one of them in memory.
+#: A record batch ends after this many passages or characters. Writing holds one record batch in memory.
 _BATCH_PASSAGES, _BATCH_CHARS = 8192, 2**26
 
 
 class CorpusStore(Sequence[Passage]):
     """The passages of a store, read from the memory-mapped file when they are asked for.
 
-    A store is an Arrow file (IPC file format, columns `id` and `contents`), so any Arrow library reads it. Opening one
-    reads its footer and the heads of its record batches. Copies, in this process or another, map the same file.
+    A store is an Arrow file (IPC file format, columns `id` and `contents`), so any Arrow library reads it. To open a
+    store is to read its footer and the heads of its record batches. Copies of the object map the same file, in this
+    process or another.
 
     Args:
         path: A file written by `write_store`.
@@ -41,7 +42,7 @@ class CorpusStore(Sequence[Passage]):
     Attributes:
         path: The file.
         fingerprint: Hash of all ids and contents in their order, see `fingerprint`.
-        source: What the store was made from, as `open_corpus` tells an outdated one; "" if from no file.
+        source: What the store was made from, by which `open_corpus` recognizes an outdated one; "" if it was no file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -97,7 +98,7 @@ class CorpusStore(Sequence[Passage]):
 
 
 class Texts(Sequence[str]):
-    """The contents of a corpus as a sequence, without a list of them."""
+    """The contents of a corpus as a sequence that holds no list of them."""
 
     def __init__(self, corpus: Sequence[Passage]) -> None:
         self._corpus = corpus
@@ -119,11 +120,11 @@ class Texts(Sequence[str]):
 
 
 def read_corpus(path: str | Path) -> Sequence[Passage]:
-    """The passages of a file: those of a store stay on disk, those of any other file are read into memory.
+    """The passages of a file. Those of a store stay on disk; those of any other file are read into memory.
 
     Args:
-        path: A store, or a file that `passages_in` reads. While it does not change, reading it again in one process
-            returns the same object, so that the splits of a dataset can share one index.
+        path: A store, or a file that `passages_in` reads. While the file does not change, reading it again in one
+            process returns the same object, so that the splits of a dataset can share one index.
 
     Raises:
         DataError: The file is missing, unreadable or empty, or a row is malformed or repeats an id.
@@ -150,15 +151,15 @@ def _read_corpus(path: str, mtime_ns: int, size: int) -> Sequence[Passage]:
 def open_corpus(
     path: str | Path, store: str | Path | None = None, advance: Callable[[int], None] = lambda count: None
 ) -> CorpusStore:
-    """The store of a file's passages, written first if it is not there yet or the file has changed since.
+    """The store of a file's passages. It is written first if it is missing or if the file has changed since.
 
     Args:
         path: A store, which is opened as it is, or a file that `passages_in` reads.
-        store: Where the store of such a file is; None: in the cache folder, under a hash of the file.
-        advance: Called while writing with the number of further passages.
+        store: Where the store of such a file lies; None: in the cache folder, under a hash of the file.
+        advance: Called during writing with the number of further passages.
 
     Raises:
-        DataError: As for `read_corpus`; or something else lies at `store`, or it cannot be written.
+        DataError: `read_corpus` would raise it, something else lies at `store`, or the store cannot be written.
     """
     _, mtime_ns, size = file_version(path)
     if _is_store(path):
@@ -197,7 +198,7 @@ def check_corpus(path: str | Path, advance: Callable[[int], None] = lambda count
         The number of passages and their fingerprint.
 
     Raises:
-        DataError: As for `read_corpus`; or the passages of a store are not those that were written into it.
+        DataError: `read_corpus` would raise it, or the passages of a store are not those that were written into it.
     """
     if not _is_store(path):
         passages = read_corpus(path)
@@ -227,12 +228,12 @@ def write_store(
     source: str = "",
     advance: Callable[[int], None] = lambda count: None,
 ) -> CorpusStore:
-    """Write a store; memory is a batch of passages and 8 bytes for each passage.
+    """Write a store. This takes the memory of one record batch and 8 bytes for each passage.
 
     Args:
-        passages: At least one; each id once.
-        path: The file, replaced if it exists.
-        source: What they come from, see `CorpusStore`.
+        passages: At least one passage; each id occurs once.
+        path: The file; it is replaced if it exists.
+        source: What the passages come from, see `CorpusStore`.
         advance: Called with the number of further passages written.
 
     Raises:
@@ -255,7 +256,7 @@ def write_store(
                 digest.update(batch)
                 id_hashes.extend(map(hash, ids))
                 advance(len(batch))
-            # Only now is the hash known: it goes with an empty batch at the end.
+            # The hash is known only now, so it goes with an empty batch at the end.
             nothing = pa.record_batch([pa.array([], text), pa.array([], text)], schema=schema)
             writer.write_batch(nothing, custom_metadata={"fingerprint": digest.hexdigest(), "source": source})
         if not id_hashes:
@@ -265,7 +266,7 @@ def write_store(
 
 
 def fingerprint(corpus: Sequence[Passage]) -> str:
-    """Hash of the ids and contents of all passages in their order, whatever holds them: 32 hexadecimal digits."""
+    """Hash of the ids and contents of all passages in their order, 32 hexadecimal digits; any container will do."""
     own = getattr(corpus, "fingerprint", None)
     if own is not None:
         return str(own)
@@ -275,7 +276,7 @@ def fingerprint(corpus: Sequence[Passage]) -> str:
 
 
 class _Digest:
-    """BLAKE2b over each id and each contents, both preceded by their length."""
+    """The BLAKE2b hash over each id and each passage's contents, both preceded by their length."""
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for.
 
     Args:
-        arguments: Of the command line; None: those of the process.
+        arguments: Arguments of the command line; None: those of the process.
 
     Returns:
         Exit status: 0, 1 where a file has errors, or 2 where the corpus can't be read.
@@ -65,7 +65,7 @@ def _add_missing_gold(report: FileReport, coverage: Coverage) -> None:
 
 
 def _table(reports: Sequence[FileReport], covered: Sequence[Coverage], encoding: str) -> Any:
-    """A line per file; `words` are those of the first answers (median, most), `corpus` is what it can answer."""
+    """A table with a line per file; `words` counts the first answers' (median, most), `corpus` what it can answer."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""What every dataset is: questions in a fixed order, with or without a corpus to search."""
+"""Defines a dataset: questions in a fixed order, with or without a corpus to search."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class QuestionSet(Sequence[Question]):
 
     Args:
         name: Name under which scores are reported where a question's metadata has no "dataset".
-        questions: At least one.
-        corpus: Passages a local retriever may index; None where the retriever brings its own.
+        questions: The questions, at least one.
+        corpus: Passages that a local retriever may index; None where the retriever brings its own.
 
     Raises:
         ConfigurationError: There are no questions.

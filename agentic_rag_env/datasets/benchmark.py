@@ -19,7 +19,7 @@ from agentic_rag_env.types import Question
 
 SPLITS = ("train", "dev", "test")
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
-#: Where `train` and `dev` are the same published split, `dev` is one of so many shares of it.
+#: Where `train` and `dev` are the same published split, `dev` is one of this many shares of it.
 _SHARES = 100
 
 _logger = logging.getLogger(__name__)
@@ -35,13 +35,13 @@ class BenchmarkConfig:
     Attributes:
         subset: Name of the benchmark: the configuration on the hub, the folder below `path`, and the name under which
             scores are reported. None: the hub's only configuration, or `path` itself.
-        path: Folder with a file per published split (`test.jsonl`, `dev.parquet`, ...) or with a folder `<subset>` of
-            such files; or one such file, to read that split alone. None: from the hub.
+        path: Folder with a file per published split (`test.jsonl`, `dev.parquet`, ...), or with a folder `<subset>` of
+            such files. It may also be one such file; then only that split is read. None: the hub is read.
         hub: Repository on the hub, or a local copy of one; used without `path`.
-        splits: The published split behind each of `train`, `dev` and `test`, if not that of the same name; None: there
-            is none. Where `train` and `dev` are the same one, `dev` is the hundredth of it that a hash of the ids
-            picks, and `train` the rest.
-        sizes: Questions of each published split, where known; another number is worth a warning.
+        splits: The published split behind each of `train`, `dev` and `test`, if it has another name; None: there is
+            none. Where `train` and `dev` are the same one, a hash of the ids picks a hundredth of it as `dev`, and the
+            rest is `train`.
+        sizes: Number of questions in each published split, where known; another number causes a warning.
         corpus: File of passages (see `agentic_rag_env.corpus.read_corpus`); None if the retriever brings its own.
         split: `train`, `dev` or `test`.
         num_questions: Keep a random sample of this size of the split, in its order; None keeps all.
@@ -71,8 +71,8 @@ def benchmark(config: BenchmarkConfig) -> QuestionSet:
     The rows are FlashRAG's or Search-R1's, see `agentic_rag_env.datasets.rows.question_in`.
 
     Raises:
-        ConfigurationError: An unknown split, one that the benchmark does not have, test questions that would also be
-            trained on, or a sample size that the split cannot give; or the library for the hub is missing.
+        ConfigurationError: The split is unknown or the benchmark lacks it, test questions would also be trained on,
+            the split is smaller than the sample asked for, or the library for the hub is missing.
         DataError: The files are missing, cannot be downloaded or are malformed.
     """
     published, divided = _published_split(config)
@@ -110,7 +110,7 @@ def _published_split(config: BenchmarkConfig) -> tuple[str, bool]:
 
 
 def _source(config: BenchmarkConfig, published: str) -> tuple[str, str]:
-    """Where a published split is, and the name of the benchmark."""
+    """The place of a published split, and the name of the benchmark."""
     if config.path is None:
         name = config.subset or config.hub.rpartition("/")[2]
         return f"{config.hub}{f' ({config.subset})' if config.subset else ''}, split {published}", name

@@ -1,4 +1,4 @@
-"""What is wrong with files of questions, found before a run trains on them or is measured by them."""
+"""Finds what is wrong with files of questions before a run trains on them or is measured by them."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from agentic_rag_env.errors import DataError
 from agentic_rag_env.prompts import ends_with_question_mark
 from agentic_rag_env.types import Passage, Question
 
-#: Words of the longest answer that a model can be expected to give word for word.
+#: Number of words in the longest answer that a model can be expected to give word for word.
 LONG_ANSWER = 20
 #: Answers that say nothing about what a passage must contain.
 _YES_NO = frozenset({"yes", "no"})
 
 
 class Finding(NamedTuple):
-    """Something that is wrong, or may be.
+    """Something in a file that is wrong or may be wrong.
 
     Attributes:
         is_error: Whether a run refuses the file, leaves the rows out, or scores them wrongly.
-        number: Rows or questions concerned.
-        what: The trouble, as a predicate of these.
+        number: Number of rows or questions concerned.
+        what: The trouble, as a predicate of these rows or questions.
         example: The first of them, with its place.
-        advice: What to do.
+        advice: What the user can do.
     """
 
     is_error: bool
@@ -55,10 +55,10 @@ class FileReport:
 
     Attributes:
         path: The file.
-        num_rows: Rows read.
-        formats: How many of them are in which published format.
-        questions: Of the rows that a run can use.
-        findings: In the order in which they were met, errors first.
+        num_rows: Number of rows read.
+        formats: Number of rows in each published format.
+        questions: Questions of the rows that a run can use.
+        findings: The findings, errors first, otherwise in the order in which they were met.
     """
 
     path: str
@@ -69,7 +69,7 @@ class FileReport:
 
     @property
     def num_errors(self) -> int:
-        """Findings that are errors."""
+        """The number of findings that are errors."""
         return sum(finding.is_error for finding in self.findings)
 
 
@@ -94,7 +94,7 @@ def check_file(path: str | Path) -> FileReport:
     """Read every row of a file of questions and look at it.
 
     Args:
-        path: As for a dataset: JSON lines (plain, `.gz` or `.zst`), `.parquet` or `.arrow`.
+        path: A file that a dataset can read: JSON lines (plain, `.gz` or `.zst`), `.parquet` or `.arrow`.
     """
     report, found = FileReport(str(path)), _Findings()
     name, stem = dataset_name(path), file_stem(path)
@@ -140,7 +140,7 @@ def check_file(path: str | Path) -> FileReport:
 
 
 def _add_malformed(found: _Findings, message: str, where: str, place: str) -> None:
-    # Without place and indices, so that rows with the same fault count together.
+    # Place and indices are left out, so that rows with the same fault count together.
     fault = re.sub(r"\[\d+\]", "[...]", message.removeprefix(where).lstrip(",: "))
     what = fault.partition("; ")[0].rstrip(".")
     found.add(True, what, place, "The file is refused as it is; mend these rows or remove them.")
@@ -200,7 +200,8 @@ def _look_at_question(
 def overlaps(reports: Sequence[FileReport]) -> list[Finding]:
     """Questions that two files share, by their normalized text.
 
-    An error where one file is for training and the other is not, by the word "train" in their names; else a warning.
+    A shared question is an error if just one of the two files is for training; otherwise it is a warning. A file is for
+    training if its name contains the word "train".
     """
     texts = [{normalize_answer(question.text): question for question in report.questions} for report in reports]
     findings = []
@@ -220,8 +221,8 @@ class Coverage:
     """How much of a file a corpus can answer.
 
     Attributes:
-        num_questions: Questions with an answer other than yes or no.
-        num_answerable: Those of which an answer occurs word for word in some passage, after normalization.
+        num_questions: Number of questions with an answer other than yes or no.
+        num_answerable: Number of these that have an answer word for word in some passage, after normalization.
         missing_gold: Ids of gold passages (`supporting` in the metadata) that the corpus does not have, with the
             question's id.
     """
@@ -235,11 +236,11 @@ def coverages(reports: Sequence[FileReport], corpus: Iterable[Passage]) -> list[
     """Look for the answers and gold passages of files in a corpus, which is read once.
 
     Args:
-        reports: Of the files.
+        reports: Reports on the files.
         corpus: The passages.
 
     Returns:
-        One for each file.
+        One coverage for each file.
     """
     wanted = {answer for report in reports for question in report.questions for answer in _as_words(question)}
     occurring, ids = _occurring(wanted, corpus)
@@ -258,13 +259,13 @@ def _coverage(questions: Sequence[Question], occurring: set[tuple[str, ...]], id
 
 
 def _as_words(question: Question) -> set[tuple[str, ...]]:
-    """The answers as words, in every form that counts; none where one of them is yes or no."""
+    """The answers as words, in every form that counts; the set is empty if one of them is yes or no."""
     texts = {form for answer in question.golden_answers for form in word_forms(answer)}
     return set() if texts & _YES_NO else {tuple(text.split()) for text in texts if text}
 
 
 def _occurring(wanted: set[tuple[str, ...]], corpus: Iterable[Passage]) -> tuple[set[tuple[str, ...]], set[str]]:
-    """The sequences of words that occur in a passage, and the ids of all passages."""
+    """Those wanted sequences of words that occur in a passage, and the ids of all passages."""
     by_first: dict[str, set[tuple[str, ...]]] = {}
     for answer in wanted:
         by_first.setdefault(answer[0], set()).add(answer)
@@ -286,7 +287,7 @@ def _num_words(answer: str) -> int:
 
 
 def answer_lengths(report: FileReport) -> list[int]:
-    """Words of each question's first answer, normalized and sorted."""
+    """The number of words in each question's first answer after normalization, sorted."""
     return sorted(_num_words(question.golden_answers[0]) for question in report.questions)
 
 

@@ -1,4 +1,4 @@
-"""Questions and passages from files of one's own."""
+"""Reads questions and passages from the user's own files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SPLITS = ("all", "train", "dev", "test")
 
 @dataclass
 class JsonlConfig:
-    """Files and the part of them to use.
+    """Which files to read, and which part of them to use.
 
     Attributes:
         questions: File of questions: JSON lines, plain, `.gz` or `.zst`; `.parquet` or `.arrow`.
         corpus: File of passages (see `agentic_rag_env.corpus.read_corpus`); None if the retriever brings its own.
         test_questions: File with the questions of the split `test`, where there is a separate one.
-        split: `all` is the whole of `questions`. Otherwise a hash of its id gives each question one of ten shares of
-            about equal size: share 8 is `dev`, share 9 is `test`, the others are `train`. With `test_questions`,
+        split: `all` is the whole of `questions`. Otherwise the hash of its id puts each question into one of ten shares
+            of about equal size: share 8 is `dev`, share 9 is `test`, the others are `train`. With `test_questions`,
             `test` is that file and share 9 belongs to `train`.
         num_questions: Keep a random sample of this size of the split, in the order of the file; None keeps all.
         seed: Decides the sample; the same seed draws the same one, and a larger sample contains the smaller.
@@ -48,13 +48,13 @@ def jsonl_dataset(config: JsonlConfig) -> QuestionSet:
     """Read a split of a file of questions, and the corpus that goes with it.
 
     The rows are FlashRAG's or Search-R1's, see `agentic_rag_env.datasets.rows.question_in`. A missing id becomes
-    `<file>-<line>`. Unless a row names its dataset, it is the name of the file, or of its folder if the file is called
-    `train`, `dev`, `test` or the like.
+    `<file>-<line>`. A row that does not name its dataset gets the name of the file, or of its folder if the file is
+    called `train`, `dev`, `test` or the like.
 
     Splits of unchanged files share one corpus object within a process.
 
     Raises:
-        ConfigurationError: An unknown split, or a sample size that the split cannot give.
+        ConfigurationError: The split is unknown, or smaller than the sample asked for.
         DataError: A file is missing or malformed, or the split is empty.
     """
     source = config.questions

@@ -1,4 +1,4 @@
-"""Several datasets as one, in proportions of one's choice."""
+"""Mixes several datasets into one, in proportions that the user chooses."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class MixtureConfig:
     """What is mixed, and how much of each.
 
     Attributes:
-        sources: Datasets by a name of one's choice: a registered name, or a mapping with `name` and settings, of which
-            `split` is that of the mixture.
-        weights: Proportions in which a split holds the sources; one that is not named has weight 1. As many questions
-            as there can be without repeating any: the source that is scarcest for its weight is taken whole. Without
-            weights: every question of every source, so that each counts by its size.
+        sources: Datasets by names that the user chooses. Each is a registered name, or a mapping with `name` and
+            settings; its `split` is that of the mixture.
+        weights: Proportions in which a split holds the sources; a source that is not named has weight 1. The split is
+            as large as it can be without repeating a question: the source that is scarcest for its weight is taken
+            whole. Without weights, the split holds every question of every source.
         members: The sources of a split where not all belong to it, such as `{train: [nq, hotpotqa]}`.
-        path: Given to the sources that have such a setting and leave it open.
-        corpus: File of passages for all (see `agentic_rag_env.corpus.read_corpus`); None: the one that the sources
-            bring, if they bring no two.
+        path: Value for the sources that have a setting `path` and leave it open.
+        corpus: File of passages for all sources (see `agentic_rag_env.corpus.read_corpus`); None: the corpus that the
+            sources bring; they may not bring two different ones.
         split: `train`, `dev` or `test`.
         num_questions: Size of the split, divided by weight; None: as large as it can be.
         seed: Decides which questions of a source are drawn; the same seed draws the same ones.
@@ -52,13 +52,13 @@ def mixture(config: MixtureConfig) -> QuestionSet:
     """Mix datasets.
 
     The sources are spread evenly, each in its own order, so that the first n questions hold them in nearly the same
-    proportions as the whole. An id becomes `<source>/<id>`, for published files number their questions alike; the
+    proportions as the whole. An id becomes `<source>/<id>`, because published files number their questions alike. The
     `dataset` of the metadata, by which figures are grouped, stays.
 
     Raises:
-        ConfigurationError: There are no sources, a name or a weight can't be, more questions are asked for than there
+        ConfigurationError: There are no sources, a name or a weight can't work, more questions are asked for than there
             are, or the sources have different corpora.
-        DataError: As of the sources.
+        DataError: The files of a source are missing or malformed.
     """
     names = _members(config)
     parts = {name: _build(config.sources[name], config) for name in names}
@@ -113,7 +113,7 @@ def _weights(config: MixtureConfig, names: Sequence[str]) -> dict[str, float]:
 
 def _counts(sizes: dict[str, int], weights: dict[str, float], num_questions: int | None) -> dict[str, int]:
     """Questions to draw from each source: the nearest whole numbers to the proportions, none above the size."""
-    # By their decimals: 0.3 is three times 0.1.
+    # Weights are compared by their decimals: 0.3 is three times 0.1.
     exact = {name: Fraction(str(weight)) for name, weight in (weights or sizes).items()}
     whole = sum(exact.values())
     most = math.floor(min(Fraction(size) / exact[name] for name, size in sizes.items()) * whole)
@@ -137,7 +137,7 @@ def _renamed(question: Question, source: str, dataset: str) -> Question:
 
 
 def _spread(parts: Sequence[Sequence[Question]]) -> list[Question]:
-    """All questions; the i-th of n stands at the fraction (i + 0.5) / n of the whole."""
+    """All questions, spread evenly: the i-th of n in a part stands at the fraction (i + 0.5) / n of the whole."""
     places = [
         ((number + 0.5) / len(part), source, number) for source, part in enumerate(parts) for number in range(len(part))
     ]

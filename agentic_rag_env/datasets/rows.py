@@ -1,4 +1,4 @@
-"""Questions from rows in the formats in which the benchmarks are published: FlashRAG's and Search-R1's."""
+"""Reads questions from rows in the formats of the published benchmarks: FlashRAG's and Search-R1's."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from agentic_rag_env.corpus import checked_text, file_version, json_type, read_r
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.types import Question
 
-#: File names that say which part of a dataset they hold, so that the folder's name is the better name for it.
+#: File names that only say which part of a dataset the file holds; then the folder's name is the name of the dataset.
 GENERIC_STEMS = frozenset({"all", "train", "dev", "test", "val", "valid", "validation", "eval", "data", "questions"})
-#: What precedes the question in the prompts of Search-R1's files.
+#: The text before the question in the prompts of Search-R1's files.
 _PROMPT_MARKER = "Question:"
-#: Characters of a list of answers that is written as text; far above every published one.
+#: Most characters of a list of answers that is written as text; every published one is far shorter.
 _LONGEST_LIST = 100_000
 
 _logger = logging.getLogger(__name__)
 
 
 def read_questions(path: str | Path, name: str | None = None) -> tuple[Question, ...]:
-    """The questions of a file, in its order; while it does not change, one process reads it once.
+    """The questions of a file, in its order. A process reads a file once as long as it does not change.
 
     Args:
-        path: JSON lines (plain, `.gz` or `.zst`), `.parquet` or `.arrow`.
+        path: A file of JSON lines (plain, `.gz` or `.zst`), `.parquet` or `.arrow`.
         name: The dataset of rows that name none; None: the name of the file, see `dataset_name`.
 
     Raises:
@@ -48,21 +48,21 @@ def file_stem(path: str | Path) -> str:
 
 
 def dataset_name(path: str | Path) -> str:
-    """The name of a file without its endings, or that of its folder if the file is called `train`, `test` or so."""
+    """The name of a file without its endings, or of its folder if the file is called `train`, `test` or the like."""
     file = Path(path).expanduser().absolute()
     stem = file_stem(file)
     return file.parent.name if stem in GENERIC_STEMS and file.parent.name else stem
 
 
 def collect(rows: Iterable[tuple[str, dict[str, Any]]], source: str, name: str, stem: str) -> tuple[Question, ...]:
-    """The questions of rows, in their order.
+    """The questions of some rows, in their order.
 
-    A row whose answers are exploded (see `is_exploded`) is left out, and a warning counts them: which answer was meant
-    can't be known, and one letter must not score as correct.
+    A row whose answers are exploded (see `is_exploded`) is left out, and a warning counts such rows. Nobody can know
+    which answer was meant, and one letter must not score as correct.
 
     Args:
-        rows: Place (source and line or row, for errors) and content of each.
-        source: Where they come from, for errors.
+        rows: The place of each row (source and line or row, for errors) and its content.
+        source: Where the rows come from, for errors.
         name: The dataset of rows that name none.
         stem: Beginning of the ids of rows that have none; the number of the row follows.
 
@@ -97,19 +97,22 @@ def collect(rows: Iterable[tuple[str, dict[str, Any]]], source: str, name: str, 
 def question_in(row: dict[str, Any], where: str, name: str, stem: str) -> Question:
     """The question of a row.
 
-    FlashRAG's rows have `id`, `question`, `golden_answers` (a list of strings; a string counts as one) and perhaps
-    `metadata` (an object). Search-R1's have `data_source`, the name of the dataset, and the answers in
-    `reward_model.ground_truth.target`, or in verl's way in `reward_model.ground_truth` itself; without `question` it is
-    the text after "Question:" in the last message of `prompt` that holds it. As Search-R1's merged files number the
-    questions of each source anew, `data_source` precedes the id there. A list of answers that is written as text, such
-    as `"['Rome', 'Roma']"`, counts as the list.
+    FlashRAG's rows have `id`, `question`, `golden_answers` (a list of strings; a string counts as a list of one) and
+    perhaps `metadata` (an object).
 
-    The metadata's `context`, the paragraphs that HotpotQA and others give with a question, is dropped: it is most of
-    the file, and here an agent has to find them.
+    Search-R1's rows have `data_source`, the name of the dataset. The answers are in `reward_model.ground_truth.target`,
+    or, as verl writes them, in `reward_model.ground_truth` itself. A row without `question` has it after "Question:" in
+    the last message of `prompt` that holds this marker. Search-R1's merged files number the questions of each source
+    anew, so `data_source` precedes the id there.
+
+    A list of answers that is written as text, such as `"['Rome', 'Roma']"`, counts as the list.
+
+    The metadata's `context` is dropped. It holds the paragraphs that HotpotQA and others give with a question. They are
+    most of the file, and here an agent has to find them.
 
     Args:
         row: The row; null counts as missing in `id`, `question` and `metadata`.
-        where: Its place, for errors; ends in its number.
+        where: Place of the row, for errors; it ends in the number of the row.
         name: The dataset, if the row names none.
         stem: Beginning of the id, if the row has none.
 
@@ -130,7 +133,7 @@ def question_in(row: dict[str, Any], where: str, name: str, stem: str) -> Questi
 
 
 def format_of(row: dict[str, Any]) -> str:
-    """Whose format a row has, as `check` names it."""
+    """The name of the published format that a row has, for `check`."""
     if is_passage(row):
         return "passages"
     if row.get("reward_model") is not None:
@@ -139,7 +142,7 @@ def format_of(row: dict[str, Any]) -> str:
 
 
 def is_passage(row: dict[str, Any]) -> bool:
-    """Whether a row is one of a corpus."""
+    """Whether a row is a passage of a corpus."""
     return not {"question", "prompt"} & row.keys() and ("contents" in row or {"title", "text"} <= row.keys())
 
 
@@ -151,8 +154,8 @@ def has_lists_in_text(row: dict[str, Any]) -> bool:
 def is_exploded(golden_answers: Sequence[str]) -> bool:
     """Whether a list of answers is one string that was taken for a list, so that each character became an answer.
 
-    Three or more answers of one character each, a lower-case letter or the bracket of a list among them; digits,
-    capitals and other signs may be meant.
+    Such a list has three or more answers, all of one character, and one is a lower-case letter or the bracket of a
+    list. Digits, capitals and other signs alone may be meant as answers.
     """
     return (
         len(golden_answers) > 2
@@ -171,7 +174,7 @@ def _text(row: dict[str, Any], where: str) -> str:
 
 
 def _question_of_prompt(prompt: Any, place: str) -> str:
-    """What stands behind the marker in the last message that holds it, those of a system and an assistant apart."""
+    """The text after the marker in the last message that holds it; messages of a system or an assistant don't count."""
     if not isinstance(prompt, list) or not prompt or not all(isinstance(message, dict) for message in prompt):
         raise DataError(f"{place}: expected a list of messages, got {json_type(prompt)}; a field 'question' would do.")
     for message in reversed(prompt):
@@ -193,13 +196,13 @@ def _golden_answers(row: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _given_answers(row: dict[str, Any], where: str) -> tuple[list[str], str]:
-    """The answers as they stand in a row, in either of the two places where they may, and that place."""
+    """The answers exactly as a row holds them, in one of the two possible places, and that place."""
     field, answers = "golden_answers", row.get("golden_answers")
     if answers is None and (row.get("reward_model") is not None or "golden_answers" not in row):
         field, answers = "reward_model.ground_truth", row
         for key in ("reward_model", "ground_truth"):
             answers = answers.get(key) if isinstance(answers, dict) else None
-        if isinstance(answers, dict):  # Search-R1; verl's own rows hold the answer right here
+        if isinstance(answers, dict):  # a row of Search-R1; verl's own rows hold the answer right here
             field, answers = f"{field}.target", answers.get("target")
         if answers is None:
             nor = "reward_model.ground_truth.target"
@@ -217,14 +220,14 @@ def _given_answers(row: dict[str, Any], where: str) -> tuple[list[str], str]:
 
 
 def answers_in_text(text: str) -> list[str] | None:
-    """The members of a list of strings that is written as text, as JSON or as Python writes it; None for other text.
+    """The members of a list of strings that is written as text, in the form of JSON or of Python; None for other text.
 
-    PopQA is published in the one form, and copies of it in the other.
+    PopQA is published in one of the two forms, and copies of it in the other.
     """
     text = text.strip()
     if not text.startswith(("['", '["')) or not text.endswith(("']", '"]')) or len(text) > _LONGEST_LIST:
         return None
-    for read in (json.loads, ast.literal_eval):  # neither of which runs anything
+    for read in (json.loads, ast.literal_eval):  # neither of them runs anything
         try:
             found = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):

@@ -1,4 +1,4 @@
-"""Parts of a set of questions that depend on ids and a seed, and on nothing else."""
+"""Selects parts of a set of questions that depend on ids and a seed, and on nothing else."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from agentic_rag_env.types import Question
 
 
 def share(question_id: str, num_shares: int) -> int:
-    """Which of so many shares of about equal size an id belongs to, from 0: the same in every file and process."""
+    """The number of the share that an id belongs to, in [0, num_shares): the same in every file and process.
+
+    All shares have about equal size.
+    """
     digest = hashlib.blake2b(question_id.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % num_shares
 
 
 def sample(questions: Sequence[Question], num_questions: int | None, seed: int, of: str) -> Sequence[Question]:
-    """A random sample in the order of the questions; a larger one of the same seed contains the smaller.
+    """A random sample in the order of the questions; a larger sample of the same seed contains the smaller.
 
     Args:
-        questions: To draw from.
+        questions: The questions to draw from.
         num_questions: Size of the sample; None takes all.
         seed: Decides what is drawn.
         of: What the questions are, for the error.
 
     Raises:
-        ConfigurationError: There are not so many.
+        ConfigurationError: There are fewer questions than are asked for.
     """
     if num_questions is None:
         return questions

@@ -1,9 +1,9 @@
 """The bundled tiny world: a made-up encyclopedia and questions about it that only searching can answer.
 
-People, cities, companies, works and countries stand in functional relations to each other. Each fact is one passage;
-each question walks one, two or three relations from an entity. All facts are drawn anew for every seed and split while
-the names stay the same, so what was true in training says nothing about the test: an agent has to search. People have
-five facts and are mentioned in others, so a query must name the relation it is after.
+People, cities, companies, works and countries stand in functional relations to each other. Each fact is one passage.
+Each question follows one, two or three relations from an entity. All facts are drawn anew for every seed and split,
+while the names stay the same. So what was true in training says nothing about the test, and an agent has to search.
+People have five facts and are mentioned in others, so a query must name the relation that it is after.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Relation(NamedTuple):
 
     Attributes:
         keyword: The word that every passage about it contains; a good query names it.
-        subject, value: Kinds of entity.
+        subject, value: The kinds of entity that it leads from and to.
         passages: Phrasings of a fact.
         phrases: Phrasings of "the value of the subject" in a question.
     """
@@ -86,7 +86,7 @@ CHAINS: dict[int, tuple[tuple[str, ...], ...]] = {
 }  # fmt: skip
 _HOP_SHARES = {1: 0.4, 2: 0.4, 3: 0.2}
 
-#: Entities per passage of the whole world; the fixed kinds take what their pools hold.
+#: Number of entities per passage of the whole world; the fixed kinds have as many as their pools hold.
 _ENTITIES_PER_PASSAGE = {"person": 0.115, "city": 0.05, "company": 0.05, "work": 0.045}
 _ALIASED_SHARE = 0.125
 
@@ -98,9 +98,9 @@ class TinyConfig:
     Attributes:
         split: "train", "dev" or "test"; each is a world of its own with facts of its own.
         subset: "all", "single_hop" (like NQ) or "multi_hop" (like MuSiQue).
-        num_questions: Questions drawn, at most; 40 % one hop, 40 % two, 20 % three.
+        num_questions: Most questions drawn: 40 % with one hop, 40 % with two, 20 % with three.
         num_passages: Approximate number of passages, 100 to 1,000,000. Beyond about 1,100 names have several words.
-        seed: Another seed is another set of three worlds.
+        seed: Each seed gives another set of three worlds.
     """
 
     split: str = "train"
@@ -181,7 +181,7 @@ class World:
             self.corpus.append(Passage(passage_id, f"{subject}\n{template.format(s=subject, v=value)}"))
 
     def walk(self, subject: str, chain: Sequence[str]) -> list[tuple[str, str, str]]:
-        """The facts along a chain, as (keyword, subject, value)."""
+        """The facts along a chain from a subject, each as (keyword, subject, value)."""
         steps = []
         for keyword in chain:
             value = self.facts[keyword][subject]
@@ -190,11 +190,11 @@ class World:
         return steps
 
     def golden_answers(self, name: str) -> tuple[str, ...]:
-        """The name, then its nickname if it has one."""
+        """The name of an entity, followed by its nickname if it has one."""
         return (name, self.aliases[name]) if name in self.aliases else (name,)
 
     def draw_questions(self, num_questions: int, subset: str, rng: np.random.Generator) -> Iterator[Question]:
-        """Distinct questions in random order, the shares of hops as even as the world allows."""
+        """Distinct questions in random order, with shares of hops as near to the intended ones as the world allows."""
         hops_wanted = {hops for hops in CHAINS if subset == "all" or (hops == 1) == (subset == "single_hop")}
         total_share = sum(_HOP_SHARES[hops] for hops in hops_wanted)
         picked: list[tuple[tuple[str, ...], str]] = []
@@ -227,7 +227,7 @@ class World:
 
 
 def make_world(config: TinyConfig) -> World:
-    """The world behind a configuration; its questions do not change its facts."""
+    """The world behind a configuration; the settings of the questions do not change its facts."""
     return World(config.num_passages, _generator(config, "facts"))
 
 

@@ -1,7 +1,7 @@
 """Names and words of the tiny world: fixed pools of single words, some of them with letters beyond ASCII.
 
-The pools never change with the seed of a world, so that a tokenizer can hold every word as one token; which entity
-bears which name, and every fact about it, is drawn anew for each world.
+The pools do not depend on the seed of a world, so a tokenizer can hold every word as one token. Which entity bears
+which name, and every fact about it, is drawn anew for each world.
 """
 
 from __future__ import annotations

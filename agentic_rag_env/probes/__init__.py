@@ -1,4 +1,4 @@
-"""ARC probes (agentic RAG capabilities): where an agent is weak, over any `generate(prompts) -> texts` callable.
+"""ARC probes (agentic RAG capabilities) find where an agent is weak, for any `generate(prompts) -> texts` callable.
 
     from agentic_rag_env.probes import DEFAULT_PROBES, Material, play, run_probes
 
@@ -7,8 +7,8 @@
     figures = run_probes(material, DEFAULT_PROBES)
     figures["thinking"]["gain"]  # {"value": 0.04, "n": 600, "interval": (0.02, 0.06), "best": "high", ...}
 
-The published tables leave prompts, passages and matching open; figures of these definitions are to be called
-"ARC-ours". Importing this package registers the built-in probes.
+The published tables do not define prompts, passages and matching. So call figures by these definitions "ARC-ours".
+Importing this package registers the built-in probes.
 """
 
 from agentic_rag_env.answers import holds_answer
@@ -20,7 +20,7 @@ from agentic_rag_env.probes.material import Generate, Material, Probe, Prompt, p
 from agentic_rag_env.probes.reading import SourceReferencing, SourceReferencingConfig, thinking
 from agentic_rag_env.probes.searching import query_rewriting, search_behaviour
 
-#: What is measured unless somebody says otherwise.
+#: The probes that are run by default.
 DEFAULT_PROBES = ("source_referencing", "thinking", "query_rewriting", "search_behaviour")
 
 __all__ = [

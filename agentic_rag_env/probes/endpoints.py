@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, ...) as a `generate` callable."""
+"""Makes a `generate` callable of a model behind an OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, ...)."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class EndpointConfig:
     """Where the model is, and how it is asked.
 
     Attributes:
-        url: Up to the version, such as `http://127.0.0.1:8000/v1`.
-        model: As the server calls it.
-        api: "completions": the prompt is one text, for base models. "chat": it is the message of a user and the
+        url: Address up to the version, such as `http://127.0.0.1:8000/v1`.
+        model: The server's name for the model.
+        api: "completions": the prompt is one text, for base models. "chat": the prompt is the message of a user and the
             beginning of the reply, which the server must be able to continue (`continue_final_message`: vLLM, SGLang).
         max_tokens: Most tokens of a reply.
-        temperature: 0 is greedy.
-        num_parallel: Requests under way at once.
+        temperature: Sampling temperature; 0 is greedy.
+        num_parallel: Number of requests under way at once.
         timeout_s: Longest wait for a connection and for a reply [seconds].
         max_retries: How often a request is repeated where that may help; see `HttpClient`.
-        backoff_s: Pause before the first repetition; each further one takes twice as long [seconds].
-        api_key_variable: Name of the environment variable that holds the key; without one no key is sent.
+        backoff_s: Pause before the first repetition; each further pause is twice as long [seconds].
+        api_key_variable: Name of the environment variable that holds the key; without the variable no key is sent.
         proxy: See `HttpClient`.
     """
 
@@ -66,20 +66,20 @@ class EndpointConfig:
 
 
 class Endpoint:
-    """Continues prompts, a request for each.
+    """Continues prompts with one request for each.
 
-    No stop strings are sent: servers leave them out of the reply, and then nobody can tell `</search>` from
+    No stop strings are sent, because servers leave them out of the reply. Then nobody could tell `</search>` from
     `</answer>`. The reply is cut at its earliest closing tag instead.
 
     Args:
-        config: Address and manners.
+        config: Where the model is, and how it is asked.
 
     Raises:
         ConfigurationError: The library `httpx` is missing.
 
     Attributes:
-        costs: So far: `requests` answered, `prompt_tokens` and `completion_tokens` as the server counts them (0 if it
-            does not), and `seconds` of waiting, added up over requests under way at once.
+        costs: The costs so far: `requests` answered, `prompt_tokens` and `completion_tokens` as the server counts them
+            (0 if it does not), and `seconds` of waiting, added up over requests under way at once.
     """
 
     def __init__(self, config: EndpointConfig) -> None:
@@ -102,7 +102,7 @@ class Endpoint:
         """Continue prompts; see `material.Generate`.
 
         Raises:
-            EndpointError: The endpoint failed, also when asked again, or its reply has no text.
+            EndpointError: The endpoint failed in every try, or its reply has no text.
         """
         with ThreadPoolExecutor(self.config.num_parallel) as pool:
             return list(pool.map(self._continue, prompts))
@@ -111,10 +111,10 @@ class Endpoint:
         """The next message of each conversation, cut like the continuation of a prompt; `config.api` must be "chat".
 
         Args:
-            conversations: Messages with `role` and `content`, the last one a user's.
+            conversations: Lists of messages with `role` and `content`; the last message is a user's.
 
         Raises:
-            EndpointError: As for a prompt.
+            EndpointError: The endpoint failed in every try, or its reply has no text.
         """
         assert self.config.api == "chat"
         payloads = [{**self._common(), "messages": list(messages)} for messages in conversations]

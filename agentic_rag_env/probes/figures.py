@@ -1,4 +1,4 @@
-"""What a probe reports: a number, how many items it rests on, its bootstrap interval, and which way is good."""
+"""Defines the figures of a probe: a number, how many items it rests on, its bootstrap interval, which way is good."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Best: TypeAlias = Literal["high", "low"] | None
 class Figure(TypedDict):
     """A mean over items, one value for each.
 
-    `value` is the mean, `n` the number of items, `interval` its 95 % bootstrap percentile interval over items. `best`
-    says which way is good. `share` says that the value of each item lies in [0, 1], so that the distance from the best
-    value means the same everywhere.
+    `value` is the mean, `n` the number of items, `interval` the mean's 95 % bootstrap percentile interval over items.
+    `best` says which way is good. `share` says that the value of each item lies in [0, 1], so that the distance from
+    the best value means the same everywhere.
     """
 
     value: float
@@ -32,19 +32,19 @@ Figures: TypeAlias = dict[str, Figure]
 
 
 def share(values: Any, best: Best = None, *, weights: Any = None, seed: int = 0) -> Figure:
-    """The mean of one value in [0, 1] per item, such as a score or whether something is so; see `figure`."""
+    """The mean of one value in [0, 1] per item, such as a score or a yes-or-no value; see `figure`."""
     return Figure(**{**figure(values, best, weights=weights, seed=seed), "share": True})
 
 
 def figure(values: Any, best: Best = None, *, weights: Any = None, seed: int = 0) -> Figure:
-    """The mean of one value per item, `sum(values) / sum(weights)`; any number, such as seconds or a difference.
+    """The mean of one value per item, `sum(values) / sum(weights)`. A value is any number, such as seconds.
 
     Args:
         values: [n], at least one; bools count as 0 and 1.
         best: Which way is good; None: neither.
-        weights: [n], above 0; None: 1 for each. With them the mean is that of smaller units, such as the turns of an
+        weights: [n], above 0; None: 1 for each. With weights, the mean is over smaller units, such as the turns of an
             episode, while whole items are resampled.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
     """
     values, weights = _arrays(values, weights)
     value = float(values.sum() / weights.sum())
@@ -57,7 +57,7 @@ def interval(values: Any, seed: int = 0) -> tuple[float, float]:
 
     Args:
         values: [n].
-        seed: Of the resampling.
+        seed: Seed of the resampling.
     """
     return _bounds(resampled_means(values, seed=seed))
 
@@ -66,8 +66,8 @@ def macro_interval(groups: Sequence[Any], seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap percentile interval of the unweighted mean of the means of groups, resampled group by group.
 
     Args:
-        groups: [n_i] values of each.
-        seed: Of the resampling.
+        groups: Values [n_i] of each group.
+        seed: Seed of the resampling.
     """
     return _bounds(np.mean([resampled_means(values, seed=seed + place) for place, values in enumerate(groups)], axis=0))
 
@@ -75,13 +75,13 @@ def macro_interval(groups: Sequence[Any], seed: int = 0) -> tuple[float, float]:
 def resampled_means(values: Any, weights: Any = None, seed: int = 0) -> np.ndarray:
     """Means of bootstrap samples of the items.
 
-    How often each distinct value is drawn is multinomial, so a sample costs as much as there are distinct values,
-    however many items there are.
+    The numbers of times that each distinct value is drawn are multinomial. So the cost of a sample grows with the
+    number of distinct values, not with the number of items.
 
     Args:
         values: [n].
         weights: [n], see `figure`.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Returns:
         [RESAMPLES] float64.

@@ -1,4 +1,4 @@
-"""What is known about the evidence of a question."""
+"""Finds what is known about the evidence of a question."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Gold:
     """The evidence of one question.
 
     Attributes:
-        passages: To be read, in the order of the hops; empty where their texts are not known.
-        ids: Of the passages in the corpus; empty where they are not known.
-        titles: Normalized, without repetition; empty where they are not known.
-        any_suffices: Whether one of them is as good as all.
+        passages: Gold passages to be read, in the order of the hops; empty where their texts are not known.
+        ids: Ids of the gold passages in the corpus; empty where they are not known.
+        titles: Normalized titles of the gold passages, without repetition; empty where they are not known.
+        any_suffices: Whether one of the passages is as good as all.
     """
 
     passages: tuple[Passage, ...] = ()
@@ -30,7 +30,7 @@ class Gold:
 
     @property
     def pieces(self) -> frozenset[str]:
-        """What has to be found: ids, or titles where ids are not known."""
+        """The pieces of evidence that have to be found: ids, or titles where ids are not known."""
         return self.ids or self.titles
 
     @property
@@ -39,11 +39,16 @@ class Gold:
         return min(1, len(self.pieces)) if self.any_suffices else len(self.pieces)
 
     def share(self, found: int, of: int) -> float:
-        """What share of the evidence some pieces are: how many are found, of how many."""
+        """The share of the evidence that is found.
+
+        Args:
+            found: Number of pieces found.
+            of: Number of all pieces.
+        """
         return float(found > 0) if self.any_suffices else found / of
 
     def found_in(self, passages: Iterable[Passage]) -> frozenset[str]:
-        """Which of the pieces are among retrieved passages."""
+        """The pieces of evidence that are among retrieved passages."""
         if self.ids:
             return self.ids & {passage.id for passage in passages}
         return self.titles & titles(passages)
@@ -61,8 +66,8 @@ def find_gold(questions: Sequence[Question], corpus: Iterable[Passage] | None) -
     | `supporting_titles` | titles alone: enough to tell what was found, nothing to read |
 
     Args:
-        questions: Any number.
-        corpus: Where ids are looked up, if there is one here.
+        questions: Any number of questions.
+        corpus: Passages in which ids are looked up; None if there are none.
 
     Raises:
         DataError: A field has another form; the message names the question.
@@ -73,7 +78,7 @@ def find_gold(questions: Sequence[Question], corpus: Iterable[Passage] | None) -
 
 
 def titles(passages: Iterable[Passage]) -> frozenset[str]:
-    """Normalized titles of passages, those without one left out."""
+    """Normalized titles of passages; passages without a title are left out."""
     return frozenset(filter(None, (normalize_answer(passage.title) for passage in passages)))
 
 

@@ -1,4 +1,4 @@
-"""Probes of grounding: whether an agent answers what it reads, or what it remembers."""
+"""Probes of grounding: they tell whether an agent answers what it reads, or what it remembers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from agentic_rag_env.vector import AgenticRAGVectorEnv
 
 _MONTHS = "january february march april may june july august september october november december".split()
 _NUMBERS = "one two three four five six seven eight nine ten eleven twelve hundred thousand million billion".split()
-#: Environments that play together.
+#: Number of environments that play together.
 _NUM_ENVS = 64
 
 
@@ -35,7 +35,7 @@ class GroundingConfig:
     """Settings of the probes of grounding.
 
     Attributes:
-        num_questions: Questions to play, the first ones that can be used.
+        num_questions: Number of questions to play; the first ones that can be used are played.
     """
 
     num_questions: int = 200
@@ -49,8 +49,8 @@ class Changed:
     """A question in a world in which its answer is another one.
 
     Attributes:
-        number: Its place among the questions.
-        answer: What its gold passages say now.
+        number: Place of the question among the questions.
+        answer: The answer that its gold passages give now.
         passages: These passages by id.
     """
 
@@ -63,10 +63,10 @@ class Changed:
 class Counterfactual:
     """Counterfactual passages: in the gold passages the golden answer is replaced by another question's answer.
 
-    The new answer is of the same type: a date for a date, a number for a number, a name for a name; or of the type that
-    the metadata name as `answer_type`. The agent plays whole episodes, and whatever it finds shows the new text. A
-    question is left out if its answer can't be replaced, or if a passage that has to change is evidence of another
-    question in its old form. Over the others, i = 1..n:
+    The new answer is of the same type: a date for a date, a number for a number, a name for a name. The metadata may
+    name the type as `answer_type`. The agent plays whole episodes, and all passages that it finds show the new text. A
+    question is left out if its answer can't be replaced. It is also left out if a passage that has to change is
+    evidence of another question in its old form. The figures are over the other questions, i = 1..n:
 
     | figure | formula |
     | --- | --- |
@@ -77,7 +77,7 @@ class Counterfactual:
     | `left_out` | share of all questions that could not be changed |
 
     Args:
-        config: How many questions.
+        config: How many questions to play.
     """
 
     def __init__(self, config: GroundingConfig) -> None:
@@ -108,10 +108,10 @@ class Counterfactual:
 
 @PROBES.register("shuffled", GroundingConfig)
 class Shuffled:
-    """Shuffled passages: every search brings what another question would have found.
+    """Shuffled passages: every search brings the passages that another question would have found.
 
-    An agent that reads falls to the level that it reaches without any passage, the closed book. Over the first
-    questions i = 1..n:
+    An agent that reads falls to the level that it reaches without any passage (closed book). The figures are over the
+    first questions, i = 1..n:
 
     | figure | formula |
     | --- | --- |
@@ -120,7 +120,7 @@ class Shuffled:
     | `own_exact_match` | mean EM_i with the question's own passages; needs `episodes` |
 
     Args:
-        config: How many questions.
+        config: How many questions to play.
     """
 
     def __init__(self, config: GroundingConfig) -> None:
@@ -147,8 +147,8 @@ class Overlaid:
     """A retriever whose results show other texts in the place of some passages.
 
     Args:
-        retriever: Finds, by the old texts.
-        passages: The new ones by id.
+        retriever: The retriever that searches, by the old texts.
+        passages: The new passages by id.
     """
 
     def __init__(self, retriever: Retriever, passages: Mapping[str, Passage]) -> None:
@@ -161,12 +161,12 @@ class Overlaid:
 
 
 class Misplaced:
-    """A retriever that answers each query with what another question would have found.
+    """A retriever that answers each query with the passages that another question would have found.
 
     Args:
-        retriever: Finds.
-        questions: At least two.
-        seed: With the query it decides which question is searched.
+        retriever: The retriever that searches.
+        questions: The questions, at least two.
+        seed: Seed and query decide together which question is searched.
     """
 
     def __init__(self, retriever: Retriever, questions: Sequence[Question], seed: int) -> None:
@@ -183,7 +183,7 @@ class Misplaced:
         words = set(normalize_answer(query).split())
         start = int.from_bytes(digest[:8], "big") % len(self._questions)
         texts = (self._questions[(start + step) % len(self._questions)].text for step in range(len(self._questions)))
-        # Usually the first: one that shares no word with the query; else that with the fewest.
+        # This is the first question that shares no word with the query, else the one that shares the fewest.
         return min(texts, key=lambda text: len(words & set(normalize_answer(text).split())))
 
 
@@ -191,7 +191,7 @@ def change(material: Material) -> list[Changed]:
     """The questions whose answers can be replaced in their gold passages, without harm to each other.
 
     Args:
-        material: Its seed decides which answer takes the place of which.
+        material: The material; its seed decides which answer takes the place of which.
     """
     kinds = [answer_kind(question) for question in material.questions]
     pools: dict[str, list[str]] = {}
@@ -218,10 +218,10 @@ def change(material: Material) -> list[Changed]:
 
 
 def answer_kind(question: Question) -> str | None:
-    """The type of an answer: `answer_type` of the metadata, the last link of a chain, or told from the text.
+    """The type of an answer: `answer_type` of the metadata, the last link of a chain, or a type told from the text.
 
     Returns:
-        Only answers with the same word replace each other; None for yes and no, which can't be replaced in a text.
+        A word; only answers with the same word replace each other. None for yes and no, which can't be replaced.
     """
     if (named := question.metadata.get("answer_type")) is not None:
         return str(named)
@@ -240,7 +240,7 @@ def answer_kind(question: Question) -> str | None:
 
 
 def _another(pool: Sequence[str], question: Question, gold: Gold) -> str | None:
-    """The first answer of a pool that neither the question nor its evidence knows."""
+    """The first answer of a pool that is unlike the question's answers and stands in neither its text nor evidence."""
     known = [question.text, *question.golden_answers, *(passage.contents for passage in gold.passages)]
     start = pool.index(question.golden_answers[0]) if question.golden_answers[0] in pool else 0
     for step in range(1, len(pool)):
@@ -252,7 +252,7 @@ def _another(pool: Sequence[str], question: Question, gold: Gold) -> str | None:
 
 
 def _rewritten(question: Question, gold: Gold, new: str) -> dict[str, Passage] | None:
-    """The gold passages that change, by id; None if the answer is in none of them, or can't be taken out."""
+    """The gold passages that change, by id; None if none of them holds the answer, or it can't be taken out."""
     aliases = sorted(question.golden_answers, key=len, reverse=True)
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(alias)}(?!\w)" for alias in aliases), re.IGNORECASE)
     passages = {}
@@ -266,7 +266,7 @@ def _rewritten(question: Question, gold: Gold, new: str) -> dict[str, Passage] |
 
 
 def _fits(gold: Gold, passages: Mapping[str, Passage], altered: Mapping[str, Passage], used: set[str]) -> bool:
-    """Whether a question's new passages, and those that it needs as they are, agree with those of the others."""
+    """Whether a question's new passages, and those that it needs unchanged, agree with those of the other questions."""
     if any(identifier in used or altered.get(identifier, new) != new for identifier, new in passages.items()):
         return False
     return not any(passage.id in altered for passage in gold.passages if passage.id not in passages)
@@ -299,7 +299,7 @@ def _retriever(material: Material) -> Retriever:
 
 
 def _play(material: Material, questions: Sequence[Question], retriever: Retriever) -> list[list[StepInfo]]:
-    """Episodes on these questions by the rules of the material's environments."""
+    """Play episodes on these questions by the rules of the material's environments."""
     if material.generate is None:
         raise ConfigurationError("This probe lets the model play, and the material has no 'generate'.")
     rules = {"prompt": material.prompt} if material.envs is None else vars(material.envs.rules)

@@ -1,4 +1,4 @@
-"""What probes look at: a model that continues texts, questions, and the episodes it played with them."""
+"""Holds what probes look at: a model that continues texts, questions, and the episodes that it played with them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.types import Found, Passage, Question, StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
 
-#: Continues each prompt, greedily if it can be chosen; the prompt itself is not repeated. None: it is too long to read.
+#: Continues each prompt, greedily where possible, without repeating the prompt. None: the prompt is too long to read.
 Generate: TypeAlias = Callable[[Sequence[str]], Sequence[str | None]]
 
 #: The infos of an episode's steps, in their order.
 EpisodeInfos: TypeAlias = Sequence[StepInfo]
 
-#: Opens an answer without a thought: one that is closed at once, as agents of the protocol think before they answer.
+#: Opens an answer without a thought. Agents of the protocol think before they answer, so the thought is closed at once.
 DIRECTLY = f"<think></think>{ANSWER_OPEN}"
 
-#: As many as a retrieval service is asked in an ordinary step of many environments.
+#: Number of queries in one search, as in an ordinary step of many environments.
 _QUERIES_AT_ONCE = 128
 
 
 class Prompt(str):
-    """A prompt that knows its parts, for models with a chat template; to everybody else it is one string.
+    """A prompt that knows its parts, for models with a chat template; for all others it is one string.
 
     Args:
-        message: What a user says to the model.
-        transcript: What follows it in the model's own turn, such as passages that it found.
-        opening: How its next words begin.
+        message: The user's message to the model.
+        transcript: The text after it in the model's own turn, such as passages that it found.
+        opening: The beginning of the model's next words.
     """
 
     __slots__ = ("message", "opening", "transcript")
@@ -59,19 +59,20 @@ class Prompt(str):
 
 @dataclass
 class Material:
-    """What probes look at.
+    """The material that probes look at.
 
     Attributes:
-        questions: At least one.
-        generate: Continues prompts; None where only episodes are to be looked at.
-        episodes: For each question an episode; None where only `generate` is to be looked at.
-        retriever: Finds distractors, and what the question itself would have found; without one, distractors are the
-            gold passages of other questions.
-        corpus: Where the ids of gold passages are looked up.
+        questions: The questions, at least one.
+        generate: Continues prompts; None where probes look only at episodes.
+        episodes: One episode for each question; None where probes look only at `generate`.
+        retriever: Finds distractors, and the passages that the question itself would have found. Without a retriever,
+            distractors are the gold passages of other questions.
+        corpus: Passages in which the ids of gold passages are looked up.
         prompt: Name of a template in `prompts.PROMPTS`, or a template that contains `{question}`.
-        top_k: Passages per search.
-        seed: Of what is drawn, and of the bootstrap.
-        envs: Where the episodes were played; probes that play again obey their rules. None: the default rules.
+        top_k: Number of passages per search.
+        seed: Seed of all draws and of the bootstrap.
+        envs: The environments in which the episodes were played; probes that play again obey their rules. None: the
+            default rules.
     """
 
     questions: Sequence[Question]
@@ -91,14 +92,14 @@ class Material:
 
     @cached_property
     def readable(self) -> list[int]:
-        """Numbers of the questions whose gold passages can be given to be read."""
+        """Numbers of the questions whose gold passages the model can be given to read."""
         return [number for number, gold in enumerate(self.gold) if gold.passages]
 
     @cached_property
     def found_verbatim(self) -> dict[int, Sequence[Passage]]:
-        """What each question finds when it is itself the query, the best `2 * top_k`, by number of the question.
+        """The best `2 * top_k` passages that each question finds as the query, by number of the question.
 
-        Questions whose search fails are left out, and a warning says so; without a retriever that is all of them.
+        Questions whose search fails are left out, and a warning says so. Without a retriever all are left out.
         """
         if self.retriever is None:
             return {}
@@ -118,7 +119,7 @@ class Material:
 
     @property
     def any_search_failed(self) -> bool:
-        """Whether a probe so far had to do without a search that failed; another time the figures may be others."""
+        """Whether a search has failed and a probe went on without it, so that another run may give other figures."""
         asked = self.retriever is not None and "found_verbatim" in vars(self)
         return asked and len(self.found_verbatim) < len(self.questions)
 
@@ -126,24 +127,26 @@ class Material:
     def evidence(self) -> list[list[Passage]]:
         """A perfect search result for each readable question: all gold passages, then distractors up to `top_k`.
 
-        Agents have learned to read blocks of so many passages; a shorter one would be a test of something else.
+        Agents have learned to read blocks of `top_k` passages. A shorter block would test something else.
         """
         gold = [(number, self.gold[number].passages) for number in self.readable]
         return [[*passages, *self.distractors(number, self.top_k - len(passages))] for number, passages in gold]
 
     @cached_property
     def direct_answers(self) -> list[str | None]:
-        """What the model says to the readable questions when it is given the evidence and no room for a thought."""
+        """The model's answers to the readable questions when it has the evidence and no room for a thought."""
         return self.read(self.evidence, self.readable, DIRECTLY)
 
     def distractors(self, number: int, count: int) -> list[Passage]:
-        """Passages that are not gold and hold none of the answers: best matches of the question, then any gold ones.
+        """Passages that are not gold for the question and hold none of its answers.
+
+        The best matches of the question come first, then gold passages of other questions.
 
         Args:
-            number: Of the question.
-            count: At most so many; fewer if there are no more.
+            number: Number of the question.
+            count: Most passages; the list is shorter if there are no more.
         """
-        # A few more of the others than are needed, since some hold an answer.
+        # We draw a few more passages than are needed, because some hold an answer.
         rows = self.draw(number).integers(max(len(self._pool), 1), size=4 * max(count, 0) + 16)
         others = [self._pool[int(row)] for row in rows] if self._pool else []
         taken = {_identity(passage) for passage in self.gold[number].passages}
@@ -166,13 +169,13 @@ class Material:
         """Let the model go on after passages.
 
         Args:
-            passages: For each question what it reads, as one block.
-            numbers: Of the questions.
-            opening: How its words begin.
+            passages: The passages that the model reads for each question, as one block.
+            numbers: Numbers of the questions.
+            opening: The beginning of the model's words.
 
         Returns:
-            For each question what it wrote, the opening in front, cut at the earliest closing tag; None where the
-            prompt was too long for it.
+            The model's text for each question, with the opening in front, cut at the earliest closing tag. None where
+            the prompt was too long for the model.
 
         Raises:
             ConfigurationError: There is no `generate`, or it doesn't return a text for each prompt.
@@ -189,7 +192,7 @@ class Material:
         return [None if text is None else cut(opening + text) for text in texts]
 
     def draw(self, *key: int) -> np.random.Generator:
-        """A generator that depends on the seed and on what is drawn, and on nothing else."""
+        """A generator that depends on the seed and on the key of the draw, and on nothing else."""
         return np.random.default_rng((self.seed, *key))
 
 
@@ -201,15 +204,15 @@ def run_probes(material: Material, probes: Iterable[Any]) -> dict[str, Figures]:
     """Figures of several probes.
 
     Args:
-        material: What they look at.
+        material: The material that they look at.
         probes: Names, or mappings with `name` and settings.
 
     Returns:
-        By the name of the probe.
+        The figures by the name of the probe.
 
     Raises:
         UnknownNameError: There is no such probe.
-        ConfigurationError: A probe has no such setting or is named twice, or the material lacks what it looks at.
+        ConfigurationError: A probe has no such setting or is named twice, or the material lacks what a probe needs.
     """
     figures: dict[str, Figures] = {}
     for spec in probes:
@@ -224,15 +227,15 @@ def run_probes(material: Material, probes: Iterable[Any]) -> dict[str, Figures]:
 def play(
     generate: Generate | None, envs: AgenticRAGVectorEnv, num_questions: int | None = None
 ) -> list[list[StepInfo]]:
-    """Episodes of any model that continues texts, for the probes that look at episodes.
+    """Play episodes with any model that continues texts, for the probes that look at episodes.
 
     Args:
         generate: The model.
         envs: Environments with `autoreset_mode` "Disabled".
-        num_questions: The first so many questions of their dataset; None: all of them.
+        num_questions: How many questions to play, from the first of their dataset on; None: all of them.
 
     Returns:
-        For each question the infos of the steps.
+        The infos of the steps for each question.
 
     Raises:
         ConfigurationError: The environments reset themselves.
@@ -250,7 +253,7 @@ def play(
 
 
 def _identity(passage: Passage) -> tuple[str, str]:
-    """By what passages are told apart, whether or not their titles are quoted."""
+    """The key that tells passages apart, whether or not their titles are quoted."""
     return normalize_answer(passage.title), passage.text
 
 
@@ -293,7 +296,7 @@ def _play_together(generate: Generate | None, envs: AgenticRAGVectorEnv, numbers
 
 
 def generated(generate: Generate | None, prompts: Sequence[str]) -> list[str | None]:
-    """What a model writes behind each prompt; None behind one that is too long for it.
+    """The model's continuation of each prompt; None for a prompt that is too long for it.
 
     Raises:
         ConfigurationError: There is no `generate`, or it doesn't return a text for each prompt.

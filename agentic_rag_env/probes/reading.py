@@ -1,4 +1,4 @@
-"""Probes of reading: the gold passages are given, so whatever goes wrong is not the search's fault."""
+"""Probes of reading: the model is given the gold passages, so no failure is the search's fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agentic_rag_env.registry import PROBES
 from agentic_rag_env.settings import COUNT, check_settings, or_none
 from agentic_rag_env.types import Passage
 
-#: Answers, normalized, that decline to give one.
+#: Normalized answers by which a model declines to answer.
 ABSTENTIONS = frozenset(
     "|unknown|i dont know|i do not know|not known|none|no answer|unanswerable|cannot answer|cannot be determined"
     "|not enough information|insufficient information|not available|na".split("|")
@@ -27,8 +27,8 @@ class SourceReferencingConfig:
     """How hard the reading is made.
 
     Attributes:
-        num_distractors: k, passages beside the gold ones that hold no golden answer, at least 1.
-        num_questions: Questions with distractors: the first so many that have gold passages; None takes all of them.
+        num_distractors: k, the number of passages beside the gold ones that hold no golden answer, at least 1.
+        num_questions: How many questions get distractors, from the first with gold passages on; None takes all of them.
     """
 
     num_distractors: int = 2
@@ -41,12 +41,12 @@ class SourceReferencingConfig:
 
 @PROBES.register("source_referencing", SourceReferencingConfig)
 class SourceReferencing:
-    """Source referencing: the answer is to be read off gold passages at once, without a thought.
+    """Source referencing: the model reads the answer off gold passages at once, without a thought.
 
-    The passages stand in one information block behind the prompt, and the model's words open with a thought that is
-    closed at once and `<answer>`: `<think></think><answer>`. The block is a perfect search result: all gold passages in
-    the order of the hops, then distractors up to `top_k` passages. Over the questions i = 1..n whose gold passages are
-    known; EM and F1 as everywhere, a text without `</answer>` scores 0.
+    The passages stand in one information block after the prompt. The model's words open with a thought that is closed
+    at once, and an answer: `<think></think><answer>`. The block is a perfect search result: all gold passages in the
+    order of the hops, then distractors up to `top_k` passages. The figures are over the questions i = 1..n whose gold
+    passages are known. EM and F1 are defined in `answers`; a text without `</answer>` scores 0.
 
     | figure | formula |
     | --- | --- |
@@ -55,9 +55,9 @@ class SourceReferencing:
     | `too_long` | share of i whose prompt is too long for the model, which scores 0; left out if there is none |
     | `without_gold` | share of all questions that are left out for lack of gold passages |
 
-    Robustness, over the first `num_questions` of them, as far as k + 1 distractors are found for them: the best matches
-    of the question itself, then gold passages of other questions, in an order drawn by the seed. The gold passages stay
-    together behind p - 1 of them.
+    The figures of robustness are over the first `num_questions` of these for which k + 1 distractors are found.
+    Distractors are the best matches of the question itself, then gold passages of other questions. The seed draws their
+    order. The gold passages stay together behind p - 1 distractors.
 
     | figure | formula |
     | --- | --- |
@@ -65,7 +65,7 @@ class SourceReferencing:
     | `position_<p>_exact_match` | mean_i EM_ip, among k distractors, p = 1..k+1 |
     | `distractors_exact_match` | mean_i mean_p EM_ip |
     | `distractors_effect` | mean_i (mean_p EM_ip - EM_i0), paired; below 0: distracted |
-    | `absent_answered` | given k + 1 distractors only, words free: share of i that answer, abstentions apart |
+    | `absent_answered` | given k + 1 distractors only and no opening: share of i that answer, abstentions apart |
     | `absent_invented` | share of i that answer with what none of the passages holds |
     | `absent_searched`, `absent_abstained`, `absent_malformed` | share of i that search, decline, do neither |
     | `absent_too_long` | share of i whose prompt is too long for the model; left out if there is none |
@@ -73,7 +73,7 @@ class SourceReferencing:
     The shares answered, searched, abstained, malformed and too long sum to 1.
 
     Args:
-        config: How many distractors, for how many questions.
+        config: How many distractors there are, and for how many questions.
     """
 
     def __init__(self, config: SourceReferencingConfig) -> None:
@@ -98,7 +98,7 @@ class SourceReferencing:
         return figures
 
     def _distractors(self, material: Material) -> dict[int, list[Passage]]:
-        """As many as k + 1 for each question that has them, by its number, in the order in which they are shown."""
+        """The k + 1 distractors of each question that has so many, by its number, in the order of showing."""
         count, distractors = self.config.num_distractors + 1, {}
         for number in material.readable[: self.config.num_questions]:
             found = material.distractors(number, count)
@@ -133,9 +133,9 @@ class SourceReferencing:
 def thinking(material: Material) -> Figures:
     """Thinking: the same input as for source referencing, but the model's words open with `<think>` alone.
 
-    Over the questions i = 1..n whose gold passages are known. A thought has to be closed and to be followed by an
-    answer in the same turn; everything else scores 0. Agents that search for every hop, whatever they see, show under
-    `searched`.
+    The figures are over the questions i = 1..n whose gold passages are known. A thought has to be closed, and an answer
+    has to follow in the same turn; everything else scores 0. Agents that search for every hop, whatever they see, show
+    under `searched`.
 
     | figure | formula |
     | --- | --- |
@@ -148,14 +148,14 @@ def thinking(material: Material) -> Figures:
     | `without_gold` | share of all questions that are left out for lack of gold passages |
 
     Args:
-        material: Needs `generate`.
+        material: The material, which needs `generate`.
     """
     figures = _without_gold(material)
     numbers, seed = material.readable, material.seed
     if not numbers:
         return figures
     written = material.read(material.evidence, numbers, THINK_OPEN)
-    # Of a thought that is never closed nothing is left, which is no action.
+    # Nothing is left of a thought that is never closed, and nothing is no action.
     texts = [text and text.partition(THINK_CLOSE)[2] for text in written]
     matches = np.array(_exact_matches(material, numbers, texts))
     direct = _exact_matches(material, numbers, material.direct_answers)
@@ -174,7 +174,7 @@ def thinking(material: Material) -> Figures:
 
 
 def _without_evidence(material: Material, distractors: dict[int, list[Passage]]) -> Figures:
-    """What the model does when only distractors are there."""
+    """Figures of what the model does when it is given only distractors."""
     texts = material.read(list(distractors.values()), list(distractors), "")
     actions = [None if text is None else parse_action(text) for text in texts]
     answers = [normalize_answer(action.text) if isinstance(action, Answer) else None for action in actions]
@@ -198,7 +198,7 @@ def _without_evidence(material: Material, distractors: dict[int, list[Passage]])
 
 
 def _too_long(texts: Sequence[str | None], seed: int) -> Figures:
-    """The share of prompts that the model had no room for, if there is any; no failure of the model."""
+    """The share of prompts that were too long for the model, if there are any; they are no failure of the model."""
     unread = [text is None for text in texts]
     return {"too_long": share(unread, seed=seed)} if any(unread) else {}
 

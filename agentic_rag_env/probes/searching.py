@@ -20,22 +20,22 @@ def query_rewriting(material: Material) -> Figures:
     """Query rewriting: whether the queries find what the question asks for.
 
     A round is an executed search, and brings at most k = `top_k` passages. A round hits if one of its passages, title
-    included, holds a golden answer as whole words after normalization. Over all episodes i = 1..n; one without an
-    executed search is a miss.
+    included, holds a golden answer as whole words after normalization. The figures are over all episodes i = 1..n. An
+    episode without an executed search is a miss.
 
     | figure | formula |
     | --- | --- |
     | `hit_first_round` | share of i whose first round hits (hit@k, round 1) |
-    | `hit_any_round` | share of i of which some round hits (hit@k, any round) |
+    | `hit_any_round` | share of i with a round that hits (hit@k, any round) |
     | `hit_verbatim` | share of i that would hit with the question itself as the query; needs a retriever |
     | `gain_over_verbatim` | mean_i (first round hits - verbatim hits), paired; needs a retriever |
     | `query_copied` | share of i whose first executed query is the question, both normalized |
     | `title_recall` | mean_i (gold titles among those found in any round / gold titles), over i with known titles |
-    | `passage_recall` | likewise with the ids of gold passages, over i with known ids |
+    | `passage_recall` | the same with the ids of gold passages, over i with known ids |
     | `without_gold` | share of i for which neither titles nor ids are known |
 
     Args:
-        material: Needs `episodes`.
+        material: The material, which needs `episodes`.
     """
     episodes, seed = _episodes(material), material.seed
     rounds = [[info["passages"][: material.top_k] for info in executed_searches(episode)] for episode in episodes]
@@ -62,19 +62,19 @@ def query_rewriting(material: Material) -> Figures:
 def search_behaviour(material: Material) -> Figures:
     """Search behaviour: how often the agent searches, and whether it stops at the right time.
 
-    Over all episodes i = 1..n; only executed searches count as searches, so a search in the final turn does not.
+    The figures are over all episodes i = 1..n. Only executed searches count, so a search in the final turn does not.
 
     | figure | formula |
     | --- | --- |
     | `num_searches` | mean_i searches_i |
-    | `searches_<j>` | share of i with exactly j searches, j = 0, 1, ... to the most there were |
+    | `searches_<j>` | share of i with exactly j searches, for j = 0, 1, ... up to the most in any episode |
     | `malformed_fraction` | sum_i malformed turns / sum_i turns |
     | `repeated_query` | share of i in which a search repeats an earlier query, both normalized |
     | `unanswered` | share of i that end without an answer |
     | `without_gold` | share of i whose evidence is not known |
 
-    Over those i whose evidence is known: ids of gold passages, or where these are not known their titles. Evidence is
-    seen once a search has found it.
+    The following figures are over those i whose evidence is known: ids of gold passages or, where these are not known,
+    their titles. Evidence is seen once a search has found it.
 
     | figure | formula |
     | --- | --- |
@@ -85,7 +85,7 @@ def search_behaviour(material: Material) -> Figures:
     | `extra_searches` | mean_i (searches_i - pieces of evidence_i); below 0: fewer searches than hops |
 
     Args:
-        material: Needs `episodes`.
+        material: The material, which needs `episodes`.
     """
     episodes, seed = _episodes(material), material.seed
     counts = np.array([_num_searches(episode) for episode in episodes])
@@ -98,7 +98,7 @@ def search_behaviour(material: Material) -> Figures:
     return figures | _stopping(material, episodes)
 
 
-#: When the search was ended, and which way each share is good.
+#: The ways in which an episode may stop searching, and which way each share is good.
 _STOPPING: tuple[tuple[str, Best], ...] = (
     ("evidence_complete", "high"),
     ("stopped_too_early", "low"),

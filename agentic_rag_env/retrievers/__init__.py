@@ -1,4 +1,4 @@
-"""Retrievers; importing this package registers the built-in ones. Their libraries load when one is made."""
+"""Retrievers. Importing this package registers the built-in ones. The libraries of a retriever load when it is made."""
 
 from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever

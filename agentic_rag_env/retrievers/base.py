@@ -1,4 +1,4 @@
-"""What every retriever is, the checks that all share, and what one retriever asks of another."""
+"""Defines the protocol of retrievers, the checks that all share, and what one retriever asks of another."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.types import Passage
 
-#: From this many passages on, what is made of them in memory is kept in the cache folder.
+#: Number of passages from which on an index that is made in memory is kept in the cache folder.
 KEPT_FROM = 5000
-#: Characters of a query that are read; see `Retriever.search`.
+#: Most characters of a query that are read; see `Retriever.search`.
 MAX_QUERY_CHARS = 10_000
-#: Places in the corpus and scores, best first; equal scores in the order of the corpus.
+#: Places in the corpus with their scores, best first; equal scores are in the order of the corpus.
 Ranking: TypeAlias = list[tuple[int, float]]
-#: Key in the metadata of a setting that names a file which the retriever writes. Settings that a run directory brings
-#: may be a stranger's; what they name so counts only if the command line names it too.
+#: Key in the metadata of a setting that names a file which the retriever writes. The settings in a run directory may be
+#: a stranger's. A file that they name in such a setting is used only if the command line names it too.
 OUTSIDE = "outside"
 
 
@@ -32,7 +32,7 @@ class Retriever(Protocol):
     """Finds passages for queries, many at a time."""
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
-        """Search.
+        """Search for the passages that match each query best.
 
         Args:
             queries: Any number of query texts, in any characters a model may write. The built-in retrievers read the
@@ -41,18 +41,18 @@ class Retriever(Protocol):
 
         Returns:
             One list per query, in the order of the queries: at most `top_k` passages, best first. The result for a
-            query does not depend on the other queries. In place of a list may stand the `RetrieverError` of that query
-            alone, which ends one episode instead of all.
+            query does not depend on the other queries. A `RetrieverError` may stand in place of a list; then only that
+            query has failed, and only its episode ends.
 
         Raises:
             ConfigurationError: `top_k` is below 1.
-            RetrieverError: The search failed; an empty list only ever means that nothing matched.
+            RetrieverError: The search failed. An empty list always means that nothing matched.
         """
         ...
 
 
 class CorpusRetriever(ABC):
-    """Searches passages that it holds: a subclass ranks rows, the rest is here.
+    """Searches passages that it holds. A subclass only ranks rows; this class does the rest.
 
     Attributes:
         corpus: The passages; their order decides ties.
@@ -69,7 +69,7 @@ class CorpusRetriever(ABC):
 
     @abstractmethod
     def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
-        """The best rows for each of some distinct queries; at least one query, and `top_k` is at least 1."""
+        """The best rows for each query. There is at least one query, all are distinct, and `top_k` is at least 1."""
 
     @property
     def fingerprint(self) -> str | None:
@@ -79,12 +79,12 @@ class CorpusRetriever(ABC):
 
     @cached_property
     def fingerprint_of_corpus(self) -> str:
-        """Hash of the passages, see `corpus.fingerprint`."""
+        """The hash of the passages, see `corpus.fingerprint`."""
         return fingerprint(self.corpus)
 
     @abstractmethod
     def _identity(self) -> dict[str, Any] | None:
-        """All that results depend on beside the passages, as plain data; None if a part cannot tell what it is."""
+        """Plain data with all that results depend on beside the passages; None if a part cannot tell what it is."""
 
     def _passage(self, row: int, score: float) -> Passage:
         passage = self.corpus[row]
@@ -97,7 +97,7 @@ def hash_of(data: Any) -> str:
 
 
 def checked_queries(queries: Sequence[str], top_k: int) -> list[str]:
-    """What is read of each query, once the two arguments of `search` that a caller gets wrong are refused.
+    """Check the arguments of `search`, and return the part of each query that is read.
 
     Raises:
         ConfigurationError: `top_k` is below 1, or `queries` is one string (whose characters would be searched).
@@ -126,7 +126,7 @@ def require_corpus(name: str, corpus: Sequence[Passage] | None) -> Sequence[Pass
 
 
 def encodable(text: str) -> str:
-    """The text with what UTF-8 cannot express (lone surrogates) replaced by `?`.
+    """The text with a `?` for each character that UTF-8 cannot express (lone surrogates).
 
     Tokenizers and JSON parsers refuse such characters, and a model can be made to write them.
     """
@@ -136,17 +136,18 @@ def encodable(text: str) -> str:
 def fingerprint_of(retriever: Any, spec: Any, corpus: Sequence[Passage] | None) -> str:
     """The identity of a retriever: with equal fingerprints, equal queries have equal results.
 
-    A retriever says it in an attribute `fingerprint` (str): a hash of corpus, encoder and all settings that a result
-    depends on; None says that it has none. For one without the attribute, made from a name or mapping over a corpus, it
-    is put together from settings and passages; a retriever whose results depend on anything else must have it.
+    A retriever says its identity in an attribute `fingerprint` (str): a hash of corpus, encoder and all settings that a
+    result depends on. None says that it has no identity. Without the attribute, the identity of a retriever that
+    was made from a name or mapping over a corpus is a hash of settings and passages. A retriever whose results depend
+    on anything else must have the attribute.
 
     Args:
         retriever: The retriever.
-        spec: What it was built from: a name, a mapping or itself.
-        corpus: What it was built over.
+        spec: What it was built from: a name, a mapping or the retriever itself.
+        corpus: The passages that it was built over.
 
     Raises:
-        ConfigurationError: It has no identity.
+        ConfigurationError: The retriever has no identity.
     """
     own = getattr(retriever, "fingerprint", "")
     if own is None:
@@ -167,10 +168,10 @@ def fingerprint_of(retriever: Any, spec: Any, corpus: Sequence[Passage] | None) 
 
 
 def build_wrapped(wrapper: str, spec: Any, corpus: Sequence[Passage] | None) -> Retriever:
-    """The retriever behind another one.
+    """Make the retriever behind another one.
 
     Raises:
-        ConfigurationError: It is none.
+        ConfigurationError: The object is no retriever.
     """
     retriever = RETRIEVERS.build(spec, corpus=corpus)
     if not isinstance(retriever, Retriever):
@@ -182,7 +183,7 @@ def build_wrapped(wrapper: str, spec: Any, corpus: Sequence[Passage] | None) -> 
 
 
 def stats_of(retriever: Any) -> Mapping[str, int]:
-    """What a retriever has counted since it was made; nothing, unless it has a method `stats`."""
+    """The counts of a retriever since it was made; empty if it has no method `stats`."""
     stats = getattr(retriever, "stats", None)
     return stats() if callable(stats) else {}
 

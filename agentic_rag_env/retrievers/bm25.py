@@ -25,18 +25,18 @@ from agentic_rag_env.retrievers.index_folder import corpus_of_index, read_manife
 from agentic_rag_env.retrievers.words import Tokenizer, unspaced_fraction
 from agentic_rag_env.types import Passage
 
-#: Folder within an index folder, and the file of the vocabulary within that.
+#: Name of the folder within an index folder, and of the vocabulary's file in that folder.
 BM25_FOLDER, VOCABULARY = "bm25", "vocabulary.arrow"
-#: Words of a query that are read. Queries of search agents have 5 to 50; 128 of the most common words take 15 ms in
-#: 200,000 passages.
+#: Most words of a query that are read. Queries of search agents have 5 to 50. A search for 128 of the most common words
+#: takes 15 ms in 200,000 passages.
 MAX_QUERY_WORDS = 128
-#: Passages tokenized at a time.
+#: Number of passages that are tokenized at a time.
 _SPAN = 4096
-#: Blocks of scores for each passage that is asked for.
+#: Number of blocks of scores for each passage that is asked for.
 _BLOCKS = 64
-#: Words whose place in the vocabulary is remembered; to search for one takes as long as to score a rare one.
+#: Number of words whose place in the vocabulary is remembered. Looking up a word takes as long as scoring a rare one.
 _MOST_FOUND = 2**16
-#: From this share of characters in scripts without blanks on, words are no good unit.
+#: If this share of the characters, or more, is in scripts without blanks, words are no good unit.
 _MUCH_UNSPACED = 0.1
 
 _logger = logging.getLogger(__name__)
@@ -47,19 +47,19 @@ class BM25Config:
     """Settings of BM25.
 
     Attributes:
-        k1: Saturation of the term frequency; Anserini's default.
-        b: Strength of the length normalization, in [0, 1]; Anserini's default.
+        k1: Saturation of the term frequency; the default is Anserini's.
+        b: Strength of the length normalization, in [0, 1]; the default is Anserini's.
         stemmer: Language of the Snowball stemmer (PyStemmer) that cuts inflected words down, such as `english`; None: a
             word stays as it is. Most published figures of BM25 are with stems and without stop words.
-        stopwords: Name of the list in bm25s of words that do not count, such as `english`; then those of one character
-            do not count either. None: all words count.
-        tokenizer: `words` are what stands between blanks and punctuation. With `bigrams`, Chinese and Japanese, which
-            have no blanks between words, count as overlapping pairs of characters; other scripts as with `words`.
+        stopwords: Name of a list in bm25s of words that do not count, such as `english`. With it, words of one
+            character do not count either. None: all words count.
+        tokenizer: `words` are the texts between blanks and punctuation. With `bigrams`, Chinese and Japanese, which
+            have no blanks between words, count as overlapping pairs of characters; other scripts are split as `words`.
         index: Folder made by `agentic-rag-index bm25` with the same settings as above. None: the index is made in
-            memory, or, of 5,000 passages and more, once for all processes in the cache folder.
+            memory. For 5,000 passages or more it is made once for all processes, in the cache folder.
         corpus: File of the passages, instead of those of the dataset or the index folder.
-        max_query_words: Words of a query that are read, repetitions included; the rest is ignored. The time of a search
-            grows with the words and how common they are.
+        max_query_words: Most words of a query that are read, repetitions included; the rest is ignored. The time of a
+            search grows with the number of words and with how common they are.
     """
 
     k1: float = 0.9
@@ -79,11 +79,11 @@ class BM25Config:
         self.make_tokenizer()
 
     def make_tokenizer(self) -> Tokenizer:
-        """What cuts passages and queries into words."""
+        """Make the tokenizer that cuts passages and queries into words."""
         return Tokenizer(self.tokenizer, self.stemmer, self.stopwords)
 
     def of_index(self) -> dict[str, Any]:
-        """The settings that decide an index; of those of words only the unusual ones, since older indexes lack them."""
+        """The settings that decide an index; those of words only if they are unusual, since older indexes lack them."""
         words = {name: getattr(self, name) for name in ("stemmer", "stopwords", "tokenizer")}
         usual = {"stemmer": None, "stopwords": None, "tokenizer": "words"}
         return {"k1": self.k1, "b": self.b, **{name: value for name, value in words.items() if value != usual[name]}}
@@ -93,23 +93,23 @@ class BM25Config:
 class BM25Retriever(CorpusRetriever):
     """Searches title and text together, by an index in memory or in a memory-mapped folder.
 
-    A text is its lower-cased words, whole and all of them, unless `BM25Config` says otherwise. An index takes about 8
-    bytes per distinct word of each passage. A query without a known word matches nothing.
+    All words of a text count, lower-cased and whole, unless `BM25Config` says otherwise. An index takes about 8 bytes
+    per distinct word of each passage. A query without a known word matches nothing.
 
     Args:
         config: The settings.
         corpus: The passages; their order decides ties. None: those of the index folder.
 
     Raises:
-        ConfigurationError: There is no corpus, it holds no words, the stemmer or the list of stop words is missing, or
-            the settings are not those of the index.
+        ConfigurationError: There is no corpus, the corpus holds no words, the stemmer or the list of stop words is
+            missing, or the settings are not those of the index.
         DataError: The index folder is incomplete, or was built from another corpus.
     """
 
     def __init__(self, config: BM25Config, corpus: Sequence[Passage] | None = None) -> None:
         self._found: dict[str, int | None] = {}
         self._tokenizer = config.make_tokenizer()
-        self._tokenizer.words(())  # so that a stemmer or stop words that are missing are told before anything is opened
+        self._tokenizer.words(())  # reports a missing stemmer or list of stop words before anything is opened
         self._config, self._given = config, corpus
         manifest = None if config.index is None else read_manifest(config.index, "bm25")
         self.corpus = corpus_of_index("bm25", config, corpus, manifest)
@@ -135,12 +135,12 @@ class BM25Retriever(CorpusRetriever):
 
     def _identity(self) -> dict[str, Any]:
         most = self._config.max_query_words
-        # Caches of older versions, which had no bound, stay valid with the usual one.
+        # The default is left out, so that caches of older versions, which had no bound, stay valid with it.
         bound = {} if most == MAX_QUERY_WORDS else {"max_query_words": most}
         return {"retriever": "bm25", **self._config.of_index(), **bound}
 
     def _made(self) -> tuple[bool, tuple[Any, Any]]:
-        """Whether the index lies on disk, and index and vocabulary."""
+        """Whether the index lies on disk, and the index with its vocabulary."""
         texts, config = Texts(self.corpus), self._config
         if len(texts) < KEPT_FROM:
             return False, index_texts(texts, config)
@@ -163,7 +163,7 @@ class BM25Retriever(CorpusRetriever):
                 by_count[count].append(place)
         if not by_count:
             return []
-        # A word is looked up once, however often it occurs: a repetition costs nothing.
+        # A word is looked up once, however often it occurs, so a repetition costs nothing.
         scores = reduce(np.add, (self._index.get_scores_from_ids(ids) * np.float32(n) for n, ids in by_count.items()))
         top_k = min(top_k, len(scores))
         candidates = np.flatnonzero((scores >= _reached(scores, top_k)) & (scores > 0))
@@ -182,7 +182,7 @@ class BM25Retriever(CorpusRetriever):
 
 
 def _reached(scores: NDArray[np.float32], count: int) -> np.float32:
-    """A score that at least `count` of many [n] reach, and few more: the `count`-th among the best of each block.
+    """A score that at least `count` of the scores [n] reach, but few more: the `count`-th among the blocks' best.
 
     `np.partition` over all scores takes five times as long as the rest of a search in a million passages.
     """
@@ -197,7 +197,7 @@ def index_texts(
     """Index texts.
 
     Args:
-        texts: Any number, read once.
+        texts: Any number of texts; they are read once.
         config: The settings.
         advance: Called with the number of further texts tokenized.
 
@@ -235,7 +235,7 @@ def index_texts(
     new_id = np.empty(len(found), np.int32)
     new_id[[found[word] for word in vocabulary]] = np.arange(len(found), dtype=np.int32)
     index = bm25s.BM25(k1=config.k1, b=config.b)
-    # In sorted order the same texts give the same files; an array takes a tenth of the memory of a list.
+    # Sorted words make the files of the same texts equal. An array takes a tenth of the memory of a list.
     numbered = [array("i", new_id[ids].tobytes()) for ids in word_ids]
     index.index((numbered, {word: place for place, word in enumerate(vocabulary)}), show_progress=False)
     index.vocab_dict = {}
@@ -262,7 +262,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
         index = bm25s.BM25.load(folder, mmap=True, load_vocab=False, show_progress=False)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{folder}: is a damaged BM25 index ({error}); build it again.") from error
-    # Still mapped, but as plain arrays: a slice of a `memmap` takes ten times as long as one of those.
+    # The arrays stay mapped, but are plain arrays, because a slice of a `memmap` takes ten times as long.
     index.scores = {
         name: np.asarray(part) if isinstance(part, np.memmap) else part for name, part in index.scores.items()
     }

@@ -1,11 +1,13 @@
-"""Keeps search results, so that no process ever reads a wrong or torn one.
+"""Keeps search results in a file, so that no process ever reads a wrong or incomplete one.
 
-Why SQLite, in WAL mode: its commits are atomic, so a process may be killed at any moment and the next reader finds
-each entry whole or not at all; writers of several processes queue for its lock while readers go on with the last
-commit; and a lookup reads a few pages instead of the whole file. A commit does not wait for the disk
-(`synchronous=NORMAL`): a power cut may cost the newest entries, never their integrity, and a lost entry is searched
-again. Each entry carries a checksum over key and content, so damage by other means (a disk, an editor) reads as a
-miss. WAL needs memory shared between the processes: keep the file on a local disk, not on NFS.
+The file is an SQLite database in WAL mode, for three reasons. Its commits are atomic: a process may be killed at any
+moment, and the next reader finds each entry whole or not at all. Writers of several processes queue for its lock, while
+readers go on with the last commit. A lookup reads a few pages instead of the whole file.
+
+A commit does not wait for the disk (`synchronous=NORMAL`). A power cut may cost the newest entries, but never their
+integrity, and a lost entry is searched again. Each entry carries a checksum over key and content, so damage by other
+means (a disk, an editor) reads as a miss. WAL needs memory shared between the processes: keep the file on a local disk,
+not on NFS.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.types import Passage
 
-#: Marks a file as a cache of this layout (`PRAGMA user_version`); another number is another layout.
+#: Number that marks a file as a cache of this layout (`PRAGMA user_version`); another layout has another number.
 LAYOUT = 0x52414731
 #: Longest wait for other processes that are writing [seconds].
 LOCK_TIMEOUT_S = 60.0
@@ -34,15 +36,15 @@ _KEYS_PER_QUERY = 500
 
 
 class CacheEntries:
-    """Results by key: in memory the ones used last, in the file all.
+    """Results by key. Memory holds the ones used last; the file holds all.
 
     Args:
         path: The file; None: memory only.
         max_in_memory: Most results in memory.
 
     Raises:
-        ConfigurationError: From every method, the file is none of ours.
-        RetrieverError: From every method, the file can't be opened, read or written.
+        ConfigurationError: The file is none of ours; every method may raise it.
+        RetrieverError: The file can't be opened, read or written; every method may raise it.
     """
 
     def __init__(self, path: str | None, max_in_memory: int) -> None:
@@ -54,11 +56,11 @@ class CacheEntries:
         self._connection_pid = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An open file cannot be copied; a copy, in this process or another, opens its own.
+        # An open file cannot be copied. A copy of the object opens the file itself, in this process or another.
         return CacheEntries, (None if self.path is None else str(self.path), self._max_in_memory)
 
     def enter(self, fingerprint: str, *, must_exist: bool) -> None:
-        """Note whose results are to be kept, or refuse if the file has none of them."""
+        """Note whose results are to be kept; with `must_exist`, refuse if the file has none of them."""
         if self.path is None:
             return
         if must_exist and not self.path.exists():
@@ -75,7 +77,7 @@ class CacheEntries:
             )
 
     def read(self, keys: Sequence[bytes]) -> dict[bytes, tuple[Passage, ...]]:
-        """Results by key, of those keys that have one."""
+        """The results of those keys that have one, by key."""
         found = {}
         with self._lock:
             for key in keys:
@@ -89,7 +91,7 @@ class CacheEntries:
         return found
 
     def write(self, results: Mapping[bytes, Sequence[Passage]]) -> None:
-        """Keep results, all of them or, if the process dies meanwhile, none."""
+        """Keep results: all of them, or none if the process dies meanwhile."""
         with self._lock:
             self._remember({key: tuple(passages) for key, passages in results.items()})
             if self.path is not None and results:
@@ -121,7 +123,7 @@ class CacheEntries:
 
     @contextmanager
     def _open(self, writing: bool = True) -> Iterator[sqlite3.Connection]:
-        """The file, in a transaction if it is to be written."""
+        """Yield the connection to the file, in a transaction if it is to be written."""
         try:
             with self._lock:
                 # A forked worker must not use the connection of its parent.
@@ -146,7 +148,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     try:
-        # Under the lock, so that processes that start together find either nothing or the whole layout.
+        # This holds the lock, so that processes that start together find either nothing or the whole layout.
         connection.execute("BEGIN IMMEDIATE")
         layout = connection.execute("PRAGMA user_version").fetchone()[0]
         if layout == 0 and not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
@@ -168,7 +170,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> str:
-    """Change the journal mode and return what it is then. Here SQLite itself does not wait for other processes."""
+    """Change the journal mode, and return the new mode. For this SQLite itself does not wait for other processes."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
@@ -192,7 +194,7 @@ def _unpack(key: bytes, value: bytes) -> tuple[Passage, ...] | None:
 
 
 def digest(*parts: bytes) -> bytes:
-    """A hash of parts and of where each ends, 16 bytes."""
+    """A hash of the parts and of where each one ends, 16 bytes."""
     hashed = hashlib.blake2b(digest_size=_DIGEST_SIZE)
     for part in parts:
         hashed.update(len(part).to_bytes(8, "little"))

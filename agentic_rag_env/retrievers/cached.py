@@ -1,4 +1,4 @@
-"""Searches that were made before are not made again: an exact cache, also for replaying a run offline."""
+"""An exact cache of searches, so that none is made twice; a run can also be replayed from it offline."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class CachedConfig:
     """What is cached, and where.
 
     Attributes:
-        retriever: The retriever behind: a name, a mapping with `name` and settings, or an object.
+        retriever: The retriever behind the cache: a name, a mapping with `name` and settings, or an object.
         path: File of the results, made if it does not exist; several processes may share it. None: memory only.
         max_in_memory: Most results kept in memory, the ones used last; with a file, all others are read from it.
-        offline: Answer from the cache alone; a query it does not hold is a `RetrieverError`.
-        fingerprint: Names corpus, index, encoder and settings behind a service that cannot say so itself; a change of
-            any of them needs another name. None: the retriever's own.
+        offline: Whether to answer from the cache alone; a query that it does not hold is then a `RetrieverError`.
+        fingerprint: Name for the corpus, index, encoder and settings of a service that cannot name them itself; a
+            change of any of them needs another name. None: the retriever's own fingerprint.
     """
 
     retriever: Any = "bm25"
@@ -43,22 +43,22 @@ class CachedConfig:
 
 @RETRIEVERS.register("cached", CachedConfig)
 class CachedRetriever:
-    """Gives exactly the results of another retriever, ids, order, texts and scores, and searches each only once.
+    """Gives exactly the results of another retriever (ids, order, texts and scores), and searches each only once.
 
     A result belongs to the fingerprint of the retriever, the query and `top_k`. The query is normalized only where
-    every retriever does so (what UTF-8 lacks becomes `?`): an encoder may well tell cases and spaces apart. Failed
-    searches are not kept.
+    every retriever does so: a character that UTF-8 lacks becomes `?`. An encoder may well tell cases and spaces apart.
+    Failed searches are not kept.
 
     Args:
         config: The settings.
-        corpus: For the retriever behind.
+        corpus: The passages for the retriever behind the cache.
 
     Raises:
         ConfigurationError: A setting can't work, the retriever has no identity, or the file is none of ours.
         RetrieverError: The file can't be opened, or the service behind can't be asked for its fingerprint.
 
     Attributes:
-        fingerprint: Of the retriever behind.
+        fingerprint: Fingerprint of the retriever behind the cache.
     """
 
     def __init__(self, config: CachedConfig, corpus: Sequence[Passage] | None = None) -> None:
@@ -79,7 +79,8 @@ class CachedRetriever:
         """See `Retriever.search`.
 
         Raises:
-            RetrieverError: The cache can't be read or written. Offline, that is the result of a query that it lacks.
+            RetrieverError: The cache can't be read or written. Offline, a query that the cache lacks has this error as
+                its result.
         """
         queries = checked_queries(queries, top_k)
         keys = [self._key(query, top_k) for query in queries]
@@ -94,7 +95,7 @@ class CachedRetriever:
         return [result if isinstance(result := found[key], RetrieverError) else list(result) for key in keys]
 
     def stats(self) -> Mapping[str, int]:
-        """Queries answered without and with a search since the start, and the counts of the retriever behind."""
+        """The numbers of queries answered without and with a search so far, and the counts of the retriever behind."""
         return {**stats_of(self._retriever), "cache_hits": self._hits, "cache_misses": self._misses}
 
     def close(self) -> None:

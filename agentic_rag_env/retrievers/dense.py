@@ -58,23 +58,24 @@ class DenseConfig:
 
     Attributes:
         encoder: A registered name (`hashed_ngram`), a mapping with `name` and settings, the folder or hub id of a
-            Hugging Face model (`intfloat/e5-base-v2`), a mapping with `model` and settings, or an encoder. None: that
-            of the index folder; `hashed_ngram` without an index.
+            Hugging Face model (`intfloat/e5-base-v2`), a mapping with `model` and settings, or an encoder. None: the
+            encoder of the index folder, or `hashed_ngram` without an index.
         index: Folder made by `agentic-rag-index dense`, or a FAISS file whose row numbers are those of the passages,
-            such as the `e5_Flat.index` of Search-R1, which needs `encoder` too. None: the passages are encoded,
-            5,000 and more of them once for all processes, which keep the vectors in the cache folder.
+            such as the `e5_Flat.index` of Search-R1; a file needs `encoder` too. None: the passages are encoded. The
+            vectors of 5,000 passages or more are made once for all processes, in the cache folder.
         corpus: File of the passages, instead of those of the dataset or the index folder.
         backend: `faiss` searches the index as it was built. `torch` searches all vectors, exactly, by matrix products.
-            `auto`: FAISS, unless torch is there and FAISS is not, or has no GPU where `device` names one, or `dtype` is
-            given.
-        device: `cpu`; `cuda`, or `cuda:0,cuda:1` to hold a share on each. None: the CPU with FAISS, a GPU if there is
-            one with torch. FAISS copies an index to GPUs as float16, and must have been built for them.
-        nprobe: With FAISS, lists that an IVF index looks into; more find more and take longer. None: what the index was
-            saved with.
-        ef_search: With FAISS, candidates that an HNSW graph keeps while searching, likewise.
-        dtype: With torch, precision in which vectors are held and candidates are found, `float32`, `float16` or
-            `bfloat16`; None: that of the vectors on disk, float32 for those in memory. It decides memory and speed, not
-            results, since candidates are scored again by the vectors themselves.
+            `auto` chooses FAISS, with three exceptions. It chooses torch, if installed, where FAISS is missing, where
+            `device` names a GPU that FAISS cannot use, or where `dtype` is given.
+        device: `cpu`; `cuda`, or `cuda:0,cuda:1` to hold a share on each. None: with FAISS the CPU, with torch a GPU if
+            there is one. FAISS copies an index to GPUs as float16, and must have been built for them.
+        nprobe: With FAISS, number of lists that an IVF index looks into; more lists find more and take longer. None:
+            the number that the index was saved with.
+        ef_search: With FAISS, number of candidates that an HNSW graph keeps during a search; more find more and take
+            longer. None: the number that the index was saved with.
+        dtype: With torch, precision in which vectors are held and candidates are found: `float32`, `float16` or
+            `bfloat16`; None: the precision of the vectors on disk, float32 for those in memory. It decides memory and
+            speed, not results, since candidates are scored again by the vectors themselves.
     """
 
     encoder: Any = None
@@ -105,7 +106,7 @@ class DenseConfig:
             )
 
     def chosen_backend(self) -> str:
-        """`faiss` or `torch`: what `backend` says, or what `auto` comes to on this machine."""
+        """The backend `faiss` or `torch` that `backend` names, or that `auto` chooses on this machine."""
         if self.backend != "auto":
             return self.backend
         if self.nprobe or self.ef_search or find_spec("torch") is None:
@@ -119,8 +120,8 @@ class DenseConfig:
 class DenseRetriever(CorpusRetriever):
     """Encodes queries and ranks passages by inner products.
 
-    In memory, vectors take 4 bytes x dim x passages. On the CPU, an index stays on disk, memory-mapped; with torch, so
-    do its vectors, unless another `dtype` is asked for. Both backends give exact searches the same ranking.
+    In memory, vectors take 4 bytes x dim x passages. On the CPU, an index stays on disk, memory-mapped. With torch, its
+    vectors stay on disk too, unless another `dtype` is asked for. Exact searches rank the same with both backends.
 
     Args:
         config: Encoder, index and how to search it.
@@ -148,7 +149,7 @@ class DenseRetriever(CorpusRetriever):
         self._check_sizes()
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        # A copy opens the same files.
+        # A copy of the object opens the same files.
         return (DenseRetriever, (self.config, self._given)) if self._index_path else super().__reduce__()
 
     def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
@@ -174,7 +175,7 @@ class DenseRetriever(CorpusRetriever):
         return {"encoder": self._encoder.fingerprint, **self._search_identity()}
 
     def _search_identity(self) -> dict[str, Any]:
-        """What results depend on beside passages and encoder."""
+        """The settings that results depend on beside passages and encoder."""
         vectors = self._vectors_identity()
         if self._backend == "torch":
             return {"search": "exact", "vectors": vectors}
@@ -184,7 +185,7 @@ class DenseRetriever(CorpusRetriever):
         return {"search": "faiss", "index": index, "nprobe": self.config.nprobe, "ef_search": self.config.ef_search}
 
     def _vectors_identity(self) -> Any:
-        """What tells the vectors on disk from others, wherever they lie; None for those made in memory."""
+        """The identity of the vectors on disk, wherever they lie; None for vectors made in memory."""
         if self._manifest is not None:
             return self._manifest["vectors"]
         return None if self._index_path is None else _hash_of_blocks(self._index_path)
@@ -217,7 +218,7 @@ class DenseRetriever(CorpusRetriever):
         return vectors
 
     def _kept_vectors(self) -> NDArray[np.float32] | None:
-        """The vectors from the cache folder, with what the encoder has learned; None: they cannot be kept there."""
+        """The vectors from the cache folder, with what the encoder has learned; None if they cannot be kept there."""
         encoder = self._encoder
         if not isinstance(encoder, StoredEncoder):
             return None
@@ -285,7 +286,7 @@ def _stored_vectors(path: Path) -> NDArray[np.floating]:
 def _hash_of_blocks(file: Path, num_blocks: int = 256, block_bytes: int = 4096) -> str:
     """Hash of the size of a file and of blocks spread evenly over it, its end included.
 
-    A file of 60 GB takes no time, and one of other embeddings differs in nearly every block.
+    This is fast even for a file of 60 GB. A file of other embeddings differs in nearly every block.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:

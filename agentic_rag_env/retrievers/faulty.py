@@ -1,4 +1,4 @@
-"""Searches that fail on purpose, to see that a run survives them."""
+"""A retriever whose searches fail on purpose, to show that a run survives them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class FaultyConfig:
         retriever: The retriever that answers the other queries: a name, a mapping with `name` and settings, or an
             object.
         error_fraction: Share of the queries that fail at once.
-        timeout_fraction: Share that fail after `delay_s`.
-        empty_fraction: Share for which nothing is found.
-        slow_fraction: Share that are answered right after `delay_s`.
-        delay_s: Of timeouts and slow results [seconds]; those of one batch pass at the same time.
-        seed: Another one picks other queries.
+        timeout_fraction: Share of the queries that fail after `delay_s`.
+        empty_fraction: Share of the queries for which nothing is found.
+        slow_fraction: Share of the queries that get the right result, but only after `delay_s`.
+        delay_s: Delay of timeouts and slow results [seconds]; the delays of one batch pass at the same time.
+        seed: Seed that picks the queries.
     """
 
     retriever: Any = "bm25"
@@ -40,14 +40,14 @@ class FaultyConfig:
 
 @RETRIEVERS.register("faulty", FaultyConfig)
 class FaultyRetriever:
-    """Fails for some queries, alone among those of a batch, and passes the others on.
+    """Fails for some queries of a batch, and passes the others on to another retriever.
 
-    Seed and query text decide together, so a run meets the same faults however its queries are batched, when it is
-    resumed, and in every process; asking again does not help.
+    Seed and query text decide together. So a run meets the same faults in every process, after it is resumed, and
+    however its queries are batched. Asking again does not help.
 
     Args:
         config: The faults.
-        corpus: For the retriever behind.
+        corpus: The passages for the retriever behind.
 
     Raises:
         ConfigurationError: A share is not in [0, 1], they add up to more than 1, or the delay is negative.
@@ -70,7 +70,7 @@ class FaultyRetriever:
         self._retriever = build_wrapped("faulty", config.retriever, corpus)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
-        """See `Retriever.search`. Raises nothing itself: a query that fails has a `RetrieverError` for a result."""
+        """See `Retriever.search`. It raises nothing itself: the result of a query that fails is a `RetrieverError`."""
         queries = checked_queries(queries, top_k)
         faults = [self._fault(query) for query in queries]
         if self._config.delay_s and not {"timeout", "slow"}.isdisjoint(faults):
@@ -89,7 +89,7 @@ class FaultyRetriever:
         return f"faulty({inner}, {self._fractions}, seed={self._config.seed})"
 
     def stats(self) -> Mapping[str, int]:
-        """Those of the retriever behind."""
+        """The counts of the retriever behind."""
         return stats_of(self._retriever)
 
     def _fault(self, query: str) -> str | None:

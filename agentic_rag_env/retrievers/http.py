@@ -16,7 +16,7 @@ from agentic_rag_env.retrievers.base import checked_queries, encodable
 from agentic_rag_env.types import Found, Passage
 
 _TOO_LARGE, _OTHER_FIELDS = 413, 422
-#: Requests under way at once to a service that takes one query in each.
+#: Number of requests under way at once to a service that takes one query in each.
 _NUM_PARALLEL = 8
 
 
@@ -26,19 +26,19 @@ class HttpConfig:
 
     Attributes:
         url: Address of the service, such as `http://127.0.0.1:8000/retrieve`; without a path, `/retrieve` is added. A
-            list of addresses: servers with the same contents, which take turns and stand in for each other.
+            list of addresses names servers with the same contents, which take turns and stand in for each other.
         timeout_s: Longest wait for a connection, for the next piece of a reply, and for the whole reply [seconds].
-        max_retries: How often a request is repeated where that may help, each time by every server until one answers;
-            see `HttpClient`.
-        backoff_s: Pause before the first repetition; each further one takes twice as long [seconds].
+        max_retries: How often a request is repeated where that may help; each time all servers are asked until one
+            answers, see `HttpClient`.
+        backoff_s: Pause before the first repetition; each further pause is twice as long [seconds].
         max_batch: Most queries of one request; longer batches are split. A request that the server finds too large
-            (status 413) is halved besides.
-        skip_s: How long a server that failed is asked only if all others fail too [seconds].
-        seed: Of the pauses; None: another one for every client.
-        one_query_per_request: Ask for each query by itself, as `{"query": "..."}`, for services that take no list of
-            `queries`; several requests are under way at once, and a request that fails is the failure of its query.
-        proxy: `environment`: as the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` say. An address:
-            that proxy. None: no proxy. Addresses of this machine are never asked through one.
+            (status 413) is halved as well.
+        skip_s: Time for which a server that failed is asked only if all others fail too [seconds].
+        seed: Seed of the pauses; None: another one for every client.
+        one_query_per_request: Whether to send each query by itself, as `{"query": "..."}`, for services that take no
+            list of `queries`. Several requests are under way at once; if one fails, only its query has failed.
+        proxy: `environment`: the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide. An address:
+            that proxy is used. None: no proxy is used. Addresses of this machine are never asked through a proxy.
     """
 
     url: Any
@@ -56,10 +56,10 @@ class HttpConfig:
 class HttpRetriever:
     """Asks a service: `POST /retrieve` with all queries at once, over connections that stay open.
 
-    The order of the reply is trusted to be best first, since a service may score by similarity or by distance.
+    The passages of a reply are taken to be best first, since a service may score by similarity or by distance.
 
     Args:
-        config: Address and patience.
+        config: Where the service is and how long to wait for it.
         corpus: Ignored; the service has its own.
 
     Raises:
@@ -84,7 +84,7 @@ class HttpRetriever:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Open connections cannot be copied; a copy, in this process or another, opens its own.
+        # Open connections cannot be copied. A copy of the object opens its own, in this process or another.
         return HttpRetriever, (self.config,)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
@@ -100,10 +100,10 @@ class HttpRetriever:
 
     @property
     def fingerprint(self) -> str:
-        """See `base.fingerprint_of`; asked of the servers at `/health`.
+        """See `base.fingerprint_of`; the servers tell it at `/health`.
 
         Raises:
-            ConfigurationError: A server does not tell, or two differ.
+            ConfigurationError: A server does not tell its fingerprint, or two fingerprints differ.
             RetrieverError: A server cannot be reached.
         """
         told = {url: self._ask_fingerprint(url) for url in self.urls}
@@ -137,7 +137,7 @@ class HttpRetriever:
             return _retriever_error(error)
 
     def _ask(self, asked: Mapping[str, Any], num_queries: int, top_k: int) -> list[Found]:
-        # A server of agentic-rag-serve then answers a query that fails by its error; others do not know the field.
+        # With this field, agentic-rag-serve replies to a query that fails with its error; others don't know the field.
         reply = self._client.post({**asked, "topk": top_k, "return_scores": True, "return_errors": True})
         return _read_reply(reply, num_queries, top_k)
 
@@ -178,7 +178,7 @@ def _read_reply(reply: Reply, num_queries: int, top_k: int) -> list[Found]:
 
 
 def _found(reply: Reply, item: Any, number: int, top_k: int) -> Found:
-    """The result of one query, which may be its error."""
+    """The result of one query: passages, or the error of that query."""
     if isinstance(item, dict) and isinstance(item.get("error"), str):
         return _retriever_error(reply.error(item["error"]))
     if not isinstance(item, list):
@@ -227,7 +227,7 @@ def _passage(item: Any) -> Passage:
     The BM25 and web services of Search-R1 send no `id`; a hash of the contents takes its place.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: The item has neither form.
     """
     document, score = (item.get("document"), item.get("score")) if _is_scored(item) else (item, None)
     contents = document.get("contents") if isinstance(document, dict) else None

@@ -1,4 +1,4 @@
-"""Several retrievers as one, by reciprocal rank fusion."""
+"""Joins several retrievers into one by reciprocal rank fusion."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class HybridConfig:
 
     Attributes:
         retrievers: Two or more: names, mappings with `name` and settings, or objects.
-        rank_constant: The k of the formula; the larger, the less the first places count.
-        depth: Passages taken from each retriever; `top_k` of them if that is more.
+        rank_constant: The k of the formula; with a larger k, the first places count less.
+        depth: Number of passages taken from each retriever; `top_k` if that is more.
     """
 
     retrievers: list[Any] = field(default_factory=lambda: ["bm25", "dense"])
@@ -42,12 +42,13 @@ class HybridConfig:
 class HybridRetriever:
     """Scores a passage by the sum of 1 / (k + rank) over the retrievers that find it, ranks from 1.
 
-    Reciprocal rank fusion, Cormack et al. 2009. Passages are told apart by their ids. Equal sums are in the order of
-    the corpus if all retrievers search the same one, else in that of the first retriever, then of the second, ....
+    This is reciprocal rank fusion, Cormack et al. 2009. Passages are told apart by their ids. Passages with equal sums
+    are in the order of the corpus if all retrievers search the same one. Otherwise they are in the order of the first
+    retriever, then of the second, and so on.
 
     Args:
         config: The retrievers.
-        corpus: For those that search a corpus.
+        corpus: The passages for those retrievers that search a corpus.
 
     Raises:
         ConfigurationError: A setting can't work, or a retriever cannot be made.
@@ -69,7 +70,7 @@ class HybridRetriever:
         return None if None in parts else hash_of([*settings, *parts])
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
-        """See `Retriever.search`. A query has failed where it has failed for one of the retrievers."""
+        """See `Retriever.search`. A query fails if it fails for one of the retrievers."""
         queries = checked_queries(queries, top_k)
         distinct = list(dict.fromkeys(queries))
         fuse = self._fuse_passages if self._corpus is None else self._fuse_rows
@@ -100,7 +101,7 @@ class HybridRetriever:
         return fused
 
     def _fuse(self, lists: Sequence[Sequence[Key]]) -> dict[Key, float]:
-        """The fused score of everything listed, in the order in which it is first met."""
+        """The fused score of each listed key, in the order in which the keys are first met."""
         scores: dict[Key, float] = {}
         for listed in lists:
             for rank, key in enumerate(listed, 1):

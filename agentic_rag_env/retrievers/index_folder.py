@@ -13,16 +13,16 @@ from agentic_rag_env.files import written_whole
 from agentic_rag_env.retrievers.base import require_corpus
 from agentic_rag_env.types import Passage
 
-#: Written last: a folder with a manifest is complete.
+#: The manifest is written last, so a folder that has one is complete.
 MANIFEST = "manifest.json"
-#: What an encoder that learns has learned from the corpus.
+#: The file with what an encoder has learned from the corpus.
 ENCODER_STATE = "encoder.json"
-#: The FAISS index of a dense one, and the vectors it was built from.
+#: The FAISS file of a dense index, and the vectors that it was built from.
 FAISS_FILE, VECTORS_FILE = "index.faiss", "vectors/vectors.npy"
 
 
 class IndexSettings(Protocol):
-    """What the settings of all retrievers that may open an index have in common."""
+    """The settings that all retrievers which may open an index have in common."""
 
     index: str | None
     corpus: str | None
@@ -33,7 +33,7 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
 
     Args:
         folder: The folder.
-        kind: What index it must hold: `bm25` or `dense`.
+        kind: The kind of index that it must hold: `bm25` or `dense`.
 
     Raises:
         DataError: There is no finished index of that kind in the folder.
@@ -47,7 +47,7 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
     manifest = read_json(file)
     if manifest.get("kind") != kind:
         raise DataError(f"{folder}: holds an index of kind {manifest.get('kind')!r}, but {kind!r} is needed.")
-    # Kept for what is found relative to it.
+    # The folder is noted, because other paths are relative to it.
     return {**manifest, "folder": str(file.parent)}
 
 
@@ -58,13 +58,13 @@ def corpus_of_index(
 
     Args:
         name: The retriever, for errors.
-        config: Its settings; a file named there comes first.
-        corpus: Of the dataset; comes second.
-        manifest: Of the index; the store named there comes last.
+        config: Settings of the retriever; a file named there comes first.
+        corpus: Passages of the dataset; they come second.
+        manifest: Manifest of the index; the store named there comes last.
 
     Raises:
         ConfigurationError: There is no corpus, or it is empty.
-        DataError: It is not the one that the index was built from, or cannot be opened.
+        DataError: The corpus is not the one that the index was built from, or it cannot be opened.
     """
     if config.corpus is not None:
         corpus = open_corpus(config.corpus)
@@ -91,7 +91,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """An object from a JSON file of an index folder.
 
     Raises:
-        DataError: It is missing or damaged.
+        DataError: The file is missing or damaged.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -103,6 +103,6 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write plain data, whole, in a form that depends on nothing but the data."""
+    """Write plain data to a complete file, in a form that depends on nothing but the data."""
     with written_whole(file) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A second look at what another retriever finds, by a cross-encoder that reads query and passage together."""
+"""Ranks the passages of another retriever anew, by a cross-encoder that reads query and passage together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agentic_rag_env.retrievers.vectors.encoders import DTYPES
 from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
 from agentic_rag_env.types import Found, Passage
 
-#: Scores are compared after rounding to this many decimals: another batch changes a logit by some 1e-6.
+#: Scores are compared after rounding to this many decimals, because another batch changes a logit by some 1e-6.
 _SCORE_DECIMALS = 4
 
 
@@ -24,11 +24,12 @@ class RerankConfig:
     Attributes:
         model: Folder or hub id of a sequence classifier of transformers with one or two labels, such as
             `cross-encoder/ms-marco-MiniLM-L6-v2` or `BAAI/bge-reranker-base`.
-        retriever: Whose passages are ranked anew: a name, a mapping with `name` and settings, or an object.
-        depth: Passages taken from it; `top_k` if that is more.
-        max_length: Tokens kept of a query and a passage together.
-        batch_size: Pairs scored at once.
-        device: Such as `cpu` or `cuda:0`; None chooses a GPU if there is one.
+        retriever: The retriever whose passages are ranked anew: a name, a mapping with `name` and settings, or an
+            object.
+        depth: Number of passages taken from it; `top_k` if that is more.
+        max_length: Most tokens kept of a query and a passage together.
+        batch_size: Number of pairs scored at once.
+        device: Device of the model, such as `cpu` or `cuda:0`; None chooses a GPU if there is one.
         dtype: `float32`, `float16` or `bfloat16`; None chooses bfloat16 on a GPU and float32 elsewhere.
     """
 
@@ -58,10 +59,10 @@ class RerankRetriever:
 
     Args:
         config: Model and retriever.
-        corpus: For the retriever behind.
+        corpus: The passages for the retriever behind.
 
     Raises:
-        ConfigurationError: torch or transformers is missing, or the model cannot be loaded or used so.
+        ConfigurationError: torch or transformers is missing, or the model cannot be loaded or used in this way.
     """
 
     def __init__(self, config: RerankConfig, corpus: Sequence[Passage] | None = None) -> None:

@@ -17,9 +17,9 @@ class StaticConfig:
     """What a static retriever returns.
 
     Attributes:
-        passages: A list of passages: the result of every query. A mapping from queries to such lists: any other query
-            matches nothing. None: the first passages of the corpus. A passage is a `Passage` or a mapping with `id`
-            and `contents`.
+        passages: A list of passages, which is the result of every query; or a mapping from queries to such lists, where
+            any other query matches nothing. None: the first passages of the corpus. A passage is a `Passage` or a
+            mapping with `id` and `contents`.
     """
 
     passages: Any = None
@@ -31,7 +31,7 @@ class StaticRetriever:
 
     Args:
         config: The passages.
-        corpus: Stands in where the settings name no passages.
+        corpus: Passages that are returned where the settings name none.
 
     Raises:
         ConfigurationError: The passages have another form, or there are neither passages nor a corpus.

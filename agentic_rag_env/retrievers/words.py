@@ -48,7 +48,7 @@ class Tokenizer:
         return self._cut(map(self._prepared, texts))
 
     def first_words(self, texts: Sequence[str], count: int) -> list[list[str]]:
-        """The words among the first `count` of each text, without cutting what follows them."""
+        """The words among the first `count` of each text; the rest of the text is not cut into words."""
         return self._cut(_beginning(self._prepared(text), count) for text in texts)
 
     def _prepared(self, text: str) -> str:
@@ -68,7 +68,7 @@ class Tokenizer:
 
 
 def unspaced_fraction(texts: Sequence[str]) -> float:
-    """How much of some texts is in scripts that are written without blanks, in [0, 1]."""
+    """The share of some texts that is in scripts without blanks between words, in [0, 1]."""
     unspaced = sum(len(run) for text in texts if not text.isascii() for run in _UNSPACED.findall(text))
     return unspaced / max(1, sum(map(len, texts)))
 
@@ -91,7 +91,7 @@ def _beginning(text: str, count: int) -> str:
 
 
 def _stemmer(language: str | None) -> Any:
-    """A new stemmer each time: two threads must not share one, and none can be copied."""
+    """A new stemmer at each call, because two threads must not share one, and none can be copied."""
     if language is None:
         return None
     try:

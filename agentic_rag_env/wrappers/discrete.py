@@ -19,7 +19,7 @@ from agentic_rag_env.types import Passage, StepInfo
 from agentic_rag_env.wrappers.spans import common_words, find_spans, words
 from agentic_rag_env.wrappers.view import View
 
-#: Passages that the default words are counted in; more would only take longer.
+#: Number of passages in which the default words are counted; more would only take longer.
 _COUNTED_PASSAGES = 20_000
 _NUM_HASHES = 16
 _NUM_STATE_FEATURES = 3
@@ -35,9 +35,9 @@ class _Candidate:
         words: Its words in lower case.
         in_question: The question contains it.
         num_passages: Passages read that contain it.
-        searched: It was searched for.
+        searched: Whether it was searched for.
         search: Number of the search that brought it last; 0: none did.
-        rank: Of the best passage of that search that contains it, from 1.
+        rank: Rank of the best passage of that search that contains it, from 1.
         position: Share of that passage's words before it.
         in_title: It stands in that passage's title.
         passage: Words of that passage.
@@ -60,9 +60,9 @@ class DiscreteActions(View[np.ndarray, np.integer]):
 
     ## Description
     The view reads questions and passages for the agent and keeps a list of *candidates*: spans of words that are not
-    common, such as names. Those of the question come first, then those of the latest search in their order, then
-    earlier ones; the last of a list that is too long are left out. An action picks a candidate. What the agent can't do
-    is think, or say a word that it has not read, but for the query words.
+    common, such as names. Candidates of the question come first, then those of the latest search in their order, then
+    earlier ones. If the list is too long, its last candidates are left out. An action picks a candidate. The agent
+    can't think, and it can't say a word that it has not read, except for the query words.
 
     ## Action Space
     `Discrete(1 + C * (2 + W) + C)` with C candidates and W query words:
@@ -101,7 +101,7 @@ class DiscreteActions(View[np.ndarray, np.integer]):
     ```
 
     Args:
-        env: What is viewed.
+        env: The environment to view.
         max_candidates: C, at least 1.
         question_words: Common words of questions, in lower case; by default those of the environment's dataset.
         query_words: Words that a query may add, in lower case; by default the common words of the dataset's corpus,

@@ -19,8 +19,8 @@ class Span(NamedTuple):
     """A part of a text.
 
     Attributes:
-        text: As it stands there.
-        position: Words of the text before it.
+        text: The span, exactly as the text holds it.
+        position: Number of words of the text before it.
     """
 
     text: str
@@ -42,10 +42,10 @@ def common_words(
         texts: Questions or passages.
         min_fraction: Share of the texts that a word must occur in, in [0, 1].
         min_texts: Number of texts that it must occur in, however few there are.
-        max_words: Only so many, the most common ones.
+        max_words: Most words to return; the most common ones are kept.
 
     Returns:
-        In lower case, the most common first; equally common ones in alphabetical order.
+        The words in lower case, the most common first; equally common ones in alphabetical order.
     """
     counts: Counter[str] = Counter()
     num_texts = 0

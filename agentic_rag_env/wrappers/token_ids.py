@@ -15,7 +15,7 @@ from agentic_rag_env.wrappers.view import View
 
 
 class Tokenizer(Protocol):
-    """Between text and ids, as the tokenizers of transformers do it."""
+    """Translates between text and ids, as the tokenizers of transformers do."""
 
     def encode(self, text: str, add_special_tokens: bool = False) -> Sequence[int]:
         """Ids of a text."""
@@ -48,8 +48,8 @@ class TokenIds(View[np.ndarray, np.ndarray]):
     ```
 
     Args:
-        env: What is viewed.
-        tokenizer: Has `encode(text, add_special_tokens=False)` and `decode(ids)`.
+        env: The environment to view.
+        tokenizer: An object with `encode(text, add_special_tokens=False)` and `decode(ids)`.
         vocab_size: V, above every id that the tokenizer knows.
         max_action_tokens: n, at least 1.
         max_observation_tokens: m, at least 1.

@@ -1,4 +1,4 @@
-"""What the numeric views have in common: the environment behind them."""
+"""The base of the numeric views, which holds the environment behind them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ ObsType = TypeVar("ObsType")
 class View(gymnasium.Env[ObsType, ActType]):
     """An `AgenticRAGEnv` with other spaces.
 
-    It is no `gymnasium.Wrapper`: checkers and learners look behind those, and would find text.
+    It is no `gymnasium.Wrapper`, because checkers and learners look behind wrappers and would find text.
 
     Args:
-        env: What is viewed; an `AgenticRAGEnv`, or wrappers around one, which are left away.
+        env: The environment to view: an `AgenticRAGEnv`, or wrappers around one, which are left away.
 
     Raises:
-        ConfigurationError: It is another environment.
+        ConfigurationError: `env` is another environment.
 
     Attributes:
-        env: What is viewed.
+        env: The environment that is viewed.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:

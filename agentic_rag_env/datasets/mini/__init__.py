@@ -17,7 +17,7 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, did_you_mean
 from agentic_rag_env.types import Question
 
-#: Where the files are: a folder per set, with a file per split and `corpus` in it.
+#: Where the files are: a folder for each set, which holds `corpus` and a file for each split.
 FOLDER = Path(__file__).parent
 SPLITS = ("train", "dev", "test")
 ENDING = ".jsonl.zst"
@@ -49,12 +49,13 @@ def nq_mini(config: MiniConfig) -> QuestionSet:
     All of them are from the published training set, so a model trained here may be measured on the published dev and
     test sets. Answers have five words or fewer, as in NQ-open.
 
-    The metadata of a question holds `supporting`, a list of the id of its one gold passage, and `supporting_mode`
-    "any": other passages may answer too. For `answer_in_training` and how figures are grouped by it, see `_load`.
+    The metadata of a question holds `supporting`, a list with the id of its one gold passage. It also holds
+    `supporting_mode` "any", because other passages may answer too. `_load` explains `answer_in_training` and how
+    figures are grouped by it.
 
     Sources: Kwiatkowski et al., "Natural Questions", TACL 2019, and Lamm et al., "QED", TACL 2021, whose paragraphs are
-    the gold passages. The other passages are also from Wikipedia, found there by search engines for questions of NQ.
-    CC BY-SA 4.0.
+    the gold passages. The other passages are also from Wikipedia; search engines found them for questions of NQ.
+    The licence is CC BY-SA 4.0.
     """
     return _load("nq_mini", config)
 
@@ -63,15 +64,15 @@ def nq_mini(config: MiniConfig) -> QuestionSet:
 def hotpot_mini(config: MiniConfig) -> QuestionSet:
     """Two-hop questions that crowd workers wrote about two Wikipedia pages, from HotpotQA, and 10,000 passages.
 
-    They are from the published training and dev sets, as `published_split` in the metadata says. The published dev set
-    is what everybody reports, so a model trained here must not be measured on it, except without the questions whose
+    They are from the published training and dev sets, as `published_split` in the metadata says. Everybody reports
+    figures on the published dev set. A model trained here must be measured on it without the questions whose
     `source_id` is in this set.
 
     The metadata of a question holds `supporting`, the ids of its two gold passages, both of which it needs
-    (`supporting_mode` "all"), and the `type` "bridge" or "comparison" where it is known. For `answer_in_training` and
-    how figures are grouped by it, see `_load`.
+    (`supporting_mode` "all"). It also holds the `type` "bridge" or "comparison" where that is known. `_load` explains
+    `answer_in_training` and how figures are grouped by it.
 
-    Source: Yang et al., "HotpotQA", EMNLP 2018; the passages are first paragraphs of pages. CC BY-SA 4.0.
+    Source: Yang et al., "HotpotQA", EMNLP 2018; the passages are first paragraphs of pages. Licence: CC BY-SA 4.0.
     """
     return _load("hotpot_mini", config)
 
@@ -79,9 +80,9 @@ def hotpot_mini(config: MiniConfig) -> QuestionSet:
 def _load(name: str, config: MiniConfig) -> QuestionSet:
     """Read a split of a set; the corpus is one object for all splits.
 
-    Figures of an evaluation are grouped by the `dataset` of a question's metadata. For dev and test questions it tells
-    whether a golden answer of theirs is also one of a training question (the field `answer_in_training`), so that
-    what a model remembers is not mistaken for what it finds: `nq_mini/seen_answers` or `nq_mini/new_answers`.
+    Figures of an evaluation are grouped by the `dataset` of a question's metadata. For dev and test questions it is
+    `nq_mini/seen_answers` or `nq_mini/new_answers`. It tells whether a golden answer is also one of a training question
+    (the field `answer_in_training`). So what a model remembers is not mistaken for what it finds.
     """
     questions = read_questions(FOLDER / name / f"{config.split}{ENDING}", name)
     chosen = sample(questions, config.num_questions, config.seed, f"split {config.split!r} of {name}")

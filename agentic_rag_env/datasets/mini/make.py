@@ -26,7 +26,7 @@ from agentic_rag_env.files import written_whole
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.types import Passage, Question
 
-#: Passages of each set, and the level of the compression.
+#: Number of passages in each set, and the level of the compression.
 NUM_PASSAGES, _LEVEL = 10_000, 19
 _RETRIEVERS = {"words": {"name": "bm25"}, "stems": STEMMED_BM25}
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for.
 
     Args:
-        arguments: Of the command line; None: those of the process.
+        arguments: Arguments of the command line; None: those of the process.
 
     Returns:
         Exit status: 0, or 2 where the sources can't be used.
@@ -73,7 +73,7 @@ def write(miniature: Miniature, folder: Path) -> int:
     """Write the files of a set.
 
     Returns:
-        Their size [bytes].
+        The size of the files [bytes].
     """
     folder.mkdir(parents=True, exist_ok=True)
     passages = ({"id": passage.id, "contents": passage.contents} for passage in miniature.corpus)
@@ -99,13 +99,13 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def statistics(name: str, miniature: Miniature, source: Sequence[Passage], size: int) -> list[dict[str, str]]:
-    """What is in a set, a row for each way of searching.
+    """What is in a set, as one row for each way of searching.
 
     Args:
-        name: Of the set.
+        name: Name of the set.
         miniature: The set.
         source: All passages of the source; figures over these follow in brackets.
-        size: Of its files [bytes].
+        size: Size of its files [bytes].
     """
     test = miniature.splits["test"]
     num_new = sum(not question.metadata["answer_in_training"] for question in test)
@@ -126,9 +126,9 @@ def statistics(name: str, miniature: Miniature, source: Sequence[Passage], size:
 
 
 def hits(questions: Sequence[Question], retriever: Any) -> dict[int, float]:
-    """Share of questions of which a golden answer stands in the best passage (1), and in one of the best three (3).
+    """Share of questions with a golden answer in the best passage (1), and in one of the best three passages (3).
 
-    The query is the question itself. Questions that yes or no answers are left out.
+    The query is the question itself. Questions whose answer is yes or no are left out.
     """
     asked = [question for question in questions if not is_yes_no(question.golden_answers)]
     held = [

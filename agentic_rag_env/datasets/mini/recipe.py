@@ -1,4 +1,4 @@
-"""How a small set is drawn from a benchmark: which questions, which of them for training, and which passages."""
+"""Draws a small set from a benchmark: its questions, their splits, and its passages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from agentic_rag_env.errors import DataError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.types import Passage, Question
 
-#: Words of the longest answer that is asked for, as in NQ-open (Lee et al., 2019), and characters of a passage.
+#: Most words of an answer, as in NQ-open (Lee et al., 2019), and most characters of a passage.
 MAX_ANSWER_WORDS, MAX_PASSAGE_CHARS = 5, 2000
-#: Of ten shares of the pages, those of each split.
+#: The pages are divided into ten shares; these are the shares of each split.
 SHARES = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}
-#: The search for hard distractors, and how deep it goes.
+#: Settings of the search for hard distractors, and how deep it goes.
 STEMMED_BM25 = {"name": "bm25", "stemmer": "english", "stopwords": "english"}
 _NEIGHBOURS = 20
 #: Facts about a question that are kept from the source.
@@ -31,7 +31,7 @@ class Miniature:
     Attributes:
         splits: Questions by split, each list sorted by id.
         corpus: The passages for all of them, sorted by title.
-        num_gold: How many of these are gold for some question.
+        num_gold: Number of these passages that are gold for some question.
     """
 
     splits: Mapping[str, Sequence[Question]]
@@ -43,8 +43,8 @@ def draw(name: str, questions: Sequence[Question], corpus: Sequence[Passage], nu
     """Draw a small set.
 
     Args:
-        name: Of the set.
-        questions: With the metadata `supporting`, ids of passages, and `split`, the published one.
+        name: Name of the set.
+        questions: Questions whose metadata holds `supporting`, the ids of passages, and `split`, the published one.
         corpus: All passages of the source.
         num_passages: Size of the corpus to be drawn; at least half of it will be gold for no question.
 
@@ -69,9 +69,9 @@ def draw(name: str, questions: Sequence[Question], corpus: Sequence[Passage], nu
 def usable(questions: Sequence[Question], passages: Mapping[str, Passage]) -> list[Question]:
     """The questions that a reader of short passages can answer word for word, sorted by id.
 
-    Each has its gold passages among those given, an answer of at most `MAX_ANSWER_WORDS` words, and, unless that is
-    yes or no, an answer that stands in a gold passage. A text that is asked more than once is left out, as the source
-    does not say which of the answers is meant. Answers of which normalization leaves nothing are removed.
+    The gold passages of each are among those given. Each has an answer of at most `MAX_ANSWER_WORDS` words which,
+    unless it is yes or no, stands in a gold passage. A text that is asked more than once is left out, because the
+    source does not say which of the answers is meant. Answers that normalization empties are removed.
     """
     asked = Counter(normalize_answer(question.text) for question in questions)
     kept = []
@@ -93,21 +93,21 @@ def _answerable(answers: Sequence[str], texts: Sequence[str]) -> bool:
 def _stands_in(text: str, answers: Sequence[str]) -> bool:
     """Whether one of the answers stands in a text between blanks.
 
-    Stricter than `holds_answer`, as "Ptolemy's" is one word here. The files were drawn by this rule.
+    This rule is stricter than `holds_answer`, because "Ptolemy's" is one word here. The files were drawn by it.
     """
     return any(f" {normalize_answer(answer)} " in f" {normalize_answer(text)} " for answer in answers)
 
 
 def is_yes_no(answers: Sequence[str]) -> bool:
-    """Whether a question is answered by yes or no, so that no passage holds its answer."""
+    """Whether the answer to a question is yes or no, so that no passage holds it."""
     return not {"yes", "no"}.isdisjoint(map(normalize_answer, answers))
 
 
 def split_by_page(questions: Sequence[Question], gold: Mapping[str, Passage]) -> dict[str, list[Question]]:
     """Divide questions so that no page is evidence in two splits.
 
-    Two-hop questions tie pages together. All pages that are tied, directly or through others, go where a hash of the
-    alphabetically first of their titles says, so no question straddles splits.
+    A two-hop question ties two pages together. Pages that are tied, directly or through others, go to the same split.
+    So no question straddles splits. A hash of the alphabetically first of their titles decides which split it is.
     """
     tied_to: dict[str, str] = {}
 
@@ -131,12 +131,12 @@ def split_by_page(questions: Sequence[Question], gold: Mapping[str, Passage]) ->
 def hard_distractors(
     questions: Sequence[Question], gold: Mapping[str, Passage], corpus: Sequence[Passage], count: int
 ) -> list[Passage]:
-    """Passages that are gold for no question and look most like those that are wanted.
+    """Passages that are gold for no question and look most like the gold ones.
 
-    First come all best matches of a question or a gold passage by BM25, then all second best ones, and so on.
+    All best matches of a question or a gold passage by BM25 come first, then all second best ones, and so on.
 
     Raises:
-        DataError: There are not so many.
+        DataError: The source has fewer such passages than are asked for.
     """
     retriever = RETRIEVERS.build(STEMMED_BM25, corpus=corpus)
     queries = [question.text for question in questions] + [gold[identifier].contents for identifier in sorted(gold)]
@@ -153,7 +153,7 @@ def hard_distractors(
 
 
 def _described(question: Question, name: str, split: str, trained_on: set[str]) -> Question:
-    """The question with the metadata that the small set has."""
+    """The question with the metadata of the small set."""
     kept = {field: question.metadata[field] for field in _KEPT if field in question.metadata}
     metadata = {"dataset": name, "split": split, "published_split": question.metadata["split"], **kept}
     if split != "train":

@@ -1,4 +1,4 @@
-"""Builds index folders that survive being killed: what is done is on disk, and the same command goes on from there."""
+"""Builds index folders. Finished work is on disk, so after a kill the same command goes on where it was."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from agentic_rag_env.retrievers.index_folder import (
 from agentic_rag_env.retrievers.indexing.faiss_builder import build_index, default_index, measure_recall
 from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder, first_not_finite
 
-#: Announces a phase by name and number of items (None: unknown); gives what to call with further ones done.
+#: Announces a phase by its name and number of items (None: unknown). It yields a function that counts finished items.
 Phase: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 
-#: What the vectors in an index folder belong to.
+#: The file that says which corpus and encoder the vectors in an index folder belong to.
 _ENCODING = "encoding.json"
 
 
@@ -47,15 +47,16 @@ class DenseIndexConfig:
     """What a dense index is made of.
 
     Attributes:
-        encoder: See `build_encoder`.
+        encoder: The encoder, in a form that `build_encoder` accepts.
         index: A FAISS factory string (`Flat`, `IVF4096,Flat`, `IVF4096,PQ64`, `HNSW32`, `SQfp16`, ...), or `auto`: see
             `default_index`.
         dtype: Precision of the vectors on disk, `float32` or `float16` (half the size; the usual choice from a million
             passages on).
-        shard_size: Passages encoded between two savings; what a kill can cost. The files do not depend on it.
-        seed: Draws the vectors that the index is trained on and the queries of the recall report.
-        threads: For building the index. None: all, but one for a HNSW graph, since several build it in another way
-            every time.
+        shard_size: Number of passages encoded between two savings; a kill can cost so many. The files do not depend on
+            it.
+        seed: Seed of the vectors that the index is trained on and of the queries of the recall report.
+        threads: Number of threads that build the index. None: all threads, but one for an HNSW graph, since several
+            threads build another graph every time.
     """
 
     encoder: Any = "hashed_ngram"
@@ -79,13 +80,14 @@ def build_dense(
 ) -> dict[str, Any]:
     """Encode a corpus and index the vectors by FAISS.
 
-    The folder then holds `manifest.json`, `index.faiss`, `encoder.json` (what the encoder learned), `vectors/` (for
-    `dense` with `backend=torch`, and to build another kind of index without encoding again; it may be deleted) and, if
-    the corpus was no store, `corpus.arrow`. The files are the same whether or not the process was killed on the way.
+    The folder then holds `manifest.json`, `index.faiss`, `encoder.json` (what the encoder learned) and `vectors/`. It
+    also holds `corpus.arrow` if the corpus was no store. `vectors/` serves `dense` with `backend=torch`, and builds
+    another kind of index without encoding again; it may be deleted. The files are the same whether or not the process
+    was killed on the way.
 
     Args:
         corpus: A store, or a file that `passages_in` reads.
-        folder: Made if it is not there. An unfinished index in it is finished, another kind of index replaced.
+        folder: The folder, made if it is missing. An unfinished index in it is finished; another kind is replaced.
         config: The settings.
         phase: Shows progress.
 
@@ -133,7 +135,7 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
 
     Args:
         corpus: A store, or a file that `passages_in` reads.
-        folder: Made if it is not there.
+        folder: The folder, made if it is missing.
         config: The settings.
         phase: Shows progress.
 
@@ -144,7 +146,7 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
         ConfigurationError: The corpus holds no words, or the stemmer or the list of stop words is missing.
         DataError: The corpus is malformed, or another process builds in the folder.
     """
-    config.make_tokenizer().words(())  # so that what is missing is told before anything long is begun
+    config.make_tokenizer().words(())  # reports a missing library before anything long begins
     folder = Path(folder).expanduser()
     with _builder_of(folder):
         store = _corpus_store(corpus, folder, phase)
@@ -173,7 +175,7 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
 
 @contextmanager
 def _builder_of(folder: Path) -> Iterator[None]:
-    """Keep other builders out of a folder; the lock goes with the process."""
+    """Keep other builders out of a folder; the lock ends with the process."""
     from filelock import FileLock, Timeout
 
     try:
@@ -217,7 +219,7 @@ def _versions(library: str) -> dict[str, str]:
 
 
 def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a folder that holds what is asked for."""
+    """The manifest of a folder if it holds the index that is asked for, else None."""
     if not (folder / MANIFEST).exists():
         return None
     manifest = read_json(folder / MANIFEST)
@@ -226,7 +228,7 @@ def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _fitted_encoder(store: CorpusStore, folder: Path, spec: Any, phase: Phase) -> StoredEncoder:
-    """The encoder, with what it learns from the corpus; that is learned once."""
+    """The encoder, with what it learns from the corpus; it learns that only once."""
     encoder = build_encoder(spec)
     if not isinstance(encoder, StoredEncoder):
         raise ConfigurationError(
@@ -254,7 +256,7 @@ def _encode(
     manifest: dict[str, Any],
     phase: Phase,
 ) -> NDArray[np.floating]:
-    """The vectors of all passages, [n, dim], memory-mapped; those that are on disk already are not made again."""
+    """The vectors of all passages, [n, dim], memory-mapped; vectors that are on disk already are not made again."""
     whole = folder / VECTORS_FILE
     whole.parent.mkdir(exist_ok=True)
     belongs_to = {

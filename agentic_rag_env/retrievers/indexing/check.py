@@ -1,4 +1,4 @@
-"""Reads a corpus or an index whole and compares it with what was written down when it was made."""
+"""Reads a whole corpus or index, and compares it with the hashes that were written when it was made."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def check(path: str | Path, phase: Phase) -> str:
     """Check a file of passages, a store, or an index folder with its store.
 
     Args:
-        path: What is to be checked.
+        path: The file or folder to check.
         phase: Shows progress.
 
     Returns:
-        What was found, in one line.
+        The finding, in one line.
 
     Raises:
-        DataError: Something is missing, malformed or not what it was when it was made.
+        DataError: Something is missing, malformed, or has changed since it was made.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():

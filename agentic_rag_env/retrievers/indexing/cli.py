@@ -1,4 +1,4 @@
-"""Build what retrievers open at once: a store of passages, a BM25 index or a dense index; and check it.
+"""Build and check the files that retrievers open at once: a store of passages, a BM25 index or a dense index.
 
 agentic-rag-index store wiki-18.jsonl wiki-18.arrow
 agentic-rag-index bm25 wiki-18.arrow wiki-bm25 --stemmer english --stopwords english
@@ -8,8 +8,8 @@ agentic-rag-index dense wiki-18.arrow wiki-bge --index HNSW32 --encoder '{
     "query_prefix": "Represent this sentence for searching relevant passages: "}'
 agentic-rag-index check wiki-e5
 
-A corpus is a store or a file of passages: JSON lines, plain or compressed (.gz, .zst), Parquet or Arrow. A command that
-was killed goes on where it was when it is given again.
+A corpus is a store or a file of passages: JSON lines, plain or compressed (.gz, .zst), Parquet or Arrow. After a kill,
+give the same command again: it goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_
 from agentic_rag_env.retrievers.indexing.check import check
 from agentic_rag_env.terminal import print_line
 
-#: Without a terminal, a line is printed every so many seconds.
+#: Seconds between two lines of progress where there is no terminal.
 _LINE_EVERY_S = 30.0
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build what the command line asks for.
 
     Args:
-        arguments: Of the command line; None: those of the process.
+        arguments: Arguments of the command line; None: those of the process.
 
     Returns:
         Exit status: 0, or 2 where a setting or a file can't work.
@@ -91,14 +91,14 @@ def _report(folder: str, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show how far something is, with the time left: in a terminal by a bar, elsewhere by a line now and then.
+    """Show the progress of some work and the time left: in a terminal by a bar, elsewhere by a line now and then.
 
     Args:
         description: What is done.
-        total: How many there are; None: nobody knows.
+        total: Number of items; None: unknown.
 
     Yields:
-        To be called with the number of further ones done.
+        A function to call with the number of further items done.
     """
     if not sys.stdout.isatty() or find_spec("rich") is None:
         print(description + ("" if total is None else f" ({total})"), flush=True)

@@ -1,4 +1,4 @@
-"""The FAISS side of building an index: which kind, training, filling, and how much of the truth it finds."""
+"""Builds FAISS indexes: chooses the kind of index, trains it, fills it and measures its recall."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agentic_rag_env.retrievers.vectors.faiss_search import FaissSearch, import_
 from agentic_rag_env.retrievers.vectors.ranking import nearest
 from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 
-#: Up to so many passages `auto` is exact, and up to so many it keeps whole vectors.
+#: Most passages for which `auto` is exact, and most for which it keeps whole vectors.
 MAX_FLAT, MAX_WHOLE = 200_000, 2_000_000
 #: How an index searches unless a retriever says otherwise: lists of an IVF index, candidates of an HNSW graph.
 NPROBE, EF_SEARCH = 64, 128
@@ -29,9 +29,10 @@ _RECALL_QUERIES, _RECALL_WORDS, _RECALL_AT = 256, 8, (3, 10)
 def default_index(num_passages: int) -> str:
     """The factory string behind `auto`.
 
-    Up to 200,000 passages `Flat`: exact. Up to 2,000,000 `IVF<lists>,Flat`: whole vectors, of which a search sees a
-    share. Beyond that `IVF<lists>,SQ8`: a byte per number, so that 21 million passages of 768 take 16 GB. The number of
-    lists is the power of two nearest to four times the square root of the number of passages.
+    Up to 200,000 passages it is `Flat`, which is exact. Up to 2,000,000 it is `IVF<lists>,Flat`, which keeps whole
+    vectors; a search sees a share of them. Beyond that it is `IVF<lists>,SQ8`, with one byte per number: 21 million
+    passages with vectors of width 768 take 16 GB. The number of lists is the power of two nearest to four times the
+    square root of the number of passages.
     """
     lists = 2 ** round(math.log2(4 * math.sqrt(num_passages)))
     if num_passages <= MAX_FLAT:
@@ -50,8 +51,8 @@ def build_index(
 
     Args:
         vectors: [n, dim], may be memory-mapped.
-        factory: Of FAISS.
-        seed: Draws the training vectors.
+        factory: The factory string of FAISS.
+        seed: Seed that draws the training vectors.
         threads: See `DenseIndexConfig.threads`.
         phase: Shows progress.
 
@@ -95,11 +96,11 @@ def measure_recall(
     """The share of the truly nearest passages that an index finds as it stands.
 
     Args:
-        index: Of FAISS.
-        vectors: [n, dim], what it was built from.
+        index: The index of FAISS.
+        vectors: [n, dim], the vectors that it was built from.
         texts: [n], the passages. A query is a run of eight words from one of them.
-        encoder: For the queries.
-        seed: Draws passages and words.
+        encoder: The encoder of the queries.
+        seed: Seed that draws passages and words.
         phase: Shows progress.
 
     Returns:

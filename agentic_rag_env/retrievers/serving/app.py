@@ -1,4 +1,4 @@
-"""The server's HTTP: routes, and patience with slow clients."""
+"""The server's HTTP: its routes, and its limits for slow clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def make_app(service: Service, timeout_s: float) -> Any:
 
     Args:
         service: Answers the requests.
-        timeout_s: Longest wait for what is left of a request that has its answer already [seconds].
+        timeout_s: Longest wait for the rest of a request that has its reply already [seconds].
 
     Raises:
         ConfigurationError: The library `starlette` is missing.
@@ -65,10 +65,10 @@ def make_app(service: Service, timeout_s: float) -> Any:
 
 
 class _ReadingToTheEnd:
-    """Reads and drops what is left of a request before it is answered.
+    """Reads and drops the rest of a request before it is answered.
 
-    Many clients listen only after they have sent everything. And if a connection is closed while bytes of a request are
-    unread, the system resets it, and the client never sees why it was refused.
+    Many clients listen only after they have sent everything. If a connection is closed while bytes of a request are
+    unread, the system resets it. Then the client never sees why it was refused.
 
     Args:
         app: An ASGI application.
@@ -104,11 +104,11 @@ class _ReadingToTheEnd:
 
 
 def patient_protocol(timeout_s: float) -> type[asyncio.Protocol]:
-    """HTTP as uvicorn speaks it, but with an end to waiting for a request to arrive and for a reply to be taken.
+    """The HTTP protocol of uvicorn with two more limits: for a request to arrive, and for a client to take a reply.
 
-    uvicorn's own limits do not suffice: `timeout_keep_alive` begins after the first reply and ends with the first byte
-    of the next request, and nothing bounds the wait for a client that takes no bytes. Without the two timers here, a
-    client that sends one byte a minute, or reads none, holds a connection for ever.
+    uvicorn's own limits do not suffice. `timeout_keep_alive` begins after the first reply and ends with the first byte
+    of the next request. Nothing bounds the wait for a client that takes no bytes. Without the two timers here, a client
+    that sends one byte a minute, or reads none, holds a connection for ever.
 
     Args:
         timeout_s: Longest wait [seconds].
@@ -162,7 +162,7 @@ def patient_protocol(timeout_s: float) -> type[asyncio.Protocol]:
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """Stop a timer, if there is one; what to keep of it: nothing."""
+    """Stop a timer, if there is one, and return None in its place."""
     if timer is not None:
         timer.cancel()
     return None

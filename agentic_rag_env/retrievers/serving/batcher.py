@@ -1,4 +1,4 @@
-"""One search at a time for many clients at once: whatever waits is searched together."""
+"""Joins the queries of many clients into batches, and searches one batch at a time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from agentic_rag_env.types import Found
 
 logger = logging.getLogger(__name__)
 
-#: A query of more characters is long: it is searched alone. Those of search agents have 20 to 200.
+#: A query of more characters is long, and is searched alone. Queries of search agents have 20 to 200.
 LONG_QUERY_CHARS = 400
-#: Most characters of the queries of a batch: those of some 500 usual queries, so that no batch takes much longer.
+#: Most characters of all queries of a batch. Some 500 usual queries have so many, so no batch takes much longer.
 MAX_BATCH_CHARS = 2**15
 
 
@@ -37,7 +37,7 @@ class _Part:
         arrived: Time of arrival [seconds of the monotonic clock].
         done: Results, or what the search raised.
         is_long: Whether it is one long query.
-        num_chars: Of all queries.
+        num_chars: Number of characters in all queries.
     """
 
     queries: Sequence[str]
@@ -104,14 +104,14 @@ class Batcher:
         return 0.0 if self._searching_since is None else time.monotonic() - self._searching_since
 
     async def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
-        """Search, together with whoever else is waiting. Cancelled, it drops what is not being searched yet.
+        """Search together with all others who wait. If cancelled, drop the queries that are not being searched yet.
 
         Args:
-            queries: At least one and at most `max_batch`.
+            queries: The queries, at least one and at most `max_batch`.
             top_k: Most passages per query.
 
         Returns:
-            For each query, passages or its own failure.
+            Passages or its own failure for each query.
 
         Raises:
             BusyError: Too many queries wait already.
@@ -133,8 +133,8 @@ class Batcher:
         return [found[query] for query in queries]
 
     async def run(self) -> None:
-        """Form batches until cancelled; a batch in the making is dropped, so cancel once nobody waits."""
-        # A daemon: a search that hangs must not keep the process from ending.
+        """Form batches until cancelled. Cancel only when nobody waits, because an unfinished batch is dropped."""
+        # The thread is a daemon, because a search that hangs must not keep the process from ending.
         threading.Thread(target=self._work, name="search", daemon=True).start()
         try:
             while True:
@@ -169,7 +169,7 @@ class Batcher:
                 event.clear()
 
     async def _fill(self) -> None:
-        """Wait until a batch is full or its time has come; a long query waits for nobody."""
+        """Wait until a batch is full or its oldest part has waited long enough; a long query does not wait."""
         await self._arrived.wait()
         left_s = self._waiting[0].arrived + self._max_wait_s - time.monotonic()
         if self._expects_company and left_s > 0 and not self._waiting[0].is_long:
@@ -177,7 +177,7 @@ class Batcher:
                 await asyncio.wait_for(self._full.wait(), left_s)
 
     def _take(self) -> list[_Part]:
-        """A long query, or the oldest of the other parts and as many with its `top_k` as fit."""
+        """Take a long query, or the oldest of the other parts and as many parts with its `top_k` as fit."""
         long = [part for part in self._waiting if part.is_long]
         others = [part for part in self._waiting if not part.is_long]
         self._long_was_last = bool(long) and not (others and self._long_was_last)
@@ -227,7 +227,7 @@ class Batcher:
             job()
 
     def _outcomes(self, batch: Sequence[_Part]) -> list[list[Found] | Exception]:
-        """Results or failure of each request of a batch."""
+        """The results or the failure of each part of a batch."""
         try:
             return list(self._search_together(batch))
         except RetrieverError as error:
@@ -236,7 +236,7 @@ class Batcher:
             if len(batch) == 1:
                 logger.exception("The retriever failed for %.500r", list(batch[0].queries))
                 return [error]
-            # One query that the retriever cannot stomach must not cost the others their answers.
+            # One query that breaks the retriever must not cost the others their results.
             return [outcome for part in batch for outcome in self._outcomes([part])]
 
     def _search_together(self, batch: Sequence[_Part]) -> list[list[Found]]:

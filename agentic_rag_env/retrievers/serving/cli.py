@@ -46,7 +46,7 @@ def make_server(retriever: Retriever, config: ServerConfig, fingerprint: str | N
     Args:
         retriever: Where to search.
         config: The limits.
-        fingerprint: Of the retriever, for `/health`; None if it has none.
+        fingerprint: Fingerprint of the retriever, for `/health`; None if it has none.
 
     Raises:
         ConfigurationError: A library is missing.
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until stopped.
 
     Args:
-        arguments: Of the command line; None: those of the process.
+        arguments: Arguments of the command line; None: those of the process.
 
     Returns:
         Exit status: 0 after SIGTERM or Ctrl-C, 2 where a setting can't work.
@@ -156,7 +156,7 @@ def _corpus(path: str | None, dataset: Any) -> Sequence[Passage] | None:
 
 
 def _spec(name: str, settings: Sequence[str]) -> dict[str, Any]:
-    """Name and `key=value` settings as a mapping; dots lead into nested ones, values are JSON or else text."""
+    """A name and `key=value` settings as a mapping. Dots lead into nested mappings; values are JSON, or else text."""
     spec: dict[str, Any] = {"name": name}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _meanings(config: type) -> dict[str, str]:
-    """What the docstring of a dataclass says about each attribute."""
+    """The text in a dataclass's docstring about each attribute."""
     _, _, section = str(inspect.getdoc(config)).partition("Attributes:\n")
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: " ".join(meaning.split()) for name, meaning in entries}

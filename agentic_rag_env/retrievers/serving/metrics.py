@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Counts what a server does, for Prometheus."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class ServerMetrics:
         """Count a request to `/retrieve` that was answered.
 
         Args:
-            status: Of the reply.
-            seconds: From its first line to the reply.
+            status: Status of the reply.
+            seconds: Time from the first line of the request to the reply.
         """
         self._requests.labels(str(status)).inc()
         self._errors.inc(status >= 500)
@@ -71,7 +71,7 @@ class ServerMetrics:
 
 
 class _RetrieverStats:
-    """What the retriever has counted, asked when the metrics are read; a collector for Prometheus."""
+    """A collector for Prometheus of the retriever's counts, which it asks for when the metrics are read."""
 
     def __init__(self, stats: Callable[[], Mapping[str, int]]) -> None:
         self._stats = stats
@@ -84,5 +84,5 @@ class _RetrieverStats:
 
 
 def missing_library(error: ImportError) -> ConfigurationError:
-    """The error of a server whose libraries are not installed."""
+    """The error for a server whose libraries are not installed."""
     return ConfigurationError(f"agentic-rag-serve needs {error.name}: pip install 'agentic-rag-env[serve]'.")

@@ -1,4 +1,4 @@
-"""What the server answers to each request, whatever carries it."""
+"""Answers the requests to the server, apart from HTTP."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ServerConfig:
-    """Where a server listens and what it puts up with.
+    """Where a server listens, and its limits.
 
     Attributes:
         host: Address to listen on; the default can be reached from this machine only.
-        port: To listen on; 0 takes a free one.
-        top_k: Passages per query where a request does not say.
+        port: Port to listen on; 0 takes a free one.
+        top_k: Number of passages per query where a request does not say.
         max_top_k: Most passages per query that a request may ask for.
         max_batch: Most queries of a request, and of the batch to which concurrent requests are joined.
-        max_wait_ms: Longest wait of a request for company while nothing is searched; a client that is alone waits only
-            the first time [milliseconds].
+        max_wait_ms: Longest wait of a request for others to join its batch while nothing is searched; a client that is
+            alone waits only the first time [milliseconds].
         max_waiting: Most queries that wait for a search; further requests are refused with status 503.
         max_query_chars: Most characters of a query.
         max_body_bytes: Most bytes of a request.
@@ -71,8 +71,8 @@ class RequestError(Exception):
     """A request that cannot be answered.
 
     Args:
-        status: Of the reply.
-        message: For the client.
+        status: Status of the reply.
+        message: Message for the client.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -85,8 +85,8 @@ class RetrieveRequest:
     """What a request asks for.
 
     Attributes:
-        queries: In their order; in the place of one that is too long, the error.
-        top_k: Passages per query.
+        queries: The queries in their order; a query that is too long is replaced by its error.
+        top_k: Number of passages per query.
         return_scores: Whether documents come with their scores.
         return_errors: Whether the failure of a query is its own result; otherwise the request fails.
     """
@@ -101,7 +101,7 @@ def parse_request(body: bytes, config: ServerConfig) -> RetrieveRequest:
     """Read the body of a request to `/retrieve`; unknown fields are ignored.
 
     Raises:
-        RequestError: 400, it is not JSON; 422, a field has another type or is over its limit.
+        RequestError: The body is not JSON (400), or a field has another type or is over its limit (422).
     """
     try:
         given = json.loads(body)
@@ -150,7 +150,7 @@ def _not_too_long(query: str, number: int, limit: int) -> str | RetrieverError:
 
 
 def format_reply(found: Sequence[Found], return_scores: bool) -> bytes:
-    """The body of a reply: for each query a list of documents with their scores or of bare documents, or its error."""
+    """The body of a reply: for each query a list of documents, with or without scores, or the query's error."""
 
     def item(passage: Passage) -> dict[str, Any]:
         document = {"id": passage.id, "contents": passage.contents}
@@ -169,7 +169,7 @@ class Service:
     Args:
         retriever: Where to search.
         config: The limits.
-        fingerprint: Of the retriever; None if it has none.
+        fingerprint: Fingerprint of the retriever; None if it has none.
     """
 
     def __init__(self, retriever: Retriever, config: ServerConfig, fingerprint: str | None = None) -> None:
@@ -200,12 +200,12 @@ class Service:
         """Answer a request to `/retrieve`.
 
         Args:
-            chunks: Its body, as it arrives.
-            length: Its header `Content-Length`.
-            client_left: Waits until nobody waits for the reply any more; called once the body has arrived.
+            chunks: Pieces of the request's body, as they arrive.
+            length: The request's header `Content-Length`.
+            client_left: Returns when nobody waits for the reply any more; called once the body has arrived.
 
         Returns:
-            Status and body, JSON.
+            The status and the body in JSON.
         """
         start = time.monotonic()
         try:

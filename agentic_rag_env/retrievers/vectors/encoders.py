@@ -1,4 +1,4 @@
-"""What a text encoder for dense search is, how one is named, and whether it is the one that an index was built with."""
+"""Defines the protocol of text encoders for dense search, makes them by name, and finds the encoder of an index."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Encoder(Protocol):
     """Turns texts into vectors whose inner product measures relevance."""
 
     def fit(self, passages: Sequence[str]) -> None:
-        """Learn what there is to learn from the corpus, before anything is encoded; a pretrained model does nothing."""
+        """Learn from the corpus before anything is encoded; a pretrained model does nothing."""
         ...
 
     def encode_passages(self, passages: Sequence[str]) -> NDArray[np.float32]:
@@ -36,23 +36,23 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class StoredEncoder(Encoder, Protocol):
-    """An encoder that an index on disk can be built with: it says what it is and hands over what it has learned."""
+    """An encoder that can build an index on disk: it tells its identity and hands over what it has learned."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides the vectors, weights included, but not of device and precision."""
+        """Hash of all that decides the vectors, weights included; device and precision don't count."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """What `build_encoder` makes an equal encoder from, on another machine too."""
+        """The settings from which `build_encoder` makes an equal encoder, on another machine too."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What `fit` has learned, as plain data."""
+        """The plain data that `fit` has learned."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what another one has learned, instead of `fit`."""
+        """Take over what another encoder has learned, instead of `fit`."""
         ...
 
 
@@ -60,7 +60,7 @@ def build_encoder(spec: Any) -> Encoder:
     """Make an encoder from a registered name, a mapping with `name` or `model`, or a model's folder or hub id.
 
     Raises:
-        UnknownNameError: A word that is neither a registered name nor a folder nor a hub id.
+        UnknownNameError: The word is no registered name, no folder and no hub id.
         ConfigurationError: The settings do not fit.
     """
     if isinstance(spec, Mapping) and "name" not in spec and "model" in spec:
@@ -74,12 +74,12 @@ def encoder_of_index(manifest: Mapping[str, Any], given: Any) -> Encoder:
     """The encoder that an index was built with.
 
     Args:
-        manifest: Of the index.
-        given: An encoder, or what `build_encoder` makes one from, where the manifest's is elsewhere; or None.
+        manifest: Manifest of the index.
+        given: An encoder, or settings for `build_encoder`, where the manifest's encoder lies elsewhere; or None.
 
     Raises:
-        ConfigurationError: It cannot be made.
-        DataError: It is not the one that the index was built with.
+        ConfigurationError: The encoder cannot be made.
+        DataError: The encoder is not the one that the index was built with.
     """
     built_with = manifest["encoder"]
     encoder = build_encoder(built_with["settings"] if given is None else given)

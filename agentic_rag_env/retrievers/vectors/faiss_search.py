@@ -1,4 +1,4 @@
-"""FAISS indexes as searches over vectors, on the CPU or GPUs, and opening them."""
+"""Opens FAISS indexes and makes them searches over vectors, on the CPU or GPUs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.retrievers.vectors.ranking import SCORE_DECIMALS, Candidates
 from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 
-#: What FAISS on a GPU returns at most for a query.
+#: Most rows that FAISS on a GPU returns for a query.
 _MAX_GPU_CANDIDATES = 2048
-#: The two wheels share a folder, so that one breaks the other: whichever there is must be removed first.
+#: The two wheels share a folder, so one breaks the other. The installed one must be removed first.
 _HOW_TO_INSTALL = (
     "Run `pip uninstall faiss-cpu faiss-gpu-cu12`, then pip install 'agentic-rag-env[faiss]' or, for GPUs, "
     "'agentic-rag-env[faiss-gpu]', never both."
@@ -30,7 +30,7 @@ def faiss_search(
     """A FAISS index as a `VectorSearch`.
 
     Args:
-        index: Of inner products, on the CPU.
+        index: An index of inner products on the CPU.
         device: See `DenseConfig`.
         nprobe: See `DenseConfig`.
         ef_search: See `DenseConfig`.
@@ -61,12 +61,12 @@ class FaissSearch:
 
 
 class FlatSearch(FaissSearch):
-    """A flat FAISS index on the CPU: FAISS itself for few queries, torch, where it is installed, for many.
+    """A flat FAISS index on the CPU: FAISS searches for few queries, torch for many where it is installed.
 
-    For many queries FAISS takes two to five times as long (`benchmarks/test_retrieval.py`); both give the same ranking.
+    For many queries FAISS takes two to five times as long (`benchmarks/test_retrieval.py`). Both rank the same.
     """
 
-    #: From how many queries on the matrix products are faster.
+    #: Number of queries from which on matrix products are faster.
     MANY = 12
 
     def propose(self, queries: NDArray[np.float32], count: int) -> Candidates:
@@ -87,7 +87,7 @@ class FaissGpuSearch:
         devices: `cuda`, or GPUs by number: `cuda:0,cuda:1`.
 
     Raises:
-        ConfigurationError: This FAISS cannot, or there are no such GPUs.
+        ConfigurationError: This FAISS cannot use GPUs, or there are no such GPUs.
     """
 
     #: Twice the rounding of float16, for vectors of length 1.
@@ -122,10 +122,10 @@ class FaissGpuSearch:
 
 
 def import_faiss(user: str) -> Any:
-    """The library.
+    """Import the library FAISS.
 
     Raises:
-        ConfigurationError: It is missing, or only remains of it are left.
+        ConfigurationError: FAISS is missing, or only remains of it are left.
     """
     try:
         import faiss
@@ -161,7 +161,7 @@ def read_index(file: Path) -> Any:
 
     Raises:
         ConfigurationError: The library is missing.
-        DataError: It is no FAISS index of inner products.
+        DataError: The file is no FAISS index of inner products.
     """
     faiss = import_faiss("dense")
     try:

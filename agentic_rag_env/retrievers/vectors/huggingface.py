@@ -22,11 +22,11 @@ class HuggingFaceConfig:
     Attributes:
         model: Folder or hub id, such as `intfloat/e5-base-v2`.
         pooling: `mean` over the tokens, or `cls` for the first token.
-        query_prefix: Put before each query.
-        passage_prefix: Put before each passage.
-        max_length: Tokens kept of each text, prefix included.
-        batch_size: Texts encoded at once.
-        device: Such as `cpu` or `cuda:0`; None chooses a GPU if there is one.
+        query_prefix: Text put before each query.
+        passage_prefix: Text put before each passage.
+        max_length: Most tokens kept of each text, prefix included.
+        batch_size: Number of texts encoded at once.
+        device: Device of the model, such as `cpu` or `cuda:0`; None chooses a GPU if there is one.
         dtype: `float32`, `float16` or `bfloat16`; None chooses bfloat16 on a GPU and float32 elsewhere.
     """
 
@@ -45,13 +45,13 @@ class HuggingFaceEncoder:
     """Encodes with the last hidden states of a transformer, pooled and scaled to length 1.
 
     Args:
-        config: Model and the way it wants to be used.
+        config: The model and how to use it.
 
     Raises:
         ConfigurationError: A setting is out of range, torch or transformers is missing, or the model cannot be loaded.
 
     Attributes:
-        precision: In which the vectors are computed, such as `torch.float32`.
+        precision: Precision in which the vectors are computed, such as `torch.float32`.
     """
 
     def __init__(self, config: HuggingFaceConfig) -> None:
@@ -84,7 +84,7 @@ class HuggingFaceEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """See `StoredEncoder`. The place of the model is no part of it."""
+        """See `StoredEncoder`. It does not depend on where the model lies."""
         settings = {key: value for key, value in self.settings().items() if key != "model"}
         return hash_of([settings, self._weights_hash, self._vocabulary_hash])
 
@@ -101,7 +101,7 @@ class HuggingFaceEncoder:
         """See `StoredEncoder`."""
 
     def fit(self, passages: Sequence[str]) -> None:
-        """Nothing to learn: the model is pretrained."""
+        """Do nothing, because the model is pretrained."""
 
     def encode_passages(self, passages: Sequence[str]) -> NDArray[np.float32]:
         """See `Encoder`."""

@@ -1,4 +1,4 @@
-"""Exact ranking of what an approximate or rounding search proposes, the same for every way of searching."""
+"""Ranks the proposals of an approximate or rounding search exactly, the same for every way of searching."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class VectorSearch(Protocol):
     """Proposes candidates.
 
     Attributes:
-        num_rows: How many there are.
+        num_rows: Number of rows.
         dim: Width of the vectors.
         tolerance: Most by which a proposed score may differ from the inner product of the vectors.
     """
@@ -45,20 +45,20 @@ class VectorSearch(Protocol):
     tolerance: float
 
     def propose(self, queries: NDArray[np.float32], count: int) -> Candidates:
-        """The `count` best rows, as far as the search can tell, for queries [n, dim]."""
+        """Propose the `count` best rows for queries [n, dim], as far as the search can tell."""
         ...
 
 
 def nearest(search: VectorSearch, queries: NDArray[np.float32], top_k: int) -> list[Ranking]:
     """Rank rows by their inner products with queries; equal scores are in the order of the rows.
 
-    What the search proposes is scored again, so that neither the size of a batch nor the way of computing shows in a
-    result. Where a row that was not proposed could score as high as the last of the best, more rows are asked for.
+    The proposed rows are scored again, so that a result depends neither on the size of a batch nor on the way of
+    computing. If a row that was not proposed could score as high as the last of the best, more rows are asked for.
 
     Args:
-        search: Proposes rows.
+        search: The search that proposes rows.
         queries: [n, dim].
-        top_k: How many to return, at least 1.
+        top_k: Number of rows to return, at least 1.
     """
     best: list[Ranking] = [[] for _ in queries]
     pending = np.arange(len(queries))

@@ -52,7 +52,7 @@ class TorchSearch:
         self.tolerance = 10.0**-SCORE_DECIMALS + self._rounding
 
     def _held(self, rows: NDArray[np.floating], device: Any) -> Any:
-        """A block as it is searched; adds up what its rounding may change."""
+        """Put a block into the form that is searched; add up what its rounding may change."""
         import torch
 
         whole = torch.from_numpy(rows) if rows.flags.writeable else _from_read_only(rows)

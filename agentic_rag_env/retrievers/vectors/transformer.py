@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers that a retriever reads texts with: loading them, and telling them apart."""
+"""Loads the models of Hugging Face transformers with which a retriever reads texts, and tells them apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Pretrained(NamedTuple):
     """A model on the CPU in the precision of its file, so that a hash of it does not depend on where it is used.
 
     Attributes:
-        tokenizer, model: Of transformers.
+        tokenizer, model: The objects of transformers.
         missing: Names of the weights that are not in the file and therefore random.
         device, dtype: Where and in which precision the model is to be used.
     """
@@ -33,9 +33,9 @@ def load_pretrained(
     Args:
         auto_class: Name of the class of transformers that makes the model.
         model: Folder or hub id.
-        device: Such as `cpu` or `cuda:0`; None chooses a GPU if there is one.
+        device: Device of the model, such as `cpu` or `cuda:0`; None chooses a GPU if there is one.
         dtype: `float32`, `float16` or `bfloat16`; None chooses bfloat16 on a GPU and float32 elsewhere.
-        user: Who needs it, for errors.
+        user: The part that needs it, for errors.
         without_libraries: Error where torch or transformers is missing.
 
     Raises:
@@ -62,7 +62,7 @@ def load_pretrained(
 
 
 def hash_of_weights(weights: Mapping[str, Any], without: Set[str] = frozenset()) -> str:
-    """Hash of named tensors, but for some names: those that were not in the file and are random."""
+    """Hash of named tensors without those that were not in the file and are therefore random."""
     import torch
 
     digest = hashlib.blake2b(digest_size=16)
