@@ -251,7 +251,7 @@ class Learner:
     def _chunks(
         self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, hidden: Tensor
     ) -> Iterator[tuple[slice, Tokens, Tensor]]:
-        """Yield for each chunk which tokens it has, what a loss may read of them, and the leaf [n, d] of the gradient."""
+        """Yield for each chunk which tokens it has, what a loss may read, and the leaf [n, d] of the gradient."""
         teacher_hidden = None
         if "teacher_logits" in self.algorithm.needs:
             with torch.no_grad():
