@@ -105,7 +105,7 @@ class _Layer:
         )
 
     def update(self, cache: EpisodeCache, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write at the columns that the cache names, and return the rows as far as they are in use."""
+        """Write at the columns that the cache names, and return the used columns of the rows."""
         if cache.length > self.keys.shape[2]:
             self.keys, self.values = (_grow(stored, cache.length) for stored in (self.keys, self.values))
         columns = cache.columns[:, None, :, None]
