@@ -138,7 +138,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int, int], None
 
 
 def without_surrogates(text: str) -> str:
-    r"""Text with halves of surrogate pairs, which no file can hold, written out as `\udc80`."""
+    r"""Write halves of surrogate pairs, which no file can hold, as `\udc80`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -351,5 +351,5 @@ class Trainer:
 
 
 def _hand_over(algorithm: Algorithm) -> float | None:
-    """Exact match at which a stage ends early; None: it does not."""
+    """Exact match at which a stage ends early; None: it does not end early."""
     return algorithm.config.hand_over_exact_match if isinstance(algorithm.config, DemonstrationConfig) else None
