@@ -77,7 +77,7 @@ class Expert(Authored):
 def is_honest(text: str, dialogue: Dialogue) -> bool:
     """Whether a turn says only what could be known when it was written.
 
-    Every word of a query stands in the question or in an observation; an answer stands in an observation as a whole.
+    Every word of a query stands in the question or in an observation. An answer stands in an observation as a whole.
     """
     action = parse_action(text)
     if isinstance(action, Search):
