@@ -4,9 +4,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-#: The files here that are commands; every other one is an algorithm.
+#: The files here that are commands. Every other file is an algorithm.
 COMMANDS = frozenset({"run", "evaluate", "compare", "show", "ask"})
-#: The packages of the extra `train` whose absence would show as an unexplained import error.
+#: The packages of the extra `train`. Without a check, a missing one would show as an unexplained import error.
 _NEEDED = ("hydra", "jinja2", "safetensors", "tensorboard", "tokenizers", "torch", "transformers")
 
 if _missing := [name for name in _NEEDED if find_spec(name) is None]:

@@ -42,10 +42,11 @@ def ask(config: RunConfig, questions: Iterator[str] | Sequence[str], show: Calla
 
     Args:
         config: The settings; `model.policy` is the model, `dataset` brings the passages.
-        questions: In plain words; asked for one by one.
-        show: Called with a text as soon as it is there, and with what it is: "note", "action", "observation", "answer".
+        questions: Questions in plain words, taken one by one.
+        show: Called with each text as soon as it exists, and with its kind: "note", "action", "observation" or
+            "answer".
     """
-    # Here and not above: what does not play, such as --help and a typo, need not wait for torch.
+    # Imported here, so that --help and the report of a typo need not wait for torch.
     import torch
     from gymnasium.vector import AutoresetMode
 
@@ -58,13 +59,13 @@ def ask(config: RunConfig, questions: Iterator[str] | Sequence[str], show: Calla
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.learner.precision == "auto" and not torch.cuda.is_available():
-        config.learner.precision = "float32"  # token by token, casting the weights costs more than it saves
+        config.learner.precision = "float32"  # token by token, a cast costs more than it saves
     networks = Networks(config)
     corpus = DATASETS.build(config.dataset).corpus
     retriever = RETRIEVERS.build(config.retriever, corpus=corpus)
     show(f"{config.model.policy} on {networks.device}, {networks.precision}, greedy\n", "note")
     for text in questions:
-        # Nobody knows the right answer: what is scored against the empty one is not shown.
+        # Nobody knows the right answer, so the scores against the empty one are not shown.
         asked = QuestionSet("asked", [Question("asked", text, ("",))], corpus)
         envs = ENVS.build(
             config.env,
@@ -75,7 +76,7 @@ def ask(config: RunConfig, questions: Iterator[str] | Sequence[str], show: Calla
             reward=config.reward,
             tokenizer=PlainEncoder(networks.tokenizer),
         )
-        # Any: it stands in for the environments, of which the player asks no more than `TextEnvs` says.
+        # Any: it stands in for the environments, and the player uses only what `TextEnvs` declares.
         watched: Any = _Watched(envs, show)
         played, _ = networks.player(networks.policy, watched).rollout([0], seed=(config.seed,))
         show(_verdict(played[0].turns[-1].info), "answer")
@@ -131,11 +132,11 @@ def _print(text: str, kind: str) -> None:
 
 
 def _quoted(argument: str) -> str:
-    """A question as Hydra reads it: whatever stands in it is text, and no grammar."""
+    """Quote a question so that Hydra reads all of it as text and none of it as grammar."""
     key, sign, text = argument.partition("=")
     if key != "question" or not sign:
         return argument
-    # Backslashes are doubled where they would escape something: an interpolation, a quote, the quote behind the text.
+    # Backslashes are doubled where they would escape an interpolation, a quote, or the closing quote.
     escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", escaped)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)

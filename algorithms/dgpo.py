@@ -4,13 +4,13 @@ Paper: Kotoge et al., "Can Compact Language Models Search Like Agents? Distillat
     Preserving Agentic RAG Capabilities", arXiv:2508.20324.
 Sampled: by the policy, afresh in every step, after a cold start by `kd`.
 Needed: a critic, and the teacher's log-probabilities of the policy's own tokens.
-Credit: as in `ppo`, from r_t = c 1[t = last] - (1 - c) kl_coef (log q(y_t) - log p(y_t)), where c is 1 if the answer
-    matches exactly and 0 otherwise, no answer included; q is the policy that sampled, p the teacher.
+Credit: as in `ppo`, from r_t = c 1[t = last] - (1 - c) kl_coef (log q(y_t) - log p(y_t)). c is 1 if the answer matches
+    exactly, and 0 if it does not or if there is none. q is the policy that sampled, p the teacher.
 Loss: as in `ppo`.
 
-Differs from the paper: wrong is what the environment calls wrong, not what has a small reward, and another reward than
-exact match takes the place of the first c only; the KL estimate is the k1 of the authors' code, of
-KL(policy || teacher), which has a sign and is not clamped unless kl_clip is set; time skips the environment's tokens.
+Differs from the paper: the environment decides which trajectories are wrong, not the size of the reward. A reward other
+than exact match replaces the first c only. The KL estimate is k1 of KL(policy || teacher), as in the authors' code: it
+has a sign, and is clamped only if kl_clip is set. Time skips the environment's tokens.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class DGPOConfig(PPOConfig):
     """Settings of `DGPO`.
 
     Attributes:
-        anchor: The teacher; "reference" leaves the form and takes the teacher away.
+        anchor: Whom the KL penalty pulls towards. "teacher" is DGPO; "reference" keeps the same loss without a teacher.
         selective: Penalize wrong trajectories only; False: all of them (the paper's ablation "uniform KL").
-        length_neutral: Divide the penalty of a trajectory by its number of model-written tokens and multiply it by
-            their mean over the penalized ones, so that at equal KL per token a short one costs as much as a long one.
+        length_neutral: Divide the penalty of a trajectory by its number of model-written tokens, and multiply it by
+            the mean of this number over the penalized ones. At equal KL per token, short and long then cost the same.
     """
 
     anchor: str = "teacher"
@@ -45,12 +45,12 @@ class DGPOConfig(PPOConfig):
 
 @ALGORITHMS.register("dgpo", DGPOConfig)
 class DGPO(PPO):
-    """PPO whose KL penalty pulls towards the teacher, and only what went wrong."""
+    """PPO whose KL penalty pulls wrong trajectories, and only these, towards the teacher."""
 
     config: DGPOConfig
 
     def penalty_weights(self, batch: Batch) -> Tensor:
-        """1 for wrong trajectories, or for all if not `selective`, and 0 for the others; by length if so set; [B]."""
+        """Weights [B]: 1 for wrong trajectories (all, if not `selective`), else 0; scaled if `length_neutral`."""
         weights = (~batch.correct).to(batch.rewards.dtype) if self.config.selective else super().penalty_weights(batch)
         if not self.config.length_neutral:
             return weights
@@ -59,5 +59,5 @@ class DGPO(PPO):
         return weights * mean_length / lengths.clamp(min=1)
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
-        """PPO's, and `wrong_fraction`: the share of wrong trajectories."""
+        """Figures of PPO, and `wrong_fraction`: the share of wrong trajectories."""
         return {**super().step_metrics(batch), "wrong_fraction": 1.0 - float(batch.correct.float().mean())}

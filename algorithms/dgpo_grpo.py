@@ -1,13 +1,13 @@
 """Distillation-guided policy optimization with groups in place of a critic.
 
-Paper: the ablation "w/ GRPO" of Kotoge et al., arXiv:2508.20324, which collapses there after some 265 steps.
+Paper: the ablation "w/ GRPO" of Kotoge et al., arXiv:2508.20324. It collapses there after some 265 steps.
 Sampled: by the policy, afresh in every step, several times for each question, after a cold start by `kd`.
 Needed: the teacher's log-probabilities of the policy's own tokens.
-Credit: as in `grpo`, of exact match.
-Loss: as in `grpo`, with the KL estimate pulling towards the teacher, and only where the answer is wrong.
+Credit: as in `grpo`, from exact match.
+Loss: as in `grpo`, but the KL estimate pulls towards the teacher, and only where the answer is wrong.
 
-Differs from the paper: how it puts the teacher's penalty into GRPO is not public; here it stands where GRPO has its
-own, in the loss.
+Differs from the paper: the paper does not say how it puts the teacher's penalty into GRPO. Here the penalty stands in
+the loss, in the place of GRPO's own.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class DGPOGRPOConfig(GRPOConfig):
 
 @ALGORITHMS.register("dgpo_grpo", DGPOGRPOConfig)
 class DGPOGRPO(GRPO):
-    """GRPO whose KL estimate pulls towards the teacher, and only what went wrong."""
+    """GRPO whose KL estimate pulls wrong trajectories, and only these, towards the teacher."""
 
     config: DGPOGRPOConfig
 
     def pays(self, correct: Tensor) -> Tensor:
-        """Wrong trajectories and their tokens, [n] bool."""
+        """Select wrong trajectories and their tokens, [n] bool."""
         return ~correct

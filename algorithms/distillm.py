@@ -1,15 +1,15 @@
-"""DistiLLM: skew divergences, and the student's own trajectories only as soon as, and as often as, they help.
+"""DistiLLM: skew divergences, and a share of the student's own trajectories that grows only when it helps.
 
 Paper: Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", arXiv:2402.03898, eqs. 4-5 and
     algorithm 1.
-Sampled: each batch by the teacher, as in `sft`, or with a growing probability by the policy: afresh, or drawn from the
-    last `replay_capacity` such trajectories; after a start by `sft`, for the reason that `gkd` has.
+Sampled: each batch by the teacher, as in `sft`, or with a growing probability by the policy. The policy's trajectories
+    are fresh, or drawn from its last `replay_capacity` ones. A warm start by `sft` goes before, as in `gkd`.
 Needed: the logits of student and teacher over their shared vocabulary; held-out demonstrations.
 Credit: every token that the sampling model wrote, equally.
 Loss: KL(p || alpha p + (1 - alpha) q), or KL(q || (1 - alpha) p + alpha q), with teacher p and student q.
 
-Differs from the paper: no language-modelling loss on pre-training text, of which there is none here; the loss whose
-rise raises the share of the policy's trajectories is that on held-out demonstrations.
+Differs from the paper: there is no language-modelling loss, because there is no pre-training text here. The share of
+the policy's trajectories rises when the loss on held-out demonstrations does.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class DistiLLMConfig(SFTConfig):
         divergence: "skew_forward" or "skew_reverse".
         skew_alpha: Share of the first distribution in the mixture that it is compared with.
         replay_capacity: Trajectories of the policy kept for replay.
-        fresh_schedule: How the probability of sampling afresh, given the share phi of the policy's batches, goes with
-            the share x of the training done: "decreasing" phi (1 - x), "increasing" phi x, "constant" phi / 2. While
-            the replay is not full, all of phi is sampled afresh.
+        fresh_schedule: Probability of sampling afresh, where phi is the share of the policy's batches and x the share
+            of the training done: "decreasing" phi (1 - x), "increasing" phi x, "constant" phi / 2. While the replay is
+            not full, it is phi.
         tolerance: Rise of the validation loss that raises phi.
-        share_increment: By how much.
-        sampling_temperature: Of the policy's trajectories; the loss is at the run's temperature.
+        share_increment: What is added to phi each time.
+        sampling_temperature: Temperature of the policy's trajectories; the loss is at the run's temperature.
     """
 
     num_validation: int = 32
@@ -87,7 +87,7 @@ class DistiLLM(SFT):
         self._last_loss: float | None = None
 
     def source(self, progress: Progress, rng: np.random.Generator) -> str:
-        """Algorithm 1: the policy afresh, replay, or the teacher."""
+        """Draw by algorithm 1 whether the policy samples afresh, a replay is used, or the teacher's trajectories."""
         draw, share = rng.random(), self.policy_share
         schedule = {"decreasing": 1 - progress.fraction, "increasing": progress.fraction, "constant": 0.5}
         if draw < share * schedule[self.config.fresh_schedule] or (draw < share and not progress.replay_is_full):
@@ -99,7 +99,7 @@ class DistiLLM(SFT):
         return _DIVERGENCES[self.config.divergence](tokens.logits, tokens.teacher_logits, self.config.skew_alpha)
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
-        """`policy_share`: probability that a batch is the policy's."""
+        """Figure `policy_share`: the probability that a batch is the policy's."""
         return {"policy_share": self.policy_share}
 
     def after_validation(self, loss: float) -> None:
@@ -111,9 +111,9 @@ class DistiLLM(SFT):
             self._last_loss = loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The share, and the loss that it was last raised at."""
+        """The share, and the loss at which it was last raised."""
         return {"policy_share": self.policy_share, "last_loss": self._last_loss}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.policy_share, self._last_loss = state["policy_share"], state["last_loss"]

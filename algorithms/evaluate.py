@@ -30,7 +30,7 @@ class Found:
 
     Attributes:
         model: Folder in Hugging Face format, bundled name or hub id.
-        settings: Of the run that it comes from; empty if it comes from none.
+        settings: Settings of the run that it comes from; empty if it comes from none.
     """
 
     model: str
@@ -53,15 +53,15 @@ def _main(config: DictConfig) -> None:
 
 
 def find(name: str | None, cache_dir: str = RunConfig.cache_dir) -> Found:
-    """The model behind a name, and the run that it comes from.
+    """Find the model behind a name, and the run that it comes from.
 
     Args:
-        name: A run directory, which stands for its newest complete checkpoint; a folder in Hugging Face format, be it
+        name: A run directory, which stands for its newest complete checkpoint; a folder in Hugging Face format, such as
             `checkpoints/<step>` of a run; a `.gguf` file; a bundled name; or a hub id.
         cache_dir: Where folders of `.gguf` files are kept.
 
     Raises:
-        ConfigurationError: The name is missing, or a folder or file that is none of these.
+        ConfigurationError: The name is missing, or names a folder or file of another kind.
     """
     if not name or name == "???":
         raise ConfigurationError("checkpoint=... is missing; give a run directory, a Hugging Face folder or a hub id.")
@@ -91,7 +91,7 @@ def find(name: str | None, cache_dir: str = RunConfig.cache_dir) -> Found:
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
-    """The settings saved in a run directory, as far as they have the form of settings."""
+    """Read the settings saved in a run directory, and leave out what does not have the form of settings."""
     settings = read_settings(run_dir)
     for group in ("algo", "env", "dataset", "retriever", "reward", "rollout", "learner"):
         section = settings.get(group, {})
@@ -102,7 +102,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 
 
 def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
-    """Let a model play a split in every mode of decoding; no teacher is ever loaded.
+    """Let a model play a split in every mode of decoding. No teacher is loaded.
 
     Args:
         config: The settings; `model.policy` is the model, `dataset.split` what it plays.
@@ -111,7 +111,7 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
     Returns:
         The summary, as `summary.json` holds it.
     """
-    # Here and not above: what does not measure, such as --help and a typo, need not wait for torch.
+    # Imported here, so that --help and the report of a typo need not wait for torch.
     import torch
 
     from algorithms.training import evaluation

@@ -2,15 +2,16 @@
 
 Paper: Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
     arXiv:2306.13649, eq. 1 and algorithm 1.
-Sampled: each batch by the policy, afresh, with probability `on_policy_fraction`, else by the teacher, as in `sft`;
-    after a start by `sft`, without which the bounded divergence does not teach what the student gives no probability.
+Sampled: each batch by the policy, afresh, with probability `on_policy_fraction`, else by the teacher, as in `sft`.
+    After a warm start by `sft`: the divergence is bounded, so it hardly teaches tokens to which the raw student gives
+    almost no probability.
 Needed: the logits of student and teacher over their shared vocabulary.
-Credit: every token that the sampling model wrote, equally; nothing flows back through the sampling.
+Credit: every token that the sampling model wrote, equally. No gradient flows through the sampling.
 Loss: generalized Jensen-Shannon divergence, jsd_beta KL(p || m) + (1 - jsd_beta) KL(q || m), m = jsd_beta p +
     (1 - jsd_beta) q, with teacher p and student q.
 
-Differs from the paper: averaged over tokens instead of over sequences (loss_reduction=seq-mean is the paper's). At
-jsd_beta 0 and 1, where the formula vanishes, the loss is KL(p || q) and KL(q || p).
+Differs from the paper: the loss is averaged over tokens instead of over sequences (loss_reduction=seq-mean is the
+paper's). At jsd_beta 0 and 1, where the formula vanishes, the loss is KL(p || q) and KL(q || p).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class GKDConfig(SFTConfig):
         jsd_beta: Weight of the teacher in the divergence; 0: forward KL, 1: reverse KL.
         on_policy_fraction: Probability that a batch is written by the policy; at 1 no demonstrations are collected, and
             `num_demonstrations` still says how long `epochs` are.
-        sampling_temperature: Of the policy's trajectories; the loss is at the run's temperature.
+        sampling_temperature: Temperature of the policy's trajectories; the loss is at the run's temperature.
     """
 
     jsd_beta: float = 0.5
@@ -68,11 +69,11 @@ class GKD(SFT):
         super().__init__(config)
 
     def num_steps(self, num_demonstrations: int) -> int:
-        """As many as SFT's, fresh rollouts included."""
+        """As many steps as SFT takes, those on fresh rollouts included."""
         return super().num_steps(num_demonstrations if "teacher" in self.trains_on else self.config.num_demonstrations)
 
     def source(self, progress: Progress, rng: np.random.Generator) -> str:
-        """The policy with probability `on_policy_fraction`."""
+        """Choose the policy with probability `on_policy_fraction`, else the teacher."""
         return "policy" if rng.random() < self.config.on_policy_fraction else "teacher"
 
     def token_loss(self, tokens: Tokens) -> Tensor:

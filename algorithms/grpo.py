@@ -4,13 +4,14 @@ Paper: Shao et al., "DeepSeekMath", arXiv:2402.03300, section 4.1; for search ag
     arXiv:2503.09516.
 Sampled: by the policy, afresh in every step, `rollouts_per_prompt` times for each question.
 Needed: the log-probabilities of the frozen initial policy, unless kl_coef is 0.
-Credit: every token of a trajectory gets its reward minus the mean of its group, over the group's standard deviation.
+Credit: every token of a trajectory gets the trajectory's reward minus the group's mean, divided by the group's standard
+    deviation.
 Loss: clipped surrogate plus kl_coef times the KL estimate minus entropy bonus.
 
 Differs from the paper: the loss is the token mean of the minibatch, as in DAPO (loss_reduction=seq-mean is the
-paper's, constant that of Dr. GRPO); the entropy bonus is that of the code of Search-R1; a group of one is refused,
-where that code takes the bare reward; the estimate k3 is not clamped. As a loss its gradient is that of
-KL(initial || policy), not of what its value estimates.
+paper's, constant that of Dr. GRPO). The entropy bonus is that of the code of Search-R1. A group of one is refused,
+where that code takes the bare reward. The estimate k3 is not clamped. In a loss, k3 has the gradient of
+KL(initial || policy), although its value estimates KL(policy || initial).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class GRPOConfig(PolicyGradientConfig):
         rollouts_per_prompt: Size of a group, at least 2; must divide `batch_size`.
         scale_rewards: What a reward's distance to its group's mean is divided by: the standard deviation of the
             "group", of the "batch", or "none".
-        kl_estimator: "k1", "k2" or "k3", see `ops.kl_estimate` for their gradients; it stands in the loss.
+        kl_estimator: The estimate in the loss: "k1", "k2" or "k3"; see `ops.kl_estimate` for their gradients.
     """
 
     rollouts_per_prompt: int = 6
@@ -65,7 +66,7 @@ class GRPO(Algorithm):
         super().__init__(config)
 
     def num_steps(self, num_demonstrations: int) -> int:
-        """`steps`, whatever is stored."""
+        """Return the setting `steps`; stored demonstrations don't matter."""
         return self.config.steps
 
     def estimate_advantages(self, batch: Batch) -> tuple[Tensor, None]:
@@ -74,7 +75,7 @@ class GRPO(Algorithm):
         return advantages[:, None] * batch.response_mask, None
 
     def pays(self, correct: Tensor) -> Tensor:
-        """For which tokens or trajectories the KL estimate counts, [n] bool, by whether they are right; here all."""
+        """Select tokens or trajectories whose KL estimate counts, [n] bool, by whether they are right; here all."""
         return correct.new_ones(correct.shape)
 
     def token_loss(self, tokens: Tokens) -> Tensor:
@@ -86,11 +87,11 @@ class GRPO(Algorithm):
         return loss - config.entropy_coef * tokens.entropy if config.entropy_coef > 0 else loss
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
-        """What the groups and the penalty do.
+        """Figures of the groups and of the penalty.
 
-        `equal_reward_fraction`: share of the groups whose rewards are all equal, so that nothing is learned.
-        `penalty_mean` and `penalty_variance`: of what each trajectory would pay for the KL if it were summed up, as in
-        `ppo`; absent without a penalty.
+        `equal_reward_fraction`: share of the groups whose rewards are all equal, so that nothing is learned from them.
+        `penalty_mean` and `penalty_variance`: mean and variance of what each trajectory would pay if its KL were summed
+        up, as in `ppo`; absent without a penalty.
         """
         groups, index = batch.group_ids.unique(return_inverse=True)
         best, worst = (

@@ -1,14 +1,14 @@
 """Knowledge distillation: imitate the teacher's tokens and, at each of them, its whole distribution.
 
-Paper: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531; in the form of the
-    cold start of DGPO, arXiv:2508.20324, eq. 1.
+Paper: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531. The form is that of
+    the cold start of DGPO, arXiv:2508.20324, eq. 1.
 Sampled: by the teacher, once, as in `sft`.
 Needed: the logits of student and teacher over their shared vocabulary, unless kl_coef is 0.
 Credit: every token that the teacher wrote, equally.
 Loss: -log q(y_t) + kl_coef tau^2 KL(softmax(z / tau) || softmax(s / tau)), with teacher logits z and student logits s.
 
-Differs from the paper: the cross-entropy is with the teacher's sampled tokens, there being no other labels; it has
-weight 1 and the divergence `kl_coef`, where other code has 1 - r and r (then kl_coef = r / (1 - r)).
+Differs from the paper: the cross-entropy is with the teacher's sampled tokens, because there are no other labels. Its
+weight is 1 and that of the divergence `kl_coef`; other code has 1 - r and r, so that kl_coef = r / (1 - r).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class KDConfig(SFTConfig):
 
     Attributes:
         kl_coef: Weight of the divergence beside the cross-entropy; 0 is SFT.
-        temperature: Both distributions are softened by it, in the divergence only.
+        temperature: Softens both distributions, in the divergence only.
     """
 
     kl_coef: float = 1.0

@@ -7,8 +7,8 @@ Credit: generalized advantage estimation over turns; an action is a whole turn.
 Loss: PPO's clipped surrogate, the critic's squared error and an entropy bonus.
 
 Differs from the paper: actions are spans of text, so one network scores every candidate alike, and the policy is the
-softmax over all their scores. The floor that a language model has to beat: it reads spans and word features that the
-view has picked out, and writes by templates.
+softmax over all their scores. The controller is the floor that a language model has to beat. It reads spans and word
+features that the view has picked out, and writes by templates.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class MaskablePPOConfig:
         turns_per_update: Turns between two updates in each of the run's `num_envs` environments.
         batch_size: Turns per optimizer step.
         num_epochs: Passes over the turns of an update.
-        learning_rate: Of Adam, at the beginning; it falls linearly to 0.
-        clip_range: Of the probability ratio.
-        discount, gae_lambda: Of the advantages.
-        entropy_coef: Weighs the entropy bonus at the beginning; it falls linearly to 0.
-        value_coef: Weighs the critic's loss.
+        learning_rate: Learning rate of Adam at the beginning; it falls linearly to 0.
+        clip_range: Bound of the probability ratio's distance to 1.
+        discount, gae_lambda: Discount and lambda of the advantages.
+        entropy_coef: Weight of the entropy bonus at the beginning; it falls linearly to 0.
+        value_coef: Weight of the critic's loss.
         max_grad_norm: Bound of the gradient's norm.
         hidden_size: Width of the network.
         max_candidates: Spans to choose from, see `DiscreteActions`.
@@ -85,7 +85,7 @@ class MaskablePPO(OutsideLearner):
         self.model: Any = None
 
     def num_updates(self, config: RunConfig) -> int:
-        """As many as it takes to play `total_env_steps`."""
+        """Number of updates that it takes to play `total_env_steps`."""
         return -(-self.config.total_env_steps // (config.num_envs * self.config.turns_per_update))
 
     def train(self, make_view: Callable[[], DiscreteActions], config: RunConfig, report: Report) -> None:
@@ -143,7 +143,7 @@ class MaskablePPO(OutsideLearner):
         )
 
     def _update(self, config: RunConfig) -> dict[str, float]:
-        """Play some turns in every environment, learn from them, and say how it went."""
+        """Play some turns in every environment, learn from them, and return figures of both."""
         from algorithms.sb3.run import episode_metrics
 
         last: list[StepInfo] = []
@@ -153,7 +153,7 @@ class MaskablePPO(OutsideLearner):
         def watch(at: dict[str, Any], _: dict[str, Any]) -> bool:
             nonlocal played_until
             for row in np.flatnonzero(at["dones"]):
-                # The library would add the value of what comes next, but nothing does: no answer earns nothing.
+                # The library would add the value of what comes next, but an episode without an answer earns nothing.
                 at["infos"][row]["TimeLimit.truncated"] = False
                 last.append(at["infos"][row])
                 rewards.append(float(at["rewards"][row]))
@@ -176,7 +176,7 @@ class MaskablePPO(OutsideLearner):
 
 
 def _library() -> tuple[Any, Any, Any]:
-    """The learner, the vector environment and the logger of the two libraries.
+    """Import the learner, the vector environment and the logger of the two libraries.
 
     Raises:
         ConfigurationError: They are not installed.

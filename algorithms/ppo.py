@@ -4,12 +4,12 @@ Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv:1707.06
     "Search-R1", arXiv:2503.09516.
 Sampled: by the policy, afresh in every step.
 Needed: a critic, and, unless kl_coef is 0, the log-probabilities of the frozen initial policy.
-Credit: generalized advantage estimation over the model-written tokens, of the reward (exact match) at the last one
-    minus kl_coef times the KL estimate at each; the advantages are standardized over the batch.
+Credit: generalized advantage estimation over the model-written tokens. The last one earns the reward (exact match), and
+    each pays kl_coef times the KL estimate. The advantages are standardized over the batch.
 Loss: clipped surrogate minus entropy bonus; clipped squared error for the critic.
 
 Differs from the paper: time skips the environment's tokens in the advantages, in their standardization and in the
-critic's loss, where the code of Search-R1 lets it run through retrieved passages; the critic's head starts at zero
+critic's loss. In the code of Search-R1 it runs through retrieved passages. The critic's head starts at zero
 (`learner.networks.Critic`), and weight decay is on matrices only (`learner.config.OptimizerConfig`).
 """
 
@@ -33,7 +33,7 @@ class PPOConfig(PolicyGradientConfig, CriticConfig):
 
     Attributes:
         kl_estimator: How the KL penalty is estimated: "k1" (signed), "k2" or "k3" from the sampled token, see
-            `ops.kl_estimate`; or "exact": the sum over the vocabulary, at the price of one more pass of the policy.
+            `ops.kl_estimate`; or "exact", the sum over the vocabulary, which costs one more pass of the policy.
         discount: Weight of the next model-written token's value.
         gae_lambda: 1: return minus value; lower: credit stays local, at the price of the critic's bias.
     """
@@ -61,11 +61,11 @@ class PPO(Algorithm):
         super().__init__(config)
 
     def num_steps(self, num_demonstrations: int) -> int:
-        """`steps`, whatever is stored."""
+        """Return the setting `steps`; stored demonstrations don't matter."""
         return self.config.steps
 
     def penalty_weights(self, batch: Batch) -> Tensor:
-        """What share of the KL penalty each trajectory pays, [B] float32; here all of it."""
+        """Share of the KL penalty that each trajectory pays, [B] float32; here 1."""
         return batch.rewards.new_ones(batch.rewards.shape)
 
     def shape_rewards(self, batch: Batch) -> Tensor:
@@ -94,10 +94,11 @@ class PPO(Algorithm):
         return ops.clipped_value_loss(tokens.values, tokens.old_values, tokens.returns, self.config.value_clip_range)
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
-        """What the penalty does; nothing without one.
+        """Figures of the KL penalty; none without a penalty.
 
-        `penalty_mean` and `penalty_variance`: of what each trajectory pays in all, to compare with the variance of the
-        reward. `anchor_kl`: mean KL estimate per token over the trajectories that pay; absent where none does.
+        `penalty_mean` and `penalty_variance`: mean and variance of what each trajectory pays in all. The variance
+        compares with that of the reward. `anchor_kl`: mean KL estimate per token over the trajectories that pay; absent
+        where none does.
         """
         if self.config.kl_coef == 0:
             return {}

@@ -33,7 +33,7 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def _composed(config: DictConfig) -> None:
-    """With the configuration that Hydra composes."""
+    """Run with the configuration that Hydra composes."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     with clear_errors(run_dir), no_trace_of_refusals(run_dir, config):
         left = left_to_run(run_dir, config)
@@ -42,16 +42,16 @@ def _composed(config: DictConfig) -> None:
 
 
 def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """A whole run, from the raw models to the summary.
+    """Carry out a whole run, from the raw models to the summary.
 
     Args:
         config: All settings.
-        run_dir: Where it is written; what is there already is taken up again.
+        run_dir: Where it is written. A run that was begun there is resumed.
 
     Returns:
         The summary, as `summary.json` holds it.
     """
-    # Here and not above: what does not train, such as --help and a typo, need not wait for torch.
+    # Imported here, so that --help and the report of a typo need not wait for torch.
     import torch
 
     from algorithms.learner import seeding
@@ -69,5 +69,5 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # By its importable name: what other launchers pickle then finds this module, and with it all that it registers.
+    # Called by its importable name, so that what other launchers pickle finds this module and all that it registers.
     importlib.import_module("algorithms.run").main()

@@ -1,9 +1,9 @@
 """Supervised fine-tuning on the teacher's own trajectories, which is sequence-level distillation.
 
 Paper: Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947 (SeqKD).
-Sampled: by the teacher, once, before training; only trajectories with the right answer are kept, unless configured
+Sampled: by the teacher, once, before training. Only trajectories with the right answer are kept, unless configured
     otherwise.
-Needed: nothing beyond them.
+Needed: nothing but these trajectories.
 Credit: every token that the teacher wrote, equally; prompt and passages are context only.
 Loss: cross-entropy, -log q(y_t).
 
@@ -30,9 +30,9 @@ class SFTConfig(DemonstrationConfig):
     """Settings of `SFT`; the defaults are those measured on the bundled tiny world.
 
     Attributes:
-        epochs: Passes over all of them.
-        num_validation: So many of the demonstrations are held out: the loss on them is measured before training and
-            after every pass.
+        epochs: Passes over the demonstrations.
+        num_validation: Number of demonstrations held out. The loss on them is measured before training and after every
+            pass.
     """
 
     batch_size: int = 16
@@ -67,7 +67,7 @@ class SFT(Algorithm):
         super().__init__(config)
 
     def num_steps(self, num_demonstrations: int) -> int:
-        """`epochs` passes over the stored trajectories, the last batch of each pass possibly smaller."""
+        """Steps of `epochs` passes over the stored trajectories; the last batch of a pass may be smaller."""
         return self.config.epochs * math.ceil(num_demonstrations / self.config.batch_size)
 
     def token_loss(self, tokens: Tokens) -> Tensor:

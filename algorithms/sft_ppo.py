@@ -3,7 +3,7 @@
 Paper: the baseline "SFT->PPO" of Kotoge et al., arXiv:2508.20324.
 Sampled, needed, credit, loss: those of `sft`, then those of `ppo`.
 
-Differs from the paper: which settings it used is not public.
+Differs from the paper: unknown, because the paper's settings are not public.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def show(given: argparse.Namespace, terminal: Console) -> None:
 
     Args:
         given: The command line.
-        terminal: Where to print; asked for keys if it is one.
+        terminal: Where to print. If it is a real terminal, it is also asked for keys.
     """
     wanted = Wanted(**{name: getattr(given, name) for name in Wanted.__dataclass_fields__})
     gallery = gather(given.runs, wanted)
@@ -70,7 +70,7 @@ def _name(run: Run) -> str:
 
 
 def _capped(gallery: Gallery, limit: int) -> tuple[Gallery, list[str]]:
-    """What goes on the page, and a word on what does not."""
+    """Choose what goes on the page, and say what does not."""
     count = len(gallery.items)
     if count <= limit:
         return gallery, []

@@ -6,11 +6,11 @@ Sampled: by the teacher, once, as in `sft`.
 Needed: the logits of student and teacher over their shared vocabulary.
 Credit: every token that the teacher wrote, equally.
 Loss: KL(p_t || q), where p_t = softmax((1 - t) s + t z) lies between student logits s, held constant in it, and teacher
-    logits z. After every step t grows with the relative fall of the loss, never below a line from t_start to t_end. As
-    in the authors' code, the line is read at the number of steps done before this one: of 100 steps from t = 0.4, the
-    losses are taken at 0.400, 0.400, 0.406, 0.412 and so on.
+    logits z. After every step t grows with the relative fall of the loss. It never falls below a line from t_start to
+    t_end. As in the authors' code, the line is read at the number of steps done before this one: of 100 steps from
+    t = 0.4, the losses are taken at 0.400, 0.400, 0.406, 0.412 and so on.
 
-Differs from the paper: the loss includes the entropy of p_t, which the authors' code leaves out; t moves once a step,
+Differs from the paper: the loss includes the entropy of p_t, which the authors' code leaves out. t moves once a step,
 in training only.
 """
 
@@ -36,8 +36,9 @@ class TAIDConfig(SFTConfig):
 
     Attributes:
         t_start, t_end: Ends of the line that t never falls below; t_end is also its bound.
-        step_size: Largest part of the way left to 1 that t goes in one step beyond that line; 0: t is the line.
-        momentum: Of the running mean of the loss's relative fall.
+        step_size: How far t may run ahead of the line in one step, as a fraction of 1 - t. With 0, t follows the line
+            exactly.
+        momentum: Momentum of the running mean of the loss's relative fall.
     """
 
     t_start: float = 0.4
@@ -71,11 +72,11 @@ class TAID(SFT):
         return ops.taid_kl(tokens.logits, tokens.teacher_logits, self.t)
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
-        """`taid_t`: the target's place between student (0) and teacher (1)."""
+        """Figure `taid_t`: the target's place between student (0) and teacher (1)."""
         return {"taid_t": self.t}
 
     def after_step(self, metrics: Mapping[str, float]) -> None:
-        """Move t: algorithm 1, lines 7 to 10."""
+        """Move t as lines 7 to 10 of algorithm 1 do."""
         config, loss = self.config, metrics["loss"]
         if self._last_loss is not None:
             fall = (self._last_loss - loss) / (self._last_loss + 1e-15)
@@ -91,5 +92,5 @@ class TAID(SFT):
         return {"t": self.t, "fall": self._fall, "last_loss": self._last_loss}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.t, self._fall, self._last_loss = state["t"], state["fall"], state["last_loss"]

@@ -1,1 +1,1 @@
-"""What all algorithms share: hooks, the training step, rollouts, checkpoints and the run around them."""
+"""What an algorithm may import: hooks, types, mathematics; and the training step that calls the hooks."""

@@ -1,7 +1,8 @@
 """What an algorithm may decide: the hooks, their defaults, and the registry of the zoo.
 
-A file in `algorithms/` that subclasses `Algorithm` and carries the decorator `@ALGORITHMS.register(name, Config)` is
-all it takes; the training step calls the hooks in the order of their definition here and never asks for a name.
+A new algorithm is one file in `algorithms/`. It subclasses `Algorithm` under the decorator
+`@ALGORITHMS.register(name, Config)`. The training step calls the hooks in the order of their definition here and never
+asks for a name.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Progress:
         step: Steps done.
         total_steps: Steps of the whole training.
         replay_size: Trajectories that can be replayed.
-        replay_is_full: Whether each further one displaces the oldest.
+        replay_is_full: Whether each further trajectory displaces the oldest.
     """
 
     step: int
@@ -96,17 +97,17 @@ class Progress:
 class Algorithm:
     """Base of the zoo. Only `num_steps` and `token_loss` must be written.
 
-    Attributes that a subclass sets, or, where they depend on settings, its constructor:
+    Attributes that a subclass sets; where they depend on settings, its constructor sets them:
         needs: What the hooks read beyond the samples themselves, from `NEEDS`.
         trains_on: Where its trajectories come from. "policy": fresh rollouts of the policy; "teacher": stored
             trajectories of the teacher; "replay": earlier rollouts of the policy.
         rollouts_per_prompt: Trajectories of each question in a batch of fresh rollouts.
-        sampling_temperature: Of fresh rollouts; None: the run's, which is the one that losses see.
-        replay_capacity: Rollouts kept for replay, the newest ones.
+        sampling_temperature: Temperature of fresh rollouts; None: the run's, which is also that of the losses.
+        replay_capacity: Number of newest trajectories kept for replay.
         num_validation: Demonstrations held out for `after_validation`.
 
     Attributes:
-        name: In a run, what it is called in tables and files.
+        name: What the algorithm is called in the tables and files of a run.
     """
 
     name: str = ""
@@ -135,7 +136,7 @@ class Algorithm:
         return frozenset(role for need in self.needs if (role := NEEDS[need]) is not None)
 
     def _refuse_what_is_lacking(self) -> None:
-        """Say at the start what would be missed after the first rollouts."""
+        """Refuse at the start an algorithm that would fail after the first rollouts."""
         name, kind = type(self).__name__, type(self)
         hooks = {"num_steps": True, "token_loss": True, "value_loss": Role.CRITIC in self.roles}
         hooks["source"] = len(self.trains_on) != 1
@@ -162,11 +163,11 @@ class Algorithm:
         raise NotImplementedError
 
     def source(self, progress: Progress, rng: np.random.Generator) -> str:
-        """Where the batch of the next step comes from; to be written if `trains_on` has more than one entry.
+        """Choose where the batch of the next step comes from. Write this hook if `trains_on` has more than one entry.
 
         Args:
             progress: Where training stands.
-            rng: For draws; seeded by the step, so that a resumed run decides alike.
+            rng: Generator for draws; seeded by the step, so that a resumed run decides alike.
 
         Returns:
             An entry of `trains_on`; "replay" only while there is something to replay.
@@ -203,11 +204,11 @@ class Algorithm:
         raise NotImplementedError
 
     def step_metrics(self, batch: Batch) -> dict[str, float]:
-        """Figures worth logging beside the learner's own, from a scored and shaped batch; names without prefix."""
+        """Figures to log beside the learner's own, from a scored and shaped batch; names without prefix."""
         return {}
 
     def after_step(self, metrics: Mapping[str, float]) -> None:
-        """Called once after every training step; the place where a schedule moves.
+        """Change state after a training step, such as the position of a schedule. Called once after every step.
 
         Args:
             metrics: The step's figures, without prefix, and `progress`: the share of all steps that were done when
@@ -215,11 +216,11 @@ class Algorithm:
         """
 
     def after_validation(self, loss: float) -> None:
-        """Called with the loss on held-out demonstrations before the first step and after each pass, if any are."""
+        """Take the loss on held-out demonstrations, if there are any: before the first step and after each pass."""
 
     def state_dict(self) -> dict[str, Any]:
         """What `after_step` and `after_validation` change; JSON-serializable."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo of `state_dict`."""
+        """Restore what `state_dict` returned."""

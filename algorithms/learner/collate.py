@@ -1,4 +1,4 @@
-"""From trajectories to rectangular tensors, and the one place where a token meets the position that predicts it."""
+"""Trajectories become rectangular tensors. Only here does a token meet the position that predicts it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from algorithms.learner.types import Batch, Trajectory
 
-#: What a pass through a network costs beside its tokens, in tokens; 100 or 500, the speed is the same.
+#: What a pass through a network costs beside its tokens, in tokens. The speed is the same with 100 and with 500.
 _PASS_TOKENS = 500
 
 
@@ -18,8 +18,8 @@ def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.devic
     """Lay trajectories side by side, padded on the right.
 
     Args:
-        trajectories: B of them, at least one.
-        pad_id: What fills `input_ids` beyond the end of a trajectory; may be a real token, as the masks decide.
+        trajectories: B trajectories, at least one.
+        pad_id: What fills `input_ids` beyond the end of a trajectory. It may be a real token, because the masks decide.
         device: Where the tensors go.
 
     Returns:
@@ -53,7 +53,7 @@ def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.devic
 
 
 def predicting_positions(response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the model predicts each model-written token: one position to the left of it.
+    """Find the position that predicts each model-written token: one to the left of it.
 
     Args:
         response_mask: [B, T] bool, with N True entries.
@@ -69,7 +69,7 @@ def predicting_positions(response_mask: Tensor) -> tuple[Tensor, Tensor]:
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Split trajectories into groups of similar length whose padded size fits a budget, with the least work.
 
-    The work of a group is its padded size, and `_PASS_TOKENS` for the pass itself.
+    The work of a group is its padded size plus `_PASS_TOKENS` for the pass itself.
 
     Args:
         lengths: Tokens of each trajectory.
@@ -79,7 +79,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         Row indices of each group, longest first, so that a budget too large for the memory fails on the first group.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    # The least work for the first rows of `order`, and where the last of the groups that they make up begins.
+    # The least work for the first rows of `order`, and where the last group of these rows begins.
     work, begins = np.full(len(order) + 1, np.inf), np.zeros(len(order) + 1, dtype=np.int64)
     work[0] = 0
     for start, row in enumerate(order):

@@ -8,11 +8,11 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError
 
-#: Metadata of a field whose setting says how a run is carried out, and changes nothing in what comes of it.
+#: Metadata of a field whose setting says how a run is carried out, and does not change its results.
 WITHOUT_EFFECT = {"without_effect": True}
 LOSS_REDUCTIONS = ("token-mean", "seq-mean", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16")
-#: What a demonstration may be asked to be.
+#: Conditions that a demonstration may have to meet.
 FILTERS = ("correct", "well_formed", "length")
 CRITICS = ("separate", "shared")
 #: Whom a KL penalty may pull towards, and what the names of its figures in `NEEDS` and `Batch` begin with.
@@ -20,11 +20,11 @@ ANCHORS = {"reference": "ref", "teacher": "teacher"}
 
 
 def check_settings(config: Any, allowed: str, test: Callable[[Any], bool], *names: str) -> None:
-    """Refuse settings outside their range; for the `__post_init__` of a config.
+    """Refuse settings outside their range. The `__post_init__` of a config calls this.
 
     Args:
         config: The dataclass of settings.
-        allowed: The range in words, as it follows "must be".
+        allowed: The range in the words that follow "must be".
         test: Whether one value is in that range.
         *names: Fields to look at.
 
@@ -43,7 +43,8 @@ class OptimizerConfig:
     Attributes:
         learning_rate: Peak learning rate.
         betas: Decay of the running mean and of the running square.
-        weight_decay: Decoupled; on matrices only, where the reference codes of PPO and TAID decay biases and norms too.
+        weight_decay: Decoupled weight decay of matrices only. The reference codes of PPO and TAID decay biases and
+            norms too.
         warmup_fraction: Share of the steps with a linear warm-up, in [0, 1]; the first step is not at zero.
         schedule: "constant" after the warm-up, or "cosine" down to zero.
         max_grad_norm: Bound of the gradient's norm.
@@ -67,17 +68,17 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class AlgorithmConfig:
-    """What the settings of every algorithm have; an algorithm's own config adds to it.
+    """Settings that every algorithm has. An algorithm's own config adds to them.
 
     Attributes:
         batch_size: Trajectories per step.
         num_minibatches: Optimizer steps per pass over the batch.
         num_epochs: Passes over one batch; 1 for a batch drawn from stored trajectories.
-        loss_reduction: "token-mean" over all model-written tokens of a minibatch, or "seq-mean": the mean over
-            trajectories of each one's token mean; or "constant": the mean over trajectories of each one's token sum
+        loss_reduction: "token-mean": the mean over all model-written tokens of a minibatch. "seq-mean": the mean over
+            trajectories of each one's token mean. "constant": the mean over trajectories of each one's token sum
             divided by `reduction_length`, so that no length is favoured (Dr. GRPO, arXiv:2503.20783).
         reduction_length: Tokens; read only where `loss_reduction` is "constant".
-        optimizer: Of the policy.
+        optimizer: Optimizer of the policy.
         warm_start: Settings (with `name`) of the algorithm whose result this one starts from; None: the raw model.
     """
 
@@ -108,9 +109,9 @@ class DemonstrationsConfig:
         url: Address of the server up to the version, such as `http://127.0.0.1:8000/v1`; only for "endpoint".
         model: What the server calls the model; only for "endpoint".
         api_key_variable: Name of the environment variable that holds the server's key.
-        num: Another way to set `num_demonstrations`; None: that stands.
+        num: Takes the place of `num_demonstrations`; None: `num_demonstrations` counts.
         filters: What a demonstration must be: "correct", "well_formed" (no malformed turn), "length" (no action longer
-            than `rollout.max_new_tokens`). One that never answers is dropped in any case.
+            than `rollout.max_new_tokens`). A demonstration without an answer is always dropped.
     """
 
     source: str = "teacher"
@@ -129,16 +130,17 @@ class DemonstrationsConfig:
 
 @dataclass(kw_only=True)
 class DemonstrationConfig(AlgorithmConfig):
-    """Settings of an algorithm that trains on stored demonstrations; the run collects them by these.
+    """Settings of an algorithm that trains on stored demonstrations. The run collects these as they say.
 
     Attributes:
         demonstrations: Where they come from.
         num_demonstrations: Trajectories to collect.
         max_questions_per_demonstration: The teacher is asked at most this many times `num_demonstrations` training
-            questions. Training goes on with what it got right.
+            questions. Training goes on with those that it got right.
         correct_only: Keep correct trajectories only; False: all with an answer and no malformed turn (DGPO's ablation
             "all TGO").
-        hand_over_exact_match: Stop as soon as exact match on the development questions reaches this; None: never.
+        hand_over_exact_match: End the stage as soon as exact match on the development questions reaches this; None:
+            never.
     """
 
     demonstrations: DemonstrationsConfig = field(default_factory=DemonstrationsConfig)
@@ -170,15 +172,15 @@ class PolicyGradientConfig(AlgorithmConfig):
     Attributes:
         steps: Training steps, a fresh rollout each.
         anchor: Whom the KL penalty pulls towards: "reference", the policy at the start of the stage, or "teacher".
-        kl_coef: Weight of the KL penalty. It is a sum over tokens, so compare the logged variances of penalty and
-            reward: after 200 demonstrations on the tiny world that of the penalty is 0.09 times that of the reward at
-            0.001, 2 times at 0.005, and 37 times at 0.02.
+        kl_coef: Weight of the KL penalty. The penalty is a sum over tokens, so compare the logged variances of penalty
+            and reward. After 200 demonstrations on the tiny world, the penalty's is 0.09 times the reward's at 0.001,
+            2 times at 0.005, and 37 times at 0.02.
         kl_estimator: How the KL is estimated from the sampled token: "k1" (signed), "k2" or "k3", see
             `ops.kl_estimate`.
-        kl_clip: Bound of the estimate's absolute value at each token, in nats; None: there is none.
-        clip_range: How far below 1 the policy ratio earns something, and above 1, if `clip_range_high` is None.
-        clip_range_high: How far above 1 it does. Larger than `clip_range`, it lets rare tokens grow faster ("clip
-            higher", arXiv:2503.14476).
+        kl_clip: Bound of the estimate's absolute value at each token, in nats; None: no bound.
+        clip_range: How far below 1 the policy ratio earns something. If `clip_range_high` is None, also how far above.
+        clip_range_high: How far above 1 the policy ratio earns something. A value above `clip_range` lets rare tokens
+            grow faster ("clip higher", arXiv:2503.14476).
         entropy_coef: Weight of the entropy bonus.
     """
 
@@ -239,12 +241,12 @@ class LearnerConfig:
     """How the training step uses the machine, and where the critic lives.
 
     Attributes:
-        precision: Of the computation, rollouts included: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a
-            GPU, and on a CPU with matrix units for it (AMX) where the model has at least ten million parameters;
-            float32 elsewhere. Weights and optimizer are float32.
+        precision: Precision of the computation, rollouts included: "float32", "bfloat16" (autocast) or "auto". "auto"
+            is bfloat16 on a GPU, and on a CPU with matrix units for it (AMX) if the model has at least ten million
+            parameters; else float32. Weights and optimizer are float32.
         micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
-        chunk_tokens: Model-written tokens that go through the LM head at once; a chunk of logits is this times the
-            vocabulary times 4 bytes, and about four of them exist at the peak.
+        chunk_tokens: Model-written tokens that go through the LM head at once. A chunk of logits takes this times the
+            vocabulary times 4 bytes, and about four chunks exist at the peak.
         gradient_checkpointing: Keep one activation per layer and compute the others again in the backward pass.
         critic: "separate": a network of its own; "shared": a head on the policy's backbone.
         value_coef: Weight of the value loss in the gradient of a shared backbone.

@@ -1,4 +1,4 @@
-"""What lies behind the name of a model, which may be a stranger's: refused before anything of it is loaded."""
+"""Checks of a model folder or hub id before anything of it is loaded, because the model may be a stranger's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _HUB_TIMEOUT_S = 10.0
 
 
 def as_folder(path: str | Path) -> Path | None:
-    """The path as a folder if it is meant as one; None for a hub id, which is `name` or `owner/name`."""
+    """Return the path if it is meant as a folder, and None if it is a hub id: `name` or `owner/name`."""
     folder = Path(path).expanduser()
     text = str(path)
     looks_local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
-    # `outputs/dgpo` is a misspelled folder where there is a folder `outputs`, not a model of somebody called so.
+    # Where there is a folder `outputs`, `outputs/dgpo` is a misspelled folder and not a model of an owner `outputs`.
     looks_local = looks_local or ("/" in text and Path(text.partition("/")[0]).is_dir())
     return folder if looks_local or folder.exists() else None
 
@@ -26,7 +26,7 @@ def require_model(path: str | Path) -> None:
     """Make sure that there is a model, in a folder or on the hub.
 
     Raises:
-        ConfigurationError: There is no such folder, or it holds an adapter; or the hub does not know the name, or can't
+        ConfigurationError: There is no such folder, or it holds an adapter. Or the hub does not know the name or can't
             be reached.
     """
     folder = as_folder(path)
@@ -76,7 +76,7 @@ def refuse_pickles(path: str | Path) -> None:
     """Make sure that the weights of a folder can be read without executing anything.
 
     Raises:
-        ConfigurationError: They are pickled only.
+        ConfigurationError: The weights are only there as pickles.
     """
     folder = as_folder(path)
     if folder and not any(folder.glob("*.safetensors")) and (pickled := sorted(folder.glob("*.bin"))):
@@ -88,7 +88,7 @@ def refuse_pickles(path: str | Path) -> None:
 
 
 def hint_for(path: str | Path, error: Exception) -> str:
-    """What may be wrong where a model can't be loaded."""
+    """Say what may be wrong when a model can't be loaded."""
     if "trust_remote_code" in str(error):
         return "It brings code of its own, which is never run; give a model of a family that transformers knows."
     if as_folder(path):
@@ -100,7 +100,7 @@ def hint_for(path: str | Path, error: Exception) -> str:
 
 
 def _require_on_hub(name: str) -> None:
-    """Ask the hub once and say so; the loaders by themselves would try for the better part of a minute."""
+    """Ask the hub once and report its answer. The loaders by themselves would try for most of a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -108,5 +108,5 @@ def _require_on_hub(name: str) -> None:
             return
         print(f"{name} is no folder here; asking the Hugging Face hub for it.", flush=True)
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
-    except Exception as error:  # several libraries have a hand in it, each with errors of its own
+    except Exception as error:  # several libraries take part, each with errors of its own
         raise ConfigurationError(f"Cannot load {name!r}. {hint_for(name, error)}") from error

@@ -48,8 +48,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     require_model(path)
     require_tokenizer(path)
-    # For some model types AutoTokenizer puts the family's own splitting rules in the place of those in tokenizer.json,
-    # even where the folder declares that the file is all there is to it.
+    # For some model types AutoTokenizer replaces the splitting rules of tokenizer.json by the family's own,
+    # even where the folder declares that the file is complete.
     declared = _load(lambda place: dict(get_tokenizer_config(place)), path).get("tokenizer_class")
     generic = declared in ("PreTrainedTokenizerFast", "TokenizersBackend")
     loader: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
@@ -64,7 +64,7 @@ def load_model(
     Args:
         path: A folder written by `save_pretrained`, or a hub id such as `Qwen/Qwen2.5-0.5B`.
         device: Where the weights go.
-        dtype: Their type, such as `torch.bfloat16` or its name; "auto" keeps what the files hold.
+        dtype: Type of the weights, such as `torch.bfloat16` or its name; "auto" keeps that of the files.
 
     Raises:
         ConfigurationError: The folder is no model, the hub id cannot be loaded, or the model's family cannot be
@@ -73,7 +73,7 @@ def load_model(
     require_model(path)
     require_config(path)
     refuse_pickles(path)
-    # Weights of another shape are let through here only for them to be named below.
+    # Weights of another shape are let through here, so that the error below can name them.
     model, report = _load(
         AutoModelForCausalLM.from_pretrained,
         path,
@@ -94,13 +94,13 @@ def load_model(
 
 
 def declared_vocab_size(path: str | Path) -> int:
-    """Width of a model's logits as its configuration has it, without loading weights.
+    """Read the width of a model's logits from its configuration, without loading weights.
 
     Args:
         path: A folder or a hub id.
 
     Raises:
-        ConfigurationError: It is no model, or can't be loaded.
+        ConfigurationError: The path is no model, or can't be loaded.
     """
     require_model(path)
     require_config(path)
@@ -108,11 +108,11 @@ def declared_vocab_size(path: str | Path) -> int:
 
 
 def decided_precision(precision: str, model: PreTrainedModel) -> str:
-    """The precision that a setting stands for: "auto" is whichever is faster where the model is.
+    """Find the precision that a setting stands for: "auto" is the faster one on the model's device.
 
     Args:
-        precision: As in `LearnerConfig`.
-        model: On its device.
+        precision: The setting, see `LearnerConfig`.
+        model: The model on its device.
 
     Returns:
         "float32" or "bfloat16".
@@ -130,7 +130,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which networks compute.
 
     Args:
-        device: Where they live.
+        device: Where the networks are.
         precision: "float32", "bfloat16", or "auto": bfloat16 on a GPU.
     """
     bfloat16 = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
@@ -143,20 +143,20 @@ def freeze(model: Network) -> Network:
 
 
 def soften(model: PreTrainedModel, temperature: float) -> PreTrainedModel:
-    """Divide a model's logits by a temperature, whoever reads them. Returns the same network.
+    """Divide a model's logits by a temperature for all who read them. Returns the same network.
 
     Args:
         model: A causal language model without a bias on its logits.
-        temperature: Above 1: a model that is less sure of itself, and errs more often when it is sampled from.
+        temperature: Above 1, the model is less sure and errs more often when it is sampled from.
     """
     head = model.get_output_embeddings()
-    # A parameter of its own: one that is tied to the input embedding must leave that as it is.
+    # A parameter of its own: a head tied to the input embedding must not change that embedding.
     head.weight = nn.Parameter(head.weight.detach() / temperature)
     return model
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id that may fill padding; not necessarily a dedicated one, so no mask can be read off it."""
+    """Return an id that may fill padding. It may be a real token, so no mask can be read off it."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id
@@ -166,17 +166,17 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def shared_vocab_size(
     policy_tokenizer: PreTrainedTokenizerBase, other_tokenizer: PreTrainedTokenizerBase, *widths: int
 ) -> int:
-    """How many leading ids two models have in common, so that their distributions can be compared.
+    """Count the leading ids that two models have in common, so that their distributions can be compared.
 
     Models of one family may differ in the width of their logits by padding alone (Qwen2.5: 151936 and 152064).
 
     Args:
-        policy_tokenizer: That of the network being trained.
-        other_tokenizer: That of its teacher or reference.
+        policy_tokenizer: Tokenizer of the policy.
+        other_tokenizer: Tokenizer of the teacher or reference.
         *widths: Width of each model's logits.
 
     Returns:
-        The smallest width; less where one tokenizer goes on with tokens that the other does not have.
+        The smallest width, or less if one tokenizer has further tokens that the other does not have.
 
     Raises:
         ConfigurationError: An id that both tokenizers know stands for different strings.
@@ -203,12 +203,12 @@ def require_rows(tokenizer: PreTrainedTokenizerBase, width: int, path: str | Pat
     """Make sure that every token has a row in the embedding.
 
     Args:
-        tokenizer: The model's.
-        width: Rows of its embedding.
+        tokenizer: The model's tokenizer.
+        width: Rows of the model's embedding.
         path: The model, for the error.
 
     Raises:
-        ConfigurationError: One has none, as where a token was added without resizing the model.
+        ConfigurationError: A token has no row, for example because it was added without resizing the model.
     """
     token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     if last >= width:
@@ -219,12 +219,12 @@ def require_rows(tokenizer: PreTrainedTokenizerBase, width: int, path: str | Pat
 
 
 def logit_width(model: PreTrainedModel) -> int:
-    """Width of the model's logits; may exceed the number of tokens."""
+    """Return the width of the model's logits, which may exceed the number of tokens."""
     return model.get_output_embeddings().weight.shape[0]
 
 
 def backbone_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states, final norm included, of a model or of its backbone.
+    """Compute the last hidden states, final norm included, of a model or of its backbone.
 
     Args:
         model: A causal language model, or its `base_model`.
@@ -236,8 +236,8 @@ def backbone_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
     """
     padded_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
     if padded_right:
-        # Causality already hides the padding, so attention needs no mask and takes its fast causal path. Padding has
-        # positions that go on, too: where they stand still, transformers takes it for the start of a packed sequence.
+        # Causality already hides the padding, so attention needs no mask and takes its fast causal path. Positions
+        # go on through the padding: transformers takes equal ones for the start of a packed sequence.
         mask, position_ids = None, torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     else:
         mask, position_ids = attention_mask.long(), (attention_mask.long().cumsum(dim=1) - 1).clamp_(min=0)
@@ -247,7 +247,7 @@ def backbone_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
 
 
 def lm_logits(model: PreTrainedModel, hidden: Tensor, vocab_size: int) -> Tensor:
-    """Logits over the first `vocab_size` ids, so that softmax renormalizes over them alone.
+    """Compute logits over the first `vocab_size` ids, so that softmax renormalizes over them alone.
 
     Args:
         model: A causal language model.
@@ -265,7 +265,7 @@ def check_lm_head(model: PreTrainedModel) -> None:
     """Make sure that backbone plus output embedding is all that the model's own forward does.
 
     Raises:
-        ConfigurationError: It is not: the family caps or scales its logits, and would be trained wrongly.
+        ConfigurationError: The family caps or scales its logits, and would be trained wrongly.
     """
     width = logit_width(model)
     input_ids = (torch.arange(6, device=model.device) * 7919 % width)[None]
@@ -286,8 +286,8 @@ class Critic(nn.Module):
 
     Args:
         model: The policy at the start of training.
-        shared: Read the policy's own hidden states, through which the value loss then also trains the policy, and own
-            a value head only; otherwise own a copy of the policy's backbone as well.
+        shared: True: the critic is a value head on the policy's own hidden states, so the value loss also trains the
+            policy. False: it owns a copy of the policy's backbone as well.
 
     The head starts at zero, so every value is 0 at first and the first advantages are the returns themselves. The head
     of the reference code (Search-R1's token classifier with one class) starts at random instead.
@@ -301,19 +301,19 @@ class Critic(nn.Module):
         trunk = model.base_model if shared else copy.deepcopy(model.base_model).requires_grad_(True)
         if not shared:
             self.backbone = trunk
-        # In a tuple a module is not registered: `parameters` and `state_dict` leave the policy's to the policy.
+        # A module in a tuple is not registered, so `parameters` and `state_dict` leave out the policy's.
         self._trunk: tuple[Any] = (trunk,)
         self.head = nn.Linear(hidden_size, 1, device=embedding.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Values read at given positions.
+        """Compute the values at given positions.
 
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T] bool.
-            rows: [N] int64, with `columns` as `collate.predicting_positions` gives them.
+            rows: [N] int64; `collate.predicting_positions` returns `rows` and `columns`.
             columns: [N] int64; the state before token t is read at column t - 1.
 
         Returns:
@@ -323,7 +323,7 @@ class Critic(nn.Module):
         return self.read(hidden[rows, columns])
 
     def read(self, hidden: Tensor) -> Tensor:
-        """Values [n] float32 from hidden states [n, d]; in float32 under autocast too, as targets are compared."""
+        """Compute values [n] from hidden states [n, d], in float32 under autocast too, because returns are float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.float()).squeeze(-1)
 
@@ -344,5 +344,5 @@ def _load(loader: Callable[..., Any], path: str | Path, **settings: Any) -> Any:
     try:
         with no_progress_bars():
             return loader(str(as_folder(path) or path), **settings)
-    except Exception as error:  # the files may be a stranger's, and the libraries that parse them raise what they like
+    except Exception as error:  # a stranger's files can make the parsing libraries raise anything
         raise ConfigurationError(f"Cannot load {str(path)!r}. {hint_for(path, error)}") from error

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from agentic_rag_env.errors import ConfigurationError
 
-if TYPE_CHECKING:  # only methods of tensors are used, so that settings can name this module without loading torch
+if TYPE_CHECKING:  # this module calls only methods of tensors, so settings can import it without loading torch
     from torch import Tensor
 
-#: By name, from the difference of the log-probabilities.
+#: Estimates of the KL by name, each a function of the difference of the log-probabilities.
 KL_ESTIMATORS = {"k1": lambda k1: k1, "k2": lambda k1: k1.square() / 2, "k3": lambda k1: (-k1).expm1() + k1}
 REWARD_SCALES = ("group", "batch", "none")
 
@@ -27,7 +27,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities over the last dimension; minus infinity throughout a row without a finite logit.
+    """Compute log-probabilities over the last dimension. A row without a finite logit is minus infinity throughout.
 
     Args:
         logits: [..., V].
@@ -51,7 +51,7 @@ def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     empty = logits.amax(dim=-1, keepdim=True) == -math.inf
     if empty.any():
         return log_softmax(logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    # Without the table of all log-probabilities, which autograd would keep for the backward pass.
+    # This avoids the table of all log-probabilities, which autograd would keep for the backward pass.
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
@@ -85,7 +85,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(student || teacher): the student seeks a mode of the teacher. Arguments as in `forward_kl`."""
+    """KL(student || teacher): the student seeks a mode of the teacher. The arguments are those of `forward_kl`."""
     log_q, log_p = _log_probs(student_logits, teacher_logits)
     return _kl(log_q, log_p)
 
@@ -93,8 +93,8 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
     """Generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649, eq. 1).
 
-    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, teacher p, student q. That formula tends to
-    0 at both ends, so these are the divergences that it tends to when divided by beta or 1 - beta.
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, teacher p, student q. This formula tends to
+    0 at both ends. There the function returns the limit of the formula divided by beta or 1 - beta.
 
     Args:
         student_logits: [..., V].
@@ -207,15 +207,15 @@ def _check_fraction(name: str, value: float) -> None:
 def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str, clip: float | None = None) -> Tensor:
     """Estimate KL(policy || other) from one token that the policy sampled (Schulman, joschu.net/blog/kl-approx.html).
 
-    With k1 = log policy - log other, k2 = k1^2 / 2 and k3 = exp(-k1) - 1 + k1. k1 and k3 are unbiased; k1 has a sign,
-    k2 and k3 are at least 0. As a loss on fresh samples k1 has no gradient on average, k2 has that
-    of KL(policy || other), and k3 that of KL(other || policy).
+    k1 = log policy - log other, k2 = k1^2 / 2 and k3 = exp(-k1) - 1 + k1. k1 and k3 are unbiased; k1 has a sign, k2 and
+    k3 are at least 0. As a loss on fresh samples, k1 has no gradient on average, k2 has the gradient of
+    KL(policy || other), and k3 that of KL(other || policy).
 
     Args:
         logprobs: [...] nats.
         other_logprobs: [...] nats, of the same tokens.
         estimator: "k1", "k2" or "k3".
-        clip: Bound of the estimate's absolute value, which biases it; None: there is none.
+        clip: Bound of the estimate's absolute value, which biases the estimate; None: no bound.
 
     Raises:
         ConfigurationError: The estimator has another name.
@@ -232,11 +232,11 @@ def clipped_surrogate(
     """PPO's pessimistic policy loss per token, to be minimized (arXiv:1707.06347, eq. 7, with the sign turned).
 
     Args:
-        logprobs: [...] nats, of the policy now.
-        old_logprobs: [...] nats, of the policy that sampled.
+        logprobs: [...] nats, from the policy now.
+        old_logprobs: [...] nats, from the policy that sampled.
         advantages: [...].
         clip_range: The ratio earns nothing outside [1 - clip_range, 1 + clip_range_high].
-        clip_range_high: None: as `clip_range`.
+        clip_range_high: See `clip_range`; None: the same number.
     """
     ratio = _difference(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
@@ -247,17 +247,17 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
     """Half the squared error per token, taken as the larger of the error of the value and of the clipped value.
 
     Args:
-        values: [...], of the critic now.
-        old_values: [...], of the critic before the update.
+        values: [...], from the critic now.
+        old_values: [...], from the critic before the update.
         returns: [...], the target.
-        clip_range: The clipped value stays this near to the old one; infinity: plain squared error.
+        clip_range: Bound of the clipped value's distance to the old one; infinity: plain squared error.
     """
     clipped = values.clamp(old_values - clip_range, old_values + clip_range)
     return (values - returns).square().maximum((clipped - returns).square()) / 2
 
 
 def penalty_figures(penalty: Tensor) -> dict[str, float]:
-    """Mean and variance over trajectories of what each pays, [B]; of those that pay nothing too."""
+    """Mean and variance over trajectories of what each pays, [B]; those that pay nothing count too."""
     penalty = penalty.detach().double()
     return {"penalty_mean": float(penalty.mean()), "penalty_variance": float(penalty.var(correction=0))}
 
@@ -266,7 +266,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """Share of the variance of the returns that the values foretell; 1 is perfect, and a constant explains 0.
 
     Args:
-        values: Any shape, the critic's, from before the update.
+        values: Values of the critic before the update, any shape.
         returns: Same shape.
         mask: Same shape, bool, True for the entries that count.
 
@@ -279,7 +279,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 def _difference(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
-    """0, and no NaN, where both are minus infinity."""
+    """Subtract; the difference is 0 instead of NaN where both are minus infinity."""
     both = (logprobs == -math.inf) & (other_logprobs == -math.inf)
     return logprobs.masked_fill(both, 0.0) - other_logprobs.masked_fill(both, 0.0)
 
@@ -292,14 +292,14 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation over the model-written tokens only (arXiv:1506.02438, eq. 16).
 
-    Time passes from one model-written token to the next, whatever the environment wrote between them; the value after
+    Time passes from one model-written token to the next, whatever the environment wrote between them. The value after
     the last one is 0.
 
     Args:
         token_rewards: [B, T].
         values: [B, T], of the state before each token.
-        response_mask: [B, T] bool, True where the model wrote; whatever the others hold elsewhere is not read.
-        discount: Per model-written token, in [0, 1].
+        response_mask: [B, T] bool, True where the model wrote. The other tensors are not read elsewhere.
+        discount: Discount per model-written token, in [0, 1].
         gae_lambda: 1 is return minus value, 0 the one-step temporal difference.
 
     Returns:
@@ -316,7 +316,7 @@ def gae(
             f"{tuple(token_rewards.shape)}, {tuple(values.shape)} and {tuple(response_mask.shape)}."
         )
     token_rewards, values, response_mask = token_rewards.detach(), values.detach(), response_mask.bool()
-    # Model-written tokens to the front of each row, in their order; zeros behind them change nothing.
+    # Move model-written tokens to the front of each row, in their order. Zeros behind them change nothing.
     order = (~response_mask).byte().argsort(dim=1, stable=True)
     order = order[:, : int(response_mask.sum(dim=1).max()) if len(response_mask) else 0]
     present = response_mask.gather(1, order)
@@ -341,7 +341,7 @@ def standardize(x: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         x: Any shape.
-        mask: Same shape, bool; whatever x holds where it is False is not read.
+        mask: Same shape, bool; x is not read where it is False.
 
     Returns:
         (x - mean) / sqrt(variance + 1e-8), and 0 where mask is False. A single entry has no variance and becomes 0.
@@ -372,7 +372,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "group") -
     """
     if scale not in REWARD_SCALES:
         raise ConfigurationError(f"scale must be one of {', '.join(REWARD_SCALES)}, got {scale!r}.")
-    # On the CPU because some accelerators have no float64.
+    # The statistics are computed on the CPU, because some accelerators have no float64.
     reward = rewards.detach().cpu().double()
     groups, index, sizes = group_ids.cpu().unique(return_inverse=True, return_counts=True)
     if (sizes == 1).any():

@@ -16,8 +16,8 @@ class Optimizer:
     """Applies the accumulated gradients of one network.
 
     Args:
-        name: Of the network, for error messages.
-        parameters: Those that require a gradient are trained; vectors (biases, norms) without weight decay.
+        name: Name of the network, for error messages.
+        parameters: Those that require a gradient are trained. Vectors (biases, norms) get no weight decay.
         config: Settings.
         total_steps: Training steps of the whole run, for the schedule.
     """
@@ -37,7 +37,7 @@ class Optimizer:
         )
 
     def learning_rate(self, step: int) -> float:
-        """The rate of a training step, counted from 0: linear warm-up, then constant or a cosine down to zero."""
+        """Learning rate of a training step, counted from 0: linear warm-up, then constant or a cosine down to zero."""
         warmup_steps = round(self.config.warmup_fraction * self.total_steps)
         if step < warmup_steps:
             return self.config.learning_rate * (step + 1) / warmup_steps
@@ -54,7 +54,7 @@ class Optimizer:
         """Clip the gradients and step.
 
         Args:
-            loss: [], what the gradients are of.
+            loss: [], the loss that the gradients belong to.
             step: The training step, counted from 0.
 
         Returns:
@@ -81,5 +81,5 @@ class Optimizer:
         return self.adamw.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.adamw.load_state_dict(dict(state))

@@ -1,6 +1,6 @@
 """What networks say about the tokens that a model wrote: hidden states, logits, log-probabilities and values.
 
-Prompt, observations and padding go through the backbone only; the LM head sees the positions that predict
+Prompt, observations and padding go through the backbone only. The LM head sees only the positions that predict
 model-written tokens, a chunk at a time.
 """
 
@@ -22,12 +22,12 @@ from algorithms.learner.types import Batch, Tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Forward passes over the model-written tokens, alike for every network.
+    """Makes forward passes over the model-written tokens, alike for every network.
 
     Attributes:
         vocab_size: V; logits beyond it are cut off before any softmax.
         temperature: Logits are divided by it.
-        precision: Of the computation, see `models.autocast`.
+        precision: Precision of the computation, see `networks.autocast`.
         micro_batch_tokens: Tokens, padding included, that go through a backbone at once.
         chunk_tokens: Model-written tokens that go through an LM head at once.
     """
@@ -74,29 +74,33 @@ class Scorer:
         return self._at_model_tokens(batch, lambda micro, *at: self.values_at(critic, micro, *at))
 
     def values_at(self, critic: Critic, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-        """[n] float32, of the states at the given positions; carries gradient."""
+        """Values [n] float32 of the states at the given positions; they carry gradient."""
         with autocast(micro.input_ids.device, self.precision):
             return critic.values(micro.input_ids, micro.attention_mask, rows, columns).float()
 
     def hidden(self, network: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-        """[n, d], the backbone's output at the given positions."""
+        """Hidden states [n, d]: the backbone's output at the given positions."""
         with autocast(micro.input_ids.device, self.precision):
             return backbone_hidden(network, micro.input_ids, micro.attention_mask)[rows, columns]
 
     def hidden_of_teacher(self, teacher: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-        """The same for the same tokens, behind the prompts that the teacher reads."""
+        """The teacher's hidden states for the same tokens, behind the prompts that the teacher reads."""
         if (read := micro.read_by_teacher) is None:
             return self.hidden(teacher, micro, rows, columns)
         return self.hidden(teacher, read, *predicting_positions(read.response_mask))
 
     def logits(self, network: PreTrainedModel, hidden: Tensor) -> Tensor:
-        """[n, V] float32 from [n, d], temperature applied."""
+        """Logits [n, V] float32 from hidden states [n, d], temperature applied."""
         with autocast(hidden.device, self.precision):
             logits = lm_logits(network, hidden, self.vocab_size)
         return logits if self.temperature == 1 else logits / self.temperature
 
     def split(self, batch: Batch) -> Iterator[tuple[list[int], Batch, tuple[Tensor, Tensor]]]:
-        """Micro-batches that hold model-written tokens: rows of the batch, the micro-batch, predicting positions."""
+        """Split a batch into micro-batches that hold model-written tokens.
+
+        Yields:
+            Rows of the batch, the micro-batch, and its predicting positions.
+        """
         for rows in micro_batches(batch.attention_mask.sum(dim=1).tolist(), self.micro_batch_tokens):
             micro = batch.select(rows)
             at = predicting_positions(micro.response_mask)
@@ -112,13 +116,13 @@ class Scorer:
 
 
 def gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Tensor) -> Tokens:
-    """The model-written tokens of a micro-batch.
+    """Gather the model-written tokens of a micro-batch.
 
     Args:
-        micro: b trajectories.
+        micro: The micro-batch, b trajectories.
         sequence_ids: [b] int64.
-        rows: [n] int64, of the positions that predict the tokens.
-        columns: [n] int64, likewise.
+        rows: [n] int64, rows of the positions that predict the tokens.
+        columns: [n] int64, columns of these positions.
     """
 
     def pick(values: Tensor | None) -> Tensor | None:
@@ -138,7 +142,7 @@ def gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Ten
 
 
 def slice_tokens(tokens: Tokens, part: slice) -> Tokens:
-    """Consecutive tokens of a micro-batch."""
+    """Take consecutive tokens of a micro-batch."""
     sliced: dict[str, Any] = {}
     for field in fields(Tokens):
         value = getattr(tokens, field.name)

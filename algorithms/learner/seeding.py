@@ -1,4 +1,4 @@
-"""Randomness derived from keys: what a draw is for decides its numbers, so a resumed run needs no generator state."""
+"""Random numbers derived from keys that say what a draw is for, so a resumed run needs no generator state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch, for library code that draws from them.
 
     Args:
-        seed: In [0, 2**32).
+        seed: A number in [0, 2**32).
     """
     random.seed(seed)
     np.random.seed(seed)

@@ -1,8 +1,8 @@
 """The training step: score a batch, let the algorithm turn it into losses per token, and apply them.
 
-The learner never asks which algorithm it serves. Of the backbone's output it keeps the hidden states of the positions
-that predict model-written tokens and takes them through the LM head in chunks, forward and backward at once, so that
-one chunk of logits exists at a time and never a [B, T, V] tensor.
+The learner never asks which algorithm it serves. It keeps the backbone's hidden states only at the positions that
+predict model-written tokens. It takes these through the LM head in chunks, forward and backward at once. So one chunk
+of logits exists at a time, and never a [B, T, V] tensor.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Learner:
     """Trains a policy, and a critic if there is one, by the hooks of an algorithm.
 
     Args:
-        algorithm: What is to be learned from a batch.
+        algorithm: The hooks that say what a batch teaches.
         policy: The network being trained.
         critic: Needed by algorithms that read "values".
-        reference: Frozen; needed by those that read anything of "ref_".
-        teacher: Frozen; needed by those that read anything of "teacher_".
+        reference: Frozen; needed by algorithms that read anything that begins with "ref_".
+        teacher: Frozen; needed by algorithms that read anything that begins with "teacher_".
         config: How to use the machine.
         total_steps: Training steps of the whole run, for the schedules.
         vocab_size: Logits beyond it are cut off, in every network, before any softmax.
-        temperature: Of the rollouts; logits of every network are divided by it.
+        temperature: Temperature of the rollouts; the logits of every network are divided by it.
 
     Raises:
         ConfigurationError: A network that the algorithm needs is missing, or a setting can't work.
@@ -61,7 +61,7 @@ class Learner:
         temperature: float = 1.0,
     ) -> None:
         self.algorithm, self.policy = algorithm, policy
-        # Any: present exactly where the algorithm's `needs` let them be used, which `_check_settings` makes sure of.
+        # Any: `_check_settings` makes sure that each is present where the algorithm's `needs` let it be used.
         self.critic: Any = critic
         self.reference: Any = reference
         self.teacher: Any = teacher
@@ -88,7 +88,7 @@ class Learner:
     def score(self, batch: Batch) -> None:
         """Fill in the values, log-probabilities and divergences of a batch, each only if the algorithm needs it.
 
-        Divergences are from the policy as it is now, which on fresh rollouts is the one that sampled.
+        Divergences are from the policy as it is now. On fresh rollouts this is the policy that sampled.
         """
         needs, policy = self.algorithm.needs, self.policy
         if "values" in needs:
@@ -112,16 +112,16 @@ class Learner:
         return total / num_tokens
 
     def update(self, batch: Batch, rng: np.random.Generator, *, fresh: bool = True) -> dict[str, float]:
-        """One training step on a scored batch, from its rewards to the optimizer.
+        """Take one training step on a scored batch, from its rewards to the optimizer.
 
         Args:
-            batch: As `score` left it; `token_rewards`, `advantages` and `returns` are filled in.
+            batch: A batch that `score` has filled in. This adds `token_rewards`, `advantages` and `returns`.
             rng: Draws the minibatches.
-            fresh: Whether the policy as it is now has sampled the batch; figures that compare with then are left out
-                otherwise.
+            fresh: Whether the policy as it is now has sampled the batch. If not, figures that compare with the sampling
+                policy are left out.
 
         Returns:
-            Figures by name, without prefix; of the losses the mean over minibatches, of tokens the mean over tokens.
+            Figures by name, without prefix. Losses are means over minibatches; figures of tokens are means over tokens.
 
         Raises:
             FloatingPointError: A loss or a gradient is not finite; the weights are those before that minibatch.
@@ -148,7 +148,7 @@ class Learner:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later `update` depends on beside the networks' weights."""
+        """State that a later `update` depends on, beside the networks' weights."""
         critic = None if self.critic_optimizer is None else self.critic_optimizer.state_dict()
         return {
             "step": self.step,
@@ -158,7 +158,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo of `state_dict`."""
+        """Restore what `state_dict` returned."""
         if (state["critic_optimizer"] is None) != (self.critic_optimizer is None):
             raise ConfigurationError("The saved state and this run must both have a critic or both have none.")
         self.step = state["step"]
@@ -170,7 +170,7 @@ class Learner:
     # --- one minibatch -----------------------------------------------------------------------------------------------
 
     def _step_minibatch(self, batch: Batch, rows: Tensor, trains_policy: bool, figures: _Figures) -> None:
-        """Accumulate the gradients of all its micro-batches, critic first, and step."""
+        """Accumulate the gradients of a minibatch's micro-batches, critic first, and step."""
         minibatch = batch.select(rows)
         num_tokens = minibatch.response_mask.sum(dim=1)
         if not num_tokens.any():
@@ -191,7 +191,7 @@ class Learner:
         figures.first_minibatch = False
 
     def _weights(self, num_tokens: Tensor) -> Tensor:
-        """What each token of a trajectory counts in the loss of a minibatch, [b], from their numbers [b]."""
+        """Weight of each trajectory's tokens in the loss of a minibatch, [b], from their numbers [b]."""
         config = self.algorithm.config
         if config.loss_reduction == "seq-mean":
             return 1.0 / (len(num_tokens) * num_tokens.clamp(min=1))
@@ -207,7 +207,7 @@ class Learner:
     def _accumulate(
         self, minibatch: Batch, rows: Tensor, weights: Tensor, backward: Callable[..., _Losses], figures: _Figures
     ) -> _Losses:
-        """Run a backward pass per micro-batch; returns the losses of the whole minibatch."""
+        """Run a backward pass per micro-batch, and return the losses of the whole minibatch."""
         totals: _Losses = {}
         for picked, micro, at in self.scorer.split(minibatch):
             tokens = gather_tokens(micro, rows[picked].to(weights.device), *at)
@@ -228,7 +228,7 @@ class Learner:
     def _policy_backward(
         self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: _Figures
     ) -> _Losses:
-        """The backbone once, then forward and backward through the head chunk by chunk, then back through it."""
+        """Run the backbone once, the head forward and backward chunk by chunk, then the backbone backward."""
         hidden = self.scorer.hidden(self.policy, micro, *at)
         losses: _Losses = {}
         gradients = []
@@ -251,7 +251,7 @@ class Learner:
     def _chunks(
         self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, hidden: Tensor
     ) -> Iterator[tuple[slice, Tokens, Tensor]]:
-        """Chunk by chunk: which tokens, all that a loss may read of them, and the leaf [n, d] of their gradient."""
+        """Yield for each chunk which tokens it has, what a loss may read, and the leaf [n, d] of the gradient."""
         teacher_hidden = None
         if "teacher_logits" in self.algorithm.needs:
             with torch.no_grad():
@@ -277,7 +277,7 @@ class Learner:
 
     @torch.no_grad()
     def _measure(self, tokens: Tokens, figures: _Figures) -> None:
-        """Figures over tokens; those that compare with the sampling policy only where it was this policy."""
+        """Figures over tokens. Those that compare with the sampling policy need it to be this policy."""
         assert tokens.logprobs is not None
         assert tokens.entropy is not None
         figures.add("entropy", tokens.entropy)
@@ -325,7 +325,7 @@ class Learner:
 
 
 class _Figures:
-    """Means of what happened during one update; everything stays on the device until the end.
+    """Means of figures over one update. Everything stays on the device until the end.
 
     Args:
         fresh: See `Learner.update`.
@@ -357,7 +357,7 @@ def _enable_checkpointing(network: nn.Module) -> None:
 
 @contextmanager
 def _checkpointing(networks: list[nn.Module]) -> Iterator[None]:
-    """Put the layers, and nothing inside them, in training mode: they recompute only then, and dropout stays off."""
+    """Put only the layers themselves in training mode: they recompute only then, and dropout inside them stays off."""
     layers = [m for network in networks for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
         layer.training = True

@@ -1,8 +1,8 @@
 """The records of training. B trajectories, T tokens, N model-written tokens, V vocabulary.
 
-Column t always describes token t itself: `old_logprobs[b, t]` is the log-probability of `input_ids[b, t]` given
-everything before it, `values[b, t]` the value of the state just before it. The shift between a position and the one
-that predicts it happens in `collate.predicting_positions` and nowhere else.
+Column t always describes token t itself. `old_logprobs[b, t]` is the log-probability of `input_ids[b, t]` given
+everything before it, and `values[b, t]` is the value of the state just before it. The shift between a token and the
+position that predicts it happens only in `collate.predicting_positions`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from agentic_rag_env.types import Ending, StepInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: A tensor, or None unless it was asked for. Not `Tensor | None`: a hook reads only what its algorithm needs, and
-#: should not have to assert it.
+#: A tensor, or None unless it was asked for. The type is not `Tensor | None`, because a hook reads only what its
+#: algorithm needs, and should not have to assert it.
 OnDemand: TypeAlias = "Tensor | Any"
 
 
@@ -28,9 +28,9 @@ class Turn:
     """One action of the model and the reply of the environment.
 
     Attributes:
-        action_ids: [n] int64, exactly as sampled. An end-of-text token is left out where the episode goes on, as in
-            Search-R1, for what follows was written without it in sight; the last action of an episode keeps it. So
-            an action of that token alone is empty where the episode goes on.
+        action_ids: [n] int64, exactly as sampled. If the episode goes on, an end-of-text token is left out, as in
+            Search-R1, because the model did not see it when it wrote the next turn. An action of that token alone is
+            then empty. The last action of an episode keeps the token.
         action_logprobs: [n] float32, nats, under the full distribution at the sampling temperature.
         observation_ids: [m] int64, the environment's reply, tokenized once; empty at the end of an episode.
         info: The environment's report of this step.
@@ -44,17 +44,17 @@ class Turn:
 
 @dataclass(slots=True)
 class Trajectory:
-    """One whole episode; append-only, each turn extends the last.
+    """The record of one whole episode. It is append-only: each turn extends the last.
 
     Attributes:
         prompt_ids: [p] int64.
-        turns: At least one.
+        turns: At least one turn.
         group_id: Equal for trajectories of the same prompt instance, unique otherwise.
         source: Who wrote the actions: "policy" or "teacher".
         reward: Sum of the environment's rewards.
         correct: The answer matched exactly.
         terminated: The agent answered.
-        truncated: It ran out of turns or tokens, or the retriever failed.
+        truncated: The episode ran out of turns or tokens, or the retriever failed.
         prompt: The first observation as text, from which a model with another chat template makes a prompt of its own.
     """
 
@@ -70,7 +70,7 @@ class Trajectory:
 
     @property
     def ending(self) -> Ending | None:
-        """Why the episode is over; None where an old file does not tell, see `Ending.of`."""
+        """Why the episode is over; None if an old file does not say it, see `Ending.of`."""
         return Ending.of(self.turns[-1].info)
 
     @property
@@ -102,10 +102,10 @@ class Batch:
         teacher_logprobs: [B, T] float32, nats; None unless "teacher_logprobs" is needed.
         teacher_kl: [B, T] float32, nats, KL(sampling policy || teacher) over the vocabulary; None unless needed.
         read_by_teacher: The same trajectories behind the prompts of the teacher's own chat template, with the same
-            model-written tokens in the same order; None where the teacher reads prompts as the policy does.
+            model-written tokens in the same order; None if the teacher reads prompts as the policy does.
         token_rewards: [B, T] float32, filled by `Algorithm.shape_rewards`.
         advantages: [B, T] float32, filled by `Algorithm.estimate_advantages`.
-        returns: [B, T] float32, likewise; the critic's target.
+        returns: [B, T] float32, the critic's target; filled by `Algorithm.estimate_advantages`.
     """
 
     input_ids: Tensor
@@ -129,7 +129,7 @@ class Batch:
         return self.input_ids.shape[0]
 
     def select(self, rows: Tensor | Sequence[int]) -> Batch:
-        """The given trajectories, padding that none of them needs cut off.
+        """Take the given trajectories, and cut off padding that none of them needs.
 
         Args:
             rows: Row indices.
@@ -154,14 +154,14 @@ class Tokens:
     Attributes:
         ids: [n] int64.
         sequence_ids: [n] int64, row of the trajectory in the batch.
-        correct: [n] bool, of the trajectory.
-        old_logprobs: [n] float32, nats, of the policy that sampled.
-        logprobs: [n] float32, nats, of the policy being trained; carries gradient.
+        correct: [n] bool, whether the trajectory's answer matches exactly.
+        old_logprobs: [n] float32, nats, from the policy that sampled.
+        logprobs: [n] float32, nats, from the policy being trained; carries gradient.
         values: [n] float32, the critic's values now; carries gradient; only in `value_loss`.
         old_values: [n] float32, the critic's values before the update.
         advantages, returns: [n] float32.
         ref_logprobs, teacher_logprobs: [n] float32, nats.
-        entropy: [n] float32, nats, of the policy's distribution; carries gradient; if needed.
+        entropy: [n] float32, nats, entropy of the policy's distribution; carries gradient; if needed.
         logits, teacher_logits: [n, V] float32, over the shared vocabulary, temperature applied; if needed.
     """
 
@@ -190,7 +190,7 @@ class RolloutStats:
         sampled_tokens: Model-written tokens.
         computed_tokens: Tokens that went through the network, prompt and observations included, each once.
         retriever_errors: Episodes ended by a failed search.
-        cache_hits, cache_misses: Queries that a caching retriever knew, or had to ask for; 0 without one.
+        cache_hits, cache_misses: Queries that a caching retriever knew, and those that it did not; 0 without one.
     """
 
     seconds: float = 0.0

@@ -1,1 +1,1 @@
-"""The policy plays: questions in, trajectories out. Imports `algorithms.learner` and the environment, nothing above."""
+"""The policy plays: questions in, trajectories out. This room imports `algorithms.learner` and the environment only."""

@@ -16,8 +16,8 @@ class RolloutConfig:
         top_p: Draw among the fewest tokens with at least this share of the probability, in (0, 1].
         top_k: Draw among this many most probable tokens; 0: all.
         max_new_tokens: Most tokens of one action.
-        max_tokens: Most tokens of an episode: prompt, actions and observations. One that needs more is cut off,
-            and earns what the reward gives an episode without an answer.
+        max_tokens: Most tokens of an episode: prompt, actions and observations. An episode that needs more is cut off,
+            and earns what the reward gives without an answer.
     """
 
     temperature: float = 1.0

@@ -1,6 +1,6 @@
 """The engine writes: rows of token ids in, actions out, every token computed once.
 
-It knows no environment and no question. The player of episodes and the generator of the probes both work through the
+The engine knows no environment and no question. The player of episodes and the generator of the probes both use the
 verbs of `Engine`: open rows with a prompt, write until actions end, append what came back, close.
 """
 
@@ -31,9 +31,9 @@ class Action:
     Attributes:
         row: Which row.
         ids: [n] int64, exactly as sampled.
-        logprobs: [n] float32, nats, of the whole distribution at the engine's temperature.
+        logprobs: [n] float32, nats, under the whole distribution at the engine's temperature.
         text: The action as an environment reads it, without the end-of-text token.
-        ends_text: The last id is an end-of-text token, which is left out of the row if it goes on.
+        ends_text: The last id is an end-of-text token. If the row goes on, it is left out of the row.
     """
 
     row: int
@@ -47,13 +47,13 @@ class Engine(Protocol):
     """Writes actions for rows of token ids.
 
     A row is opened with a prompt, and `write` writes its action. Then the row is continued with `append`, or closed.
-    How many rows are computed together, and in which order, is the engine's affair: an action depends on the row's own
-    tokens and uniforms alone.
+    The engine decides how many rows are computed together, and in which order. An action depends only on the row's own
+    tokens and uniforms.
 
     Attributes:
-        num_rows: Rows are numbered from 0 to `num_rows` - 1.
-        config: How it writes.
-        tokenizer: The model's.
+        num_rows: Number of rows; they are numbered from 0.
+        config: How the engine writes.
+        tokenizer: The model's tokenizer.
         computed_tokens: Tokens that have gone through the network so far.
     """
 
@@ -63,25 +63,25 @@ class Engine(Protocol):
     computed_tokens: int
 
     def set_weights(self, model: PreTrainedModel) -> None:
-        """Write with these weights from now on; no row may be open."""
+        """Write with these weights from now on. No row may be open."""
         ...
 
     def open(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
         """Begin a row.
 
         Args:
-            row: One that is not open.
+            row: A row that is not open.
             ids: [p] int64, fewer than `config.max_tokens`.
-            uniforms: [config.max_new_tokens] float64 in [0, 1): the n-th decides the n-th token of the action. Only an
-                engine at temperature 0 can do without.
+            uniforms: [config.max_new_tokens] float64 in [0, 1); the n-th decides the n-th token of the action. They may
+                be missing only at temperature 0.
         """
         ...
 
     def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
-        """Continue a row whose action has ended; arguments as in `open`, behind the tokens that the row has.
+        """Continue a row whose action has ended. The arguments are those of `open`; `ids` follow the row's tokens.
 
-        An end-of-text token that ended the action is left out first, as in Search-R1: an observation goes on where the
-        model's words end, inside the same message.
+        An end-of-text token that ended the action is left out first, as in Search-R1: the observation follows the
+        model's words inside the same message.
         """
         ...
 
@@ -89,21 +89,21 @@ class Engine(Protocol):
         """Write until some of the open rows have ended their actions.
 
         Returns:
-            Their actions, at least one if any row is open. An action ends with an end-of-text token, with the token
-            that completes one of the action ends, or where `config` leaves no room for another token.
+            The actions of these rows, at least one if any row is open. An action ends with an end-of-text token, with
+            the token that completes one of the action ends, or where `config` leaves no room for another token.
         """
         ...
 
     def close(self, rows: Iterable[int]) -> None:
-        """End rows; before the next `write`, each row whose action has ended is either continued or closed."""
+        """End rows. Before the next `write`, each row whose action has ended must be continued or closed."""
         ...
 
 
 class CachedEngine:
     """An engine with a key-value cache that lives as long as its rows, in this process.
 
-    Rows write independently of each other. As soon as half of the open rows have ended their actions, `write` returns
-    these, and the others pause in the middle of theirs.
+    Rows write independently of each other. `write` returns as soon as half of the open rows have ended their actions.
+    The other rows pause in the middle of theirs.
 
     Args:
         model: The policy, with full attention in every layer.
@@ -111,7 +111,7 @@ class CachedEngine:
         config: How to write.
         num_rows: Most rows at once.
         action_ends: Texts that end an action, such as closing tags.
-        vocab_size: Only ids below it are sampled, and probabilities are normalized over them; None: all.
+        vocab_size: Only ids below it are sampled, and probabilities are normalized over these; None: all ids.
         precision: Precision of the computation, see `networks.autocast`.
 
     Raises:
@@ -138,7 +138,7 @@ class CachedEngine:
         self.computed_tokens = 0
         self._pad_id = pad_id(tokenizer)
         self._pending: dict[int, np.ndarray] = {}
-        # By row: tokens in the cache; of its action, the tokens so far, and how many there may be.
+        # By row: the tokens in the cache; the tokens of the action so far, and how many it may have.
         self._lengths = np.zeros(num_rows, dtype=np.int64)
         self._counts = np.zeros(num_rows, dtype=np.int64)
         self._limits = np.zeros(num_rows, dtype=np.int64)
@@ -150,8 +150,8 @@ class CachedEngine:
 
     def _forget(self) -> None:
         self._cache = EpisodeCache(self.num_rows)
-        # The cache's places, in the order running (in the middle of an action), waiting (action ended), closed; and
-        # which row is in each of them.
+        # The cache's places, in the order running (in the middle of an action), waiting (action ended), closed, and
+        # the row in each of them.
         self._row_at = np.arange(self.num_rows)
         self._num_running = self._num_open = 0
         self._open: set[int] = set()
@@ -171,7 +171,7 @@ class CachedEngine:
 
     def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
         """See `Engine`."""
-        # The last token of an action has been sampled, but not yet read; one that ends the text never is.
+        # The last token of an action is sampled but not yet read. An end-of-text token is never read.
         last = self._ids[row, self._counts[row] - 1 : self._counts[row]]
         self._wait(row, np.concatenate((last[~self.action_end.is_eos[last]], ids)), uniforms)
 
@@ -184,11 +184,11 @@ class CachedEngine:
     def close(self, rows: Iterable[int]) -> None:
         """See `Engine`."""
         self._open.difference_update(rows)
-        if self._num_running and not self._open:  # given up in the middle of their actions
+        if self._num_running and not self._open:  # these rows are given up in the middle of their actions
             self._forget()
 
     def write(self) -> list[Action]:
-        """See `Engine`; when no row is open, the memory of the cache is given back."""
+        """See `Engine`. When no row is open, the memory of the cache is freed."""
         if not self._open:
             self._forget()
             return []
@@ -280,7 +280,7 @@ class CachedEngine:
             self._num_running = self._to_front(goes_on, 0, self._num_running)
 
     def _to_front(self, chosen: np.ndarray, start: int, stop: int) -> int:
-        """Swap places between `start` and `stop` so that the chosen rows come first; returns where they end."""
+        """Swap places between `start` and `stop` so that the chosen rows come first, and return where they end."""
         flags = chosen[self._row_at[start:stop]]
         end = start + int(flags.sum())
         these = start + np.flatnonzero(~flags[: end - start])

@@ -1,4 +1,4 @@
-"""A network as a `generate(prompts) -> texts` callable: greedy, many prompts at once, each until its action ends."""
+"""A network as a `generate(prompts) -> texts` callable: greedy, many prompts at once, each up to its action's end."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from algorithms.rollout.tokenization import encode_plain, encode_prompts
 class Generator:
     """Continues prompts, up to the end of text or the first closing tag.
 
-    The parts of a `Prompt` reach the model as in an episode: the message through the chat template if there is one,
-    what follows as plain text behind it.
+    The parts of a `Prompt` reach the model as in an episode. The message goes through the chat template if there is
+    one, and what follows is plain text behind it.
 
     Args:
-        engine: Writes, at temperature 0.
+        engine: The engine that writes, at temperature 0.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -37,7 +37,7 @@ class Generator:
                 "tokens and stay without an answer; raise rollout.max_tokens.",
                 stacklevel=2,
             )
-        # Prompts of about the same length are read together; the longest first, so that memory runs out at once.
+        # Prompts of similar length are read together, the longest first, so that memory runs out at once if it does.
         waiting = sorted(fitting, key=lambda number: len(encoded[number]))
         texts: list[str | None] = [None] * len(prompts)
         number_of: dict[int, int] = {}
@@ -59,7 +59,7 @@ class Generator:
 
     def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
         parts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
-        # Apart, as in an episode, where the environment's text and the model's are never tokenized together.
+        # Tokenized apart, as in an episode, where the environment's text and the model's are never tokenized together.
         encoded = zip(
             encode_prompts(self.engine.tokenizer, [prompt.message for prompt in parts]),
             encode_plain(self.engine.tokenizer, [prompt.transcript for prompt in parts]),

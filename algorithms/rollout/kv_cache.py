@@ -13,20 +13,20 @@ from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.networks import backbone_hidden, logit_width
 
 _FIRST_CAPACITY = 64
-#: Capacity grows by doubling, and from here on by so much.
+#: Capacity grows by doubling up to this number of columns, and then by this number.
 _LARGEST_GROWTH = 512
 
 
 class EpisodeCache(Cache):
     """Keys and values of R rows over whole episodes, in tensors that are written in place and grow when full.
 
-    A token's column is its position, so there are no holes: padding that a forward pass computes beside real tokens
-    lies beyond the end of its row, where causality hides it and the row's next tokens overwrite it. A row is emptied by
-    starting again at position 0. Passes run over neighbouring rows and read them as a view; `swap` moves rows so that
-    those that have to be computed are neighbours.
+    A token's column is its position, so there are no holes. Padding that a forward pass computes beside real tokens
+    lies beyond the end of its row. There causality hides it, and the row's next tokens overwrite it. A row is emptied
+    by starting again at position 0. A pass reads neighbouring rows as a view, and `swap` makes the rows of a pass
+    neighbours.
 
     Args:
-        num_rows: R.
+        num_rows: Number of rows, R.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -44,7 +44,7 @@ class EpisodeCache(Cache):
             backbone: A model without its head.
             input_ids: [n, W] int64, the next tokens of rows `first_row` to `first_row + n`, padded on the right.
             positions: [n, W] int64, contiguous, from the row's length on.
-            first_row: First of the rows.
+            first_row: The first row.
 
         Returns:
             [n, W, d] hidden states in the model's dtype; meaningless on padding.
@@ -69,7 +69,7 @@ class EpisodeCache(Cache):
         Args:
             these: [k] int64.
             those: [k] int64, none of them among `these`.
-            length: Columns in use; the rest is not moved.
+            length: Columns in use; the other columns are not moved.
         """
         to, source = torch.cat((these, those)), torch.cat((those, these))
         for layer in self._layers:
@@ -89,7 +89,7 @@ class EpisodeCache(Cache):
         return self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Columns in use, and the first of them."""
+        """Columns in use, and the first one's index."""
         return self.length, 0
 
 
@@ -105,7 +105,7 @@ class _Layer:
         )
 
     def update(self, cache: EpisodeCache, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write at the columns that the cache names, and return the rows as far as they are in use."""
+        """Write at the columns that the cache names, and return the used columns of the rows."""
         if cache.length > self.keys.shape[2]:
             self.keys, self.values = (_grow(stored, cache.length) for stored in (self.keys, self.values))
         columns = cache.columns[:, None, :, None]
@@ -126,7 +126,7 @@ def check_cache(model: PreTrainedModel) -> None:
     """Make sure that computing a model token by token through an `EpisodeCache` gives what one plain pass gives.
 
     Raises:
-        ConfigurationError: It does not: the family ignores positions or masks, or keeps state of another kind.
+        ConfigurationError: The results differ: the family ignores positions or masks, or keeps state of another kind.
     """
     width = logit_width(model)
     input_ids = (torch.arange(16, device=model.device) * 7919 % width).view(2, 8)
@@ -143,7 +143,7 @@ def check_cache(model: PreTrainedModel) -> None:
 
 
 def _in_steps(model: PreTrainedModel, input_ids: Tensor, columns: Tensor) -> Tensor:
-    """Row 0 in portions of 5, 1, 1 and 1 tokens, row 1 in portions of 3 (padded to 5), 1, 1, 1 and 2."""
+    """Compute row 0 in portions of 5, 1, 1 and 1 tokens, and row 1 in portions of 3 (padded to 5), 1, 1, 1 and 2."""
     cache, backbone = EpisodeCache(2), model.base_model
     first = cache.forward(backbone, input_ids[:, :5], columns[:, :5])
     hidden = torch.zeros(2, 8, first.shape[-1], dtype=first.dtype, device=first.device)

@@ -20,15 +20,15 @@ from algorithms.learner.types import RolloutStats, Trajectory, Turn
 from algorithms.rollout.engine import Action, Engine
 from algorithms.rollout.tokenization import encode_plain, encode_prompts, opened_thought
 
-#: Called with the number of finished episodes and of all episodes.
+#: A function that is called with the number of finished episodes and of all episodes.
 Progress = Callable[[int, int], None]
 
 
 class TextEnvs(Protocol):
-    """What the player asks of a vector environment: texts in and out, row by row.
+    """What the player needs of a vector environment: texts in and out, row by row.
 
     Attributes:
-        num_envs: Rows.
+        num_envs: Number of rows.
         metadata: `autoreset_mode` is `AutoresetMode.DISABLED`; `action_ends` are the texts that end an action.
     """
 
@@ -36,7 +36,7 @@ class TextEnvs(Protocol):
     metadata: dict[str, Any]
 
     def reset(self, *, options: Mapping[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
-        """Begin the question `question_index` [N] in each row of `reset_mask` [N]; returns prompts and infos."""
+        """Begin the question `question_index` [N] in each row of `reset_mask` [N], and return prompts and infos."""
         ...
 
     def step(
@@ -46,18 +46,18 @@ class TextEnvs(Protocol):
         ...
 
     def cut_off(self, row: int) -> StepResult:
-        """End the episode of a row for which there is no more room; returns its last step as it is now."""
+        """End the episode of a row that has no more room, and return its last step as it is now."""
         ...
 
 
 def check_failures(failed: int, num_episodes: int, allowed: float, message: str) -> None:
-    """Stop a run whose searches fail.
+    """Stop a run in which too many searches fail.
 
     Args:
         failed: Episodes that a failed search has ended.
         num_episodes: Episodes of the whole rollout.
         allowed: The share of them that may fail.
-        message: Of the last failure.
+        message: Message of the last failure.
 
     Raises:
         RetrieverError: More have failed than are allowed.
@@ -73,11 +73,11 @@ class Player:
     """Plays episodes with an engine.
 
     Each environment has a row of the engine. As soon as the engine returns some actions, these take one step of the
-    environment together, with one call of the retriever, while the other rows pause. A finished episode's row goes to
-    the next question.
+    environment together, with one call of the retriever. The other rows pause meanwhile. The row of a finished episode
+    goes to the next question.
 
     Args:
-        engine: Writes; has a row for each environment.
+        engine: The engine that writes, with a row for each environment.
         envs: Environments with `AutoresetMode.DISABLED`; their number bounds the episodes played at once.
         max_retriever_error_fraction: Share of a rollout's episodes that a failed search may end.
 
@@ -92,7 +92,7 @@ class Player:
                 f"{mode}; make them with autoreset_mode=AutoresetMode.DISABLED."
             )
         assert engine.num_rows >= envs.num_envs
-        # Any: what goes beyond `TextEnvs`, such as a dataset, is known to those who made the environments.
+        # Any: those who made the environments know what they have beyond `TextEnvs`, such as a dataset.
         self.engine, self.envs = engine, envs
         self.opened_thought = opened_thought(engine.tokenizer)
         self.max_retriever_error_fraction = max_retriever_error_fraction
@@ -110,9 +110,9 @@ class Player:
 
         Args:
             question_indices: Questions of the environments' dataset; may repeat.
-            seed: With the position of an episode in `question_indices` it decides the draws of that episode, whatever
-                is played beside it.
-            group_ids: One per question; None: a group of its own for each.
+            seed: Decides the draws of an episode, together with its position in `question_indices`. What is played
+                beside it has no effect.
+            group_ids: One group id per question; None: each episode is a group of its own.
             source: Who plays, recorded in the trajectories.
             progress: Called whenever episodes have finished.
 
@@ -144,7 +144,7 @@ class _Episode:
 
 
 class _Rollout:
-    """The state of one call of `Player.rollout`; `episodes` are those being played, by environment."""
+    """The state of one call of `Player.rollout`. `episodes` holds the episodes being played, by environment."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class _Rollout:
         """Send these actions, record what comes back, and continue the rows whose episodes go on."""
         sent: list[str | None] = [None] * self.envs.num_envs
         for action in actions:
-            # What a chat template has begun for the model belongs to its first turn.
+            # Text that a chat template has begun for the model belongs to the model's first turn.
             begun = "" if self.episodes[action.row].turns else self.player.opened_thought
             sent[action.row] = begun + action.text
         texts, rewards, terminations, truncations, infos = self.envs.step(sent)
@@ -223,7 +223,7 @@ class _Rollout:
             episode.num_tokens += len(action.ids) - action.ends_text
             terminated, truncated = bool(terminations[env]), bool(truncations[env])
             reward, info = float(rewards[env]), info_at(infos, env)
-            # The observation, and at least one token of the next action.
+            # There must be room for the observation and at least one token of the next action.
             full = episode.num_tokens + len(observation) + 1 > self.engine.config.max_tokens
             if full and not (terminated or truncated):
                 truncated = True
@@ -241,7 +241,7 @@ class _Rollout:
             self.progress(self.num_finished, len(self.questions))
 
     def _record_turn(self, episode: _Episode, action: Action, observation: np.ndarray | None, info: StepInfo) -> None:
-        """Keep what the row holds: every token of it was written behind exactly those before it; None: it ended."""
+        """Record a turn as the row holds it, so that every token follows exactly those before it; None: it ended."""
         if observation is None:
             turn = Turn(action.ids, action.logprobs, action.ids[:0], info)
         else:

@@ -15,7 +15,7 @@ class Replay:
     """A bounded queue of trajectories: when it is full, a new one displaces the oldest.
 
     Args:
-        capacity: Most trajectories; 0 keeps none.
+        capacity: Most trajectories to keep; 0 keeps none.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -26,15 +26,15 @@ class Replay:
 
     @property
     def is_full(self) -> bool:
-        """Whether the next trajectory displaces one."""
+        """Whether the next trajectory displaces the oldest."""
         return len(self) == self._trajectories.maxlen
 
     def add(self, trajectories: Iterable[Trajectory]) -> None:
-        """Append, oldest first."""
+        """Append trajectories, oldest first."""
         self._trajectories.extend(trajectories)
 
     def sample(self, count: int, rng: np.random.Generator) -> list[Trajectory]:
-        """Draw uniformly without repetition; all there are, if they are fewer."""
+        """Draw trajectories uniformly without repetition; return all of them if there are fewer."""
         picked = rng.choice(len(self), size=min(count, len(self)), replace=False)
         return [self._trajectories[index] for index in picked.tolist()]
 
@@ -43,6 +43,6 @@ class Replay:
         return pack(self._trajectories)
 
     def load_state_dict(self, state: bytes) -> None:
-        """Undo of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._trajectories.clear()
         self.add(unpack(state))

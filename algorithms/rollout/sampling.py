@@ -17,8 +17,8 @@ from algorithms.rollout.tokenization import decode
 def sample(logits: Tensor, uniforms: Tensor, config: RolloutConfig) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution.
 
-    The log-probabilities are those of the full distribution at the temperature, also where `top_p` or `top_k` restrict
-    the draw, because that is the distribution the learner evaluates.
+    The log-probabilities are those of the full distribution at the temperature, because the learner evaluates that
+    distribution. This holds also where `top_p` or `top_k` restrict the draw.
 
     Args:
         logits: [n, V] float32.
@@ -41,7 +41,7 @@ def sample(logits: Tensor, uniforms: Tensor, config: RolloutConfig) -> tuple[Ten
 
 
 def _restrict(ordered: Tensor, config: RolloutConfig) -> Tensor:
-    """Zero what `top_k` and then `top_p` leave out of probabilities in descending order."""
+    """Set to zero what `top_k` and then `top_p` leave out; the probabilities are in descending order."""
     if config.top_k:
         ordered = ordered[:, : config.top_k]
     before = ordered.cumsum(dim=-1) - ordered
@@ -49,7 +49,7 @@ def _restrict(ordered: Tensor, config: RolloutConfig) -> Tensor:
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """[n, 1] indices of the first cumulative weights above the uniforms; never one of weight zero."""
+    """Find the indices [n, 1] of the first cumulative weights above the uniforms; none of them has weight zero."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))
@@ -57,14 +57,14 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class ActionEnd:
-    """Recognizes the last token of an action: an end-of-text id, or the one that completes a text that ends actions.
+    """Recognizes the last token of an action: an end-of-text id, or one that completes a text that ends actions.
 
-    These texts, such as closing tags, are found in what was written, whichever tokens spell them. Only a token with the
-    last character of one can complete it, so only then is text looked at.
+    These texts, such as closing tags, are found in the decoded action, whichever tokens spell them. Only a token that
+    holds a text's last character can complete it, so text is decoded only after such a token.
 
     Args:
-        model: Its generation settings may name several end-of-text ids.
-        tokenizer: Decodes; may name one more.
+        model: The model, whose generation settings may name several end-of-text ids.
+        tokenizer: Decodes ids; it may name one more end-of-text id.
         vocab_size: Number of ids that can be sampled.
         action_ends: The texts that end an action, none of them empty.
     """
@@ -80,13 +80,13 @@ class ActionEnd:
         self._piece = lru_cache(maxsize=None)(lambda token_id: decode(tokenizer, [token_id]))
 
     def text(self, action_ids: np.ndarray) -> str:
-        """The text of an action as the environment reads it, without the end-of-text token."""
+        """Decode an action as the environment reads it, without the end-of-text token."""
         ids = action_ids[:-1] if len(action_ids) and int(action_ids[-1]) in self.eos_ids else action_ids
         return decode(self.tokenizer, ids.tolist())
 
     def closes(self, action_ids: np.ndarray) -> bool:
         """Whether the last of these tokens completes a text that ends actions."""
-        # Each token of such a text holds at least one of its characters, so it lies within as many tokens.
+        # Each token of such a text holds at least one of its characters, so it has at most that many tokens.
         tail = "".join(map(self._piece, action_ids[-max(map(len, self.action_ends)) :].tolist()))
         if not any(end in tail for end in self.action_ends):
             return False
@@ -95,7 +95,7 @@ class ActionEnd:
 
 
 def _may_complete(tokenizer: PreTrainedTokenizerBase, vocab_size: int, characters: set[str]) -> np.ndarray:
-    """Which ids have one of these characters in their text, [vocab_size] bool."""
+    """Find the ids that have one of these characters in their text, [vocab_size] bool."""
     if not all(character.isascii() and character.isprintable() and character != " " for character in characters):
         return np.ones(vocab_size, dtype=bool)  # a character that vocabularies spell in ways of their own
     # In its vocabulary every tokenizer spells such a character as it is, or as "<0x3E>".

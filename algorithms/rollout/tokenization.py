@@ -1,4 +1,4 @@
-"""Between text and ids: what the environment writes is encoded once, what the model writes is decoded once."""
+"""Text becomes ids and back: the environment's text is encoded once, and the model's ids are decoded once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _PLACE = "\ue000"
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
-    """First observations as ids.
+    """Encode first observations.
 
-    With a chat template the text becomes the message of a user and the template opens the reply; without one it is
-    taken as it is, behind a BOS token if the tokenizer puts one.
+    With a chat template, the text becomes the message of a user, and the template opens the reply. Without one, the
+    text is taken as it is, behind a BOS token if the tokenizer adds one.
 
     Returns:
-        For each text [p] int64.
+        Ids [p] int64 of each text.
     """
     if tokenizer.chat_template:
         return [_in_template(tokenizer, text) for text in texts]
@@ -33,11 +33,11 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """A text as the message of a user, behind which the template opens the reply, [p] int64."""
+    """Encode a text as the message of a user; the template then opens the reply, [p] int64."""
     if not any(token in text for token in tokenizer.all_special_tokens):
         chat = [{"role": "user", "content": text}]
         return np.array(_rendered(tokenizer, chat, return_dict=False), dtype=np.int64)
-    # A question that spells a control token stays text: only what the template puts around it is read for such tokens.
+    # A question that spells a control token stays text: such tokens are read only in what the template puts around it.
     chat = [{"role": "user", "content": _PLACE}]
     around = _rendered(tokenizer, chat, tokenize=False)
     before, after = (tokenizer.encode(part, add_special_tokens=False) for part in str(around).split(_PLACE))
@@ -45,7 +45,7 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
 
 
 def opened_thought(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tag that a chat template writes for the model where it opens the reply with a thought; else empty."""
+    """Find the tag of a thought with which a chat template opens the model's reply; empty if there is none."""
     if not tokenizer.chat_template:
         return ""
     chat = [{"role": "user", "content": _PLACE}]
@@ -56,7 +56,7 @@ def opened_thought(tokenizer: PreTrainedTokenizerBase) -> str:
 def _rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **form: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, **form)
-    except Exception as error:  # a template is a small program of the model's author, and raises what it likes
+    except Exception as error:  # a template is a small program of the model's author, and may raise anything
         raise ConfigurationError(
             f"The chat template of {tokenizer.name_or_path!r} can't render a user's message "
             f"({type(error).__name__}: {error}). Mend chat_template in that folder, or remove it there: the text is "
@@ -65,13 +65,13 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
-    """Texts as ids, nothing added, and special tokens not read out of them.
+    """Encode texts as they are: no token is added, and special tokens are not recognized.
 
     A passage that spells an end-of-text token thus stays text. Tags that are ordinary tokens of the vocabulary stay
     whole.
 
     Returns:
-        For each text [n] int64.
+        Ids [n] int64 of each text.
     """
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
     return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
@@ -84,11 +84,11 @@ class PlainEncoder:
     tokenizer: PreTrainedTokenizerBase
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """The ids; nothing is ever added."""
+        """Encode a text; no token is added."""
         return encode_plain(self.tokenizer, [text])[0].tolist()
 
     def token_ends(self, text: str) -> list[int] | None:
-        """Where each token ends [characters]; None for a slow tokenizer, which can't tell."""
+        """Find where each token ends, in characters; None for a slow tokenizer, which can't tell."""
         if not self.tokenizer.is_fast:
             return None
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
@@ -96,7 +96,7 @@ class PlainEncoder:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Exactly the text that ids stand for: special tokens kept, blanks untouched."""
+    """Decode ids exactly: special tokens are kept, and blanks are not touched."""
     text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text

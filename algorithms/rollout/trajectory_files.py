@@ -24,14 +24,14 @@ def write_trajectories(
     questions: Iterable[Question] = (),
     token_figures: Iterable[Mapping[str, np.ndarray]] = (),
 ) -> None:
-    """Write trajectories with their text; the file appears whole or not at all.
+    """Write trajectories with their text. The file appears whole or not at all.
 
     Args:
-        path: Ends in `.jsonl.gz`; its folder is made.
+        path: Path that ends in `.jsonl.gz`; its folder is made.
         trajectories: What to write.
-        tokenizer: For the text beside the ids.
-        questions: Of the trajectories, in their order, be it more of them; written beside them for readers of the file.
-        token_figures: What else is known of the model-written tokens of each trajectory, [n] float by name.
+        tokenizer: Decodes the text beside the ids.
+        questions: Questions of the trajectories, in their order, for readers of the file. Further ones are ignored.
+        token_figures: Further figures of the model-written tokens of each trajectory, [n] float by name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = chain(questions, repeat(None)), chain(token_figures, repeat({}))
@@ -49,23 +49,23 @@ def read_trajectories(path: Path) -> list[Trajectory]:
     """Read what `write_trajectories` wrote.
 
     Raises:
-        DataError: The file is no such file; the message names it and the line.
+        DataError: The file has another form; the message names it and the line.
     """
     return list(read_rows(path, _from_json))
 
 
 def pack(trajectories: Iterable[Trajectory]) -> bytes:
-    """Trajectories without their text, for a checkpoint."""
+    """Turn trajectories into plain data without their text, for a checkpoint."""
     return gzip.compress("\n".join(json.dumps(_to_json(each)) for each in trajectories).encode(), mtime=0)
 
 
 def unpack(packed: bytes) -> list[Trajectory]:
-    """Undo of `pack`."""
+    """Restore the trajectories that `pack` has turned into plain data."""
     return [_from_json(json.loads(line)) for line in gzip.decompress(packed).decode().splitlines()]
 
 
 def transcript(trajectory: Trajectory, tokenizer: Any) -> str:
-    """The whole episode as text: what was read and written, in order."""
+    """Decode the whole episode: what was read and written, in order."""
     ids = [trajectory.prompt_ids]
     for turn in trajectory.turns:
         ids += [turn.action_ids, turn.observation_ids]

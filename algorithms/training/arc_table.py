@@ -17,11 +17,11 @@ WEAK = 0.5
 
 
 class Row(NamedTuple):
-    """A figure worth a glance.
+    """A figure that the table shows first.
 
     Attributes:
-        probe, metric: Where it stands in the summary.
-        label: What it is called here.
+        probe, metric: Names under which the figure stands in the summary.
+        label: Name of the figure in the table.
         judged: Whether a value that is far from the best is a weakness.
     """
 
@@ -59,10 +59,10 @@ ROWS = (
 
 
 def show_arc(terminal: Console, evaluated: Sequence[Evaluated]) -> None:
-    """Print what the probes found, and each model's weakest point; nothing where there was no probe.
+    """Print what the probes found, and each model's weakest point. Without probes, print nothing.
 
     Args:
-        terminal: Where to.
+        terminal: Where to print.
         evaluated: The models; those that were not probed are left out.
     """
     probed = [model for model in evaluated if model.arc]
@@ -74,7 +74,7 @@ def show_arc(terminal: Console, evaluated: Sequence[Evaluated]) -> None:
 
 
 def arc_table(probed: Sequence[Evaluated]) -> Table:
-    """A row per figure of which any model has a value."""
+    """Make a table with a row for each figure of which any model has a value."""
     title = f"ARC probes (own definitions), 95 % intervals; !: {WEAK} or more off the best"
     table = Table(title=title)
     table.add_column("capability")
@@ -92,7 +92,7 @@ def arc_table(probed: Sequence[Evaluated]) -> Table:
 
 
 def weakest(model: Evaluated) -> str:
-    """The share of a model that is furthest from the best it could be, in words."""
+    """Name the share of a model that is furthest from its best possible value, in words."""
     found = [
         (distance, row, figure)
         for row in _rows([model])
@@ -107,7 +107,7 @@ def weakest(model: Evaluated) -> str:
 
 
 def _rows(probed: Sequence[Evaluated]) -> list[Row]:
-    """Those above, then every figure of probes that are not among them, such as those of plug-ins."""
+    """List the rows above, then every figure of probes that are not among them, such as those of plug-ins."""
     known = {row.probe for row in ROWS}
     others = {(probe, metric): None for model in probed for probe, of in model.arc.items() for metric in of}
     return [*ROWS, *(Row(*one, ": ".join(one).replace("_", " ")) for one in others if one[0] not in known)]
@@ -118,7 +118,7 @@ def _figure(model: Evaluated, row: Row) -> Figure | None:
 
 
 def _distance(figure: Figure, row: Row) -> float | None:
-    """How far a share is from the best it could be; None where that is no weakness."""
+    """Distance of a share to its best possible value; None where a distance is no weakness."""
     if figure["best"] is None or not figure["share"] or not row.judged:
         return None
     return figure["value"] if figure["best"] == "low" else 1.0 - figure["value"]

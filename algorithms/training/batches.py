@@ -27,21 +27,21 @@ from algorithms.training.settings import RunConfig
 
 
 class Sources:
-    """Trajectories of a run, the same for the same seed, stage and step, so that a resumed run draws them again.
+    """Trajectories of a run. Seed, stage and step decide them, so that a resumed run draws them again.
 
     Args:
-        config: The run's.
+        config: The run's settings.
         networks, environments: Who plays, and where.
         stages: The algorithms of the run.
 
     Attributes:
-        demonstrations: Collected or read, for each algorithm that trains on them.
-        replay: Of the policy's rollouts in the present stage.
-        demonstrations_s: Seconds that collecting or reading them took.
+        demonstrations: Demonstrations, collected or read, of each algorithm that trains on them.
+        replay: The policy's latest trajectories in the present stage.
+        demonstrations_s: Seconds that collecting or reading the demonstrations took.
 
     Raises:
-        ConfigurationError: There are none for the last algorithm. Another one is skipped in that case, with a warning.
-            Or rollouts would be drawn from another distribution than policy gradients are of.
+        ConfigurationError: There are no demonstrations for the last algorithm. (An earlier one is skipped in that case,
+            with a warning.) Or rollouts would be drawn from another distribution than the policy gradient's.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class Sources:
                 )
 
     def to_train_on(self, algorithm: Algorithm) -> list[Trajectory]:
-        """The demonstrations of an algorithm but for those held out; none if it has none."""
+        """The demonstrations that an algorithm trains on: all but those held out."""
         found = self.demonstrations.get(algorithm)
         return found.trajectories[algorithm.num_validation :] if found else []
 
     def held_out(self, algorithm: Algorithm) -> list[Trajectory]:
-        """The demonstrations that an algorithm is validated on; none if it is not."""
+        """The demonstrations that an algorithm is validated on; none if it is not validated."""
         found = self.demonstrations.get(algorithm)
         return found.trajectories[: algorithm.num_validation] if found else []
 
     def demonstrated(self, algorithm: Algorithm, stage: int, step: int) -> list[Trajectory]:
-        """A batch of the step-th training step from passes over the demonstrations, each in an order of its own."""
+        """Take the batch of the step-th training step from passes over the demonstrations, each in its own order."""
         size = algorithm.config.batch_size
         stored = self.to_train_on(algorithm)
         epoch, batch = divmod(step, -(-len(stored) // size))
@@ -84,7 +84,7 @@ class Sources:
         return [stored[row] for row in order[batch * size :][:size]]
 
     def played(self, algorithm: Algorithm, stage: int, step: int) -> tuple[list[Trajectory], RolloutStats]:
-        """Fresh rollouts of the policy on training questions, as many as a batch holds; groups stand together.
+        """Play a batch of fresh trajectories of the policy on training questions. Groups stand together.
 
         Raises:
             RetrieverError: More episodes than the configured share end in a failed search.
@@ -101,14 +101,14 @@ class Sources:
         )
 
     def _player(self, temperature: float | None) -> Player:
-        """The policy in the training environments; kept, because reading a large vocabulary takes a while."""
+        """The player of the policy in the training environments; kept, because reading a large vocabulary is slow."""
         if temperature not in self._players:
             networks, envs = self._networks, self._environments.envs("train")
             self._players[temperature] = networks.player(networks.policy, envs, temperature)
         return self._players[temperature]
 
     def _demonstrate(self, wanted: Any) -> Demonstrations:
-        """What an algorithm's settings ask for."""
+        """Get the demonstrations that an algorithm's settings ask for."""
         config, envs = self._config, self._environments.envs("train")
         settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "seed", "num_envs")}
         settings["rollout"] = vars(config.rollout)
@@ -133,9 +133,7 @@ class Sources:
 
         found = demonstrations.cached(path, make, tokenizer)
         shutil.rmtree(parts, ignore_errors=True)
-        if (
-            source.by_model and networks.reads_otherwise
-        ):  # the policy learns to write behind the prompts that it will be given
+        if source.by_model and networks.reads_otherwise:  # the policy learns to write behind its own prompts
             prompts = encode_prompts(networks.tokenizer, [one.prompt for one in found.trajectories])
             found.trajectories = [
                 replace(one, prompt_ids=ids) for one, ids in zip(found.trajectories, prompts, strict=True)
@@ -144,7 +142,7 @@ class Sources:
 
 
 def _check_sampling(config: RunConfig, stages: Sequence[Algorithm]) -> None:
-    """Policy gradients are of the full distribution, so nothing may be left out of the draws that they come from."""
+    """Refuse draws that leave tokens out, because policy gradients are taken of the full distribution."""
     top_p, top_k = config.rollout.top_p, config.rollout.top_k
     for stage in stages:
         is_gradient = type(stage).estimate_advantages is not Algorithm.estimate_advantages
@@ -160,7 +158,7 @@ def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrati
     """Warn that an algorithm has fewer demonstrations than wanted.
 
     Raises:
-        ConfigurationError: It has none, and nothing comes after it.
+        ConfigurationError: The algorithm has no demonstrations, and no stage follows.
     """
     settings: Any = stages[index].config
     count = len(found.trajectories)
@@ -190,10 +188,10 @@ def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrati
 
 
 def choose_source(algorithm: Algorithm, progress: Progress, rng: np.random.Generator) -> str:
-    """What `Algorithm.source` answers, if it can be had.
+    """Return what `Algorithm.source` answers, if there is such a source.
 
     Raises:
-        ConfigurationError: `trains_on` does not declare it, or there is nothing to replay yet.
+        ConfigurationError: `trains_on` does not declare the source, or there is nothing to replay yet.
     """
     source = algorithm.source(progress, rng)
     if source not in algorithm.trains_on:
@@ -210,7 +208,7 @@ def choose_source(algorithm: Algorithm, progress: Progress, rng: np.random.Gener
 
 
 def draw_questions(seed: int, stage: int, start: int, count: int, num_questions: int) -> list[int]:
-    """Questions number `start` to `start + count` of an endless series of passes over the dataset, each shuffled."""
+    """Take questions `start` to `start + count` of an endless series of passes over the dataset, each shuffled."""
     questions: list[int] = []
     while len(questions) < count:
         epoch, offset = divmod(start + len(questions), num_questions)

@@ -38,13 +38,13 @@ from algorithms.training.settings import RunConfig
 
 
 def build_stages(spec: Any) -> list[Algorithm]:
-    """An algorithm and those it starts from, the first to be trained first.
+    """Build an algorithm and those that it starts from, in the order of training.
 
     Args:
         spec: A name, or a mapping with `name` and settings; its `warm_start` is such a spec or None.
 
     Returns:
-        The algorithms with their names; a name that stands in the chain again gets a number.
+        The algorithms with their names. A name that appears in the chain again gets a number.
 
     Raises:
         ConfigurationError: A warm start leads back to itself, or trains no language model.
@@ -71,11 +71,11 @@ def build_stages(spec: Any) -> list[Algorithm]:
 
 
 class Environments:
-    """The environments of a run, made when first asked for; splits over one corpus share one retriever.
+    """The environments of a run, made when first asked for. Splits over one corpus share one retriever.
 
     Args:
-        config: The run's.
-        tokenizer: For observation budgets in tokens.
+        config: The run's settings.
+        tokenizer: Counts the tokens of observation budgets.
     """
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -114,17 +114,18 @@ class Networks:
     """The networks of a run: the policy always, the teacher only while somebody needs it.
 
     Args:
-        config: The run's.
+        config: The run's settings.
 
     Raises:
         ConfigurationError: A model is missing or broken, or the teacher's vocabulary is not the policy's.
 
     Attributes:
-        device: Where they live: the first GPU if there is one.
-        tokenizer: The policy's.
-        teacher_tokenizer: The teacher's, which may have another chat template; the policy's if there is no teacher.
+        device: Where the networks are: the first GPU if there is one.
+        tokenizer: The policy's tokenizer.
+        teacher_tokenizer: The teacher's tokenizer, which may have another chat template. Without a teacher, it is the
+            policy's.
         policy: The network being trained, float32.
-        precision: Of the computation, "float32" or "bfloat16".
+        precision: Precision of the computation, "float32" or "bfloat16".
         vocab_size: Ids that policy and teacher have in common.
     """
 
@@ -142,7 +143,7 @@ class Networks:
         self._teachers: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
     def place(self, name: str) -> str:
-        """Folder or hub id of a model, by a name as in the configuration."""
+        """Folder or hub id of a model that the configuration names."""
         return resolve_model(name, self._config.cache_dir)
 
     @property
@@ -169,7 +170,7 @@ class Networks:
         return self._teacher
 
     def _shared_vocab_size(self) -> int:
-        # The same whether or not this process ever loads the teacher: with demonstrations at hand it may not.
+        # This must not depend on whether the process ever loads the teacher. With kept demonstrations it may not.
         if self._config.model.teacher is None:
             return logit_width(self.policy)
         path = self.place(self._config.model.teacher)
@@ -197,12 +198,12 @@ class Networks:
         return len(self._teachers) > 0
 
     def player(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float | None = None) -> Player:
-        """A network that plays in environments; at the run's temperature, or at another one."""
+        """A player with a network, at the run's temperature or at another one."""
         engine = self._engine(model, envs, self._config.rollout.temperature if temperature is None else temperature)
         return Player(engine, envs, self._config.max_retriever_error_fraction)
 
     def generator(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv) -> Generator:
-        """A network that continues prompts greedily, up to where an action of the environments ends."""
+        """A generator with a network. It continues prompts greedily, up to where an action of the environments ends."""
         return Generator(self._engine(model, envs, 0.0))
 
     def _engine(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float) -> Engine:
@@ -222,7 +223,7 @@ _NESTED: dict[str, Any] = {"optimizer": OptimizerConfig, "demonstrations": Demon
 
 
 def _with_nested(spec: Any) -> Any:
-    """Nested settings as dataclasses, where a configuration has mappings."""
+    """Turn the nested settings of a configuration from mappings into dataclasses."""
     if not isinstance(spec, Mapping):
         return spec
     return {

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `<run>/checkpoints/<step>/` in Hugging Face format, with the training state beside the
 weights and a manifest of sizes and checksums. It is written under another name, synced to disk and renamed, so the
-final name never holds half a checkpoint; what a broken disk does to it later, the manifest shows.
+final name never holds half a checkpoint. The manifest shows what a broken disk does to the folder later.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _REPLACED = ".replaced"
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of a checkpoint within its run directory."""
+    """Name of a checkpoint's folder within its run directory."""
     return f"checkpoints/{step:06d}"
 
 
@@ -44,7 +44,7 @@ class TrainingState:
     Attributes:
         step: Training steps done.
         learner: `Learner.state_dict()`, tensors on the CPU.
-        trainer: Whatever the trainer put in.
+        trainer: What the trainer has put in.
     """
 
     step: int
@@ -66,19 +66,19 @@ def save(
 ) -> Path:
     """Write one checkpoint, then remove those that it makes superfluous.
 
-    Superfluous are all but the newest `keep_last`, and any of a later step: they belong to a run that was taken back
-    to an earlier checkpoint, and must not be taken for its latest.
+    All but the newest `keep_last` are superfluous. So is any of a later step: the run was taken back to an earlier
+    checkpoint, and the later one must not be taken for its latest.
 
     Args:
         run_dir: The run directory.
         step: Training steps done.
-        policy: Saved with `save_pretrained`, in the precision it has.
+        policy: Saved with `save_pretrained`, in its own precision.
         tokenizer: Saved beside it.
         critic: Saved whole in the training state.
-        learner_state: Of `Learner.state_dict()`.
+        learner_state: What `Learner.state_dict()` returns.
         trainer_state: Tensors, numbers, strings, None, and lists, tuples and dicts of them.
         keep_last: How many to keep, this one included; None: all.
-        keep_steps: Steps never removed on account of their age, such as the best so far.
+        keep_steps: Steps that are not removed for their age, such as the best so far.
 
     Returns:
         The checkpoint's folder.
@@ -117,7 +117,7 @@ def save(
 
 
 def latest(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a run, None if none was saved; broken ones are skipped with a warning.
+    """Find the newest complete checkpoint of a run; None if none was saved. Broken ones are skipped with a warning.
 
     Raises:
         DataError: There are checkpoints, and all of them are broken.
@@ -139,13 +139,13 @@ def latest(run_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def require_whole(path: str | os.PathLike[str]) -> None:
-    """Refuse a checkpoint that is damaged, and name one that is not.
+    """Refuse a checkpoint that is damaged, and name a whole one.
 
     Args:
         path: A folder of `<run>/checkpoints`.
 
     Raises:
-        DataError: It is damaged or missing.
+        DataError: The checkpoint is damaged or missing.
     """
     path = Path(path)
     if problem := find_problem(path):
@@ -164,8 +164,8 @@ def load(path: str | os.PathLike[str], *, policy: PreTrainedModel, critic: nn.Mo
 
     Args:
         path: A checkpoint's folder.
-        policy: Of the architecture that was saved.
-        critic: Likewise; must be given exactly if one was saved.
+        policy: A network of the architecture that was saved.
+        critic: A critic of the architecture that was saved; None exactly if no critic was saved.
 
     Raises:
         DataError: The checkpoint is incomplete or damaged, or does not fit the networks.
@@ -188,10 +188,10 @@ def load(path: str | os.PathLike[str], *, policy: PreTrainedModel, critic: nn.Mo
 
 
 def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the trainer put into a checkpoint, without any weights.
+    """Read what the trainer put into a checkpoint, without any weights.
 
     Args:
-        path: A checkpoint's folder, as `latest` gives it.
+        path: A checkpoint's folder; `latest` returns one.
 
     Raises:
         DataError: The state holds more than plain data, or is damaged.
@@ -200,10 +200,10 @@ def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def find_problem(path: Path, checksums: bool = True) -> str | None:
-    """What is wrong with a checkpoint, None if it is complete.
+    """Say what is wrong with a checkpoint; None if it is complete.
 
     Args:
-        path: Its folder.
+        path: The checkpoint's folder.
         checksums: Read every byte; otherwise only names and sizes are compared.
     """
     try:
@@ -235,7 +235,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _plain_state(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """The training state, from which nothing is executed: it holds tensors and plain data, or it is refused."""
+    """Read the training state without executing anything; refuse one with more than tensors and plain data."""
     file = path / TRAINING_STATE
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
@@ -251,7 +251,7 @@ def _plain_state(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    """Folders named after a step, oldest first."""
+    """List the folders named after a step, oldest first."""
     return sorted((path for path in root.glob("*") if path.name.isdecimal()), key=lambda path: int(path.name))
 
 
@@ -294,13 +294,13 @@ def _write_manifest(folder: Path, step: int) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make sure that all of a folder is on the disk."""
+    """Make sure that everything in a folder is on the disk."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 
 def _put_in_place(unfinished: Path, final: Path) -> None:
-    """Rename; a checkpoint of that step that is already there steps aside first, since a folder can't be replaced."""
+    """Rename the folder. An older checkpoint of the same step is moved first, because a folder can't be replaced."""
     if final.exists():
         replaced = final.with_name(final.name + _REPLACED)
         final.replace(replaced)
@@ -326,7 +326,7 @@ def _prune(root: Path, step: int, keep_last: int | None, keep_steps: Collection[
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether a write failed for want of space; safetensors and torch do not always say so with an OSError."""
+    """Whether a write failed because the disk is full. safetensors and torch do not always raise an OSError then."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return isinstance(error, Exception) and (

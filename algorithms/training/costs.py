@@ -19,10 +19,10 @@ def timed(costs: MutableMapping[str, float], name: str) -> Iterator[dict[str, fl
 
     Args:
         costs: Where to add them.
-        name: Ends in `_s`.
+        name: Name of the cost; it ends in `_s`.
 
     Yields:
-        Empty; after the block it holds the seconds as they are logged, `time/<name>`.
+        An empty dict. After the block it holds the seconds under the name of the log, `time/<name>`.
     """
     started, logged = time.perf_counter(), dict[str, float]()
     yield logged
@@ -31,5 +31,5 @@ def timed(costs: MutableMapping[str, float], name: str) -> Iterator[dict[str, fl
 
 
 def cost_metrics(costs: Mapping[str, float]) -> dict[str, float]:
-    """Costs since the start of a run as they are logged, `cost/<name>`; seconds stand under `time/` instead."""
+    """Costs since the start of a run by their names in the log: `cost/<name>`, or `time/<name>` for seconds."""
     return {f"cost/{name}": cost for name, cost in costs.items() if not name.endswith("_s")}

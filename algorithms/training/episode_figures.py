@@ -1,4 +1,4 @@
-"""Means over episodes: rollouts, checks on the dev split and evaluations of every learner compute them here."""
+"""Means over episodes, computed here for rollouts, checks on the dev split and evaluations of every learner."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from algorithms.learner.types import RolloutStats, Trajectory
 
 
 def outcome_means(last: Sequence[StepInfo]) -> dict[str, float]:
-    """Means over episodes of what their last steps tell.
+    """Compute means over episodes from the infos of their last steps.
 
     Args:
         last: Info of each episode's last step; at least one.
 
     Returns:
         `exact_match`, `f1`, `num_searches`, and for each `Ending` the share of episodes, `<ending>_fraction`. In files
-        of older versions some episodes have no known ending, and these shares do not add up to 1.
+        of older versions some episodes have no known ending, so these shares do not add up to 1.
     """
     endings = [Ending.of(info) for info in last]
     return {
@@ -30,7 +30,7 @@ def outcome_means(last: Sequence[StepInfo]) -> dict[str, float]:
 
 
 def episode_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """`outcome_means`, `malformed_fraction` (the mean over turns) and `tokens` (those that the model wrote)."""
+    """Compute `outcome_means`, `malformed_fraction` (the mean over turns) and `tokens` (those that the model wrote)."""
     actions = [turn.info["action"] for trajectory in trajectories for turn in trajectory.turns]
     return {
         **outcome_means([trajectory.turns[-1].info for trajectory in trajectories]),
@@ -40,13 +40,13 @@ def episode_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def dev_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """What a check on the dev split logs of its episodes."""
+    """Figures that a check on the dev split logs."""
     figures = episode_means(trajectories)
     return {f"dev/{name}": figures[name] for name in ("exact_match", "num_searches", "malformed_fraction")}
 
 
 def rollout_metrics(last: Sequence[StepInfo], rewards: Sequence[float]) -> dict[str, float]:
-    """What every learner logs of the episodes of one rollout.
+    """Figures that every learner logs of the episodes of one rollout.
 
     Args:
         last: Info of each episode's last step; at least one.
@@ -64,7 +64,7 @@ def rollout_metrics(last: Sequence[StepInfo], rewards: Sequence[float]) -> dict[
 
 
 def trajectory_metrics(trajectories: Sequence[Trajectory], stats: RolloutStats) -> dict[str, float]:
-    """What is logged of the policy's rollout: `rollout_metrics`, and what only trajectories and the player know."""
+    """Figures logged of the policy's rollout: `rollout_metrics`, and what only trajectories and the player know."""
     means = episode_means(trajectories)
     num_cached = stats.cache_hits + stats.cache_misses
     last, rewards = zip(*((trajectory.turns[-1].info, trajectory.reward) for trajectory in trajectories), strict=True)

@@ -1,4 +1,4 @@
-"""What a policy is worth: exact match and its companions on questions it was not trained on, with intervals."""
+"""Evaluation: exact match and other scores, with intervals, on questions that the policy was not trained on."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from algorithms.training.evaluation_cache import Kept
 from algorithms.training.run_logger import progress, without_surrogates
 from algorithms.training.settings import ScoringConfig
 
-#: Scores of an episode whose means are the figures of an evaluation, and have an interval.
+#: Scores of an episode. Their means, with intervals, are figures of an evaluation.
 SCORES = ("exact_match", "f1", "sub_exact_match")
 
 
 @dataclass
 class Evaluated:
-    """A model on the questions of an evaluation.
+    """What a model did on the questions of an evaluation.
 
     Attributes:
-        name: What it is called in tables and files.
-        teacher_in_memory: Whether a teacher network existed at the time, beside or as the model measured.
-        trajectories: By temperature.
-        figures: `measure` by temperature.
+        name: Name of the model in tables and files.
+        teacher_in_memory: Whether a teacher network existed at the time, as the model measured or beside it.
+        trajectories: Trajectories by temperature.
+        figures: Results of `measure` by temperature.
         arc: Figures of the probes by their names.
         probes_s: Seconds that the probes took.
-        group_names: Of the groups of questions.
-        kept: Whether all of it was kept from an earlier run, and nothing played.
+        group_names: Names of the groups of questions.
+        kept: Whether everything was kept from an earlier run, so that nothing was played.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Evaluated:
 
     @property
     def num_questions(self) -> int:
-        """How many questions were played, the first ones of the dataset, in every mode."""
+        """Number of questions played in every mode: the first ones of the dataset."""
         return len(next(iter(self.trajectories.values())))
 
     def by_mode(self) -> dict[str, dict[str, Any]]:
-        """The figures by name of the mode of decoding, as `summary.json` holds them."""
+        """The figures by the name of the mode of decoding; `summary.json` holds them in this form."""
         return {mode_name(temperature): figures for temperature, figures in self.figures.items()}
 
 
@@ -81,16 +81,15 @@ def evaluate_model(
     """Evaluate a language model and probe it.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         load: Returns the model; not called if everything is kept.
         networks: Makes the rollout engine.
-        envs: Where.
-        config: How many questions, and the modes.
+        envs: The environments in which the model plays.
+        config: The number of questions, and the modes.
         folder: The run directory.
-        split: What part of the dataset the questions are.
+        split: The part of the dataset that the questions are from.
         probes: Names, or mappings with `name` and settings.
-        kept_in: Folder with what this model played under these conditions before, or for what it plays now; None to
-            keep nothing.
+        kept_in: Folder that keeps what this model plays under these conditions; None keeps nothing.
     """
     if config.corpus != "own" and config.corpus not in probes:
         probes = [*probes, config.corpus]
@@ -109,7 +108,7 @@ def evaluate_model(
     result = evaluate_player(name, play, envs.dataset, networks.tokenizer, config, folder, split)
     if probes:
         started = time.perf_counter()
-        # The lowest temperature is greedy if there is such a mode.
+        # The lowest temperature is 0, greedy, if there is such a mode.
         lowest = min(result.trajectories)
 
         def ask() -> tuple[dict[str, Figures], bool]:
@@ -132,17 +131,17 @@ def evaluate_player(
     folder: Path,
     split: str = "test",
 ) -> Evaluated:
-    """Let anybody play the first questions of a dataset in every mode of decoding, and keep all of it.
+    """Let any player play the first questions of a dataset in every mode of decoding, and write all results.
 
     Args:
-        name: Of the player.
-        play: Plays the first so many questions at a temperature; the third argument is to be called on the way.
+        name: Name of the player.
+        play: Plays a number of first questions at a temperature, and calls its third argument on the way.
         dataset: The questions.
-        tokenizer: Of the trajectories.
-        config: How many questions, and the modes.
+        tokenizer: Tokenizer of the trajectories.
+        config: The number of questions, and the modes.
         folder: The run directory. Transcripts go to `trajectories/<split>-<name>-<mode>.jsonl.gz` in it, predictions
             to `predictions/<split>-<name>-<mode>.jsonl`.
-        split: What part of the dataset the questions are.
+        split: The part of the dataset that the questions are from.
     """
     count = min(config.num_questions or len(dataset), len(dataset))
     result = Evaluated(name, group_names=list(dict.fromkeys(_group(question, dataset) for question in dataset[:count])))
@@ -165,17 +164,17 @@ def probe(
     probes: Sequence[Any],
     seed: int = 0,
 ) -> dict[str, Figures]:
-    """Figures of the ARC probes.
+    """Measure the figures of the ARC probes.
 
     Args:
         generator: The model that played the trajectories.
-        envs: Where it played.
+        envs: The environments in which it played.
         trajectories: Its episodes on the first questions of the environments' dataset, in the order of these.
         probes: Names, or mappings with `name` and settings.
-        seed: Of what the probes draw, and of the bootstrap.
+        seed: Seed of what the probes draw, and of the bootstrap.
 
     Returns:
-        By probe.
+        The figures by probe.
     """
     return run_probes(_material(generator, envs, trajectories, seed), probes)
 
@@ -197,12 +196,12 @@ def _material(
 
 
 def arc_metrics(arc: Mapping[str, Figures], prefix: str = "arc") -> dict[str, float]:
-    """Values of probes as they are logged: `arc/<probe>/<metric>`."""
+    """Values of probes by their names in the log: `arc/<probe>/<metric>`."""
     return {f"{prefix}/{name}/{metric}": figure["value"] for name, of in arc.items() for metric, figure in of.items()}
 
 
 def write_predictions(path: Path, trajectories: Sequence[Trajectory], dataset: QuestionSet) -> None:
-    """Write what was answered, a JSON line per question: id, dataset, golden answers, prediction, ending, scores."""
+    """Write a JSON line per question: id, dataset, golden answers, prediction, ending, scores."""
     lines = []
     for trajectory, question in zip(trajectories, dataset, strict=False):
         info = trajectory.turns[-1].info
@@ -223,23 +222,23 @@ def write_predictions(path: Path, trajectories: Sequence[Trajectory], dataset: Q
 
 
 def mode_name(temperature: float) -> str:
-    """What a mode of decoding is called: `greedy`, or `T=` and the temperature."""
+    """Name of a mode of decoding: `greedy`, or `T=` and the temperature."""
     return "greedy" if temperature == 0 else f"T={temperature:g}"
 
 
 def measure(trajectories: Sequence[Trajectory], dataset: QuestionSet, seed: int = 0) -> dict[str, Any]:
-    """Figures of an evaluation.
+    """Compute the figures of an evaluation.
 
     Args:
-        trajectories: Of the first questions of the dataset, in its order.
+        trajectories: Trajectories of the first questions of the dataset, in its order.
         dataset: Groups the figures by the "dataset" of a question's metadata.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
-        `all` and one entry per group, each with n, exact_match, f1 and sub_exact_match, the 95 % bootstrap interval of
-        each over questions (`<score>_interval`), the rest of `episode_means`, and retriever_errors, the number of
-        episodes that a failed search ended.
-        `all` has `macro_<score>` and `macro_<score>_interval` too: the unweighted mean over the groups.
+        `all` and one entry per group. Each has n, exact_match, f1 and sub_exact_match, and the 95 % bootstrap interval
+        of each score over questions (`<score>_interval`). It also has the rest of `episode_means`, and
+        retriever_errors, the number of episodes that a failed search ended. `all` has `macro_<score>` and
+        `macro_<score>_interval` too: the unweighted mean over the groups.
     """
     groups: dict[str, list[int]] = {}
     for number, question in enumerate(dataset[: len(trajectories)]):
@@ -258,7 +257,7 @@ def _group(question: Question, dataset: QuestionSet) -> str:
 
 
 def _scores(trajectories: Sequence[Trajectory], dataset: QuestionSet) -> dict[str, np.ndarray]:
-    """Each of `SCORES` of every episode, [n]."""
+    """Compute each of `SCORES` for every episode, [n]."""
     infos = [trajectory.turns[-1].info for trajectory in trajectories]
     golden = [question.golden_answers for question in dataset[: len(trajectories)]]
     columns = (
@@ -289,12 +288,12 @@ def _macro(groups: Sequence[Mapping[str, np.ndarray]], seed: int) -> dict[str, A
 
 
 def gain(after: Sequence[Trajectory], before: Sequence[Trajectory], seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """Gain in exact match on the same questions, and its 95 % interval over questions (paired bootstrap).
+    """Compute the gain in exact match on the same questions, and its 95 % interval over questions (paired bootstrap).
 
     Args:
-        after: Trajectories of the better model, or so one hopes.
-        before: Of the other one, on the same questions in the same order.
-        seed: Of the resampling.
+        after: Trajectories of the model that was trained.
+        before: Trajectories of the model it started from, on the same questions in the same order.
+        seed: Seed of the resampling.
     """
     difference = np.array([float(a.correct) - float(b.correct) for a, b in zip(after, before, strict=True)])
     return float(difference.mean()), interval(difference, seed)

@@ -1,4 +1,4 @@
-"""What a model played, kept on disk between runs: a model that all of them measure alike is measured by one of them."""
+"""Evaluations kept on disk between runs, so that only one run measures a model that all of them measure alike."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from algorithms.training.settings import RunConfig, ScoringConfig
 def place(
     root: Path, config: RunConfig, networks: Networks, envs: AgenticRAGVectorEnv, model: str, is_teacher: bool
 ) -> Path | None:
-    """Where an evaluation is kept: under a hash of all that it depends on.
+    """Find the folder of an evaluation: its name is a hash of all that the evaluation depends on.
 
     Args:
         root: Folder of all evaluations.
-        config: Of the run.
-        networks: Who plays with the model, and how.
-        envs: Where.
+        config: Settings of the run.
+        networks: Networks of the run, which play with the model.
+        envs: The environments in which it plays.
         model: Folder or hub id.
-        is_teacher: The teacher may be loaded in another precision, and softened.
+        is_teacher: Whether the model is the teacher, which may be softened or loaded in another precision.
 
     Returns:
-        The folder; None where some of what the evaluation depends on is not known.
+        The folder; None if something that the evaluation depends on is not known.
     """
     searched, code = of_retriever(envs.retriever), of_code()
     if searched is None or code is None:
@@ -58,14 +58,14 @@ def place(
 class Kept:
     """Episodes of one model under one set of conditions, and the figures of probes on them.
 
-    What is damaged, was shortened or belongs to something else is made again, with a word.
+    A file that is damaged, shortened or belongs to something else is made again, with a message.
 
     Args:
-        folder: Of nothing else; None to keep nothing.
-        tokenizer: For the text in the files.
+        folder: A folder for this evaluation alone; None keeps nothing.
+        tokenizer: Decodes the text in the files.
 
     Attributes:
-        found_all: Whether all that was asked for was there.
+        found_all: Whether everything asked for was there.
     """
 
     def __init__(self, folder: Path | None, tokenizer: Any) -> None:
@@ -73,9 +73,9 @@ class Kept:
         self.found_all = True
 
     def episodes(self, mode: str, play: Callable[[], list[Trajectory]]) -> list[Trajectory]:
-        """Those of a mode of decoding, played if they are not there.
+        """Get the episodes of a mode of decoding; they are played if they are not there.
 
-        Episodes are not kept if a search has failed in any of them: another time it may not.
+        Episodes are not kept if a search has failed in any of them, because it may not fail another time.
         """
         path = self._folder and self._folder / f"{mode}.jsonl.gz"
         if path and (kept := read_kept(path, read_trajectories)) is not None:
@@ -90,10 +90,10 @@ class Kept:
         return played
 
     def arc(self, ask: Callable[[], tuple[dict[str, Figures], bool]]) -> dict[str, Figures]:
-        """Figures of the probes, measured if they are not there.
+        """Get the figures of the probes; they are measured if they are not there.
 
         Args:
-            ask: Measures them, and says whether to keep them: not if a search has failed meanwhile.
+            ask: Measures the figures, and says whether to keep them: not if a search has failed meanwhile.
         """
         path = self._folder and self._folder / "arc.json"
         if path and (kept := read_kept(path, lambda file: json.loads(file.read_text(encoding="utf-8")))) is not None:

@@ -1,9 +1,9 @@
-"""Files that one process at a time holds: who writes a run, who uses a slot, who collects demonstrations.
+"""Lock files, each held by one process at a time: the one that writes a run, uses a slot or collects demonstrations.
 
-The locks are those that the library filelock puts on open files. The kernel drops one when the last process that has
-the file open ends, however it ends, so that none is ever stale. It is `filelock.lock_descriptor` and not
-`filelock.FileLock`, because a job inherits the lock of its slot: a descriptor of ours can be handed on to a process,
-while that of a `FileLock` belongs to the process that made it.
+The library filelock puts the locks on open files. The kernel drops a lock when the last process that has the file open
+ends, however it ends, so no lock is ever stale. A job inherits the lock of its slot, so this uses
+`filelock.lock_descriptor`, whose descriptor can be handed on. That of a `filelock.FileLock` belongs to the process that
+made it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def try_lock(path: Path, wait: bool = False) -> int | None:
     """Open and lock a file, unless another process has it.
 
     Args:
-        path: Made if absent, with its folder; it stays.
-        wait: Until nobody else has it.
+        path: The file. It is made if absent, with its folder, and it stays.
+        wait: Whether to wait until no other process has the file.
 
     Returns:
-        A descriptor. The lock lasts until it is closed here and in every process that inherited it. None where the
-        file is locked.
+        A descriptor, or None if the file is locked. The lock lasts until the descriptor is closed here and in every
+        process that inherited it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -54,10 +54,10 @@ def try_lock(path: Path, wait: bool = False) -> int | None:
 
 
 def hold(path: Path) -> str | None:
-    """Keep a file locked until `release` or the end of this process; twice is the same as once.
+    """Keep a file locked until `release` or the end of this process. A second call changes nothing.
 
     Returns:
-        None, or who has it instead.
+        None, or who has the file instead.
     """
     path = path.absolute()
     if path in _held:
@@ -88,7 +88,7 @@ def make_cache(folder: Path) -> None:
     """Make a cache folder, or make an existing folder one.
 
     Raises:
-        OSError: It can't be written to.
+        OSError: The folder can't be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not is_cache(folder):
@@ -97,7 +97,7 @@ def make_cache(folder: Path) -> None:
 
 @contextmanager
 def exclusively(path: Path, waiting: str) -> Iterator[None]:
-    """One process after the other.
+    """Let one process after the other run the block.
 
     Args:
         path: The file to lock.

@@ -1,4 +1,4 @@
-"""What a run was asked and what it searched, told by hashes: equal where the data are, wherever they lie."""
+"""Hashes of what a run was asked and of what it searched. Equal data have equal hashes, wherever the files are."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def fingerprints(
     Args:
         tested: The environments of the evaluation.
         num_tested: How many of their questions were asked, the first ones.
-        trained: The training questions; None where nothing was trained.
+        trained: The training questions; None if nothing was trained.
 
     Returns:
-        `questions` and `training_questions`: of ids, texts and golden answers, in their order. `corpus`: of the
-        dataset's passages. `retriever`: of all that the results of a search depend on, the passages included. None
-        stands for what does not exist or can't tell; nothing holds a path, and nothing reads a corpus on disk again.
+        `questions` and `training_questions` hash ids, texts and golden answers, in their order. `corpus` hashes the
+        dataset's passages. `retriever` hashes all that the results of a search depend on, the passages included. None
+        stands for what does not exist or can't be known. No hash depends on a path or reads a corpus on disk again.
     """
     corpus = tested.dataset.corpus
     return {
@@ -60,11 +60,11 @@ def of_questions(questions: Sequence[Question]) -> str:
 
 
 def of_retriever(retriever: Any) -> str | None:
-    """What a retriever says of itself; None for a service that can't be asked or does not tell."""
+    """Ask a retriever for its fingerprint; None for a service that can't be asked or has none."""
     try:
         said = getattr(retriever, "fingerprint", None)
     except AgenticRAGError as error:
-        # Wherever it is asked, the same line: so it is said once.
+        # The line is the same wherever this is asked, so it is said once.
         warnings.warn(f"What was searched is not known to the summary: {error}", stacklevel=1)
         return None
     return None if said is None else str(said)
@@ -74,9 +74,9 @@ def of_playing(settings: Mapping[str, Any], model_folder: str, tokenizer: Any, d
     """Hash of everything that decides which episodes a model plays.
 
     Args:
-        settings: Of environment, retriever, reward, rollout, device and the like, as plain data.
-        model_folder: Its weights and settings are read; a hub id counts by its name.
-        tokenizer: With which the model reads and writes.
+        settings: Settings of environment, retriever, reward, rollout, device and the like, as plain data.
+        model_folder: A folder whose weights and settings are read; a hub id counts by its name.
+        tokenizer: Tokenizer with which the model reads and writes.
         dataset: Its questions, and its passages if it has any.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -94,7 +94,7 @@ def of_playing(settings: Mapping[str, Any], model_folder: str, tokenizer: Any, d
 
 
 def of_code() -> str | None:
-    """Hash of the code that plays and measures episodes, plug-ins included; None where some of it is in no file."""
+    """Hash of the code that plays and measures episodes, plug-ins included; None if some of it is in no file."""
     files = {file for folder in _CODE for file in folder.rglob("*.py")}
     for module in _registering_modules():
         if (file := getattr(module, "__file__", None)) is None:
@@ -104,7 +104,7 @@ def of_code() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that figures may depend on; None where one is not installed."""
+    """Versions of Python and of the packages that figures may depend on; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -115,7 +115,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _registering_modules() -> Iterator[Any]:
-    """The modules that parts of an environment come from, with all of their package that is loaded."""
+    """Find the modules that parts of an environment come from, with all loaded modules of their packages."""
     registries = (ENVS, DATASETS, RETRIEVERS, REWARDS, PROBES)
     origins = {registry.get(name).factory.__module__ for registry in registries for name in registry.names()}
     packages = tuple(origin.partition(".")[0] + "." for origin in origins)

@@ -1,4 +1,4 @@
-"""Files that are kept between runs: each has a seal beside it, and what does not fit its seal is made again."""
+"""Files that are kept between runs. Each has a seal beside it, and a file that does not fit its seal is made again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _Read = TypeVar("_Read")
 
 
 def seal(path: Path, numbers: Mapping[str, Any] | None = None) -> None:
-    """Say what a complete file is; what killed processes left of earlier attempts is removed.
+    """Write the seal of a complete file, and remove what killed processes left of earlier attempts.
 
     Args:
-        path: The file; nobody else writes it meanwhile.
-        numbers: What is to be known beside it; plain data.
+        path: The file; no other process writes it meanwhile.
+        numbers: Plain data to keep beside the file.
     """
     content, told = sha256(path), dict(numbers or {})
     sealed = {"sha256": content, "numbers": told, "check": _check(path, content, told)}
@@ -29,12 +29,12 @@ def seal(path: Path, numbers: Mapping[str, Any] | None = None) -> None:
 
 
 def read_kept(path: Path, read: Callable[[Path], _Read], warn: bool = True) -> tuple[_Read, dict[str, Any]] | None:
-    """What a kept file holds, with its numbers; None if it is not there or does not fit its seal.
+    """Read a kept file and its numbers; None if it is not there or does not fit its seal.
 
     Args:
         path: The file.
-        read: Reads it; a `DataError` counts as damage.
-        warn: Say that a file is made again, and why.
+        read: Reads the file; a `DataError` counts as damage.
+        warn: Whether to say that a file is made again, and why.
     """
     if not path.exists() and not _seal_of(path).exists():
         return None
@@ -58,5 +58,5 @@ def _seal_of(path: Path) -> Path:
 
 
 def _check(path: Path, content: str, numbers: Mapping[str, Any]) -> str:
-    # With the name, by which a file is told from one that was put in its place.
+    # The name is part of it, so that another file put in this place is recognized.
     return hashlib.sha256(json.dumps([path.name, content, numbers], sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,7 @@ from algorithms.assets import ASSETS, BUNDLED, gguf
 
 
 def resolve_model(name: str, cache_dir: str | Path = "~/.cache/agentic_rag_env") -> str:
-    """What a name stands for, as a folder in Hugging Face format or a hub id.
+    """Find what a name stands for: a folder in Hugging Face format or a hub id.
 
     Args:
         name: A bundled model; a run directory, which stands for its newest checkpoint; a `.gguf` file, which becomes a
@@ -35,15 +35,15 @@ def resolve_model(name: str, cache_dir: str | Path = "~/.cache/agentic_rag_env")
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is one that a run wrote."""
+    """Whether a run wrote this folder."""
     return (path / ".hydra" / "config.yaml").is_file()
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """The newest complete checkpoint of a run.
+    """Find the newest complete checkpoint of a run.
 
     Raises:
-        ConfigurationError: It has none.
+        ConfigurationError: The run has none.
     """
     from algorithms.training import checkpoint  # which loads torch
 

@@ -1,15 +1,14 @@
 """Model presets: `conf/model/<name>.yaml` also says what other settings suit the model, and `config.yaml` takes them.
 
-What a preset says under `settings` is put between the defaults and everything that a person writes: experiments and
-the command line still win. Most keys are those of a run (`rollout`, `learner`, `evaluation`, ...). Four of them depend
-on what else was chosen:
+The `settings` of a preset override the defaults; experiments and the command line override the preset. Most keys are
+those of a run (`rollout`, `learner`, `evaluation`, ...). Four of them depend on what else was chosen:
 
 | key | goes to |
 | --- | --- |
 | `env` | the environment, if it has all these settings |
 | `imitation` | every algorithm of the run that trains on demonstrations, as far as it has the setting |
-| `policy_gradient` | every policy-gradient method of the run, likewise |
-| `critic` | `critic_optimizer` of those with a critic |
+| `policy_gradient` | every policy-gradient algorithm of the run, as far as it has the setting |
+| `critic` | `critic_optimizer` of those algorithms that have a critic |
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from algorithms.learner.config import AlgorithmConfig, CriticConfig, Demonstrati
 
 #: The presets that come with the project.
 FOLDER = Path(__file__).parents[2] / "conf" / "model"
-#: Networks larger than this are no toys.
+#: Most parameters of a toy model.
 TOY_PARAMETERS = 10_000_000
 #: Learning rates from here on are for toys.
 _TOY_LEARNING_RATE = 1e-3
@@ -36,7 +35,7 @@ _BY_CHOICE = ("env", "imitation", "policy_gradient", "critic")
 
 
 def options() -> dict[str, dict[str, Any]]:
-    """What is put into a configuration, by `<model>-<algorithm>-<environment>` as they may be chosen together."""
+    """Collect the settings of presets for each choice of `<model>-<algorithm>-<environment>`."""
     found = {}
     for file in sorted(FOLDER.glob("*.yaml")):
         settings = yaml.safe_load(file.read_text(encoding="utf-8")).get("settings", {})
@@ -57,7 +56,7 @@ def _chosen(settings: Mapping[str, Any], algorithm: str, env: str) -> dict[str, 
 
 
 def _of_algorithm(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The settings of an algorithm and of those that it starts from unless another start is chosen."""
+    """Collect the settings of an algorithm and of its default warm starts."""
     config = ALGORITHMS.get(name).config
     kinds = {DemonstrationConfig: "imitation", PolicyGradientConfig: "policy_gradient"}
     chosen: dict[str, Any] = {}
@@ -76,12 +75,12 @@ def _names(config: type | None) -> set[str]:
 
 
 def toy_settings(config: Any, stages: Sequence[Any], num_parameters: int) -> str | None:
-    """A warning if a real model meets settings that were made for the bundled toy; else None.
+    """Return a warning if a real model meets settings that were made for the bundled toy; else None.
 
     Args:
-        config: The run's, a `RunConfig`.
-        stages: Its algorithms, with names and settings.
-        num_parameters: Of the policy.
+        config: The run's settings, a `RunConfig`.
+        stages: The run's algorithms, with names and settings.
+        num_parameters: Parameters of the policy.
     """
     if num_parameters <= TOY_PARAMETERS:
         return None

@@ -1,6 +1,6 @@
-"""The settings and the summary of a run directory, which may be a stranger's: read as plain data, and as nothing else.
+"""The settings and the summary of a run directory. They may be a stranger's, so they are read as plain data only.
 
-Nothing in them is executed or resolved, no name in them becomes a class, and what they name outside of the run
+Nothing in them is executed or resolved, and no name in them becomes a class. A place that they name outside of the run
 directory counts only if the command line names it too.
 """
 
@@ -36,7 +36,7 @@ _MODELS = ("policy", "teacher", "model")
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data without references, by which a small file could become an endless one."""
+    """Loads plain data without references, because references can make a small file endless."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -54,10 +54,10 @@ _Dumper.add_implicit_resolver(*_FLOAT)
 
 
 def read_yaml(file: Path) -> Any:
-    """Plain data from a YAML file.
+    """Read plain data from a YAML file.
 
     Raises:
-        DataError: The file is none, is too large, or holds more than numbers, strings, lists and mappings.
+        DataError: The file is no YAML, is too large, or holds more than numbers, strings, lists and mappings.
     """
     try:
         if file.stat().st_size > _MAX_BYTES:
@@ -74,7 +74,7 @@ def read_yaml(file: Path) -> Any:
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:
-    """The settings that a run was begun with.
+    """Read the settings that a run was begun with.
 
     Args:
         run_dir: The run directory.
@@ -114,7 +114,7 @@ def write_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
 
 
 def differences(first: Any, second: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Settings that two configurations know and that differ, as `(dotted name, first, second)`."""
+    """Find settings that two configurations share and that differ, as `(dotted name, first, second)`."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         shared = [name for name in first if name in second]
         return [each for name in shared for each in differences(first[name], second[name], f"{key}.{name}".strip("."))]
@@ -128,7 +128,7 @@ def require_named(settings: Mapping[str, Any], allowed: Sequence[str], origin: s
     """Refuse saved settings that would ask an address, or write a file, that the command line does not name.
 
     Args:
-        settings: Saved ones that are to be used.
+        settings: Saved settings that are to be used.
         allowed: Addresses and files that the command line names.
         origin: Where the settings come from, for the error.
 
@@ -149,7 +149,7 @@ def require_named(settings: Mapping[str, Any], allowed: Sequence[str], origin: s
 
 
 def places(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Settings that name an address or a file that is written to: dotted name and place."""
+    """Find settings that name an address or a file to write: dotted name and place."""
     by_declaration = set(_declared(settings))
     return [
         (key, value)
@@ -159,18 +159,18 @@ def places(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def allow(settings: Mapping[str, Any]) -> str:
-    """What the command line must say for all places that settings name."""
+    """Overrides that allow all places that settings name."""
     return shlex.quote(allowed([place for _, place in places(settings)]))
 
 
 def allowed(named: Sequence[str]) -> str:
-    """An override that allows places, as Hydra reads it."""
+    """An override that allows places, in Hydra's grammar."""
     quoted = ("'" + place.replace("\\", "\\\\").replace("'", "\\'") + "'" for place in named)
     return f"allow=[{','.join(dict.fromkeys(quoted))}]"
 
 
 def _declared(settings: Any, key: str = "") -> Iterator[str]:
-    """Settings of retrievers whose declaration says that they name a place outside."""
+    """Find settings of retrievers that are declared to name a place outside."""
     if not isinstance(settings, Mapping):
         return
     name = settings.get("name")
@@ -187,7 +187,7 @@ def _declared(settings: Any, key: str = "") -> Iterator[str]:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`, whole or not at all, with checksums of the other files and of all the rest of it."""
+    """Write `summary.json`, whole or not at all, with checksums of the other files and of its own other entries."""
     files = [file for pattern in _SUMMED for file in sorted(folder.glob(pattern))]
     sums = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
     plain = json.loads(json.dumps({**summary, "files": sums}))
@@ -197,11 +197,11 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What `write_summary` wrote.
+    """Read what `write_summary` wrote.
 
     Raises:
         DataError: The file is damaged or was changed.
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no summary.
     """
     file = folder / SUMMARY_FILE
     try:
@@ -215,7 +215,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
             pass
     except DataError as error:
         raise DataError(f"{file} is not that of a run: {error}") from error
-    expected = summary.pop("checksum", None)  # those of earlier versions have none
+    expected = summary.pop("checksum", None)  # summaries of earlier versions have none
     if expected is not None and expected != _checksum(summary):
         raise DataError(f"{file} does not have the checksum that it was written with")
     return summary
@@ -229,7 +229,7 @@ def _checksum(summary: Mapping[str, Any]) -> str:
 
 
 def _leaves(nested: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of everything that is no mapping and no list."""
+    """List the dotted name and the value of everything that is no mapping and no list."""
     if isinstance(nested, (Mapping, list)):
         if depth > _MAX_DEPTH:
             raise DataError(f"{key[:80]}... lies more than {_MAX_DEPTH} levels deep")

@@ -25,7 +25,7 @@ from torch.utils.tensorboard.summary import hparams
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.terminal import printable
 
-#: Metrics of the progress line, and what they are called there.
+#: Metrics of the progress line, and their names there.
 _SHOWN = {"rollout/exact_match": "exact match", "dev/exact_match": "dev exact match", "train/loss": "loss"}
 _RATE_WINDOW = 20
 _PLAIN_INTERVAL_S = 10.0
@@ -38,8 +38,8 @@ class RunLogger:
         run_dir: The run directory; made if absent.
         total_steps: Training steps of the whole run.
         start_step: Steps already done. What an earlier, killed run wrote about later steps is removed.
-        console: Where the progress goes; the standard output by default. In a terminal it is one live line,
-            elsewhere (a file, CI) a plain line every ten seconds, without control characters.
+        console: Where the progress goes; the standard output by default. A terminal shows one live line. A file or CI
+            gets a plain line every ten seconds, without control characters.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class RunLogger:
 
         Args:
             step: Training steps done; equal or higher than in the last call.
-            metrics: Full names (`train/loss`) to numbers. One that is not finite becomes null in `metrics.jsonl`.
-            stage: What the run is at, such as the algorithm being trained.
+            metrics: Full names (`train/loss`) to numbers. A number that is not finite becomes null in `metrics.jsonl`.
+            stage: What the run is doing, such as the name of the algorithm being trained.
         """
         numbers = {name: float(value) for name, value in metrics.items()}
         line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -83,7 +83,7 @@ class RunLogger:
         self._tensorboard.flush()
 
     def message(self, text: str) -> None:
-        """Print something for the person who watches, without tearing the progress line."""
+        """Print a message without breaking the progress line."""
         self._progress.message(text)
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class RunLogger:
 def write_results(
     run_dir: str | os.PathLike[str], config: Mapping[str, Any], metrics: Mapping[str, float], step: int
 ) -> None:
-    """Put the final metrics of a run into TensorBoard, and with its settings into the table of hyperparameters.
+    """Put the final metrics of a run into TensorBoard, and together with its settings into the hyperparameter table.
 
     Args:
         run_dir: The run directory.
@@ -119,14 +119,14 @@ def write_results(
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Show how far something is that takes a while: in a terminal by a bar, elsewhere by a line that says it began.
+    """Show the progress of a long task: a bar in a terminal, elsewhere a line that says it began.
 
     Args:
         description: What is done.
-        total: How many there are.
+        total: Number of units of work.
 
     Yields:
-        To be called with how many are done, and anything.
+        A function to call with the number of units done, and with a second argument, which is ignored.
     """
     if not sys.stdout.isatty():
         print(f"{description} ({total})", flush=True)
@@ -138,15 +138,15 @@ def progress(description: str, total: int) -> Iterator[Callable[[int, int], None
 
 
 def without_surrogates(text: str) -> str:
-    r"""Text with halves of surrogate pairs, which no file can hold, written out as `\udc80`."""
+    r"""Write halves of surrogate pairs, which no file can hold, as `\udc80`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Remove the lines after a step, and what is no whole line; what is lost of the steps before is said.
+    """Remove the lines after a step and broken lines. A message says which earlier steps are lost.
 
     Args:
-        path: A `metrics.jsonl`; need not exist.
+        path: A `metrics.jsonl`, which need not exist.
         last_step: The last step to keep.
     """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -170,7 +170,7 @@ def truncate_metrics(path: Path, last_step: int) -> None:
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
-    """Nested settings as `{"optimizer.learning_rate": 0.001}`, with values that TensorBoard can show."""
+    """Flatten nested settings to `{"optimizer.learning_rate": 0.001}`, with values that TensorBoard can show."""
     flat: dict[str, str | float | bool] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -181,7 +181,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | flo
 
 
 class _ProgressLine:
-    """Steps, rate, time left, exact match and loss."""
+    """The progress line: steps, rate, time left, exact match and loss."""
 
     def __init__(self, total_steps: int, start_step: int, console: Console) -> None:
         self._total = total_steps
@@ -191,7 +191,7 @@ class _ProgressLine:
         self._console = console
         self._next_plain = 0.0
         self._live: Progress | None = None
-        # Not `console.is_terminal`: FORCE_COLOR, which CI systems set, makes that true of a log file.
+        # `console.is_terminal` would not do: CI systems set FORCE_COLOR, which makes it true of a log file.
         if console.file.isatty() and not console.is_dumb_terminal:
             columns = [
                 TextColumn("{task.fields[stage]}"),

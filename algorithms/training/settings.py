@@ -33,15 +33,15 @@ from algorithms.training.run_files import require_named
 
 @dataclass
 class ModelConfig:
-    """Which networks.
+    """Which networks a run uses.
 
     Attributes:
         policy: Start of the policy: a bundled name, a Hugging Face folder, a run directory (its newest checkpoint), a
             `.gguf` file, or a hub id.
-        teacher: Likewise; None where no teacher is to be had.
-        settings: Of a preset: what else suits the model, see `presets`. They are in the configuration already.
+        teacher: The teacher, named like the policy; None for no teacher.
+        settings: Settings of a preset that suit the model, see `presets`. They are in the configuration already.
         teacher_temperature: The teacher's logits are divided by it everywhere: where it plays demonstrations, judges
-            tokens, and is measured. Above 1 makes a teacher that errs out of one that does not.
+            tokens, and is measured. Above 1, a teacher that makes no mistakes begins to make some.
     """
 
     policy: str = "tiny-student"
@@ -62,11 +62,11 @@ class ScoringConfig:
     """How a model is measured.
 
     Attributes:
-        num_questions: The first so many questions of the split; None takes all of them.
+        num_questions: Number of questions, from the first one of the split on; None takes all of them.
         temperatures: Modes of decoding; 0 is greedy.
-        corpus: "own"; or "counterfactual" or "shuffled" for one more row of probes: what the agent answers where the
-            passages were changed, see `agentic_rag_env.probes.grounding`.
-        seed: Of the sampled modes and of the bootstrap.
+        corpus: "own"; or "counterfactual" or "shuffled" for one more row of probes: what the agent answers when the
+            passages are changed, see `agentic_rag_env.probes.grounding`.
+        seed: Seed of the sampled modes and of the bootstrap.
     """
 
     num_questions: int | None = None
@@ -90,7 +90,7 @@ class EvaluationConfig(ScoringConfig):
     Attributes:
         num_questions: Test questions at the end; None takes all of them.
         every: Training steps between checks on the dev split; 0 for none.
-        num_dev_questions: Questions of such a check.
+        num_dev_questions: Questions of a check on the dev split.
     """
 
     num_questions: int | None = 600
@@ -105,7 +105,7 @@ class EvaluationConfig(ScoringConfig):
 
 @dataclass
 class DemonstrationsConfig:
-    """What holds for every stage that trains on demonstrations.
+    """Settings of every stage that trains on demonstrations.
 
     Attributes:
         num: Demonstrations to collect; None: each stage's own `num_demonstrations`.
@@ -119,18 +119,18 @@ class DemonstrationsConfig:
 
 @dataclass
 class RunConfig:
-    """A whole run.
+    """Settings of a whole run.
 
     Attributes:
-        seed: Of everything random but the evaluation.
+        seed: Seed of everything random but the evaluation.
         resume: Run directory to go on with; its own configuration is used.
         num_envs: Episodes played at once.
         max_retriever_error_fraction: Share of a rollout's episodes that a failed search may end; past it the run stops.
-        cache_dir: Where teacher trajectories, and evaluations of models that other runs measure too, are kept between
+        cache_dir: Folder that keeps demonstrations, and evaluations of models that other runs measure too, between
             runs.
         checkpoint_every: Training steps between checkpoints.
-        keep_checkpoints: How many of the newest are kept, besides the end of every stage and its best on the dev split;
-            None: all.
+        keep_checkpoints: How many of the newest checkpoints are kept, besides the last and the best on the dev split of
+            every stage; None: all.
         probes: ARC probes at the end, by name or as a mapping with `name` and settings; empty for none.
         probe_every: Training steps between probes on the questions of a check on the dev split; 0 for none.
         threads: CPU threads; None leaves PyTorch's choice.
@@ -164,7 +164,7 @@ class RunConfig:
         check_settings(self, "at least 1", lambda value: value >= 1, "num_envs", "checkpoint_every")
         check_settings(self, "at least 0", lambda value: value >= 0, "probe_every")
         for probe in self.probes:
-            PROBES.build(probe)  # a misspelled one is found before training, not after it
+            PROBES.build(probe)  # finds a misspelled one before training
         check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "max_retriever_error_fraction")
         check_settings(
             self, "at least 1, or null", lambda value: value is None or value >= 1, "threads", "keep_checkpoints"
@@ -176,15 +176,15 @@ class EvaluateConfig:
     """Settings of `algorithms.evaluate`.
 
     `env`, `dataset`, `retriever`, `reward`, `rollout` and `learner` are those of the run that the checkpoint comes
-    from, else the defaults of a run, with the prompt `search_r1` unless the model is a bundled one. A single setting
-    changes one of them (`env.max_turns=2`), a name replaces all (`dataset=jsonl`).
+    from. Without a run they are the defaults, with the prompt `search_r1` unless the model is a bundled one. A single
+    setting changes one of them (`env.max_turns=2`), and a name replaces a whole part (`dataset=jsonl`).
 
     Attributes:
         checkpoint: A run directory, a Hugging Face folder, a `.gguf` file, a bundled name or a hub id.
         num_envs: Episodes played at once.
         max_retriever_error_fraction: Share of the episodes that a failed search may end; past it the evaluation stops.
         probes: ARC probes, by name or as a mapping with `name` and settings; empty for none.
-        cache_dir: Where the folder is kept that becomes of a `.gguf` file.
+        cache_dir: Folder that keeps what a `.gguf` file is converted to.
         threads: CPU threads; None leaves PyTorch's choice.
         allow: Addresses and files outside of the run directory that the settings saved in it may name.
     """
@@ -209,13 +209,13 @@ class EvaluateConfig:
 class AskConfig:
     """Settings of `algorithms.ask`.
 
-    `env`, `dataset`, `retriever`, `rollout` and `learner` are as in `EvaluateConfig`, except that the model decodes
-    greedily, and that the precision "auto" is float32 on a CPU, where it writes a single episode faster.
+    `env`, `dataset`, `retriever`, `rollout` and `learner` are as in `EvaluateConfig`, with two exceptions. The model
+    decodes greedily. The precision "auto" is float32 on a CPU, which writes a single episode faster.
 
     Attributes:
         checkpoint: A run directory, a Hugging Face folder, a `.gguf` file, a bundled name or a hub id.
-        question: In plain words; None: questions are typed one after the other.
-        cache_dir: Where the folder is kept that becomes of a `.gguf` file.
+        question: A question in plain words; None: questions are typed one after the other.
+        cache_dir: Folder that keeps what a `.gguf` file is converted to.
         threads: CPU threads; None leaves PyTorch's choice.
         allow: Addresses and files outside of the run directory that the settings saved in it may name.
     """
@@ -233,10 +233,10 @@ class AskConfig:
 
 
 def ask_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> RunConfig:
-    """The settings of a conversation, in the form of a run's; see `evaluate_config`.
+    """Make the settings of a conversation, in the form of a run's; see `evaluate_config`.
 
     Args:
-        given: From the command line, shaped like `AskConfig`, without checkpoint and question.
+        given: Settings from the command line, shaped like `AskConfig`, without checkpoint and question.
         model: Folder or hub id of the model.
         of_run: Settings of the run that it comes from; empty if there is none.
     """
@@ -247,15 +247,15 @@ def ask_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> Run
     return evaluate_config(settings, model, of_run)
 
 
-#: The parts of a run where nothing else is said, as in conf/config.yaml.
+#: The default parts of a run, as in conf/config.yaml.
 _DEFAULT_PARTS = {"env": "agentic_rag", "dataset": "tiny", "retriever": "bm25", "reward": "exact_match"}
 
 
 def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> RunConfig:
-    """The settings of an evaluation, in the form of a run's.
+    """Make the settings of an evaluation, in the form of a run's.
 
     Args:
-        given: From the command line, shaped like `EvaluateConfig`; "???" stands for what is missing.
+        given: Settings from the command line, shaped like `EvaluateConfig`; "???" stands for what is missing.
         model: Folder or hub id of the model.
         of_run: Settings of the run that it comes from; empty if there is none.
 
@@ -273,7 +273,7 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
         used[group] = {name: value for name, value in saved.items() if name not in chosen}
         schemas[group] = named_config(registries[group], specs[group]["name"])
     if not of_run and Path(model).parent != ASSETS and specs["env"]["name"] == _DEFAULT_PARTS["env"]:
-        specs["env"] = {"prompt": "search_r1", **specs["env"]}  # nobody else knows the protocol unasked
+        specs["env"] = {"prompt": "search_r1", **specs["env"]}  # others know no protocol unasked
     require_named(used, given.get("allow", ()), "the run directory")
     try:
         typed = OmegaConf.merge({group: OmegaConf.structured(schema) for group, schema in schemas.items()}, specs)
@@ -293,7 +293,7 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
 
 
 def run_config(composed: DictConfig) -> RunConfig:
-    """A composed configuration as typed settings; the parts with a registry stay mappings with a `name`.
+    """Turn a composed configuration into typed settings. The parts with a registry stay mappings with a `name`.
 
     Raises:
         ConfigurationError: A value can't work, is missing or unknown.
@@ -306,7 +306,7 @@ def run_config(composed: DictConfig) -> RunConfig:
         "evaluation": EvaluationConfig,
         "demonstrations": DemonstrationsConfig,
     }
-    settings.setdefault("demonstrations", {"num": None})  # a run of before this setting
+    settings.setdefault("demonstrations", {"num": None})  # the run is older than this setting
     _check_names(RunConfig, "", settings)
     for name, section in sections.items():
         _check_names(section, f"{name}.", settings[name])
@@ -318,10 +318,10 @@ def run_config(composed: DictConfig) -> RunConfig:
 
 
 def _with_demonstrations(spec: Any, count: int) -> dict[str, Any]:
-    """An algorithm's settings, where every stage that trains on demonstrations collects so many.
+    """Set in an algorithm's settings how many demonstrations each stage that trains on them collects.
 
     Raises:
-        ConfigurationError: No stage does.
+        ConfigurationError: No stage trains on demonstrations.
     """
     first: dict[str, Any] = {"warm_start": spec}
     place, found = first, False
@@ -344,7 +344,7 @@ def _with_demonstrations(spec: Any, count: int) -> dict[str, Any]:
 
 
 def plain(composed: Any) -> dict[str, Any]:
-    """A configuration as plain data, if nothing in it is missing."""
+    """Turn a configuration into plain data, if nothing in it is missing."""
     try:
         settings: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -366,7 +366,7 @@ def _check_names(section: type, prefix: str, settings: dict[str, Any]) -> None:
 
 
 def settings_without_effect(section: type = RunConfig, prefix: str = "") -> frozenset[str]:
-    """Dotted names of the settings that say how a run is carried out, not what comes of it: `WITHOUT_EFFECT`."""
+    """Dotted names of the settings that say how a run is carried out and do not change results: `WITHOUT_EFFECT`."""
     found = set()
     for setting in dataclasses.fields(section):
         if setting.metadata.get("without_effect"):
@@ -377,7 +377,7 @@ def settings_without_effect(section: type = RunConfig, prefix: str = "") -> froz
 
 
 def settings_with_effect(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings of a run, nested, without those that have no effect on what comes of it."""
+    """Settings of a run, nested, without those that have no effect on its results."""
     left_out = settings_without_effect()
     return {
         name: settings_with_effect(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
@@ -394,16 +394,16 @@ def import_zoo() -> None:
 
 
 def register_schemas() -> None:
-    """Tell Hydra about the configuration; must run before it composes.
+    """Tell Hydra about the configuration. Call this before Hydra composes.
 
-    A name that a YAML file of `conf/` also bears is left to that file, which binds to `schema/<group>/<name>`.
+    If a YAML file of `conf/` has the same name as a part, the file counts and binds to `schema/<group>/<name>`.
     """
     import_zoo()
     store = ConfigStore.instance()
     store.store("run_schema", RunConfig)
     evaluate_schema = OmegaConf.structured(EvaluateConfig)
     for group in ("rollout", "learner", *_DEFAULT_PARTS):
-        OmegaConf.set_struct(evaluate_schema[group], False)  # single settings of what the checkpoint brings
+        OmegaConf.set_struct(evaluate_schema[group], False)  # single settings that change those of the checkpoint
     store.store("evaluate_schema", evaluate_schema)
     ask_schema = OmegaConf.structured(AskConfig)
     for group in ("env", "dataset", "retriever", "rollout", "learner"):
@@ -421,7 +421,7 @@ def register_schemas() -> None:
 
 
 def named_config(registry: Registry, name: str) -> type:
-    """The settings of a registered part with a `name` field in front, as a dataclass."""
+    """Make a dataclass of a registered part's settings, with a `name` field in front."""
     config = registry.get(name).config
     return dataclasses.make_dataclass(
         config.__name__ if config else f"{name.title()}Config",
@@ -432,10 +432,10 @@ def named_config(registry: Registry, name: str) -> type:
 
 
 def _selectable(registry: Registry, name: str, schema: type) -> Any:
-    """A config-group option.
+    """Make a config-group option.
 
-    An algorithm's has its warm start composed in place, so that its settings are typed too; and wherever in a chain the
-    algorithm stands, it takes what the chosen `stages` say of it.
+    The option of an algorithm composes the warm start in place, so that its settings are typed too. The algorithm takes
+    what the chosen `stages` say of it, wherever it stands in a chain.
     """
     if registry is not ALGORITHMS:
         return schema
@@ -452,8 +452,8 @@ _CHOSEN_START = re.compile(r"\+{0,2}(?:algo@)?(algo(?:\.warm_start)+)=(?!(?:[^{]
 
 
 def by_group(override: str) -> str:
-    """`algo.warm_start=kd` as Hydra's choice of an option, so that it is composed like any other algorithm.
+    """Turn `algo.warm_start=kd` into Hydra's choice of an option, so that it is composed like any other algorithm.
 
-    Without this it would be a mere name, and be built with its defaults whatever `stages` says of it.
+    Without this it would be only a name, and the algorithm would keep its defaults whatever `stages` says of it.
     """
     return _CHOSEN_START.sub(r"algo@\1=", override)

@@ -44,11 +44,11 @@ _MAXRSS_PER_MB = 2**20 if sys.platform == "darwin" else 2**10
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
-    """Evaluate, print and write everything; returns the summary.
+    """Evaluate, print and write everything, and return the summary.
 
-    The policy's models are measured before the teacher is loaded again to be measured itself. What other runs measure
-    alike (every model but the trained one) is measured once and kept under `cache_dir`; what there is of the trained
-    one is kept in the run directory until all is there, for a run that is killed meanwhile.
+    The policy's models are measured before the teacher is loaded again to be measured itself. Other runs measure every
+    model but the trained one alike, so it is measured once and kept under `cache_dir`. Results of the trained one are
+    kept in the run directory until all are there, for a run that is killed meanwhile.
     """
     costs = trainer.position.costs
     with timed(costs, "evaluation_s"):
@@ -72,16 +72,16 @@ def summarize(
     environments: Environments,
     **more: Any,
 ) -> dict[str, Any]:
-    """What `summary.json` holds of every run.
+    """Make the summary that `summary.json` holds of every run.
 
     Args:
-        config: The run's.
+        config: The run's settings.
         stages: What was trained, first to last: `name`, `steps` and `checkpoint` of each.
-        evaluated: Models, the trained one included.
+        evaluated: The models measured, the trained one included.
         costs: Seconds, tokens, episodes and steps, by name.
         device: Where the networks were.
-        environments: Of the training and of the test.
-        **more: What takes the place of an entry that otherwise says: no gain measured, no demonstrations, no estimator.
+        environments: Environments of the training and of the test.
+        **more: Entries that replace the defaults: no gain measured, no demonstrations, no estimator.
     """
     summary = {
         "algo": config.algo["name"],
@@ -125,7 +125,7 @@ def publish(
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What the figures were made with: versions, machine and the most memory that the process ever had."""
+    """Describe what the figures were made with: versions, machine and the peak memory of the process."""
     return {
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_PER_MB),
         "versions": versions(),
@@ -134,12 +134,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def console() -> Console:
-    """The terminal; where the output goes to a file, 120 characters wide."""
+    """The terminal. It is 120 characters wide if the output goes to a file."""
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def results_table(evaluated: Sequence[Evaluated]) -> Table:
-    """A row per model and mode of decoding: exact match per group of questions, and over all of them the rest."""
+    """Make a table with a row per model and mode: exact match per group of questions, other figures over all."""
     groups = next(iter(evaluated[0].figures.values()))
     table = Table(title=f"exact match on {groups['all']['n']} questions, with 95 % bootstrap intervals")
     table.add_column("model")
@@ -164,7 +164,7 @@ def results_table(evaluated: Sequence[Evaluated]) -> Table:
 def show_episode(
     terminal: Console, name: str, trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Print one whole episode, if possible a right one with searches in it."""
+    """Print one whole episode, if possible a correct one with searches."""
     shown = next((t for t in trajectories if t.correct and len(t.turns) > 2), trajectories[0])
     terminal.rule(f"a test episode of {name}: {'right' if shown.correct else 'wrong'}")
     terminal.print(Text(printable(transcript(shown, tokenizer), terminal.encoding)))
@@ -183,7 +183,7 @@ class _Model(NamedTuple):
 
 
 def _models(trainer: Trainer) -> list[_Model]:
-    """The raw policy, the policy after each stage that had any step, and the teacher."""
+    """List the raw policy, the policy after each stage that had any step, and the teacher."""
     networks, config = trainer.networks, trainer.config
     paths = [("raw", networks.place(config.model.policy))]
     trained = [stage for stage in _stages(trainer) if stage["steps"]]
@@ -197,7 +197,7 @@ def _models(trainer: Trainer) -> list[_Model]:
 
 
 def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
-    """Measure a model, which is in memory only meanwhile."""
+    """Measure a model; it is in memory only meanwhile."""
     networks, config, envs = trainer.networks, trainer.config, trainer.environments.envs("test")
     is_trained = model.name == _stages(trainer)[-1]["name"]
     root = trainer.run_dir if is_trained else Path(config.cache_dir).expanduser()
@@ -221,7 +221,7 @@ def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
 
 
 def _stages(trainer: Trainer) -> list[dict[str, Any]]:
-    """What was trained, first to last; a stage without steps has no checkpoint, one without checks no best one."""
+    """List what was trained, first to last. A stage without steps has no checkpoint; without checks, no best one."""
     position = trainer.position
     of_stages = zip(trainer.stages, pairwise(position.stage_starts), position.best_checks[:-1], strict=True)
     return [
@@ -267,19 +267,19 @@ def _gains(evaluated: Sequence[Evaluated], seed: int) -> dict[str, Any]:
 
 
 def _final(evaluated: Sequence[Evaluated]) -> Evaluated:
-    """The policy after the last stage: the last model, or the one before the teacher."""
+    """Find the policy after the last stage: the last model, or the one before the teacher."""
     return evaluated[-2] if evaluated[-1].name == "teacher" else evaluated[-1]
 
 
 def _teacher_share(costs: Mapping[str, float]) -> float:
-    """Tokens that went through the teacher over all tokens of training, sampled and trained."""
+    """Share of the training's tokens, sampled and trained, that went through the teacher."""
     of_teacher = costs.get("teacher_sampled_tokens", 0.0) + costs.get("teacher_scored_tokens", 0.0)
     of_policy = costs.get("sampled_tokens", 0.0) + costs.get("trained_tokens", 0.0)
     return of_teacher / (of_teacher + of_policy) if of_teacher + of_policy else 0.0
 
 
 def _log(run_dir: Path, config: RunConfig, summary: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Put the final figures and the settings into TensorBoard, a single group of questions by its name too."""
+    """Put the final figures and the settings into TensorBoard; a single group of questions also under its name."""
     final = summary["stages"][-1]["name"]
     step = sum(stage["steps"] for stage in summary["stages"])
     with_groups = {

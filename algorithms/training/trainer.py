@@ -34,15 +34,15 @@ from algorithms.training.trajectory_samples import is_due, token_figures, write_
 
 @dataclass
 class Position:
-    """Where a run stands; with the weights and the learner's state, all that a resumed run needs.
+    """Where a run stands. A resumed run needs this, the weights and the learner's state.
 
     Attributes:
         stage: Index of the stage being trained.
         stage_step: Steps done in it.
         stage_starts: Step of the whole run at which each stage so far began.
-        dev_exact_match: Last check on the dev split in this stage, None before the first.
-        best_checks: The best check on the dev split of each stage so far, None before the first: the step of the whole
-            run, and the exact match.
+        dev_exact_match: Exact match at the last check on the dev split in this stage; None before the first.
+        best_checks: Step of the whole run and exact match of the best check on the dev split, for each stage so far;
+            None before the first check.
         costs: Seconds and tokens so far, by name.
     """
 
@@ -67,7 +67,7 @@ class Position:
         self.best_checks.append(None)
 
     def note_check(self, exact_match: float) -> None:
-        """Take note of a check on the dev split, made at the present step."""
+        """Record a check on the dev split that was made at the present step."""
         self.dev_exact_match, best = exact_match, self.best_checks[-1]
         if best is None or exact_match > best[1]:
             self.best_checks[-1] = self.step, exact_match
@@ -81,7 +81,7 @@ class Trainer:
     """Trains the chain of algorithms of a configuration.
 
     Args:
-        config: The run's.
+        config: The run's settings.
         run_dir: Where everything is written. If it holds checkpoints, training goes on after the newest.
 
     Attributes:
@@ -105,7 +105,7 @@ class Trainer:
         self._check_last_batches()
 
     def _refuse_what_fails_late(self) -> None:
-        """Meet now the mistakes in settings and files that would otherwise end a run after hours."""
+        """Refuse now mistakes in settings and files that would otherwise end a run after hours."""
         if not self.config.evaluation.every:
             for stage in self.stages:
                 if _hand_over(stage) is not None:
@@ -127,11 +127,11 @@ class Trainer:
             ) from error
 
     def _take_position(self, saved_in: Path) -> None:
-        """Where a checkpoint stands, if it was saved with these settings.
+        """Take over the position of a checkpoint, if it was saved with these settings.
 
         Raises:
             ConfigurationError: The settings were changed since.
-            DataError: Its state is none of a run.
+            DataError: The checkpoint's state is not that of a run.
         """
         state = checkpoint.read_trainer_state(saved_in)
         try:
@@ -147,11 +147,11 @@ class Trainer:
             )
 
     def _settings(self) -> dict[str, Any]:
-        """The settings that have an effect on what comes of the run."""
+        """The settings that have an effect on the results of the run."""
         return settings_with_effect(asdict(self.config))
 
     def _check_last_batches(self) -> None:
-        """The last batch of a pass over stored trajectories may be small, but not smaller than its minibatches."""
+        """Refuse a last batch of a pass over stored trajectories that has fewer trajectories than minibatches."""
         for stage in self.sources.demonstrations:
             count, config = len(self.sources.to_train_on(stage)), stage.config
             last = count % config.batch_size or config.batch_size
@@ -163,7 +163,7 @@ class Trainer:
                 )
 
     def num_steps(self, stage: Algorithm) -> int:
-        """Training steps of a stage, if it is not ended early; 0 if it has nothing to train on."""
+        """Training steps of a stage that does not end early; 0 if it has nothing to train on."""
         return stage.num_steps(len(self.sources.to_train_on(stage)))
 
     def checkpoint_path(self, step: int) -> Path:
@@ -220,7 +220,7 @@ class Trainer:
         return threshold is not None and reached is not None and reached >= threshold
 
     def _make_learner(self, algorithm: Algorithm, total_steps: int) -> Learner:
-        """The learner of a stage, with the networks that its algorithm needs as they are when the stage begins."""
+        """Make the learner of a stage, with the networks that its algorithm needs as they are at the stage's start."""
         roles, policy = algorithm.roles, self.networks.policy
         return Learner(
             algorithm,
@@ -242,7 +242,7 @@ class Trainer:
         return freeze(load_model(path, device=self.networks.device))
 
     def _draw(self, algorithm: Algorithm, source: str) -> tuple[list[Trajectory], dict[str, float]]:
-        """The trajectories of the next step, and figures of the rollout if there was one."""
+        """Draw the trajectories of the next step; also return figures of the rollout if there was one."""
         stage, step = self.position.stage, self.position.stage_step
         if source == "teacher":
             return self.sources.demonstrated(algorithm, stage, step), {}
@@ -270,7 +270,7 @@ class Trainer:
             batch = self._collate(trajectories)
             learner.score(batch)
         draw = seeding.rng(self.config.seed, "minibatches", self.position.step)
-        # At another temperature than that of the losses it was another policy that sampled.
+        # Sampling at another temperature than that of the losses is sampling from another policy.
         as_trained = learner.algorithm.sampling_temperature in (None, self.config.rollout.temperature)
         with timed(costs, "update_s") as updating:
             figures = learner.update(batch, draw, fresh=source == "policy" and as_trained)
@@ -300,12 +300,12 @@ class Trainer:
         return batch
 
     def _is_end_of_pass(self, algorithm: Algorithm) -> bool:
-        """Whether as many steps are done as whole passes over the demonstrations take."""
+        """Whether the steps done are whole passes over the demonstrations."""
         per_pass = -(-len(self.sources.to_train_on(algorithm)) // algorithm.config.batch_size)
         return per_pass > 0 and self.position.stage_step % per_pass == 0
 
     def _validate(self, learner: Learner) -> dict[str, float]:
-        """Loss on the demonstrations held out, if any are."""
+        """Measure the loss on the demonstrations held out, if there are any."""
         held_out = self.sources.held_out(learner.algorithm)
         if not held_out:
             return {}
@@ -317,7 +317,7 @@ class Trainer:
         return {"train/validation_loss": loss}
 
     def _check_on_dev(self, logger: RunLogger, probes: Sequence[Any]) -> dict[str, float]:
-        """Greedy figures on a few questions of the dev split, and probes there; some of the transcripts are kept."""
+        """Measure greedy figures and probes on a few questions of the dev split, and keep some of the transcripts."""
         envs, tokenizer = self.environments.envs("dev"), self.networks.tokenizer
         count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))
         with timed(self.position.costs, "dev_s") as clock:
@@ -351,5 +351,5 @@ class Trainer:
 
 
 def _hand_over(algorithm: Algorithm) -> float | None:
-    """Exact match at which a stage ends early; None: it does not."""
+    """Exact match at which a stage ends early; None: it does not end early."""
     return algorithm.config.hand_over_exact_match if isinstance(algorithm.config, DemonstrationConfig) else None

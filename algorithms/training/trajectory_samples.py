@@ -1,4 +1,4 @@
-"""A few trajectories on disk: of training steps, with what a step made of every token, and of checks on the way."""
+"""A few trajectories on disk: those of training steps with figures of every token, and those of dev checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NUM_CHECKED = 16
 
 
 def is_due(every: int, step: int, total_steps: int) -> bool:
-    """Whether what is done every so many steps of a stage, and at its end, is done after a step; 0: never."""
+    """Whether a task is due after a step. It is due every `every` steps of a stage and at its end; with 0, never."""
     return bool(every) and (step % every == 0 or step == total_steps)
 
 
@@ -36,11 +36,11 @@ def write_sample(
 
     Args:
         run_dir: The run directory.
-        step: Of the whole run.
-        trajectories: Of the step.
-        dataset: Has their questions.
-        tokenizer: For the text beside the ids.
-        figures: Of the first trajectories, see `token_figures`.
+        step: Step of the whole run.
+        trajectories: Trajectories of the step.
+        dataset: The dataset with their questions.
+        tokenizer: Decodes the text beside the ids.
+        figures: Figures of the first trajectories, see `token_figures`.
     """
     saved = trajectories[:NUM_SAVED]
     ids = [trajectory.turns[-1].info["question_id"] for trajectory in saved]
@@ -56,18 +56,18 @@ def write_check(
     tokenizer: Any,
     logger: RunLogger,
 ) -> dict[str, float]:
-    """Keep a check on the dev split: the first trajectories in a file, one transcript, another each time, in the log.
+    """Keep a check on the dev split: first trajectories in a file, and one transcript in the log, each time another.
 
     Args:
         run_dir: The run directory; the file is `trajectories/dev-<step>.jsonl.gz` in it.
-        step: Of the whole run.
-        trajectories: Of the first questions of the dataset.
+        step: Step of the whole run.
+        trajectories: Trajectories of the first questions of the dataset.
         dataset: The questions.
-        tokenizer: For the text beside the ids.
+        tokenizer: Decodes the text beside the ids.
         logger: Shows the transcript.
 
     Returns:
-        What is logged of the check.
+        The figures to log.
     """
     logger.text("transcripts/dev", transcript(trajectories[step % len(trajectories)], tokenizer), step)
     write_trajectories(_path(run_dir, "dev", step), trajectories[:_NUM_CHECKED], tokenizer, dataset)
@@ -79,16 +79,16 @@ def _path(run_dir: Path, split: str, step: int) -> Path:
 
 
 def token_figures(batch: Batch, learner: Learner) -> list[dict[str, np.ndarray]]:
-    """What is known of the model-written tokens of the first trajectories of a batch, after an update on them.
+    """Compute figures of the model-written tokens of a batch's first trajectories, after an update on them.
 
     Args:
-        batch: As `Learner.update` left it.
-        learner: Trained on it.
+        batch: The batch after `Learner.update`.
+        learner: The learner that trained on it.
 
     Returns:
-        For each of the first `NUM_SAVED` trajectories, [n] float32 by name: `advantages`, where the algorithm has any;
-        `ref_kl` and `teacher_kl`, where the learner has that network, the exact KL(policy || network) over the
-        vocabulary in nats, of the policy as the update left it.
+        For each of the first `NUM_SAVED` trajectories, [n] float32 by name. `advantages` is there if the algorithm has
+        any. `ref_kl` and `teacher_kl` are there if the learner has that network: the exact KL(policy || network) over
+        the vocabulary in nats, for the policy after the update.
     """
     batch = batch.select(range(min(NUM_SAVED, len(batch))))
     columns = {} if batch.advantages is None else {"advantages": batch.advantages}

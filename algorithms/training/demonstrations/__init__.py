@@ -1,4 +1,4 @@
-"""Trajectories to imitate: where they come from, which are kept, and the files that keep them.
+"""Demonstrations: where they come from, which ones are kept, and the files that keep them.
 
 | source | who writes the turns |
 | --- | --- |
@@ -7,8 +7,8 @@
 | `expert` | a script, where the gold passages of a question are known |
 | `endpoint` | a model behind an OpenAI-compatible server |
 
-Each turn goes through the environments of the run, which alone decide observations, rewards and correctness. A source
-of one's own is a class with the decorator `DEMONSTRATION_SOURCES.register(name, DemonstrationsConfig)`.
+Each turn goes through the environments of the run, which alone decide observations, rewards and correctness. A new
+source is a class with the decorator `DEMONSTRATION_SOURCES.register(name, DemonstrationsConfig)`.
 """
 
 # Importing a source registers it.

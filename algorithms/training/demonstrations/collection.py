@@ -1,4 +1,4 @@
-"""Trajectories to imitate: collected once, kept on disk, reused by every run that would collect them."""
+"""Demonstrations are collected once, kept on disk, and reused by every run that would collect the same ones."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from algorithms.training.run_logger import progress
 
 @dataclass
 class Demonstrations:
-    """What came of asking a source.
+    """What a source has played.
 
     Attributes:
-        trajectories: Those to train on, in the order of asking; possibly fewer than wanted, or none.
+        trajectories: Trajectories to train on, in the order of asking; possibly fewer than wanted, or none.
         num_wanted: Trajectories asked for.
         num_asked: Training questions that the source was asked.
-        num_sampled_tokens: Tokens that it wrote on all of them.
-        dropped: How many were dropped, by reason; and what else the source counts, such as what it cost.
+        num_sampled_tokens: Tokens that it wrote on all these questions.
+        dropped: How many trajectories were dropped, by reason; also what else the source counts, such as its costs.
     """
 
     trajectories: list[Trajectory]
@@ -55,12 +55,12 @@ def collect(
     """Let a source play training questions, until enough trajectories are worth imitating.
 
     Args:
-        source: Plays in the training environments; each of its items at most once.
+        source: Plays in the training environments, each of its items at most once.
         count: Trajectories wanted.
-        max_questions: Most items to play; where they do not bring enough, there are fewer trajectories.
+        max_questions: Most items to play. If these do not bring enough, there are fewer trajectories.
         filters: See `reason_to_drop`.
-        seed: Of the order of questions and of the draws of a model.
-        parts: Folder where what comes of each rollout is kept meanwhile, for a process that takes over after a crash.
+        seed: Seed of the order of questions and of a model's draws.
+        parts: Folder that keeps the results of each rollout meanwhile, for a process that takes over after a crash.
     """
     order = seeding.rng(seed, "demonstrations").permutation(source.num_items)[:max_questions].tolist()
     result = Demonstrations([], count, 0, 0)
@@ -83,7 +83,7 @@ def collect(
 
 
 def _ask(source: Source, items: list[int], seed: tuple[int, int], filters: Sequence[str]) -> Demonstrations:
-    """What comes of playing some items once."""
+    """Play some items once."""
     played, reasons, stats = source.play(items, seed)
     found, dropped = [], Counter[str]()
     for trajectory, given in zip(played, reasons, strict=True):
@@ -96,13 +96,13 @@ def _ask(source: Source, items: list[int], seed: tuple[int, int], filters: Seque
 
 
 def reason_to_drop(trajectory: Trajectory, filters: Sequence[str], max_new_tokens: int) -> str | None:
-    """Why a trajectory is not worth imitating; None if it is.
+    """Say why a trajectory is not worth imitating; None if it is.
 
     Args:
-        trajectory: Of whichever source.
+        trajectory: A trajectory of any source.
         filters: "correct": the answer matches exactly; "well_formed": no malformed turn; "length": no action of more
             than `max_new_tokens`. Without an answer it is dropped in any case.
-        max_new_tokens: Tokens.
+        max_new_tokens: Most tokens of an action.
     """
     if "well_formed" in filters and any(turn.info["action"] == "malformed" for turn in trajectory.turns):
         return "malformed"
@@ -114,14 +114,14 @@ def reason_to_drop(trajectory: Trajectory, filters: Sequence[str], max_new_token
 
 
 def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> Demonstrations:
-    """What a file holds, made and written first if it is not there; by one run, where several want it at once.
+    """Read demonstrations from a file. If it is missing, collect and write them first; only one run at a time does so.
 
-    A file that is damaged, was shortened or belongs to something else is made again, with a word.
+    A file that is damaged, shortened or belongs to something else is made again, with a message.
 
     Args:
-        path: Ends in `.jsonl.gz`; the counts stand in its seal.
-        make: Collects.
-        tokenizer: For the text in the file.
+        path: Path that ends in `.jsonl.gz`; the counts stand in the file's seal.
+        make: Collects the demonstrations.
+        tokenizer: Decodes the text in the file.
     """
     found = read_kept(path, read_trajectories, warn=False)
     if found is None:

@@ -1,4 +1,4 @@
-"""Demonstrations of a model behind any OpenAI-compatible server, over as many turns as it takes."""
+"""Demonstrations of a model behind any OpenAI-compatible server, over several turns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Aut
 
 @DEMONSTRATION_SOURCES.register("endpoint", DemonstrationsConfig)
 class Endpoint(Authored):
-    """A chat with the server for each episode: the prompt and the observations are a user's messages.
+    """Chats with the server, once for each episode. The prompt and the observations are a user's messages.
 
     Raises:
         ConfigurationError: The address or the model is not given.
@@ -40,14 +40,14 @@ class Endpoint(Authored):
 
     @property
     def fingerprint(self) -> Any:
-        """Which model, and where; never the key."""
+        """The model and the server's address; never the key."""
         return [self.config.url, self.config.model]
 
     def write(self, dialogues: Sequence[Dialogue]) -> list[str]:
-        """The server's next turns, asked for at once.
+        """Ask the server for the next turns of all episodes at once.
 
         Raises:
-            EndpointError: The server failed, also when asked again.
+            EndpointError: The server failed, also when it was asked again.
         """
         texts = self.client.chat([self._messages(dialogue) for dialogue in dialogues])
         self.counts = {f"endpoint_{name}": value for name, value in self.client.costs.items()}

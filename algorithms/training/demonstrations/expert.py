@@ -1,9 +1,9 @@
 """Demonstrations by a script, for training questions whose gold passages are known.
 
-It searches for the question. Then it goes by the titles of gold passages that it has come to see, and answers with the
+The script searches for the question first, and then for titles of gold passages that it has seen. It answers with the
 shortest golden answer that stands in what it has read. It is honest: a query holds only words of the question and of
-observations already seen, and an answer only what was visible. A question that can't be done that way is dropped as
-`not_derivable`.
+observations already seen, and an answer holds only text already seen. A question that can't be answered in this way is
+dropped as `not_derivable`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from algorithms.learner.config import DemonstrationsConfig
 from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Authored, Dialogue
 
 NOT_DERIVABLE = "not_derivable"
-#: Longer ones are sentences, which nobody answers word for word.
+#: Longer answers are sentences, which nobody answers word for word.
 _MAX_ANSWER_WORDS = 8
 
 
 @DEMONSTRATION_SOURCES.register("expert", DemonstrationsConfig)
 class Expert(Authored):
-    """Writes by script; a subclass under a name of its own changes `next_turn`.
+    """Writes by a script. A subclass under another name can change `next_turn`.
 
     Raises:
-        DataError: The metadata of a question has gold passages in a form that nobody knows.
+        DataError: The metadata of a question has gold passages in an unknown form.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -37,7 +37,7 @@ class Expert(Authored):
         self.gold = find_gold(questions, self.envs.dataset.corpus)
 
     def write(self, dialogues: Sequence[Dialogue]) -> list[str]:
-        """The next turn of each episode, as far as it is honest."""
+        """Write the next turn of each episode, if it is honest."""
         texts = []
         for dialogue in dialogues:
             text = self.next_turn(dialogue)
@@ -47,7 +47,7 @@ class Expert(Authored):
         return texts
 
     def next_turn(self, dialogue: Dialogue) -> str | None:
-        """What the script does next; None if it knows nothing to do. `is_honest` has the last word."""
+        """Write the script's next turn; None if it has none. `is_honest` may still refuse the turn."""
         question = dialogue.question
         if not dialogue.actions:
             return _search("I need to look this up.", question.text.strip())
@@ -77,7 +77,7 @@ class Expert(Authored):
 def is_honest(text: str, dialogue: Dialogue) -> bool:
     """Whether a turn says only what could be known when it was written.
 
-    Every word of a query stands in the question or in an observation; an answer stands in an observation as a whole.
+    Every word of a query stands in the question or in an observation. An answer stands in an observation as a whole.
     """
     action = parse_action(text)
     if isinstance(action, Search):

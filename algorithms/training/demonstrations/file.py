@@ -1,4 +1,4 @@
-"""Demonstrations from a file of turns as text, by whomever; the run's environments answer them anew.
+"""Demonstrations from a file of turns as text, whoever wrote it. The run's environments answer the turns anew.
 
 JSON lines, plain or `.gz`. Two forms, also mixed:
 
@@ -40,7 +40,7 @@ class File(Authored):
 
     Raises:
         ConfigurationError: No path is given, or none of the questions is a training question.
-        DataError: A line has another form; the message names it.
+        DataError: A line has another form; the message names the line.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -92,7 +92,7 @@ class File(Authored):
         return texts
 
     def check(self, dialogue: Dialogue, trajectory: Trajectory) -> str | None:
-        """Turns behind the end of the episode were answered by another environment."""
+        """Drop an episode that ended before its turns did: another environment answered the later ones."""
         told = len(self.scripts[dialogue.item].actions)
         ended_early = dialogue.dropped is None and len(trajectory.turns) < told
         return "environment_differs" if ended_early else dialogue.dropped
@@ -136,7 +136,7 @@ def _question_index(row: dict[str, Any], by_id: dict[str, int], by_text: dict[st
 
 
 def _turns(row: dict[str, Any], place: str) -> tuple[list[str], list[str | None]]:
-    """What is written in each turn, and what came back; None where the row does not tell."""
+    """Read the text of each turn and its observation; the observation is None if the row has none."""
     turns = row.get("turns")
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{place}, field 'turns': expected a list of texts, got {turns!r:.80}.")

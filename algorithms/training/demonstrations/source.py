@@ -19,12 +19,12 @@ from algorithms.rollout.player import Player
 from algorithms.rollout.tokenization import decode, encode_plain
 from algorithms.training.build import Networks
 
-#: Where demonstrations may come from, by the name in `algo.demonstrations.source`; plug-ins may add to it.
+#: Sources of demonstrations by their names in `algo.demonstrations.source`; plug-ins may register more.
 DEMONSTRATION_SOURCES = Registry("demonstrations")
 
 
 class Source(ABC):
-    """Plays training questions; what it plays is filtered afterwards.
+    """Plays training questions. Its trajectories are filtered afterwards.
 
     Args:
         config: The settings.
@@ -33,9 +33,9 @@ class Source(ABC):
         rollout: How the run writes.
 
     Attributes:
-        by_model: A model of the run writes: its files must be made anew when that model changes.
-        num_items: What can be played, numbered from 0: a question each, or a line of a file.
-        counts: What else is to be reported, by name.
+        by_model: Whether a model of the run writes. The files must then be made anew when that model changes.
+        num_items: Number of items to play, each a question or a line of a file; they are numbered from 0.
+        counts: Further numbers to report, by name.
     """
 
     by_model = False
@@ -57,7 +57,7 @@ class Source(ABC):
         """Play some of the items.
 
         Returns:
-            A trajectory for each; for each, why the source itself would drop it, or None; and what it cost.
+            A trajectory for each item; for each, why the source itself would drop it, or None; and the costs.
         """
 
 
@@ -69,7 +69,7 @@ class Dialogue:
         item: Number of the item that is played.
         question: The question.
         actions, observations: What was written so far and what came back, in order and equally many.
-        dropped: Why the author gave up; None while it did not.
+        dropped: Why the author gave up; None if it did not.
     """
 
     item: int
@@ -84,14 +84,14 @@ class Authored(Source):
 
     @abstractmethod
     def write(self, dialogues: Sequence[Dialogue]) -> list[str]:
-        """The next turn of each episode; where there is none to write, it says why in `dropped` and returns ""."""
+        """Write the next turn of each episode. Where there is none, say why in `dropped` and return ""."""
 
     def question_index(self, item: int) -> int:
         """Which question of the environments an item is about."""
         return item
 
     def check(self, dialogue: Dialogue, trajectory: Trajectory) -> str | None:
-        """Called at the end of each episode; a reason to drop it, or None."""
+        """Return a reason to drop an episode that has ended, or None."""
         return dialogue.dropped
 
     def play(
@@ -108,10 +108,10 @@ class Authored(Source):
 
 
 class _TextEngine:
-    """An engine whose actions are an author's texts; the player opens a row for each dialogue, in their order.
+    """An engine whose actions are an author's texts. The player opens a row for each dialogue, in their order.
 
-    A text is cut at the end of its first action, and encoded once. One that ends no action gets the end-of-text token,
-    as a model would have ended it.
+    A text is cut at the end of its first action, and encoded once. A text that ends no action gets the end-of-text
+    token, as a model would have ended it.
     """
 
     def __init__(self, author: Authored, dialogues: Sequence[Dialogue]) -> None:
@@ -124,7 +124,7 @@ class _TextEngine:
         self._waiting: list[int] = []
 
     def set_weights(self, model: Any) -> None:
-        """There are none to set."""
+        """Do nothing: this engine has no weights."""
         raise NotImplementedError("an author has no weights")
 
     def open(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:

@@ -15,7 +15,7 @@ from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Sou
 
 @DEMONSTRATION_SOURCES.register("teacher", DemonstrationsConfig)
 class Teacher(Source):
-    """The run's teacher, loaded when it plays first."""
+    """The run's teacher. It is loaded when it first plays."""
 
     by_model = True
 
