@@ -63,7 +63,7 @@ class Method:
 def answers(runs: Sequence[Run], mode: str, group: str = ALL) -> np.ndarray | None:
     """Right or wrong, [runs, questions] bool.
 
-    None if a run lacks its predictions or answered other questions, or if the first does not say which are in the group.
+    None if a run lacks its predictions or answered other questions, or if the first does not name their groups.
     """
     outcomes = [run.outcomes.get(mode, {}) for run in runs]
     if any(found.keys() != outcomes[0].keys() for found in outcomes):
