@@ -52,7 +52,7 @@ def make_model(seed: int) -> Qwen2ForCausalLM:
 
 
 def make_batch() -> Batch:
-    """Like an episode of a search agent: more than half of it is prompt and passages."""
+    """Make a batch like episodes of a search agent: more than half of it is prompt and passages."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     mask[:, 64 : 64 + WRITTEN // 2] = True
@@ -114,7 +114,7 @@ def test_step_time(benchmark, loss, kind):
 
 
 def _peak_growth(kind: str, loss: str, threads: int, result: multiprocessing.Queue) -> None:
-    """Peak resident memory of the second step beyond what weights, gradients and moments take."""
+    """Peak resident memory of the second step without weights, gradients and moments."""
     torch.set_num_threads(threads)
     step = make_step(kind, loss)
     weights = sum(p.numel() * 4 for p in make_model(0).parameters())
@@ -125,13 +125,13 @@ def _peak_growth(kind: str, loss: str, threads: int, result: multiprocessing.Que
 
 
 def _peak_memory() -> int:
-    """Bytes. Not `getrusage`, whose peak a new process inherits from the one that started it."""
+    """Peak memory in bytes. `getrusage` would not do: a new process inherits its peak from its parent."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def filled_up(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Longest first, as many in a group as the budget holds."""
+    """Group trajectories, longest first, as many in a group as the budget holds."""
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
@@ -150,7 +150,7 @@ SPLITS = {
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_step_time_of_unequal_lengths(benchmark, monkeypatch, split):
-    """32 episodes of the bundled teacher, of one to four turns, and the bundled student."""
+    """The bundled student learns from 32 episodes of the bundled teacher, with one to four turns."""
     benchmark.group = "training step, kd, 32 episodes of the tiny world"
     monkeypatch.setattr(scoring, "micro_batches", SPLITS[split])
     student, teacher = load_model(ASSETS / "tiny-student"), freeze(load_model(ASSETS / "tiny-teacher"))
@@ -169,8 +169,8 @@ def test_step_time_of_unequal_lengths(benchmark, monkeypatch, split):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_step_memory(loss):
-    """The plain step grows with every token of the batch, the chunked one with the tokens of a chunk."""
-    context = multiprocessing.get_context("spawn")  # a fresh process each: the peak never comes down again
+    """The plain step's memory grows with every token of the batch, the chunked step's with the tokens of a chunk."""
+    context = multiprocessing.get_context("spawn")  # each step has a fresh process, because the peak never falls again
     peaks = {}
     for kind in STEPS:
         result = context.Queue()

@@ -1,7 +1,7 @@
 """Queries per second, recall, opening time and memory of each kind of index, over passages of the tiny world.
 
-`pytest benchmarks/test_retrieval.py -s` takes 20,000 passages. With RETRIEVAL_PASSAGES=1000000 it takes a million,
-some 6 GB of disk, and nearly all of its time for encoding and building. RETRIEVAL_FOLDER=<folder> keeps the indexes for
+`pytest benchmarks/test_retrieval.py -s` uses 20,000 passages. RETRIEVAL_PASSAGES=1000000 uses a million; that takes
+some 6 GB of disk, and nearly all time goes to encoding and building. RETRIEVAL_FOLDER=<folder> keeps the indexes for
 the next time. On a busy machine, --benchmark-timer=time.process_time measures processor time.
 """
 
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def questions(folder: Path) -> list[Question]:
-    """One-hop questions; writes the store of their world."""
+    """Make one-hop questions and write the store of their world."""
     world = tiny(TinyConfig(subset="single_hop", num_questions=NUM_QUESTIONS, num_passages=NUM_PASSAGES))
     if not (folder / "c.arrow").exists():
         write_store(world.corpus or (), folder / "c.arrow")
@@ -87,7 +87,7 @@ def store(folder: Path, questions: list[Question]) -> CorpusStore:
 
 
 def spec_of(kind: str, folder: Path, store: CorpusStore) -> dict[str, Any]:
-    """The settings of a retriever, whose index is built if it is not there; all share one encoding of the passages."""
+    """Settings of a retriever. Its index is built if it is missing; all indexes share one encoding of the passages."""
     if kind == "bm25":
         build_bm25(store.path, folder / kind, BM25Config(), progress)
         return {"name": "bm25", "index": str(folder / kind)}
@@ -101,7 +101,7 @@ def spec_of(kind: str, folder: Path, store: CorpusStore) -> dict[str, Any]:
         (folder / kind).mkdir()
         shutil.copytree(folder / "flat" / "vectors", folder / kind / "vectors", copy_function=os.link)
         shutil.copy(folder / "flat" / "encoder.json", folder / kind)
-    # Several threads build an HNSW graph in another way every time, which is as good here and takes half as long.
+    # Several threads build another HNSW graph every time; here it is as good and takes half as long.
     config = DenseIndexConfig(encoder=ENCODER, index=DENSE[kind], threads=faiss.omp_get_max_threads())
     build_dense(store.path, folder / kind, config, progress)
     return {"name": "dense", "index": str(folder / kind)}
@@ -135,7 +135,7 @@ def test_search(
 
 @pytest.mark.parametrize("kind", ["store", *KINDS])
 def test_open(folder: Path, store: CorpusStore, questions: list[Question], kind: str) -> None:
-    """In a process of its own; the files are in the page cache, as they are for the second process on a machine."""
+    """Opening runs in its own process. The files are in the page cache, as for the second process on a machine."""
     spec = None if kind == "store" else spec_of(kind, folder, store)
     texts = [question.text for question in questions[:BATCH]]
     done = subprocess.run(

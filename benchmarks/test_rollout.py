@@ -21,12 +21,12 @@ from algorithms.rollout.player import Player
 
 NUM_ENVS, MAX_NEW_TOKENS = 64, 30
 QUESTIONS = list(range(NUM_ENVS))
-#: What the random policy is biased to: with these, four in five actions end by a tag and one in five searches.
+#: Biases of the random policy: with them, four in five actions end by a tag and one in five searches.
 BIASES = {"<search>": 6.5, "</search>": 4.3, "<answer>": 2.0, "</answer>": 1.5}
 
 
 def make_policy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A random model of the size of the bundled student."""
+    """Make a random model of the size of the bundled student."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -54,13 +54,13 @@ def make_policy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 
 def play_with_engine(player: Player) -> int:
-    """Returns the number of sampled tokens."""
+    """Play the questions with the engine and return the number of sampled tokens."""
     _, stats = player.rollout(QUESTIONS, seed=(0,))
     return stats.sampled_tokens
 
 
 def play_with_generate(player: Player) -> int:
-    """The usual loop: keep text, encode all of it in every turn, generate, cut the text, step.
+    """Play with the usual loop: keep text, encode all of it in every turn, generate, cut the text, step.
 
     Returns:
         The number of sampled tokens, up to the end of each action.
@@ -113,7 +113,7 @@ def test_one_batch_of_episodes(benchmark, player, play):
 
 
 def test_the_engine_is_several_times_faster(player, capsys):
-    """In CPU time of this process, so that other load on the machine counts less."""
+    """The test compares CPU time of this process, so that other load on the machine counts less."""
     rates = {}
     for play in (play_with_engine, play_with_generate):
         play(player)

@@ -1,8 +1,8 @@
 """The coalescing server against a plain one, and the batched vector environment against environments that ask singly.
 
-`pytest benchmarks/test_server.py -s` searches 20,000 passages by a flat and exact index; where HTTP costs more than
-the search, there is little to gain. RETRIEVAL_PASSAGES=1000000 takes a million, RETRIEVAL_FOLDER=<folder> keeps the
-index for the next time (it is that of test_retrieval.py), SERVER_SECONDS=<s> is how long each server is under load.
+`pytest benchmarks/test_server.py -s` searches 20,000 passages with a flat, exact index; if HTTP costs more than
+the search, there is little to gain. RETRIEVAL_PASSAGES=1000000 uses a million. RETRIEVAL_FOLDER=<folder> keeps the
+index for the next time (test_retrieval.py uses it too). SERVER_SECONDS=<s> is how long each server is under load.
 Latencies mean little on a busy machine.
 """
 # ruff: noqa: F811
@@ -37,7 +37,7 @@ from agentic_rag_env.vector import AgenticRAGVectorEnv
 
 NUM_CLIENTS, NUM_ENVS, TOP_K = 256, 64, 3
 SECONDS = float(os.environ.get("SERVER_SECONDS", 5))
-#: As most are written: a request is a search, in one of the threads that the framework keeps for such functions.
+#: A server as most are written: each request is a search in one of the framework's threads.
 PLAIN = """
 import json, sys
 import uvicorn
@@ -70,7 +70,7 @@ uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(s
 
 @contextlib.contextmanager
 def server(kind: str, spec: dict[str, Any], corpus: Path) -> Iterator[int]:
-    """A server process; its port."""
+    """Start a server process and yield its port."""
     if kind == "plain":
         command = ["-c", PLAIN, json.dumps(spec), str(corpus)]
     else:
@@ -90,7 +90,7 @@ def server(kind: str, spec: dict[str, Any], corpus: Path) -> Iterator[int]:
 
 
 async def load(port: int, texts: list[str], num_clients: int, seconds: float) -> tuple[float, np.ndarray]:
-    """Clients that ask one query after another, each its own.
+    """Run clients side by side; each asks one query after another on its own connection.
 
     Returns:
         Queries per second, and the sorted latencies [ms].
@@ -146,7 +146,7 @@ def test_a_lone_client(spec: dict[str, Any], store: CorpusStore, texts: list[str
     latencies: dict[str, list[float]] = {"plain": [], "coalescing": []}
     with server("plain", spec, store.path) as plain, server("coalescing", spec, store.path) as coalescing:
         ports = {"plain": plain, "coalescing": coalescing}
-        for part in range(21):  # by turns, so that other load on the machine meets both; the first is to warm up
+        for part in range(21):  # in turn, so that other load on the machine meets both; the first round warms up
             for kind, port in ports.items():
                 _, taken = asyncio.run(load(port, texts, 1, SECONDS / 20))
                 latencies[kind] += taken.tolist() if part else []
@@ -160,7 +160,7 @@ def test_a_lone_client(spec: dict[str, Any], store: CorpusStore, texts: list[str
 
 
 def ask_every_100_ms(port: int, texts: list[str], num_requests: int = 300) -> np.ndarray:
-    """Latencies [ms] of a client that asks one usual query every 100 ms."""
+    """Return the latencies [ms] of a client that asks one usual query every 100 ms."""
     client, latencies = http.client.HTTPConnection("127.0.0.1", port), []
     due = time.perf_counter()
     for number in range(num_requests):
@@ -209,7 +209,7 @@ def test_long_queries_do_not_hold_the_others_up(folder: Path, store: CorpusStore
 
 
 def play_together(dataset: QuestionSet, retriever: HttpRetriever) -> int:
-    """Two searches and an answer in every row; the number of episodes."""
+    """Play two searches and an answer in every row; return the number of episodes."""
     envs = AgenticRAGVectorEnv(NUM_ENVS, dataset=dataset, retriever=retriever, autoreset_mode="Disabled")
     envs.reset(seed=0)
     for turn in range(2):
@@ -220,7 +220,7 @@ def play_together(dataset: QuestionSet, retriever: HttpRetriever) -> int:
 
 
 def play_singly(dataset: QuestionSet, retriever: HttpRetriever) -> int:
-    """The same, one environment after the other."""
+    """Play the same, one environment after the other; return the number of episodes."""
     for row in range(NUM_ENVS):
         env = AgenticRAGEnv(dataset, retriever)
         env.reset(seed=row)

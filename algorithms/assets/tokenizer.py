@@ -1,8 +1,8 @@
 """The tokenizer of the bundled models: one token per word of the tiny world, bytes for everything else.
 
-Qwen2's tokenizer with the 256 bytes as its vocabulary and no merges. Every word of the tiny world, with the blank
+It is Qwen2's tokenizer with the 256 bytes as its vocabulary and no merges. Every word of the tiny world, with the blank
 before it, and every tag and fixed phrase of the protocol is an added token; any other text falls back to its UTF-8
-bytes. It is Qwen2's because `AutoTokenizer` loads nothing else for a Qwen2 model, whatever class the folder names.
+bytes. `AutoTokenizer` loads only Qwen2's tokenizer for a Qwen2 model, whatever class the folder names.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def world_texts() -> Iterable[str]:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Make the tokenizer; the same one on every machine."""
+    """Make the tokenizer; it is the same on every machine."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     splitter = pre_tokenizers.Split(Regex(_WORDS), "isolated")
     pieces = {piece for text in world_texts() for piece, _ in splitter.pre_tokenize_str(text)}

@@ -1,6 +1,6 @@
-"""Training text of the bundled models: scripted search traces, and reading exercises without any search.
+"""Makes the training text of the bundled models: scripted search traces, and reading exercises without any search.
 
-A document is a list of (text, weight) segments; the weight is that of its tokens in the language-model loss.
+A document is a list of (text, weight) segments. The weight applies to the segment's tokens in the language-model loss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from algorithms.assets.tokenizer import EOS
 
 Document = list[tuple[str, float]]
 
-#: Weight of text that the model reads; what it shall learn to write weighs 1.
+#: Weight of text that the model reads; text that it learns to write has weight 1.
 CONTEXT_WEIGHT = 0.05
 TOP_K = 3
 MAX_SEARCHES = 4
@@ -42,9 +42,9 @@ class _Trace:
 def search_traces(
     world: World, num_questions: int, rng: np.random.Generator, draw: random.Random
 ) -> Iterator[Document]:
-    """Whole episodes of an expert who looks up one relation after the other and then answers.
+    """Write whole episodes of an expert who looks up one relation after the other and then answers.
 
-    One query in ten names the entity alone; where that misses the fact, the expert says so and searches again.
+    One query in ten names the entity alone. If that misses the fact, the expert says so and searches again.
     """
     retriever = BM25Retriever(BM25Config(), world.corpus)
     traces = []
@@ -87,7 +87,7 @@ def _read(trace: _Trace, passages: list[Passage], draw: random.Random, world: Wo
 
 
 def reading_exercises(world: World, count: int, draw: random.Random) -> Iterator[Document]:
-    """Passages, then statements and direct questions about them: what is said here of whom."""
+    """Write passages, then statements and direct questions about the facts in them."""
     facts = _Facts(world)
     for _ in range(count):
         chosen = facts.confusable(draw.randint(2, 5), draw)
@@ -104,7 +104,7 @@ def reading_exercises(world: World, count: int, draw: random.Random) -> Iterator
 
 
 def copying_exercises(world: World, count: int, draw: random.Random) -> Iterator[Document]:
-    """A short random list of names and words, over and over."""
+    """Write a short random list of names and words again and again."""
     words = [*RELATIONS, *(name for names in world.entities.values() for name in names)]
     for _ in range(count):
         text = "".join(f" {word}" for word in draw.sample(words, draw.randint(2, 8))) + "\n"
@@ -112,7 +112,7 @@ def copying_exercises(world: World, count: int, draw: random.Random) -> Iterator
 
 
 def fragments(world: World, count: int, draw: random.Random) -> Iterator[Document]:
-    """Pieces of the protocol's syntax, never after a question: tags and what stands between them."""
+    """Write tags of the protocol and the text between them, never after a question."""
     facts = _Facts(world)
     for _ in range(count):
         chosen = facts.confusable(TOP_K, draw)
@@ -134,7 +134,7 @@ def fragments(world: World, count: int, draw: random.Random) -> Iterator[Documen
 
 
 def fresh_world(draw: random.Random) -> World:
-    """A world that is none of the seeds 0 to 999, which belong to users."""
+    """Make a world from a seed outside 0 to 999; those seeds belong to users."""
     config = TinyConfig(num_passages=draw.choice((300, 600, 1000)))
     return World(config.num_passages, np.random.default_rng((1000 + draw.randrange(2**32), 7)))
 
@@ -154,7 +154,7 @@ class _Facts:
                 self.about.setdefault(name, []).append((keyword, subject))
 
     def confusable(self, count: int, draw: random.Random) -> list[tuple[str, str]]:
-        """Distinct facts in random order; most of the time some share an entity, as search results do."""
+        """Draw distinct facts in random order; most of the time some share an entity, as search results do."""
         anchor = draw.choice(self.all)
         related = self.about[anchor[1]]
         chosen = {anchor: None}

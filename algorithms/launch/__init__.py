@@ -1,1 +1,1 @@
-"""Many runs: a job in each slot of the machine, and what keeps one run from writing over another."""
+"""Starts many runs, one job in each slot of the machine, and keeps one run from overwriting another."""

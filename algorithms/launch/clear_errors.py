@@ -18,12 +18,12 @@ from algorithms.training.run_files import allow, places, read_settings
 
 @contextmanager
 def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
-    """Say in a line or two what went wrong, and exit with code 1, where a user can mend it; bugs keep their traceback.
+    """Report an error that the user can mend in a line or two and exit with code 1; bugs keep their traceback.
 
     HYDRA_FULL_ERROR=1 shows the traceback of every error. In a multirun the jobs after a failed one still run.
 
     Args:
-        run_dir: Named as the one to resume, if it holds checkpoints.
+        run_dir: The run directory. If it holds checkpoints, the message says how to resume it.
     """
     shown_before = warnings.formatwarning
     warnings.formatwarning = _format_warning  # type: ignore[assignment]
@@ -60,7 +60,7 @@ def _print_message(message: str, error: BaseException, run_dir: Path | None) -> 
             f"algorithms.run {_resume(run_dir)}",
             file=sys.stderr,
         )
-    elif not isinstance(error, (ConfigurationError, DataError)):  # these say themselves what would help
+    elif not isinstance(error, (ConfigurationError, DataError)):  # their messages already say what would help
         print(f"Checkpoints are kept. To go on: python -m algorithms.run {_resume(run_dir)}", file=sys.stderr)
 
 
@@ -72,7 +72,7 @@ def _resume(run_dir: Path) -> str:
 
 
 def _is_job_of_a_multirun() -> bool:
-    if "hydra" not in sys.modules:  # a command without it
+    if "hydra" not in sys.modules:  # this command does not use Hydra
         return False
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode

@@ -1,4 +1,4 @@
-"""What a command line means before Hydra reads it: help, "did you mean", and settings of algorithms not yet chosen."""
+"""Prepares a command line for Hydra: help, "did you mean", and settings of algorithms that are chosen later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
 
-#: Groups whose settings depend on the name that is chosen.
+#: Groups whose settings depend on the chosen name.
 PARTS = ("algo", "env", "dataset", "retriever", "reward")
 _HELP = ("--help", "-h")
 _MULTIRUN = ("--multirun", "-m")
@@ -30,22 +30,22 @@ def prepare(config_name: str) -> None:
         config_name: The command's configuration, in `conf/`.
 
     Raises:
-        ConfigurationError: A name is unknown; the message says which one may be meant.
-        SystemExit: Help was asked for and given.
+        ConfigurationError: A name is unknown; the message suggests one.
+        SystemExit: The help was printed.
     """
     given = sys.argv[1:]
     if any(word in _HELP for word in given):
         print(help_page(config_name, [word for word in given if not word.startswith("-")]))
         raise SystemExit(0)
     if any(word in _MULTIRUN for word in given) or any(word.startswith("resume=") for word in given):
-        # The algorithm of a job, or of the run that goes on, is not the one that this command line names by default.
+        # A job, or the run to resume, may have another algorithm than this command line's default.
         sys.argv[1:] = [f"++{word}" if _SETTING.match(word) else word for word in given]
     elif all("=" in word or word[0] == "~" for word in given):
         composed(config_name, given)
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a command line.
+    """Compose the configuration of a command line.
 
     Raises:
         ConfigurationError: A name in it is unknown.
@@ -60,7 +60,7 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def explanation(error: Exception) -> str | None:
-    """What is wrong and what may be meant, where a name is unknown; None for every other error of composition."""
+    """Say which name is unknown and which one may be meant; None for every other error of composition."""
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"Unknown {group} {name!r}.{did_you_mean(name, error.options)}"
@@ -75,11 +75,11 @@ def explanation(error: Exception) -> str | None:
 
 
 def help_page(config_name: str, words: Sequence[str]) -> str:
-    """Every setting with its default and what it means; or only those that a word without `=` names.
+    """Describe every setting with its default and meaning, or only the settings that words without `=` name.
 
     Args:
         config_name: The command's configuration, in `conf/`.
-        words: Overrides, which choose the parts to describe, and names of settings or sections.
+        words: Overrides choose the parts to describe; other words name settings or sections.
     """
     config = composed(config_name, [word for word in words if "=" in word])
     asked = [word for word in words if "=" not in word]
@@ -111,7 +111,7 @@ def _described(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def attributes_of(kind: type) -> dict[str, str]:
-    """What the Attributes sections of a class and of its bases say about each name, one line each."""
+    """Read the Attributes sections of a class and of its bases: one line for each name."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         section = (base.__doc__ or "").partition("Attributes:\n")[2]

@@ -30,7 +30,7 @@ from algorithms.training.run_files import allowed, places, read_settings
 from algorithms.training.settings import by_group
 
 _LOCKS = ".launcher"
-#: Hydra takes launchers from the package `hydra_plugins` only, so this module bears a second name.
+#: Hydra takes launchers from the package `hydra_plugins` only, so this module has a second name.
 _HYDRA_NAME = "hydra_plugins.agentic_rag_env"
 
 
@@ -70,10 +70,10 @@ class SlotsLauncher(Launcher):
         self._hold()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run what is missing of the jobs.
+        """Run the jobs that are not complete.
 
         Raises:
-            SystemExit: A job failed, or can't be what its directory holds; or a signal asked to end.
+            SystemExit: A job failed, a directory holds a run with other settings, or a signal asked to end.
         """
         setup_globals()
         self._hold()
@@ -113,7 +113,7 @@ class SlotsLauncher(Launcher):
             )
 
     def _plan(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[job_pool.Job]:
-        """The jobs with their directories.
+        """Make the jobs, each with its directory.
 
         Raises:
             ConfigurationError: Two jobs have the same directory, or a directory holds a run with other settings.
@@ -141,13 +141,13 @@ class SlotsLauncher(Launcher):
         return list(planned.values())
 
     def _fitting(self, jobs: Sequence[Sequence[str]]) -> list[list[str]]:
-        """The overrides of each job, without those settings of parts that its own parts do not have.
+        """Drop from each job's overrides the settings that its own parts do not have.
 
         Raises:
             ConfigurationError: No job's parts have one of the settings.
         """
         fitting: list[list[str]] = []
-        #: Why a setting was left out everywhere; None for one that some job takes.
+        #: Reason why every job left a setting out; None for a setting that some job takes.
         unused: dict[str, str | None] = {each: "" for job in jobs for each in job if each.startswith("++")}
         for job in jobs:
             sure = [each for each in job if not each.startswith("++")]
@@ -177,7 +177,7 @@ class SlotsLauncher(Launcher):
                 return None
             start = [sys.executable, "-m", "algorithms.run", *self._hydra_flags()]
             if begun(directory):
-                # `_plan` has found that its settings are those of this command, so what they name may be asked.
+                # `_plan` has checked that its settings are this command's, so the job may use the places they name.
                 named = allowed([place for _, place in places(read_settings(directory))])
                 return [*start, f"resume={_quoted(directory)}", named, "hydra.mode=RUN"]
             given = [*self._config.hydra.overrides.hydra, *overrides]
@@ -187,7 +187,7 @@ class SlotsLauncher(Launcher):
         return command
 
     def _hydra_flags(self) -> list[str]:
-        """Where the jobs find the configuration: where this command has found it."""
+        """Flags that give the jobs the place where this command found its configuration."""
         flags = ["--config-name", self._config.hydra.job.config_name]
         for source in self._config.hydra.runtime.config_sources:
             if source.provider == "main":
@@ -209,10 +209,10 @@ class SlotsLauncher(Launcher):
 
 
 def make_slots(num_slots: int | None, gpus: int | None) -> list[job_pool.Slot]:
-    """Divide the machine.
+    """Divide the machine into slots.
 
     Raises:
-        ConfigurationError: A number can't be.
+        ConfigurationError: A number is out of range.
     """
     if num_slots is not None and num_slots < 1:
         raise ConfigurationError(f"hydra.launcher.num_slots must be at least 1, or null; got {num_slots}.")
@@ -239,8 +239,8 @@ def register_launcher() -> None:
 
 
 def _visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name, without making CUDA ready in this process."""
-    import torch  # takes seconds, and only multiruns ask
+    """Names that CUDA_VISIBLE_DEVICES may hold, found without initializing CUDA in this process."""
+    import torch  # this import takes seconds, and only multiruns need it
 
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -268,6 +268,6 @@ def _bear_second_name() -> None:
     sys.modules[_HYDRA_NAME] = sys.modules[__name__]
 
 
-# Not only where a command begins: other launchers pickle the plug-ins for the processes of their jobs, which begin
-# elsewhere and import this module on the way.
+# Registering where a command begins is not enough: other launchers pickle the plug-ins for the processes of their
+# jobs. Such a process begins elsewhere and imports this module on the way.
 _bear_second_name()

@@ -1,4 +1,4 @@
-"""What a person sees of a multirun: in a terminal a live table of the running jobs, elsewhere a line now and then."""
+"""Shows a multirun: a live table of the running jobs in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class JobDisplay:
     """Shows how far the jobs of a multirun are; use it as a context manager.
 
     Args:
-        missing: The jobs that have anything left to do.
+        missing: The jobs with anything left to do.
         total: Number of all jobs.
-        sweep_dir: Where they write.
+        sweep_dir: Directory in which the jobs write.
     """
 
     def __init__(self, missing: Sequence[Job], total: int, sweep_dir: Path) -> None:
@@ -78,7 +78,7 @@ class JobDisplay:
         self._next = now + (_REFRESH_S if self._live else _PLAIN_INTERVAL_S)
 
     def show_failures(self, failed: Sequence[Attempt]) -> None:
-        """Print why jobs failed, as far as their logs say it."""
+        """Print why jobs failed, as far as their logs tell."""
         for attempt in failed:
             log = attempt.job.directory / LOG_FILE
             self._say(f"\n{attempt.job.label}: {_reason(attempt)}; the end of {log}:")
@@ -102,7 +102,7 @@ class JobDisplay:
 
 
 def _progress(attempt: Attempt) -> str:
-    """Step, the exact match last measured, and time."""
+    """A job's step, its last measured exact match, and its time."""
     parts = []
     step, exact_match = None, None
     for line in reversed(tail(attempt.job.directory / "metrics.jsonl", 1 << 16)):

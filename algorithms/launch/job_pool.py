@@ -1,8 +1,8 @@
-"""Many runs at a time: each job a process of its own, in a slot that it has for itself until it ends.
+"""Runs many jobs at a time. Each job is a process and has a slot for itself until it ends.
 
 A slot is a share of the machine: a GPU, or some of the CPU cores. The job in it inherits the lock of the slot, and
-nobody else has it. So a slot is free exactly when its job has ended, even if the launcher was killed in the meantime
-and started anew: what still runs then is waited for, not started a second time.
+nobody else holds it. So a slot is free exactly when its job has ended, even if the launcher was killed meanwhile
+and started again. The new launcher waits for jobs that still run and does not start them a second time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Slot:
     """A share of the machine.
 
     Attributes:
-        index: From 0.
-        environment: Variables for the jobs in it.
+        index: Number of the slot, from 0.
+        environment: Environment variables for the jobs in it.
         label: What a person reads.
     """
 
@@ -49,10 +49,10 @@ class Job:
     """A run of a sweep.
 
     Attributes:
-        name: No other job of the sweep has it.
+        name: Name of the job, unique in the sweep.
         directory: The run directory.
-        command: The command line that does what is left to do in a slot; None if nothing is. Asked when the job's turn
-            comes, and when it has ended.
+        command: Given a slot, returns the command that completes the job, or None if it is complete. Called before the
+            job starts and again after it ends.
         label: What a person reads.
     """
 
@@ -64,16 +64,16 @@ class Job:
 
 @dataclass
 class Attempt:
-    """A job in a slot.
+    """A job that was started, or should have been, in a slot.
 
     Attributes:
-        job: Which.
-        slot: Where.
+        job: The job.
+        slot: Its slot.
         process: None for a job that an earlier launcher started.
-        pid: Of the job, which leads a process group; None where it is on another machine.
-        started: By the monotonic clock.
-        code: What it exited with, negative for a signal; None before that, and for a job of an earlier launcher.
-        problem: Why it could not be started.
+        pid: Process id of the job, which leads a process group; None if it runs on another machine.
+        started: Start by the monotonic clock, seconds.
+        code: Exit code, negative for a signal; None while the job runs, and for a job of an earlier launcher.
+        problem: Reason why the job could not be started.
     """
 
     job: Job
@@ -86,25 +86,25 @@ class Attempt:
 
 
 class Watcher(Protocol):
-    """Is told what happens to the jobs."""
+    """Receives what happens to the jobs."""
 
     def begun(self, attempt: Attempt) -> None:
-        """A job runs."""
+        """A job has begun."""
 
     def ended(self, attempt: Attempt, complete: bool) -> None:
-        """A job has ended, with nothing left to do or before that."""
+        """A job has ended, whether it is complete or not."""
 
     def watch(self, running: Sequence[Attempt]) -> None:
-        """Some time has gone by."""
+        """Called now and then while jobs run."""
 
 
 class Launcher:
-    """Runs jobs, as many at a time as there are slots.
+    """Runs as many jobs at a time as there are slots.
 
     Args:
         slots: At least one.
-        directory: For the locks of the slots; nobody else may launch jobs with the same one.
-        watcher: Is told what happens.
+        directory: Holds the locks of the slots; no other launcher may use the same one.
+        watcher: Receives what happens to the jobs.
     """
 
     def __init__(self, slots: Sequence[Slot], directory: Path, watcher: Watcher) -> None:
@@ -112,10 +112,10 @@ class Launcher:
         self._running: list[Attempt] = []
 
     def run(self, jobs: Sequence[Job]) -> list[Attempt]:
-        """Let every job do what is left to do, once. Whatever ends this, no job runs any more afterwards.
+        """Start every job that is not complete, once. However this call ends, no job runs afterwards.
 
         Returns:
-            The attempts that ended before their job was done.
+            The attempts that ended before their job was complete.
 
         Raises:
             KeyboardInterrupt: A signal asked to end.
@@ -145,7 +145,7 @@ class Launcher:
         return self._directory / f"slot-{slot.index}.lock"
 
     def _adopt(self, jobs: Sequence[Job]) -> None:
-        """Find what a launcher that was killed has left running, be it in slots that there are no more."""
+        """Find jobs that a killed launcher has left running, even in slots that no longer exist."""
         by_name = {job.name: job for job in jobs}
         for file in sorted(self._directory.glob("slot-*.lock")):
             descriptor = file_locks.try_lock(file)
@@ -181,7 +181,7 @@ class Launcher:
             os.close(descriptor)
 
     def _start(self, attempt: Attempt, command: Sequence[str], lock: int) -> bool:
-        """Start a job, if that can be done."""
+        """Try to start a job."""
         job = attempt.job
         try:
             job.directory.mkdir(parents=True, exist_ok=True)
@@ -194,19 +194,19 @@ class Launcher:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **attempt.slot.environment},
                     pass_fds=[lock],
-                    start_new_session=True,  # a Ctrl-C is ours to pass on, and what the job starts ends with it
+                    start_new_session=True,  # we pass Ctrl-C on ourselves, and all that the job starts ends with it
                 )
         except OSError as error:
             attempt.problem = f"could not be started ({error})"
             return False
         attempt.pid = attempt.process.pid
         self._running.append(attempt)
-        with suppress(OSError):  # a full disk: only a later launcher will miss it
+        with suppress(OSError):  # the disk is full: only a later launcher would need the note
             _write_holder(lock, job.name, attempt.pid)
         return True
 
     def _ended(self) -> list[Attempt]:
-        """Take those that have ended out of the running ones."""
+        """Remove the attempts that have ended from the running ones."""
         ended = [attempt for attempt in self._running if self._has_ended(attempt)]
         self._running = [attempt for attempt in self._running if attempt not in ended]
         return ended
@@ -219,7 +219,7 @@ class Launcher:
             return descriptor is not None
         attempt.code = attempt.process.poll()
         if attempt.code is not None:
-            _signal_group(attempt, signal.SIGKILL)  # what it has left behind
+            _signal_group(attempt, signal.SIGKILL)  # processes that the job has left behind
         return attempt.code is not None
 
     def _after(self, attempt: Attempt, waiting: deque[Job], failed: list[Attempt]) -> None:
@@ -232,7 +232,7 @@ class Launcher:
         self._watcher.ended(attempt, complete)
 
     def _end_all(self, signals: list[int]) -> None:
-        """Ask all that still run to end, and make them after a while, or at once if asked a second time."""
+        """Ask the running jobs to end. Kill them after a while, or at once on a second signal."""
         asked, deadline = len(signals), time.monotonic() + GRACE_S
         for attempt in self._running:
             _signal_group(attempt, signal.SIGTERM)
@@ -246,7 +246,7 @@ class Launcher:
 
 
 def tail(path: Path, num_bytes: int = 8192) -> list[str]:
-    """The last lines of a file that are not empty; none if there is no such file."""
+    """The last lines of a file without the empty ones; no lines if there is no such file."""
     if not path.is_file():
         return []
     with path.open("rb") as stream:
@@ -255,13 +255,13 @@ def tail(path: Path, num_bytes: int = 8192) -> list[str]:
 
 
 def _write_holder(lock: int, job: str, pid: int | None = None) -> None:
-    """Say who has a slot, always in as many bytes, so that nothing of an earlier holder remains."""
+    """Write who has a slot. The text has a fixed length, so that it overwrites all of an earlier holder's text."""
     content = json.dumps({"job": job, "host": socket.gethostname(), "pid": pid})
     os.pwrite(lock, content.ljust(_HOLDER_BYTES).encode(), 0)
 
 
 def _read_holder(file: Path) -> dict[str, Any]:
-    """Who has a slot; nothing if nobody has said so."""
+    """Read who has a slot; nothing if no holder is written."""
     with suppress(ValueError):
         return json.loads(file.read_text(encoding="utf-8"))
     return {}
@@ -275,12 +275,12 @@ def _signal_group(attempt: Attempt, number: int) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect the signals that ask to end, so that none breaks in after the start of a process, before it is noted."""
+    """Collect the signals that ask to end, so that none interrupts between a process's start and the note of it."""
     seen: list[int] = []
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it stays ignored
                 before[number] = signal.signal(number, lambda received, _: seen.append(received))
     try:
         yield seen

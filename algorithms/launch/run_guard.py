@@ -1,4 +1,4 @@
-"""No run is taken for another one: what is begun, complete or left to run in a run directory, and who writes there."""
+"""Keeps runs apart: says whether a run directory is begun or complete, what is left to run, and who writes there."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _OF_HYDRA = {".hydra", "config.yaml", "hydra.yaml", "overrides.yaml", "lock"}
 
 
 def begun(run_dir: Path) -> bool:
-    """Whether a directory holds a run that has trained, or is about to."""
+    """Whether a directory holds a run that has trained or is about to train."""
     return (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
 
 
 def complete(run_dir: Path) -> bool:
-    """Whether a directory holds a run that has come to its end; a damaged summary is made again, and does not count."""
+    """Whether a directory holds a complete run; a damaged summary does not count, because it is made again."""
     try:
         read_summary(run_dir)
         return True
@@ -49,25 +49,25 @@ def complete(run_dir: Path) -> bool:
 
 
 def job_name(overrides: Sequence[str]) -> str:
-    """What the directory of a job is called: its overrides, in an order that does not depend on how they were given."""
+    """Name of a job's directory: its overrides, in an order that does not depend on how they were given."""
     pairs = [override.lstrip("+").rpartition("@")[2].partition("=") for override in overrides]
     compared = sorted(("." in key, key, value) for key, _, value in pairs if key not in settings_without_effect())
     return file_name("+".join(f"{key}-{value}" for _, key, value in compared) or "defaults")
 
 
 def _hydra_folder(resume: str | None, run_dir: str) -> str | None:
-    """Where Hydra writes the configuration of a run: nowhere, if it has done so when the run began."""
+    """The folder in which Hydra writes a run's configuration; none if the run has begun and Hydra wrote it then."""
     return ".hydra" if resume is None and not begun(Path(run_dir)) else None
 
 
-# Here, and not where a command begins, because a launcher may compose the configuration in a process of its own.
+# Registered here and not where a command begins: a launcher may compose the configuration in another process.
 OmegaConf.register_new_resolver("first_given", lambda first, second: second if first is None else first, replace=True)
 OmegaConf.register_new_resolver("hydra_folder", _hydra_folder, replace=True)
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
 
 class KeepRuns(Callback):
-    """Refuses to put a run where there is one, to resume where there is none, and to write where another one writes."""
+    """Refuses to start a run over another, to resume where no run is, and to write where another run writes."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before Hydra writes anything."""
@@ -80,11 +80,11 @@ class KeepRuns(Callback):
         _hold(run_dir)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """In the process that runs the job, wherever a launcher has put it."""
+        """Called in the process that runs the job, wherever a launcher has put it."""
         _hold(Path(config.hydra.runtime.output_dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """The directory is free again."""
+        """Release the directory."""
         file_locks.release(Path(config.hydra.runtime.output_dir) / _LOCK_FILE)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -116,7 +116,7 @@ def no_trace_of_refusals(run_dir: Path, given: DictConfig) -> Iterator[None]:
     """Remove the directory of a run whose settings or files are refused before it has begun.
 
     Args:
-        run_dir: The run directory; it stays if it holds anything that Hydra has not written.
+        run_dir: The run directory; it stays if it holds anything that Hydra did not write.
         given: The configuration of the present command line.
     """
     try:
@@ -134,17 +134,17 @@ def no_trace_of_refusals(run_dir: Path, given: DictConfig) -> Iterator[None]:
 
 
 def left_to_run(run_dir: Path, given: DictConfig) -> DictConfig | None:
-    """The configuration of what is left to do in a run directory, None if that is nothing.
+    """Return the configuration for the rest of a run; None if the run is complete.
 
     Args:
         run_dir: The run directory; one of a multirun may have begun, or be complete, in an earlier attempt.
         given: The configuration of the present command line.
 
     Raises:
-        ConfigurationError: It is not that of the run that is there.
+        ConfigurationError: The directory holds a run with another configuration.
     """
     for folder in (run_dir, *(run_dir / name for name in (CONFIG_FILE.parent, "trajectories", "predictions"))):
-        remove_partial(folder)  # of a process that was killed: this one has the lock
+        remove_partial(folder)  # a killed process left it: this one has the lock
     if given.resume is not None:
         return saved_config(run_dir, given)
     if not begun(run_dir):
@@ -155,16 +155,16 @@ def left_to_run(run_dir: Path, given: DictConfig) -> DictConfig | None:
 
 
 def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
-    """The configuration that a run was started with, for resuming it.
+    """Return the configuration that a run was started with, for resuming it.
 
     Args:
         run_dir: The run directory.
-        given: The configuration of the present command line. What it sets must be as it was, or be without effect.
+        given: The configuration of the present command line. A setting in it must be as it was, or be without effect.
 
     Raises:
         ConfigurationError: A setting differs: a run that goes on with other settings would be neither the old one nor a
             new one. Or the saved settings name places outside that the command line does not allow.
-        DataError: The folder is no run directory, or its settings are damaged.
+        DataError: The folder is not a run directory, or its settings are damaged.
     """
     settings = read_settings(run_dir)
     saved = OmegaConf.create(settings)
@@ -196,11 +196,11 @@ def _is_unknown(config: DictConfig, key: str) -> bool:
 
 
 def require_same(run_dir: Path, given: DictConfig) -> None:
-    """Refuse to take one run for another; settings that only one of the two knows are not compared.
+    """Require the settings of a begun run; settings that only one side knows are not compared.
 
     Args:
-        run_dir: Of a run that has begun.
-        given: The configuration that is to be run there.
+        run_dir: Directory of a run that has begun.
+        given: The configuration to run there.
 
     Raises:
         ConfigurationError: A setting differs; the message names it.
@@ -220,7 +220,7 @@ def require_same(run_dir: Path, given: DictConfig) -> None:
 
 
 def _comparable(value: Any) -> Any:
-    """A setting as plain data; of a part that was chosen by its name, that name."""
+    """A setting as plain data; a part that was chosen by its name becomes that name."""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)
     return value.get("name", value) if isinstance(value, dict) else value

@@ -1,1 +1,1 @@
-"""Learners of other libraries, on the discrete view of the environment; measured and written down like any run."""
+"""Runs learners of other libraries on the discrete view of the environment; they are measured like any run."""

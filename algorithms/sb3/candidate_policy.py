@@ -12,11 +12,11 @@ from agentic_rag_env.wrappers import DiscreteActions
 
 
 class CandidateScorer(nn.Module):
-    """Scores every action: one network for all candidates, which sees a candidate's features and the state's.
+    """Scores every action. One network serves all candidates; it sees a candidate's features and the state's.
 
     Args:
         sizes: Numbers of state features, of features per candidate, of candidates, and of searches per candidate.
-        hidden_size: Width.
+        hidden_size: Width of the network.
     """
 
     def __init__(self, sizes: tuple[int, int, int, int], hidden_size: int) -> None:
@@ -31,10 +31,10 @@ class CandidateScorer(nn.Module):
         self.answer = nn.Linear(hidden_size, 1)
         self.question = nn.Linear(2 * hidden_size, 1)
         for head in (self.searches, self.answer, self.question):
-            nn.init.normal_(head.weight, std=0.01)  # all actions alike at first
+            nn.init.normal_(head.weight, std=0.01)  # all actions have the same score at first
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [B, actions] and what the value is read from, [B, 2 * hidden_size]."""
+        """Return scores, [B, actions], and the features for the value, [B, 2 * hidden_size]."""
         state = self.of_state(observation[:, : self.num_state])
         candidates = observation[:, self.num_state :].unflatten(1, (self.num_candidates, self.num_features))
         each = torch.relu(self.hidden(torch.relu(self.of_candidate(candidates) + state[:, None])))
@@ -47,12 +47,12 @@ class CandidateScorer(nn.Module):
         return self(observation)[0]
 
     def forward_critic(self, observation: Tensor) -> Tensor:
-        """What the value is read from, [B, 2 * hidden_size]."""
+        """Return the features for the value, [B, 2 * hidden_size]."""
         return self(observation)[1]
 
 
 def policy_class() -> type:
-    """The library's policy around `CandidateScorer`; made here, as the library is imported only where it is used."""
+    """Make the library's policy around `CandidateScorer`; the library is imported only where it is used."""
     from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 
     class CandidatePolicy(MaskableActorCriticPolicy):
@@ -81,4 +81,4 @@ def policy_settings(view: DiscreteActions, hidden_size: int) -> dict[str, Any]:
     """
     searches = 2 + len(view.query_words)
     sizes = (view.num_state_features, view.num_candidate_features, view.max_candidates, searches)
-    return {"sizes": sizes, "hidden_size": hidden_size, "ortho_init": False}  # the scorer makes its own beginning
+    return {"sizes": sizes, "hidden_size": hidden_size, "ortho_init": False}  # the scorer initializes its own weights

@@ -1,4 +1,4 @@
-"""Episodes on the discrete view of the environment, in the form of a language model's trajectories."""
+"""Records episodes on the discrete view of the environment as trajectories of the language model's form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from algorithms.rollout.tokenization import encode_plain, encode_prompts
 
 
 class Player(Protocol):
-    """Who chooses the actions."""
+    """Chooses the actions."""
 
     def log_probs(self, observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Log-probabilities of the actions, [actions] nats; minus infinity where the mask [actions] is False."""
@@ -26,13 +26,13 @@ class Player(Protocol):
 
 
 class Record:
-    """An episode as far as it has come.
+    """Records an episode while it is played.
 
     Args:
-        tokenizer: Turns its text into ids. The log-probability of an action, which is that of a whole turn, stands at
-            the turn's first token, and 0 at the others.
-        prompt: What was read first.
-        group_id: Of the trajectory.
+        tokenizer: Turns the text into ids. The log-probability of an action, which is that of a whole turn, stands at
+            the turn's first token; the other tokens have 0.
+        prompt: Text that the episode begins with.
+        group_id: Group of the trajectory.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, group_id: int) -> None:
@@ -44,7 +44,7 @@ class Record:
     def add(
         self, text: str, log_prob: float, reply: str, reward: float, terminated: bool, truncated: bool, info: StepInfo
     ) -> None:
-        """A turn: what was written, how likely that was, and what the environment made of it."""
+        """Add a turn: its text, the text's log-probability, and the environment's reply and reward."""
         action_ids, observation_ids = encode_plain(self._tokenizer, [text, reply])
         logprobs = np.zeros(len(action_ids), dtype=np.float32)
         logprobs[:1] = log_prob
@@ -54,18 +54,18 @@ class Record:
         self._ended = terminated, truncated
 
     def trajectory(self) -> Trajectory:
-        """The episode, once it has ended."""
+        """Return the trajectory of an episode that has ended."""
         correct = self._turns[-1].info["correct"]
         return Trajectory(self._prompt_ids, self._turns, self._group_id, "policy", self._reward, correct, *self._ended)
 
 
 class RecordedView(DiscreteActions):
-    """A view that keeps the episodes that somebody wants, whoever plays them.
+    """A view that keeps the wanted episodes, whoever plays them.
 
     Args:
-        *settings, **more: As of `DiscreteActions`.
-        player: Who plays; asked again for what it does in episodes that are kept.
-        begin: Called at the beginning of each episode; None if it is not wanted.
+        *settings, **more: See `DiscreteActions`.
+        player: Chooses the actions; it is asked again for their log-probabilities in episodes that are kept.
+        begin: Called at the beginning of each episode; returns None if the episode is not wanted.
         keep: Called with each wanted episode that has ended.
     """
 
@@ -101,12 +101,12 @@ class RecordedView(DiscreteActions):
 
 
 class Sample:
-    """Some episodes of each update that is asked for, chosen when they begin, so that short ones are not preferred.
+    """Keeps some episodes of each wanted update. They are chosen when they begin, so short ones are not preferred.
 
     Args:
-        size: Most episodes of an update.
-        tokenizer: Of the trajectories.
-        wanted: Whether any are to be kept of the present update.
+        size: Largest number of episodes of an update.
+        tokenizer: Tokenizer of the trajectories.
+        wanted: Whether to keep any episodes of the present update.
     """
 
     def __init__(self, size: int, tokenizer: PreTrainedTokenizerBase, wanted: Callable[[], bool]) -> None:
@@ -122,12 +122,12 @@ class Sample:
         return Record(self._tokenizer, prompt, self._begun - 1)
 
     def keep(self, trajectory: Trajectory) -> None:
-        """See `RecordedView`. What ends after its update is left out."""
+        """See `RecordedView`. An episode that ends after its update is left out."""
         if self._wanted():
             self._kept.append(trajectory)
 
     def take(self) -> list[Trajectory]:
-        """What has been kept of the present update; the next one begins anew."""
+        """Return the kept episodes of the present update; the next update starts empty."""
         taken, self._kept, self._begun = self._kept, [], 0
         return taken
 
@@ -140,14 +140,14 @@ def play(
     rng: np.random.Generator,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Trajectory:
-    """One episode.
+    """Play one episode.
 
     Args:
-        view: Where.
-        index: Of the question.
+        view: The environment.
+        index: Index of the question.
         player: Who plays.
         temperature: 0: the likeliest action; else actions are drawn from their distribution at this temperature.
-        rng: For the draws.
+        rng: Random generator for the draws.
         tokenizer: See `Record`.
     """
     observation, _ = view.reset(options={"question_index": index})
@@ -163,12 +163,12 @@ def play(
 
 
 def pick(log_probs: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
-    """An action: the likeliest one at temperature 0, else a drawn one.
+    """Pick the likeliest action at temperature 0, else draw one.
 
     Args:
         log_probs: [actions] nats; minus infinity where an action is not possible.
         temperature: At least 0.
-        rng: For the draw.
+        rng: Random generator for the draw.
     """
     best = int(log_probs.argmax())
     if temperature == 0:
@@ -178,7 +178,7 @@ def pick(log_probs: np.ndarray, temperature: float, rng: np.random.Generator) ->
 
 
 def single(envs: AgenticRAGVectorEnv) -> AgenticRAGEnv:
-    """One environment with the questions, the retriever and the rules of many.
+    """Make one environment with the questions, the retriever and the rules of a vector environment.
 
     Raises:
         ConfigurationError: They are of another kind.

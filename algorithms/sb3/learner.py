@@ -1,9 +1,9 @@
-"""Learners of other libraries on the discrete view of the environment: trained, measured and written down like a run.
+"""Learners of other libraries on the discrete view of the environment: they are trained and measured like any run.
 
 Such a learner is no language model. It sees what `agentic_rag_env.wrappers.DiscreteActions` shows, picks numbered
-actions, and the text of its turns is a template. It is what a language model has to beat. Of a run's settings it obeys
+actions, and the text of its turns is a template. A language model has to beat it. From a run's settings it uses
 `seed`, `threads`, `num_envs`, `env`, `dataset`, `retriever`, `reward`, `evaluation` and `max_retriever_error_fraction`;
-of `model.policy` it borrows the tokenizer, for transcripts. Probes, which need text to be written, are left out.
+its transcripts use the tokenizer of `model.policy`. It runs no probes, because those need written text.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from algorithms.learner.algorithm import ALGORITHMS
 if TYPE_CHECKING:
     from algorithms.training.settings import RunConfig
 
-#: Called once per update with metrics by full name; those under `time/` are counted as costs.
+#: Called once per update with metrics by full name; metrics under `time/` are counted as costs.
 Report = Callable[[Mapping[str, float]], None]
 
 
 class OutsideLearner(ABC):
-    """Base of what `algo=` may name beside the zoo; registered in `ALGORITHMS` under the decorator as any other.
+    """Base of the learners that `algo=` may name beside the zoo; registered in `ALGORITHMS` like any algorithm.
 
     Attributes:
-        name: As it was registered; what it is called in tables and files.
-        max_candidates: Spans that the view lists.
+        name: The registered name, also used in tables and files.
+        max_candidates: Number of spans that the view lists.
     """
 
     name: ClassVar[str]
@@ -39,23 +39,23 @@ class OutsideLearner(ABC):
 
     @abstractmethod
     def num_updates(self, config: RunConfig) -> int:
-        """Updates of a whole training; one line of metrics each."""
+        """Number of updates of a whole training; each gives one line of metrics."""
 
     @abstractmethod
     def train(self, make_view: Callable[[], DiscreteActions], config: RunConfig, report: Report) -> None:
-        """Learn.
+        """Train the learner.
 
         Args:
             make_view: Makes one more environment of the training questions.
-            config: The run's.
-            report: To be called after each update.
+            config: Settings of the run.
+            report: Must be called after each update.
         """
 
     @abstractmethod
     def log_probs(self, observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Log-probabilities of the actions, [actions] nats; minus infinity where the mask [actions] is False.
 
-        Asked after the training, and in it while an episode is played.
+        Called after the training, and during it while an episode is played.
         """
 
     @abstractmethod
@@ -63,17 +63,17 @@ class OutsideLearner(ABC):
         """Write what was learned into a folder that exists."""
 
     def run(self, config: RunConfig, run_dir: Path) -> dict[str, Any]:
-        """A whole run: train, measure on the test questions, write everything.
+        """Do a whole run: train, measure on the test questions, write everything.
 
         Args:
             config: All settings.
-            run_dir: Where it is written.
+            run_dir: Folder that the run writes.
 
         Returns:
             The summary, as `summary.json` holds it.
 
         Raises:
-            ConfigurationError: There is a complete run. One that was interrupted begins again, which gives the same.
+            ConfigurationError: The folder holds a complete run. An interrupted one starts again, with the same result.
         """
         if (run_dir / "summary.json").exists():
             raise ConfigurationError(
@@ -82,7 +82,7 @@ class OutsideLearner(ABC):
             )
         if (run_dir / "metrics.jsonl").exists():
             print(f"{self.name} keeps no training state, so the run begins again.", flush=True)
-        from algorithms.sb3.run import OutsideRun  # which needs torch
+        from algorithms.sb3.run import OutsideRun  # it needs torch
 
         run = OutsideRun(self, config, run_dir)
         run.train()
@@ -96,5 +96,5 @@ def is_outside_learner(name: str | None) -> bool:
 
 
 def outside_learner(spec: Mapping[str, Any]) -> OutsideLearner | None:
-    """The learner that settings with a `name` stand for; None if it is an algorithm of the zoo."""
+    """Make the learner that the settings' `name` stands for; None for an algorithm of the zoo."""
     return ALGORITHMS.build(spec) if is_outside_learner(spec["name"]) else None

@@ -1,4 +1,4 @@
-"""One run of a learner of another library: trained, checked, measured and written down like a run of the zoo."""
+"""Runs a learner of another library: trains, checks, measures and writes it down like a run of the zoo."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from algorithms.training.trajectory_samples import NUM_SAVED, is_due, write_chec
 
 
 class OutsideRun:
-    """One run of an outside learner: what it is made of, then `train`, then `finish`."""
+    """One run of an outside learner: its parts, then `train`, then `finish`."""
 
     def __init__(self, learner: OutsideLearner, config: RunConfig, run_dir: Path) -> None:
         self.learner, self.config, self.run_dir = learner, config, run_dir
@@ -46,11 +46,11 @@ class OutsideRun:
         self.sample = Sample(NUM_SAVED, self.tokenizer, lambda: self._is_checked(self.step + 1))
 
     def view(self, split: str) -> DiscreteActions:
-        """A new environment of a split; the words of all are those of the training split."""
+        """Make an environment of a split; all environments use the words of the training split."""
         return DiscreteActions(single(self.environments.envs(split)), self.learner.max_candidates, **self.words)
 
     def training_view(self) -> DiscreteActions:
-        """Another one of the training split, of whose episodes some are kept."""
+        """Make an environment of the training split and keep some of its episodes."""
         return RecordedView(
             single(self.environments.envs("train")),
             self.learner.max_candidates,
@@ -61,7 +61,7 @@ class OutsideRun:
         )
 
     def train(self) -> None:
-        """Learn, and save what was learned."""
+        """Train the learner and save it."""
         with RunLogger(self.run_dir, self.num_updates) as self.logger:
             self.logger.message(
                 f"training: {self.learner.name} ({self.num_updates} updates), no language model; written to "
@@ -71,7 +71,7 @@ class OutsideRun:
         self._save()
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Record an update, and from time to time a check on the dev split."""
+        """Record an update, and check on the dev split from time to time."""
         self.step += 1
         times = {name.removeprefix("time/"): spent for name, spent in metrics.items() if name.startswith("time/")}
         spend(self.costs, **times, **{name: metrics[f"rollout/{name}"] for name in ("episodes", "env_steps")})
@@ -81,7 +81,7 @@ class OutsideRun:
         self.logger.write(self.step, {**metrics, **cost_metrics(self.costs)}, self.learner.name)
 
     def finish(self) -> dict[str, Any]:
-        """Measure, print and write; returns the summary."""
+        """Measure, print and write; return the summary."""
         name, dataset = self.learner.name, self.test.env.dataset
         with timed(self.costs, "evaluation_s"):
             result = evaluation.evaluate_player(
@@ -96,7 +96,7 @@ class OutsideRun:
         return is_due(self.config.evaluation.every, step, self.num_updates)
 
     def _save_sample(self) -> None:
-        """Keep some of the episodes that the present update has learned from."""
+        """Save some of the episodes from which the present update has learned."""
         with timed(self.costs, "samples_s"):
             if trajectories := self.sample.take():
                 dataset = self.environments.dataset("train")
@@ -132,11 +132,11 @@ class OutsideRun:
 
 
 def episode_metrics(last: Sequence[StepInfo], rewards: Sequence[float], config: RunConfig) -> dict[str, float]:
-    """`rollout_metrics` of the episodes of an update; nothing where none has ended.
+    """Compute `rollout_metrics` over the episodes of an update; nothing if no episode has ended.
 
     Args:
         last: Info of each episode's last step; may be empty.
-        rewards: Of each.
+        rewards: Reward of each episode.
         config: The run's.
 
     Raises:

@@ -1,1 +1,1 @@
-"""What several runs say together: tables, tests, curves and pages out of run directories."""
+"""Compares several runs: makes tables, tests, curves and pages from run directories."""

@@ -1,4 +1,4 @@
-"""The ARC panel: what the probes found of every model, so that one glance tells where each is weak."""
+"""The ARC panel shows what the probes found about every model, so that one glance tells where each is weak."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from algorithms.analysis.comparison.table_formats import NOTHING, Cell, Number, 
 from algorithms.analysis.runs import Run
 
 _UNTRAINED = ("raw", "teacher")
-#: Distributions and counts of what was left out; in the full table only.
+#: Distributions, and counts of cases that were left out; only the full table shows them.
 _DETAILS = re.compile(r"searches_\d+|.*without_gold|.*_f1|f1")
-#: Share of the episodes with so many searches; there is none above the most that a run has.
+#: Share of the episodes with so many searches; a run has no such share above its largest number.
 _SHARE_OF_COUNT = re.compile(r"searches_\d+")
-#: The built-in probes, and their figures by the end of the names, for runs from before figures told what they are.
+#: The built-in probes, and the ends of their figures' names, for older runs that do not declare what figures mean.
 _BUILT_IN = ("source_referencing", "thinking", "query_rewriting", "search_behaviour")
 _NO_SHARES = ("num_searches", "extra_searches", "effect", "gain", "gain_over_verbatim")
 _LOW = ("failures", "invented", "copied", "malformed", "malformed_fraction", "repeated_query", "unanswered",
         "too_early", "stopped_midway", "searched_on")  # fmt: skip
 _NEITHER = ("searched", "answered", "abstained", "hit_verbatim", "without_gold")
-#: A model is called weaker than the teacher from that difference on, in so many figures of a probe at most.
+#: Least difference at which a model is called weaker than the teacher, and most weak points listed for each probe.
 _WEAKER, _NUM_POINTS = 0.05, 2
 
 
 class Meaning(NamedTuple):
-    """How a figure is to be read.
+    """How to read a figure.
 
     Attributes:
         best: "high", "low", or None where neither is good.
-        share: Whether it lies in [0, 1].
+        share: Whether the figure lies in [0, 1].
     """
 
     best: str | None
@@ -49,8 +49,8 @@ class Panel:
     Attributes:
         models: Labels of the methods, then the untrained models.
         columns: (probe, metric) pairs.
-        estimates: By model and column; a figure that a model lacks is left out.
-        meanings: By column.
+        estimates: Estimates by model and column; a figure that a model lacks is left out.
+        meanings: Meanings by column.
     """
 
     models: tuple[str, ...]
@@ -59,24 +59,24 @@ class Panel:
     meanings: Mapping[tuple[str, str], Meaning]
 
     def shortened(self) -> Panel:
-        """Without distributions and counts of what was left out."""
+        """The panel without distributions and without counts of cases that were left out."""
         columns = tuple(column for column in self.columns if not _DETAILS.fullmatch(column[1]))
         return Panel(self.models, columns, self.estimates, self.meanings)
 
     def weakness(self, model: str, column: tuple[str, str]) -> float | None:
-        """How weak a model is in one column, in [0, 1]; None where that can't be said of the figure."""
+        """How weak a model is in one column, in [0, 1]; None if the figure can't tell."""
         found, meaning = self.estimates.get((model, column)), self.meanings[column]
         if found is None or meaning.best is None or not meaning.share:
             return None
         return found.value if meaning.best == "low" else 1 - found.value
 
     def behind(self, model: str, column: tuple[str, str]) -> float | None:
-        """How much weaker than the teacher a model is, or where that was not probed than the best that could be."""
+        """How much weaker a model is than the teacher, or than the best possible if the teacher was not probed."""
         weakness = self.weakness(model, column)
         return None if weakness is None else max(0.0, weakness - (self.weakness("teacher", column) or 0.0))
 
     def weak_points(self) -> Table:
-        """For each trained model the figures of every probe in which it is furthest behind the teacher."""
+        """The figures of every probe in which each trained model is furthest behind the teacher."""
         probes = list(dict.fromkeys(probe for probe, _ in self.columns))
         rows: list[list[Cell]] = [
             [model, *(self._weakest(model, probe) for probe in probes)]
@@ -100,7 +100,7 @@ class Panel:
         return f"{told} ({teacher.value:.2f})" if teacher else told
 
     def table(self, name: str, title: str) -> Table:
-        """Probes down, models across: a model's weak points stand in one column."""
+        """Make the table with a row for each figure and a column for each model."""
         rows: list[list[Cell]] = []
         sections, last = [], ""
         for probe, metric in self.columns:
@@ -149,7 +149,7 @@ def _probed(run: Run, model: str) -> dict[tuple[str, str], Mapping[str, Any]]:
 def _meanings(
     of_runs: Iterable[Mapping[tuple[str, str], Mapping[str, Any]]],
 ) -> dict[tuple[str, str], Meaning]:
-    """How each figure is to be read, in the order in which they are met; what some run declares holds for all."""
+    """How to read each figure, in order of first occurrence; one run's declaration holds for all runs."""
     meanings: dict[tuple[str, str], Meaning] = {}
     for of_run in of_runs:
         for column, figure in of_run.items():
@@ -161,7 +161,7 @@ def _meanings(
 
 
 def _undeclared(probe: str, metric: str) -> Meaning:
-    """How a figure is to be read that does not tell; of a probe that is not built in, nothing is known."""
+    """How to read a figure without a declaration; nothing is known about a probe that is not built in."""
     if probe not in _BUILT_IN or metric.endswith(_NO_SHARES):
         return Meaning(None, share=False)
     if metric.endswith(_NEITHER) or _SHARE_OF_COUNT.fullmatch(metric):
@@ -170,7 +170,7 @@ def _undeclared(probe: str, metric: str) -> Meaning:
 
 
 def _figure(of_run: Mapping[tuple[str, str], Mapping[str, Any]], column: tuple[str, str]) -> Mapping[str, Any] | None:
-    """A figure of a run; where nobody searched so often, that share is 0 and not unknown."""
+    """A figure of a run; the share of a number of searches that never occurred is 0, not unknown."""
     probe, metric = column
     if column not in of_run and _SHARE_OF_COUNT.fullmatch(metric) and (probe, "searches_0") in of_run:
         n = of_run[probe, "searches_0"]["n"]

@@ -1,4 +1,4 @@
-"""Whether runs may be compared at all: what differs between them that no method is meant to change."""
+"""Checks whether runs may be compared: finds differences that no method is meant to make."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from algorithms.analysis.comparison.methods import Method
 from algorithms.analysis.runs import ALL, Run
 
-#: Settings that must agree: prefix to what it means if they don't.
+#: Settings that must agree: from a prefix to the meaning of a difference.
 _MUST_AGREE = {
     "dataset.": "other questions or another corpus",
     "env.": "other limits or another prompt of the environment",
@@ -24,20 +24,20 @@ _MUST_AGREE = {
     "evaluation.seed": "another seed of the sampled modes",
     "model.policy": "another model to start from",
 }
-#: Settings that had better agree.
+#: Settings that should agree.
 _SHOULD_AGREE = {
     "model.teacher": "another teacher",
     "num_envs": "another batch of episodes",
     "learner.": "other numerics",
 }
-#: What must be the same data, whatever it is called, and what it means if it isn't.
+#: Data that must be the same under any name, with the meaning of a difference.
 _DATA = {
     "questions": "other test questions",
     "training_questions": "other training questions",
     "corpus": "another corpus",
     "retriever": "other passages, or another way to search them",
 }
-#: Settings that may differ where these data are the same: places, names, and what makes a search fast.
+#: Settings that may differ if these data are the same: places, names, and settings that make a search fast.
 _TOLD_BY_DATA = {"dataset.": ("questions", "training_questions", "retriever"), "retriever.": ("retriever",)}
 _BUDGETS = {"env_steps": "environment steps", "sampled_tokens": "sampled tokens", "trained_tokens": "trained tokens"}
 #: Budgets further apart than this factor are pointed out.
@@ -49,8 +49,8 @@ class Finding:
     """A reason for doubt.
 
     Attributes:
-        text: What differs, with all values and who has them.
-        refuses: Whether a comparison makes no sense then.
+        text: What differs, with all values and the methods that have them.
+        refuses: Whether the comparison makes no sense.
     """
 
     text: str
@@ -58,10 +58,10 @@ class Finding:
 
 
 def check(methods: Sequence[Method]) -> list[Finding]:
-    """All reasons why the runs of some methods can't be compared, or not without a grain of salt."""
+    """Find all reasons why the runs can't be compared, or only with caution."""
     runs = [(method, run) for method in methods for run in method.runs]
     findings = []
-    # Of a checkpoint that was only evaluated the policy is what is compared, not what it started from.
+    # If a checkpoint was only evaluated, `model.policy` is the compared model and not where its training started.
     trained = [(method, run) for method, run in runs if "checkpoint" not in run.summary]
     for table, refuses in ((_MUST_AGREE, True), (_SHOULD_AGREE, False)):
         for name in dict.fromkeys(name for _, run in runs for name in run.settings):
@@ -86,7 +86,7 @@ def _setting(name: str) -> Callable[[Run], Any]:
 
 
 def _values(runs: Sequence[tuple[Method, Run]], value: Callable[[Run], Any]) -> dict[str, list[str]]:
-    """Each value with the labels of those that have it."""
+    """Each value with the labels of the methods that have it."""
     found: dict[str, list[str]] = {}
     for method, run in runs:
         labels = found.setdefault(str(value(run)), [])
@@ -100,7 +100,7 @@ def _told(values: dict[str, list[str]]) -> str:
 
 
 def _same_data(runs: Sequence[tuple[Method, Run]], names: Sequence[str]) -> bool:
-    """Whether all runs say that some data are the same; of what none has, such as training questions, it is."""
+    """Whether all runs say that some data are the same; data that no run has (training questions) count as same."""
     known = all(run.fingerprints.get("retriever") for _, run in runs)
     return bool(names) and known and all(len(_values(runs, _fingerprint(name))) == 1 for name in names)
 
@@ -110,7 +110,7 @@ def _fingerprint(name: str) -> Callable[[Run], str | None]:
 
 
 def _data(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
-    """The data themselves, which may differ although all settings agree: a file was replaced."""
+    """Compare the data themselves; they may differ although all settings agree, if a file was replaced."""
     findings = []
     for name, meaning in _DATA.items():
         known = [(method, run) for method, run in runs if run.fingerprints.get(name)]
@@ -127,7 +127,7 @@ def _data(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
 
 
 def _questions(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
-    """The very questions, as the predictions name them."""
+    """Compare the questions that the predictions name."""
     findings = []
     for mode in dict.fromkeys(mode for _, run in runs for mode in run.modes):
         evaluated = [(method, run) for method, run in runs if mode in run.modes]
@@ -163,7 +163,7 @@ def _seeds(methods: Sequence[Method]) -> list[Finding]:
 
 
 def _references(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
-    """The raw policy and the teacher were not trained, so they must have the same figures everywhere."""
+    """The raw policy and the teacher were not trained, so their figures must be the same in all runs."""
     findings = []
     for model, mode in product(("raw", "teacher"), runs[0][1].modes):
         scored = partial(_untrained_score, model=model, mode=mode)
@@ -204,7 +204,7 @@ def _summary_entry(run: Run, part: str, name: str) -> Any:
 
 
 def _without_language(methods: Sequence[Method]) -> list[Finding]:
-    """Who acts without writing a token is no language model: it chooses from what a view of the environment lists."""
+    """Methods with environment steps but no sampled tokens are not language models; they choose from a list."""
     spent = {method.label: [run.summary.get("costs", {}) for run in method.runs] for method in methods}
     found = [
         label
@@ -219,7 +219,7 @@ def _without_language(methods: Sequence[Method]) -> list[Finding]:
 
 
 def _budgets(methods: Sequence[Method]) -> list[Finding]:
-    """Budgets are rarely equal between methods of different kinds; they are told, and stand beside the scores."""
+    """Methods of different kinds rarely have equal budgets; report the budgets beside the scores."""
     told = []
     for cost, meaning in _BUDGETS.items():
         spent = {

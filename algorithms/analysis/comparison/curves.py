@@ -1,4 +1,4 @@
-"""Curves over training and over a setting, from `metrics.jsonl` and the final scores."""
+"""Makes curves over training and over a setting, from `metrics.jsonl` and the final scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from algorithms.analysis.comparison.statistics import Estimate
 from algorithms.analysis.comparison.table_formats import Number, Table
 from algorithms.analysis.runs import Run
 
-#: What training costs, in words; the tokens and turns are logged as `cost/...`, summed from the start of the run.
+#: Costs of training, in words; tokens and turns are logged as `cost/...`, summed from the start of the run.
 AXES = {
     "steps": "training steps",
     "tokens": "model tokens, sampled and trained",
@@ -26,7 +26,7 @@ _COST_PREFIX = "cost/"
 _COSTS_OF_AXIS = {"tokens": ("sampled_tokens", "trained_tokens"), "env_steps": ("env_steps",)}
 _SECONDS = ("time/rollout_s", "time/score_s", "time/update_s")
 
-#: Metrics of which curves are drawn, with the axes.
+#: Metrics that are drawn as curves, with their axes.
 CURVES = {
     "dev/exact_match": tuple(AXES),
     "rollout/exact_match": tuple(AXES),
@@ -39,12 +39,12 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric over training, mean over the seeds of a method.
+    """A metric over training as the mean over the seeds of a method.
 
     Attributes:
-        x: Where on the axis, [points]; mean over seeds.
-        mean: Of the metric, [points].
-        low, high: Smallest and largest of the seeds, [points].
+        x: Places on the axis, [points]; mean over seeds.
+        mean: Mean of the metric, [points].
+        low, high: Smallest and largest value among the seeds, [points].
     """
 
     x: np.ndarray
@@ -59,10 +59,10 @@ class Line:
 
     Attributes:
         label: The method, without the setting.
-        base: As of a `Method`.
-        x: Values of the setting, ascending.
-        scores: One for each.
-        seeds: How many runs each rests on.
+        base: See `Method`.
+        x: Values of the setting, in ascending order.
+        scores: One score for each value.
+        seeds: Number of runs behind each score.
     """
 
     label: str
@@ -86,7 +86,7 @@ def positions(run: Run, axis: str) -> list[float] | None:
 
 
 def curve(method: Method, metric: str, axis: str) -> Curve | None:
-    """A learning curve at the steps that all seeds have logged; None if there are none or no such cost."""
+    """Make a learning curve at the steps that all seeds have logged; None without such steps or without such a cost."""
     found: list[dict[int, tuple[float, float]]] = []
     for run in method.runs:
         if (along := positions(run, axis)) is None:
@@ -98,13 +98,13 @@ def curve(method: Method, metric: str, axis: str) -> Curve | None:
         return None
     points = np.array([[by_step[step] for step in steps] for by_step in found])  # [seeds, points, 2]
     x, y = points[..., 0].mean(axis=0), points[..., 1]
-    if not x.any():  # a cost that this method does not have
+    if not x.any():  # this method does not have that cost
         return None
     return Curve(x, y.mean(axis=0), y.min(axis=0), y.max(axis=0))
 
 
 def curves_csv(methods: Sequence[Method]) -> str:
-    """Every point of every curve: a line per run, step and metric, with its place on all axes."""
+    """Write every point of every curve: one line per run, step and metric, with its place on all axes."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["method", "seed", "metric", *AXES, "value"])
@@ -120,12 +120,12 @@ def curves_csv(methods: Sequence[Method]) -> str:
 
 
 def score_by_setting(runs: Sequence[Run], names: Sequence[str], mode: str) -> list[Line]:
-    """Exact match against a numeric setting, a line for each method that has it.
+    """Plot exact match against a numeric setting, with a line for each method that has it.
 
     Args:
-        runs: Finished ones.
-        names: Dotted names; the first that a run has as a number counts.
-        mode: Of decoding.
+        runs: Finished runs.
+        names: Dotted names of settings; the first one that is a number in a run counts.
+        mode: Mode of decoding.
     """
     lines = []
     for method in make_methods([run for run in runs if _number(run.settings, names) is not None], ignore=names):

@@ -1,4 +1,4 @@
-"""The figures of a comparison, each a function that draws on given axes."""
+"""Draws the figures of a comparison; each figure is a function that draws on given axes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ THRESHOLDS = np.linspace(0, 1, 101)
 
 
 def scores(methods: Sequence[Method], mode: str, shown: Mapping[str, Look]) -> Drawing:
-    """Exact match of every method with its interval, and the untrained models as lines."""
+    """Draw the exact match of every method with its interval, and the untrained models as lines."""
     estimates = [method.exact_match(mode) for method in methods]
     references = tables.reference_figures(methods, mode)
     untrained = {model: found[ALL]["exact_match"] for model, found in references.items()}
@@ -44,7 +44,7 @@ def scores(methods: Sequence[Method], mode: str, shown: Mapping[str, Look]) -> D
 
 
 def differences(labels: Sequence[str], pairs: Sequence[Pair], mode: str) -> Drawing:
-    """Who beats whom: difference in points, row minus column, and whether it is beyond chance."""
+    """Draw the difference of each pair in points, row minus column, and whether it is beyond chance."""
     cells: dict[tuple[str, str], tuple[float, str]] = {}
     for (first, second, found), verdict in zip(pairs, judge(pairs), strict=True):
         value = 100 * found.difference.value
@@ -75,7 +75,7 @@ def differences(labels: Sequence[str], pairs: Sequence[Pair], mode: str) -> Draw
 
 
 def learning_curves(methods: Sequence[Method], shown: Mapping[str, Look]) -> list[Drawing]:
-    """One figure per metric and axis that any run has logged."""
+    """Draw one figure for each metric and axis that any run has logged."""
     drawings = []
     for metric, axes_of_metric in CURVES.items():
         for axis in axes_of_metric:
@@ -106,7 +106,7 @@ def _draw_curves(
 
 
 def profiles(scored: Mapping[str, np.ndarray], mode: str, shown: Mapping[str, Look], resamples: int) -> Drawing:
-    """Share of runs and groups of questions above every score."""
+    """Draw the share of runs and groups of questions above every score."""
     found = {name: statistics.performance_profile(table, THRESHOLDS, resamples) for name, table in scored.items()}
 
     def draw(axes: Any, theme: Theme) -> None:
@@ -122,7 +122,7 @@ def profiles(scored: Mapping[str, np.ndarray], mode: str, shown: Mapping[str, Lo
 
 
 def cost_beside_score(methods: Sequence[Method], mode: str, shown: Mapping[str, Look]) -> list[Drawing]:
-    """Exact match against what was spent, one figure per kind of cost."""
+    """Draw exact match against cost, one figure for each kind of cost."""
     spent = {method.label: [tables.cost_figures(run) for run in method.runs] for method in methods}
     estimates = {method.label: method.exact_match(mode) for method in methods}
     kinds = {
@@ -151,7 +151,7 @@ def cost_beside_score(methods: Sequence[Method], mode: str, shown: Mapping[str, 
 
 
 def by_setting(lines: Sequence[Line], words: str, mode: str, shown: Mapping[str, Look]) -> Drawing:
-    """The final score of each method against a setting."""
+    """Draw the final score of each method against a setting."""
 
     def draw(axes: Any, theme: Theme) -> None:
         for line in lines:
@@ -176,7 +176,7 @@ def by_setting(lines: Sequence[Line], words: str, mode: str, shown: Mapping[str,
 
 
 def _is_dark(color: Sequence[float]) -> bool:
-    """Whether white is easier to read on a colour, red, green and blue in [0, 1], than our dark grey."""
+    """Whether white is easier to read than our dark grey on a colour (red, green, blue in [0, 1])."""
     return float(np.dot((0.2126, 0.7152, 0.0722), np.asarray(color[:3]) ** 2.2)) < 0.21
 
 

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but the seed make a method; methods get names that tell them apart."""
+"""Groups runs that differ only in the seed into methods, and gives the methods distinct names."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from algorithms.analysis.runs import ALL, Run
 
 @dataclass(frozen=True)
 class Method:
-    """What was run with one or more seeds.
+    """Runs of the same settings with one or more seeds.
 
     Attributes:
         label: Its name in every table and figure.
-        base: The ablation or algorithm, without what else tells it apart.
-        runs: One per seed, by seed.
+        base: The ablation or algorithm, without the other settings that distinguish the method.
+        runs: One run per seed, sorted by seed.
     """
 
     label: str
@@ -34,7 +34,7 @@ class Method:
         return [run.seed for run in self.runs]
 
     def means(self, mode: str, group: str, figure: str) -> np.ndarray:
-        """A figure by seed, [runs]; of those runs that have it."""
+        """A figure by seed, [runs]; runs without it are left out."""
         found = (run.figures(mode).get(group, {}).get(figure) for run in self.runs)
         return np.array([value for value in found if value is not None], dtype=float)
 
@@ -44,9 +44,9 @@ class Method:
         return statistics.crossed(by_seed, variance, count)
 
     def _spread(self, mode: str, group: str) -> tuple[np.ndarray, float, int]:
-        """Means by seed, variance of their mean that comes from the questions, and how many of these there are.
+        """Means by seed, the variance of their mean that comes from the questions, and the number of questions.
 
-        Without predictions the variance is that of a single seed, which is an upper bound.
+        Without predictions, the variance is that of a single seed, which is an upper bound.
         """
         by_seed, count = self.means(mode, group, "exact_match"), int(self.means(mode, group, "n")[0])
         right = answers(self.runs, mode, group)
@@ -63,7 +63,7 @@ class Method:
 def answers(runs: Sequence[Run], mode: str, group: str = ALL) -> np.ndarray | None:
     """Right or wrong, [runs, questions] bool.
 
-    None if a run lacks its predictions or answered other questions, or the first does not say which are in the group.
+    None if a run lacks its predictions or answered other questions, or if the first does not name their groups.
     """
     outcomes = [run.outcomes.get(mode, {}) for run in runs]
     if any(found.keys() != outcomes[0].keys() for found in outcomes):
@@ -73,7 +73,7 @@ def answers(runs: Sequence[Run], mode: str, group: str = ALL) -> np.ndarray | No
 
 
 def without_copies(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Split runs into those to count and mere repetitions, of another one's method and seed with all of its figures."""
+    """Split runs into those that count and copies. A copy has the method, the seed and all figures of another run."""
     seen: set[str] = set()
     kept: list[Run] = []
     copies: list[Run] = []
@@ -88,11 +88,11 @@ def make_methods(runs: Sequence[Run], ignore: Sequence[str] = ()) -> list[Method
     """Group finished runs.
 
     Args:
-        runs: All with a summary.
-        ignore: Further settings, by dotted name, in which the runs of a method may differ.
+        runs: Runs with a summary.
+        ignore: Dotted names of further settings in which the runs of a method may differ.
 
     Returns:
-        In the order of the paper's table, then by label; within one, runs are sorted by seed.
+        Methods in the order of the paper's table, then by label; the runs of a method are sorted by seed.
     """
     ignored = frozenset(ignore).union({"seed"}, *(run.settings_without_effect for run in runs))
     found: dict[tuple[str, str], list[Run]] = {}
@@ -108,7 +108,7 @@ def make_methods(runs: Sequence[Run], ignore: Sequence[str] = ()) -> list[Method
 
 
 def _natural(label: str) -> list[tuple[float, str]]:
-    """So that 50 comes before 100."""
+    """Sort key that puts 50 before 100."""
     parts = re.split(r"(\d+(?:\.\d+)?)", label)
     return [(float(part), "") if at % 2 else (float("inf"), part) for at, part in enumerate(parts)]
 
@@ -127,7 +127,7 @@ def _key(run: Run, ignored: Set[str]) -> str:
 
 
 def _differences(groups: Sequence[Sequence[Run]], ignored: Set[str]) -> list[str]:
-    """For methods of one base, the settings that tell them apart: those of the command line if they suffice."""
+    """The settings that distinguish methods of one base; those of the command line if they suffice."""
     if len(groups) == 1:
         return [""]
     settings = [_relevant(members[0], ignored) for members in groups]
@@ -148,6 +148,6 @@ def _varies(name: str, settings: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _short(names: Sequence[str]) -> dict[str, str]:
-    """The last part of a dotted name where no other ends in it, else all of it."""
+    """The last part of a dotted name if no other name ends in it, else the whole name."""
     last = [name.rpartition(".")[2] for name in names]
     return {name: end if last.count(end) == 1 else name for name, end in zip(names, last, strict=True)}

@@ -1,4 +1,4 @@
-"""One self-contained page: no network, no script, light and dark, narrow and wide, and usable by keyboard."""
+"""Writes the comparison as one self-contained page without network or script; it can be used by keyboard."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from algorithms.analysis.comparison.style import DARK, LIGHT, Drawing, Look, dat
 from algorithms.analysis.comparison.table_formats import Table
 from algorithms.analysis.html_page import render_page
 
-#: Markers of drawings, as letters.
+#: Markers of drawings as letters.
 _GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}
 #: Dashes of lines, as the border of a box.
 _DASHES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashed"}
-#: Inches; drawings wider than that keep their size and scroll.
+#: Width in inches; wider drawings keep their size and scroll.
 _WIDE = 5.5
 
 
 class Picture(NamedTuple):
-    """A drawing as the page shows it: what a person reads, its two addresses, and its width in pixels."""
+    """A drawing on the page: its description, its two addresses, and its width in pixels."""
 
     title: str
     described: str
@@ -35,11 +35,11 @@ class Section:
     """A part of the page.
 
     Attributes:
-        title: Its heading.
-        drawings: Shown first; small ones side by side.
-        tables: Below them.
+        title: Heading of the section.
+        drawings: Drawings at the top; small ones stand side by side.
+        tables: Tables below the drawings.
         folded: Tables shown on demand.
-        note: What one must know to read the drawings.
+        note: Text that a reader needs to understand the drawings.
     """
 
     title: str
@@ -50,16 +50,16 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """Its address on the page."""
+        """Address of the section on the page."""
         return "".join(letter if letter.isalnum() else "-" for letter in self.title.lower())
 
     @property
     def legend(self) -> Mapping[str, Look]:
-        """What its drawings show, by label."""
+        """Legend of the section's drawings, by label."""
         return {label: look for drawing in self.drawings for label, look in drawing.legend.items()}
 
     def pictures(self) -> list[Picture]:
-        """Its drawings, drawn."""
+        """Render the section's drawings."""
         return [_picture(drawing) for drawing in self.drawings]
 
 
@@ -67,9 +67,9 @@ def page(title: str, sections: Sequence[Section], findings: Sequence[Finding]) -
     """The whole document.
 
     Args:
-        title: Of the page.
-        sections: In their order; empty ones are left out.
-        findings: What to keep in mind, shown first.
+        title: Title of the page.
+        sections: Sections in their order; empty ones are left out.
+        findings: Cautions, shown first.
     """
     shown = [section for section in sections if section.drawings or section.tables or section.folded]
     return render_page(

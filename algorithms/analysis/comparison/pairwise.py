@@ -1,4 +1,4 @@
-"""Whether methods differ: every pair on the same questions, corrected for their number, and what may be said of it."""
+"""Tests whether methods differ: every pair on the same questions, corrected for the number of pairs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from algorithms.analysis.comparison.statistics import Paired
 from algorithms.analysis.comparison.table_formats import Cell, Number, Table
 
 SIGNIFICANT = 0.05
-#: Of more pairs the terminal shows only the letters in the table of results.
+#: With more pairs, the terminal shows only the letters in the table of results.
 _PRINTED_PAIRS = 10
 
 
 class Pair(NamedTuple):
-    """Labels of two methods, and what the same questions say about them."""
+    """Labels of two methods and their comparison on the same questions."""
 
     first: str
     second: str
@@ -28,11 +28,11 @@ class Pair(NamedTuple):
 
 
 def compare_pairs(methods: Sequence[Method], mode: str, against: str | None = None) -> list[Pair]:
-    """Every pair of methods that answered the same questions.
+    """Compare every pair of methods that answered the same questions.
 
     Args:
-        methods: All.
-        mode: Of decoding.
+        methods: All methods.
+        mode: Mode of decoding.
         against: Label of the one method that all others are compared with; None: all pairs.
     """
     pairs = []
@@ -47,7 +47,7 @@ def compare_pairs(methods: Sequence[Method], mode: str, against: str | None = No
 
 
 def told_power(methods: Sequence[Method], mode: str) -> str | None:
-    """What differences these runs can tell apart, and what the paper's would take; None for single seeds."""
+    """Say which differences these runs can detect, and how many seeds the paper's would take; None for single seeds."""
     found = []
     for first, second in combinations([method for method in methods if len(method.runs) > 1], 2):
         if (right := answers([*first.runs, *second.runs], mode)) is not None:
@@ -65,12 +65,12 @@ def told_power(methods: Sequence[Method], mode: str) -> str | None:
 
 
 class Verdict(NamedTuple):
-    """Corrected p-values of a pair, and what they allow to be said.
+    """Corrected p-values of a pair, and the conclusion that they allow.
 
     Attributes:
         p_questions: As in `Paired`, after Holm's correction.
-        p_methods: Likewise; None where one of the two has one seed.
-        words: What may be said at the 5 % level.
+        p_methods: As in `Paired`, after Holm's correction; None if one of the two has one seed.
+        words: The conclusion at the 5 % level.
         sign: "*" if the methods differ, "°" if at least these policies do.
     """
 
@@ -81,12 +81,12 @@ class Verdict(NamedTuple):
 
     @property
     def differ(self) -> bool:
-        """Whether the two are told apart, by other seeds where there are any, else by other questions."""
+        """Whether the two differ: over seeds if both have several, else over questions."""
         return (self.p_questions if self.p_methods is None else self.p_methods) < SIGNIFICANT
 
 
 def judge(pairs: Sequence[Pair]) -> list[Verdict]:
-    """Correct for the number of pairs, each of the two questions on its own."""
+    """Correct for the number of pairs, separately for each of the two p-values."""
     by_question = statistics.holm([pair.found.p_questions for pair in pairs])
     with_seeds = {at: pair.found.p_methods for at, pair in enumerate(pairs) if pair.found.p_methods is not None}
     by_method = dict(zip(with_seeds, statistics.holm(list(with_seeds.values())), strict=True))
@@ -94,7 +94,7 @@ def judge(pairs: Sequence[Pair]) -> list[Verdict]:
 
 
 def significance(pairs: Sequence[Pair], mode: str) -> Table:
-    """Pairs of methods on the same questions, corrected for their number."""
+    """Make the table of pairs on the same questions, corrected for their number."""
     rows: list[list[Cell]] = []
     for (first, second, found), verdict in zip(pairs, judge(pairs), strict=True):
         p_values = found.p_questions, verdict.p_questions, found.p_methods, verdict.p_methods
@@ -115,14 +115,14 @@ def significance(pairs: Sequence[Pair], mode: str) -> Table:
 
 
 def letters(labels: Sequence[str], pairs: Sequence[Pair]) -> dict[str, str]:
-    """Compact display of all pairs: methods that share a letter are not told apart.
+    """Make the compact display of all pairs: methods that share a letter are not told apart.
 
-    By insertion and absorption (Piepho, "An algorithm for a letter-based representation of all-pairwise comparisons",
+    The method (Piepho, "An algorithm for a letter-based representation of all-pairwise comparisons",
     2004). Pairs that were not compared count as not told apart.
 
     Args:
-        labels: Of the methods; the first gets the first letter.
-        pairs: As `compare_pairs` makes them.
+        labels: Labels of the methods; the first gets the first letter.
+        pairs: The result of `compare_pairs`.
     """
     alike = {frozenset(labels)}
     for pair, verdict in zip(pairs, judge(pairs), strict=True):

@@ -21,16 +21,16 @@ _ROWS: dict[str, tuple[float | None, ...]] = {
     "taid": (0.325, 0.427, 0.365, 0.290, 0.270, 0.079, 0.218, 0.282),
     "dgpo": (0.378, 0.481, 0.402, 0.342, 0.303, 0.120, 0.274, 0.329),
 }
-#: Averages of the ablation table. That with GRPO has none: it collapses, in a figure.
+#: Averages of the ablation table. The row with GRPO has none: a figure of the paper shows its collapse.
 _ABLATIONS = {"no_cold_start": 0.320, "uniform_kl": 0.314, "no_teacher_guidance": 0.306, "inverted_order": 0.286}
 
-#: By method, as the zoo and its ablations are called, and by dataset or `AVERAGE`.
+#: Exact match by method, named as in the zoo and its ablations, and by dataset or `AVERAGE`.
 PUBLISHED: dict[str, dict[str, float]] = {
     name: {column: score for column, score in zip((*DATASETS, AVERAGE), scores, strict=True) if score is not None}
     for name, scores in _ROWS.items()
 } | {name: {AVERAGE: score} for name, score in _ABLATIONS.items()}
 
-#: What the teacher's guidance is worth in the paper's ablation.
+#: Gain by the teacher's guidance in the paper's ablation.
 GUIDANCE = PUBLISHED["dgpo"][AVERAGE] - PUBLISHED["no_teacher_guidance"][AVERAGE]
 
 _ALIASES = {
@@ -45,23 +45,23 @@ _ALIASES = {
 
 
 def published_name(method: str) -> str:
-    """What the paper calls a method."""
+    """The paper's name of a method."""
     return _NAMES.get(method, {"distillm": "DistiLLM"}.get(method, method.upper() if method in _ROWS else method))
 
 
 def matching_dataset(group: str) -> str | None:
-    """The paper's dataset that a group of questions is named after, if it is one."""
+    """The paper's dataset that a group of questions is named after; None if there is none."""
     name = re.sub(r"[^a-z0-9]", "", group.lower())
     name = _ALIASES.get(name, name)
     return name if name in DATASETS else None
 
 
 def matching_method(base: str) -> str | None:
-    """The paper's method that one of ours stands for, if it does."""
+    """The paper's method that one of ours stands for; None if there is none."""
     name = _ALIASES.get(base, base)
     return name if name in PUBLISHED else None
 
 
 def shown_datasets(groups: Sequence[str]) -> dict[str, str]:
-    """Groups of questions to the paper's datasets, of those that are one."""
+    """Map groups of questions to the paper's datasets; other groups are left out."""
     return {group: name for group in groups if (name := matching_dataset(group)) is not None}

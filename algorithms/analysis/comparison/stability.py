@@ -1,4 +1,4 @@
-"""How steadily a method learned: its checks on the dev split in the last stage of a run."""
+"""Measures how steadily a method learned, from its checks on the dev split in the last stage of a run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from algorithms.analysis.comparison.table_formats import NOTHING, Cell, Number, 
 from algorithms.analysis.runs import Run
 
 _METRIC = "dev/exact_match"
-#: A collapse leaves at most that share of the best check before it, and is at least that deep.
+#: A collapse leaves at most this share of the best check before it, and is at least this deep.
 _SHARE, _DEPTH = 0.5, 0.1
 
 
 class Stability(NamedTuple):
-    """The checks of one run in figures.
+    """Figures of the checks of one run.
 
     Attributes:
         best: Highest exact match.
-        last: That of the last check.
-        area: Area under the curve over the steps that it spans: the mean, by the trapezoidal rule.
+        last: Exact match of the last check.
+        area: Mean over the steps that the checks span: area under the curve (trapezoidal rule) over its width.
         collapse: Step of the run at which exact match first was at most half of the best check before it, and at least
             0.1 below it; None: never.
     """
@@ -36,7 +36,7 @@ class Stability(NamedTuple):
 
 
 def of_run(run: Run) -> Stability | None:
-    """From the checks in the last stage; None if there was none."""
+    """Measure the checks in the last stage; None if there was none."""
     stage = run.metrics[-1].get("stage") if run.metrics else None
     checks = [row for row in run.metrics if row.get(_METRIC) is not None and row.get("stage") == stage]
     if not checks:
@@ -50,7 +50,7 @@ def of_run(run: Run) -> Stability | None:
 
 
 def table(methods: Sequence[Method]) -> Table | None:
-    """Best, last and mean of the checks of each method, and its collapses; None where no run has any check."""
+    """Make the table of best, last and mean check and of collapses for each method; None if no run has a check."""
     rows: list[list[Cell]] = []
     for method in methods:
         found = [each for run in method.runs if (each := of_run(run)) is not None]

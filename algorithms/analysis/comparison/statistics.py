@@ -1,9 +1,9 @@
 """Estimates with honest intervals, paired tests, and aggregates over seeds, on plain arrays.
 
-Two things were drawn by chance in every figure: the seeds of training and the questions of the test. All methods answer
+Chance enters every figure twice: by the seeds of training and by the questions of the test. All methods answer
 the same questions, so the two are crossed: the variance of a mean over both is at most the sum of the variance between
 seeds over their number and the variance between questions over theirs. (The sum counts the noise of single answers
-twice, which errs on the wide side.) Few seeds are paid for by Student's t, whose degrees of freedom are combined after
+twice, so the interval is rather too wide.) Student's t accounts for few seeds; its degrees of freedom follow
 Satterthwaite; a bootstrap over three seeds would be too narrow by a third.
 """
 
@@ -16,15 +16,15 @@ import numpy as np
 from scipy import signal, stats
 
 LEVEL = 0.95
-#: Chance to find a difference that is there.
+#: Chance to find a difference that exists.
 POWER = 0.8
 _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-#: A variance below that is of rounding; that of a single answer among a million questions is above.
+#: A smaller variance comes from rounding; a single answer among a million questions gives a larger one.
 _ROUNDING = 1e-20
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % interval; without one, both bounds are None."""
+    """A figure and its 95 % interval; without an interval, both bounds are None."""
 
     value: float
     low: float | None = None
@@ -32,13 +32,13 @@ class Estimate(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """What the same questions say about two methods.
+    """Comparison of two methods on the same questions.
 
     Attributes:
         difference: First minus second, with the interval over seeds and questions.
-        p_questions: Of the hypothesis that these trained policies are equally good, over questions.
-        p_methods: Of the hypothesis that the methods are, over seeds and questions; None where one has one seed. At
-            least `p_questions`: what does not hold of these policies is not claimed of all.
+        p_questions: P-value of the hypothesis that these trained policies are equally good, over questions.
+        p_methods: P-value of the same for the methods, over seeds and questions; None if one has one seed. At
+            least `p_questions`: a claim that fails for these policies is not made for their methods.
     """
 
     difference: Estimate
@@ -47,7 +47,7 @@ class Paired(NamedTuple):
 
 
 def crossed(by_seed: np.ndarray, question_variance: float, num_questions: int) -> Estimate:
-    """Mean of a share over seeds and questions, with its interval.
+    """Return the mean of a share over seeds and questions, with its interval.
 
     Args:
         by_seed: Mean over the questions for each seed, [seeds], in [0, 1].
@@ -55,8 +55,8 @@ def crossed(by_seed: np.ndarray, question_variance: float, num_questions: int) -
         num_questions: How many questions there were.
 
     Returns:
-        The t interval of the module's docstring, cut at 0 and 1; with one seed it covers the questions alone. Where
-        nothing varies, the interval of Clopper and Pearson for that many questions.
+        The t interval of the module's docstring, cut at 0 and 1. With one seed, it covers the questions alone. If
+        nothing varies, it is the interval of Clopper and Pearson for that many questions.
     """
     value, low, high = crossed_mean(by_seed, question_variance, num_questions)
     assert low is not None
@@ -68,7 +68,7 @@ def crossed(by_seed: np.ndarray, question_variance: float, num_questions: int) -
 
 
 def crossed_mean(by_seed: np.ndarray, item_variance: float, num_items: int) -> Estimate:
-    """Likewise of any figure, uncut; a point where nothing varies.
+    """Return the mean of any figure, with its uncut interval; the interval is a point if nothing varies.
 
     Args:
         by_seed: Mean over the items for each seed, [seeds].
@@ -81,7 +81,7 @@ def crossed_mean(by_seed: np.ndarray, item_variance: float, num_items: int) -> E
 
 
 def variance_of_interval(width: float) -> float:
-    """Variance of a mean whose 95 % interval is so wide, as of a normal distribution."""
+    """Variance of a mean with this 95 % interval, for a normal distribution."""
     return (width / (2 * float(stats.norm.ppf((1 + LEVEL) / 2)))) ** 2
 
 
@@ -90,7 +90,7 @@ def paired(first: np.ndarray, second: np.ndarray) -> Paired:
 
     Args:
         first: Right or wrong, [seeds, questions] bool.
-        second: Likewise, with the same questions and any number of seeds.
+        second: Right or wrong on the same questions, with any number of seeds.
     """
     difference = first.mean(axis=0) - second.mean(axis=0)
     count, value = difference.size, float(difference.mean())
@@ -98,7 +98,7 @@ def paired(first: np.ndarray, second: np.ndarray) -> Paired:
     components = [questions, *_seed_component(first.mean(axis=1)), *_seed_component(second.mean(axis=1))]
     half = _half_width(components)
     center = value
-    if not half:  # of so many questions all alike, another one may still differ: Clopper and Pearson
+    if not half:  # all these questions are alike, yet another one may differ: Clopper and Pearson
         half = 1 - _TAILS[0] ** (1 / count)
         center = (1 - half) * value
     scaled = len(second) * first.sum(axis=0, dtype=int) - len(first) * second.sum(axis=0, dtype=int)
@@ -112,26 +112,26 @@ def paired(first: np.ndarray, second: np.ndarray) -> Paired:
 
 
 def sign_flip_p_value(differences: np.ndarray) -> float:
-    """Exact two-sided p-value of the paired permutation test: were signs of differences drawn by chance?
+    """Exact two-sided p-value of the paired permutation test, which flips the signs of the differences.
 
-    Between single runs, with differences of -1, 0 and 1, it is McNemar's exact test.
+    For single runs, whose differences are -1, 0 and 1, it is McNemar's exact test.
 
     Args:
         differences: Integers, [questions].
     """
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
-    chances = np.ones(1)  # of the sum of the positive differences
+    chances = np.ones(1)  # distribution of the sum of the positive differences
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         heads = np.zeros(size * count + 1)
         heads[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
-        chances = signal.convolve(chances, heads)  # by Fourier transform where there are many questions
+        chances = signal.convolve(chances, heads)  # uses the Fourier transform if there are many questions
     middle = (len(chances) - 1) / 2
     observed = abs(int(differences[differences > 0].sum()) - middle)
     return float(np.clip(chances[np.abs(np.arange(len(chances)) - middle) >= observed].sum(), 0, 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction: the chance of any false alarm among all of them stays below the level."""
+    """Holm's correction: the chance of any false alarm among all p-values stays below the level."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -140,7 +140,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def rank_agreement(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Kendall's tau-b and Spearman's rho of two scores of the same methods; not a number if one is constant."""
+    """Kendall's tau-b and Spearman's rho of two scores of the same methods; NaN if one is constant."""
     return float(stats.kendalltau(ours, theirs).statistic), float(stats.spearmanr(ours, theirs).statistic)
 
 
@@ -148,14 +148,14 @@ def rank_agreement(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
 
 
 class Power:
-    """What a paired comparison of two methods can see, from the variances that its runs have shown.
+    """Power of a paired comparison of two methods, from the variances among its runs.
 
-    The variance of a difference is that of the questions, in which the two differ always alike and which no seed takes
-    away, over their number; and that of the seeds, single answers included, over theirs.
+    The variance of a difference has two parts: that of the questions over their number, which no further seed reduces;
+    and that of the seeds, with the noise of single answers, over their number.
 
     Args:
         first: Right or wrong, [seeds, questions] bool; at least two seeds.
-        second: Likewise, with the same questions.
+        second: Right or wrong on the same questions, in the same shape.
     """
 
     def __init__(self, first: np.ndarray, second: np.ndarray) -> None:
@@ -167,21 +167,21 @@ class Power:
         self._of_seeds = sum(float(each.mean(axis=1).var(ddof=1)) for each in (first, second))
 
     def detectable(self, num_seeds: int | None = None) -> float:
-        """The difference that so many seeds of each, by default those there are, find with a chance of `POWER`."""
+        """The difference that so many seeds of each method (default: the present ones) find with chance `POWER`."""
         seeds = num_seeds or self.num_seeds
         freedom = 2 * (seeds - 1)
         factor = float(stats.t.ppf((1 + LEVEL) / 2, freedom) + stats.t.ppf(POWER, freedom))
         return factor * float(np.sqrt(self._of_questions + self._of_seeds / seeds))
 
     def seeds_for(self, difference: float, most: int = 1000) -> int | None:
-        """The fewest seeds of each method that find a difference; None if `most` do not, on these questions."""
+        """The fewest seeds of each method that find a difference on these questions; None if `most` seeds do not."""
         return next((seeds for seeds in range(2, most + 1) if self.detectable(seeds) <= difference), None)
 
 
 # --- aggregates over seeds and groups of questions (Agarwal et al., arXiv:2108.13264) ---------------------------------
-# As in their library rliable, which the tests compare with. It is not used here: it draws from NumPy's global generator
-# whatever seed it is given; it walks over resamples and thresholds one by one, which for eleven methods, two modes and
-# 1000 resamples takes 147 s where this takes 0.4 s; and what it needs cannot be imported beside pandas 3.
+# The tests compare with their library rliable. It is not used here: it draws from NumPy's global generator
+# whatever seed it is given; it takes resamples and thresholds one by one, which for eleven methods, two modes and
+# 1000 resamples takes 147 s instead of 0.4 s here; and its dependencies cannot be imported beside pandas 3.
 
 
 def interquartile_mean(scores: np.ndarray, resamples: int) -> Estimate:
@@ -189,7 +189,7 @@ def interquartile_mean(scores: np.ndarray, resamples: int) -> Estimate:
 
     Args:
         scores: [seeds, groups of questions].
-        resamples: Of the seeds, for each group on its own. With one seed there is no interval.
+        resamples: Number of resamples of the seeds, separate for each group. With one seed there is no interval.
     """
     value = float(stats.trim_mean(scores, 0.25, axis=None))
     drawn = _resampled(scores, resamples)
@@ -197,12 +197,13 @@ def interquartile_mean(scores: np.ndarray, resamples: int) -> Estimate:
 
 
 def probability_of_improvement(first: np.ndarray, second: np.ndarray, resamples: int) -> Estimate:
-    """Chance that a run of the first method beats one of the second, mean over groups of questions; ties count half.
+    """Chance that a run of the first method beats one of the second, as mean over groups; ties count half.
 
     Args:
         first: [seeds, groups of questions].
-        second: Likewise; the number of seeds may be another.
-        resamples: Of the seeds, for each method and group on its own. If one has one seed there is no interval.
+        second: Scores of the second method, in the same groups; the number of seeds may differ.
+        resamples: Number of resamples of the seeds, separate for each method and group. With one seed of
+            either method, there is no interval.
     """
     value = float(_chance_above(first[None], second[None])[0])
     drawn = _chance_above(_resampled(first, resamples), _resampled(second, resamples, stream=1))
@@ -218,7 +219,7 @@ def performance_profile(scores: np.ndarray, thresholds: np.ndarray, resamples: i
         resamples: Of the seeds, for each group on its own.
 
     Returns:
-        [3, n]: the share and its bounds, which are not numbers where there is one seed.
+        [3, n]: the share and its bounds; the bounds are NaN with one seed.
     """
     shares = (scores[..., None] > thresholds).mean(axis=(0, 1))
     if len(scores) == 1:
@@ -228,7 +229,7 @@ def performance_profile(scores: np.ndarray, thresholds: np.ndarray, resamples: i
 
 
 def _resampled(scores: np.ndarray, resamples: int, stream: int = 0) -> np.ndarray:
-    """Scores of seeds drawn again for each group of questions on its own, [resamples, seeds, groups]."""
+    """Draw the seeds' scores again, separately for each group of questions, [resamples, seeds, groups]."""
     drawn = np.random.default_rng((0, stream)).integers(len(scores), size=(resamples, *scores.shape))
     return scores[drawn, np.arange(scores.shape[1])]
 
@@ -246,7 +247,7 @@ def _with_bounds(value: float, drawn: np.ndarray, num_seeds: int) -> Estimate:
 
 
 def _seed_component(by_seed: np.ndarray) -> list[tuple[float, int]]:
-    """Variance of a mean over seeds and its degrees of freedom; nothing for one seed, which says nothing of it."""
+    """Variance of a mean over seeds and its degrees of freedom; empty for one seed, which shows no variance."""
     count = len(by_seed)
     if count > 1 and np.ptp(by_seed) < 1e-12:
         return [(0.0, count - 1)]

@@ -1,4 +1,4 @@
-"""From run directories to everything that is written about them."""
+"""Makes a whole comparison from run directories and writes it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from algorithms.analysis.runs import ALL, Run, find_runs, groups
 
 TITLE = "Comparison of search agents"
 _MARK = "comparison.json"
-#: Besides the usual ones, characters in the names of tables and figures: of modes of decoding, such as T=1.
+#: Further characters allowed in the names of tables and figures, for modes of decoding such as T=1.
 _KEPT = "="
 _BANDS = "Lines are means over seeds at steps that all have logged; bands reach from the lowest seed to the highest."
 _BARS = "Bars are the 95 % intervals of the table of results."
@@ -35,14 +35,14 @@ _BARS = "Bars are the 95 % intervals of the table of results."
 
 @dataclass(frozen=True)
 class Options:
-    """What to make of the runs.
+    """Options of a comparison.
 
     Attributes:
         force: Go on although the runs are not comparable.
         with_paper: Show the paper's averages and the agreement of the orders.
         against: Label of the method that all others are compared with; None: all pairs.
-        setting: Dotted names; the first that a run has is the setting to plot the score against.
-        resamples: Of the bootstrap over seeds.
+        setting: Dotted names of settings; the score is plotted against the first one that a run has.
+        resamples: Number of resamples of the bootstrap over seeds.
     """
 
     force: bool = False
@@ -58,13 +58,13 @@ class Options:
 
 @dataclass
 class Comparison:
-    """Everything there is to show.
+    """Everything that a comparison shows.
 
     Attributes:
-        runs: All that were found.
-        methods: Made of the finished ones.
+        runs: All runs that were found.
+        methods: Methods, made from the finished runs.
         findings: Reasons for doubt.
-        sections: Tables and drawings, in their order.
+        sections: Sections with tables and drawings, in their order.
     """
 
     runs: list[Run]
@@ -87,7 +87,7 @@ def compare(folders: Sequence[Path], out: Path, options: Options, terminal: Cons
     """Read, check, compute, print and write.
 
     Raises:
-        ConfigurationError: There is nothing to compare, the runs are not comparable, or `out` is something else.
+        ConfigurationError: There is nothing to compare, the runs are not comparable, or `out` is not a comparison.
     """
     terminal = terminal or Console(width=None if Console().is_terminal else 160)
     _check_out(out)
@@ -138,7 +138,7 @@ def study(folders: Sequence[Path], options: Options) -> Comparison:
 
 
 def _sections(runs: Sequence[Run], methods: Sequence[Method], modes: Sequence[str], options: Options) -> list[Section]:
-    """All there is to show of methods in the order of their score."""
+    """Make all sections; the methods are in the order of their score."""
     looks = style.looks(methods)
     finished = [run for method in methods for run in method.runs]
     labels = [method.label for method in methods]
@@ -184,7 +184,7 @@ def _sections(runs: Sequence[Run], methods: Sequence[Method], modes: Sequence[st
 
 
 def _first_printed(of_modes: Sequence[Table]) -> Sequence[Table]:
-    """The same table for several modes of decoding; the terminal shows the first only."""
+    """Make the same table for several modes of decoding; the terminal shows only the first."""
     for table in of_modes[1:]:
         table.printed = False
     return of_modes
@@ -207,7 +207,7 @@ def _setting_section(runs: Sequence[Run], modes: Sequence[str], names: tuple[str
 
 
 def _check_out(out: Path) -> None:
-    """Never overwrite what is not a comparison."""
+    """Refuse a folder that holds anything but a comparison."""
     if (out / "summary.json").exists() or (out / "metrics.jsonl").exists():
         raise ConfigurationError(f"{out} is a run directory; choose another folder for the comparison (--out).")
     if any((out / name).is_symlink() for name in ("tb", "figures")):
@@ -217,7 +217,7 @@ def _check_out(out: Path) -> None:
 
 
 def _remove_earlier(out: Path) -> None:
-    """What an earlier comparison has written there, so that none of it is taken for a part of this one."""
+    """Remove the files of an earlier comparison, so that none is taken for a part of this one."""
     if (out / _MARK).exists():
         with suppress(ValueError, TypeError, AttributeError, RecursionError):
             for name in json.loads((out / _MARK).read_text(encoding="utf-8")).get("files", ()):
@@ -226,7 +226,7 @@ def _remove_earlier(out: Path) -> None:
 
 
 def _is_ours(name: Any) -> bool:
-    """Whether a name in the mark of an earlier comparison, which may be a stranger's, can be one that `write` chose."""
+    """Whether `write` can have chosen a name in an earlier comparison's mark, which may be a stranger's."""
     parts = Path(name).parts if isinstance(name, str) else ()
     return len(parts) in (1, 2) and all(file_name(part, _KEPT) == part for part in parts)
 

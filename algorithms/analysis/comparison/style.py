@@ -1,4 +1,4 @@
-"""How a method looks in every figure: one colour, marker and dash each, told apart by the colour-blind too."""
+"""Gives each method one colour, marker and dash in all figures, which the colour-blind can tell apart too."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.analysis.comparison.methods import Method
 
-#: Okabe and Ito without black and yellow, which vanish on one of the two backgrounds, and a grey.
+#: The palette of Okabe and Ito without black and yellow, which vanish on one of the two backgrounds; plus a grey.
 _COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":", "-.")
-#: Methods that look alike in every comparison; others get what is left.
+#: Methods with the same look in every comparison; other methods get the remaining looks.
 _FIXED = ("dgpo", "ppo", "kd", "sft", "gkd", "grpo", "distillm", "taid", "sft_ppo", "dgpo_grpo", "maskable_ppo")
 
 
@@ -28,7 +28,7 @@ class Look(NamedTuple):
 
 
 class Theme(NamedTuple):
-    """Colours of what is not data."""
+    """Colours of everything but the data."""
 
     text: str
     grid: str
@@ -44,12 +44,12 @@ class Drawing:
     """A figure that can be drawn on any background.
 
     Attributes:
-        name: Stem of its file.
-        title: What it shows, in one line.
-        draw: Draws it on axes.
+        name: Stem of the file's name.
+        title: Content of the figure in one line.
+        draw: Draws the figure on axes.
         size: Width and height in inches.
-        described: For those who can't see it.
-        legend: What is drawn, by label; empty where the drawing says it itself.
+        described: Description for people who can't see the figure.
+        legend: Looks by label; empty if the drawing needs no legend.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Drawing:
 
 
 def looks(methods: Sequence[Method]) -> dict[str, Look]:
-    """By label; the first method of a well-known base has that base's own look."""
+    """Looks by label; the first method of a well-known base has that base's look."""
     taken: dict[str, int] = {}
     for method in methods:
         if method.base in _FIXED and _FIXED.index(method.base) not in taken.values():
@@ -76,12 +76,12 @@ def _look(number: int) -> Look:
 
 
 def render(drawing: Drawing, kind: str, theme: Theme, with_legend: bool = False) -> bytes:
-    """Draw a figure into a file's content.
+    """Draw a figure and return the file's content.
 
     Args:
-        drawing: What.
+        drawing: The figure.
         kind: "png" or "svg".
-        theme: Its colours.
+        theme: Colours of axes, text and background.
         with_legend: Whether its legend stands beside the axes.
 
     Raises:
@@ -94,7 +94,7 @@ def render(drawing: Drawing, kind: str, theme: Theme, with_legend: bool = False)
     except ImportError as error:
         message = 'matplotlib is missing; install it by: pip install "agentic-rag-env[compare]"'
         raise ConfigurationError(message) from error
-    # The same file for the same figures: no random ids, no date.
+    # The same figures give the same file: no random ids, no date.
     settings: Any = {"svg.hashsalt": drawing.name, "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=drawing.size, layout="constrained", facecolor=theme.background)
@@ -114,7 +114,7 @@ def render(drawing: Drawing, kind: str, theme: Theme, with_legend: bool = False)
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """A file's content as an address that needs no network."""
+    """Turn a file's content into an address that needs no network."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

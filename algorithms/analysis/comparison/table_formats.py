@@ -17,20 +17,20 @@ from agentic_rag_env.terminal import printable
 from algorithms.analysis.comparison.statistics import Estimate
 
 NOTHING = "–"
-#: From that shade on the terminal shows a cell in red.
+#: Least shade that the terminal shows in red.
 _SHADE_SHOWN = 0.2
 
 
 @dataclass(frozen=True)
 class Number:
-    """A cell with a figure.
+    """A table cell with a figure.
 
     Attributes:
-        value: None or not a number where there is none.
-        low, high: Its interval, if it has one.
+        value: The figure; None or NaN if there is none.
+        low, high: Interval of the figure, if it has one.
         style: Format specification, such as ".3f", ".1%" or ",.0f".
-        best: Whether it is the best of its column.
-        shade: How dark its background is in HTML, in [0, 1]; None: not at all.
+        best: Whether the figure is the best of its column.
+        shade: Darkness of the background in HTML, in [0, 1]; None: no shade.
     """
 
     value: float | None
@@ -42,7 +42,7 @@ class Number:
 
     @classmethod
     def of(cls, estimate: Estimate, style: str = ".3f") -> Number:
-        """An estimate as a cell."""
+        """Make a cell from an estimate."""
         return cls(*estimate, style=style)
 
     @property
@@ -67,7 +67,7 @@ class Number:
         return f"[{self._told(self.low)}, {self._told(self.high)}]"
 
     def _told(self, value: float) -> str:
-        """In the cell's style; nothing is less or more than zero if no digit shows it."""
+        """Format a value in the cell's style; a zero has no sign if no digit differs from 0."""
         text = f"{value:{self.style}}"
         return text if re.search("[1-9]", text) else text.lstrip("+-")
 
@@ -80,13 +80,13 @@ class Table:
     """Rows of cells under columns; the first column names the row.
 
     Attributes:
-        name: Stem of its files.
-        title: Heading.
+        name: Stem of the files' names.
+        title: Heading of the table.
         columns: Headings of the columns.
-        rows: One cell per column.
-        note: What one must know to read it.
+        rows: Rows, each with one cell per column.
+        note: Text that a reader needs to understand the table.
         sections: Indices of rows with a line above them.
-        printed: Whether the terminal shows it, too.
+        printed: Whether the terminal shows the table too.
         brief: Whether the terminal leaves the intervals out.
     """
 
@@ -100,7 +100,7 @@ class Table:
     brief: bool = False
 
     def markdown(self) -> str:
-        """With title and note."""
+        """The table in Markdown, with title and note."""
 
         def line(cells: Sequence[str]) -> str:
             return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -111,7 +111,7 @@ class Table:
         return "\n".join([f"## {self.title}\n", line(self.columns), ruler, *body, *note]) + "\n"
 
     def csv(self) -> str:
-        """With full precision, intervals in columns of their own."""
+        """The table as CSV, with full precision; intervals have columns of their own."""
         with_bounds = [
             any(isinstance(row[at], Number) and row[at].low is not None for row in self.rows)  # type: ignore[union-attr]
             for at in range(len(self.columns))
@@ -133,11 +133,11 @@ class Table:
         return file.getvalue()
 
     def records(self) -> list[dict[str, Any]]:
-        """Rows as mappings for JSON; a figure with an interval is a list of three."""
+        """Rows as mappings for JSON; a figure with an interval is a list of three numbers."""
         return [dict(zip(self.columns, map(_record, row), strict=True)) for row in self.rows]
 
     def latex(self) -> str:
-        """A `tabular` in the style of booktabs."""
+        """The table as a LaTeX `tabular` in the style of booktabs."""
         body = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in self.rows]
         columns = "".join("r" if number else "l" for number in self.numeric)
         return "\n".join(
@@ -155,7 +155,7 @@ class Table:
         )
 
     def rich(self) -> RichTable:
-        """For the terminal; intervals stand on a line of their own, and shades are colours of the text."""
+        """The table for the terminal; intervals stand on their own line, and shades are colours of the text."""
         table = RichTable(title=self.title, caption=self.note or None, caption_justify="left")
         for column, number in zip(self.columns, self.numeric, strict=True):
             table.add_column(escape(printable(column)), justify="right" if number else "left", overflow="fold")
@@ -181,7 +181,7 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold figures."""
+        """Say for each column whether it holds figures."""
         return [any(isinstance(row[at], Number) for row in self.rows) for at in range(len(self.columns))]
 
 

@@ -1,4 +1,4 @@
-"""The tables of a comparison."""
+"""Makes the tables of a comparison."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def results(
     letters: Mapping[str, str] | None = None,
     with_paper: bool = False,
 ) -> Table:
-    """Method by group of questions, with the untrained models and, where it has the datasets, the paper's rows.
+    """Make the table of results: methods, untrained models and, on the paper's datasets, the paper's rows.
 
     Args:
-        methods: In the order of the rows.
-        mode: Of decoding.
-        groups: The whole first.
-        letters: By label, which methods are not told apart, see `pairs.letters`; None: the column is left out.
-        with_paper: Show the paper's average even where no dataset is one of the paper's.
+        methods: Methods in the order of the rows.
+        mode: Mode of decoding.
+        groups: Groups of questions; the group of all questions comes first.
+        letters: Letters by label, see `pairwise.letters`; None: the column is left out.
+        with_paper: Show the paper's average even if no dataset is one of the paper's.
     """
     parts = groups[1:]
     columns = ["method", "seeds", groups[0], *([_LETTERS] if letters else []), *parts,
@@ -67,7 +67,7 @@ def results(
 
 
 def aggregates(methods: Sequence[Method], mode: str, groups: Sequence[str], resamples: int) -> list[Table]:
-    """Interquartile means, and who is likely to beat whom."""
+    """Make the tables of interquartile means and of the chance that one method beats another."""
     scores = score_tables(methods, mode, groups)
     middle = {name: statistics.interquartile_mean(table, resamples) for name, table in scores.items()}
     tasks = groups[1:] or groups
@@ -79,7 +79,7 @@ def aggregates(methods: Sequence[Method], mode: str, groups: Sequence[str], resa
     iqm: list[list[Cell]] = [[name, str(len(scores[name])), Number.of(found)] for name, found in middle.items()]
     first = Table(f"iqm-{mode}", f"Interquartile mean, {mode}", ["method", "seeds", "interquartile mean"], iqm, note)
     first.mark_best(["interquartile mean"])
-    first.printed = any(len(table) > 1 for table in scores.values())  # of one seed it is but another mean
+    first.printed = any(len(table) > 1 for table in scores.values())  # with one seed it is just another mean
     chances = {
         pair: statistics.probability_of_improvement(scores[pair[0]], scores[pair[1]], resamples)
         for pair in combinations(scores, 2)
@@ -94,7 +94,7 @@ def aggregates(methods: Sequence[Method], mode: str, groups: Sequence[str], resa
 
 
 def costs(methods: Sequence[Method], mode: str) -> Table:
-    """What each method spent, mean over seeds, beside what came of it."""
+    """Make the table of each method's costs, as mean over seeds, beside its score."""
     columns = ["method", "exact match", "episodes", "env steps", "sampled tokens", "trained tokens", "teacher tokens",
                "teacher share", "training s", "demos s", "memory MB"]  # fmt: skip
     rows: list[list[Cell]] = []
@@ -118,7 +118,7 @@ def costs(methods: Sequence[Method], mode: str) -> Table:
 
 
 def cost_figures(run: Run) -> dict[str, float]:
-    """Costs of one run, by the names of the table."""
+    """Costs of one run, by their names in the table."""
     spent: Mapping[str, float] = run.summary.get("costs", {})
     names = ("episodes", "env_steps", "sampled_tokens", "trained_tokens", "demonstrations_s")
     return {
@@ -131,7 +131,7 @@ def cost_figures(run: Run) -> dict[str, float]:
 
 
 def order(methods: Sequence[Method], mode: str) -> Table | None:
-    """Our order of the methods beside the paper's; None with fewer than two of the paper's."""
+    """Make the table of our order of methods beside the paper's; None with fewer than two methods of the paper."""
     matched = [(method, name) for method in methods if (name := published.matching_method(method.base)) is not None]
     if len(matched) < 2:
         return None
@@ -148,7 +148,7 @@ def order(methods: Sequence[Method], mode: str) -> Table | None:
 
 
 def found_runs(runs: Sequence[Run], methods: Sequence[Method], mode: str) -> Table:
-    """Every run directory that was found, the unfinished ones too."""
+    """Make the table of all run directories that were found, with the unfinished ones."""
     labels = {run.path: method.label for method in methods for run in method.runs}
     root = Path(os.path.commonpath([run.path.resolve().parent for run in runs]))
     rows: list[list[Cell]] = []
@@ -162,7 +162,7 @@ def found_runs(runs: Sequence[Run], methods: Sequence[Method], mode: str) -> Tab
 
 
 def score_tables(methods: Sequence[Method], mode: str, groups: Sequence[str]) -> dict[str, np.ndarray]:
-    """Exact match by seed and group of questions, [seeds, groups] for each method; the whole if there are no groups."""
+    """Exact match by seed and group of questions, [seeds, groups] for each method; without groups, of all questions."""
     return {
         method.label: np.stack([method.means(mode, group, "exact_match") for group in groups[1:] or groups], axis=1)
         for method in methods
@@ -181,7 +181,7 @@ _REST = (("f1", ".3f"), ("num_searches", ".2f"), ("malformed_fraction", ".1%"))
 
 
 def reference_figures(methods: Sequence[Method], mode: str) -> dict[str, Mapping[str, Any]]:
-    """Figures by group of the untrained models; they are the same in all runs that have evaluated them."""
+    """Figures of the untrained models by group; they are the same in all runs that have evaluated them."""
     runs = [run for method in methods for run in method.runs]
     found = {model: next(filter(None, (run.figures(mode, model) for run in runs)), None) for model in REFERENCES}
     return {model: figures for model, figures in found.items() if figures}
@@ -195,7 +195,7 @@ def _reference_row(model: str, figures: Mapping[str, Any], groups: Sequence[str]
 
 
 def _untrained(figures: Mapping[str, Any], groups: Sequence[str]) -> Estimate:
-    """Mean of the exact match of some groups, over questions alone."""
+    """Mean exact match of some groups, with the interval over questions alone."""
     values = np.array([figures[group]["exact_match"] for group in groups])
     counts = np.array([figures[group]["n"] for group in groups])
     variance = float((values * (1 - values) / np.maximum(1, counts - 1)).sum()) / len(groups) ** 2

@@ -1,4 +1,4 @@
-"""The comparison in TensorBoard: curves, final figures and settings of every run, and the figures as images."""
+"""Writes the comparison for TensorBoard: curves, final figures and settings of every run, and images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def write_board(folder: Path, methods: Sequence[Method], images: Mapping[str, by
     """Write event files: one run per method and seed, and one with the figures.
 
     Args:
-        folder: For `tensorboard --logdir`; what it holds is left alone, so it had better be new.
-        methods: Their runs are shown as `<method>/seed<seed>`.
+        folder: Folder for `tensorboard --logdir`. Files in it stay, so it should be new.
+        methods: Methods; their runs are shown as `<method>/seed<seed>`.
         images: PNG files by name.
     """
     settings = _varying_settings(methods)
@@ -51,7 +51,7 @@ def write_board(folder: Path, methods: Sequence[Method], images: Mapping[str, by
                 writer.add_event(Event(wall_time=time.time(), summary=hparams_pb(chosen)))
     with _event_file(folder / "figures") as writer:
         for name, png in images.items():
-            width, height = struct.unpack(">II", png[16:24])  # where every PNG file says its size
+            width, height = struct.unpack(">II", png[16:24])  # every PNG file has its size there
             _add(writer, 0, tag=name, image=Summary.Image(encoded_image_string=png, width=width, height=height))
 
 
@@ -70,7 +70,7 @@ def _add(writer: EventFileWriter, step: int, **value: object) -> None:
 
 
 def _varying_settings(methods: Sequence[Method]) -> list[str]:
-    """Settings in which any two runs differ, without places of files."""
+    """Settings in which any two runs differ, without paths of files."""
     every = [run.settings for method in methods for run in method.runs]
     names = dict.fromkeys(name for settings in every for name in settings)
     differ = [name for name in names if len({repr(settings.get(name)) for settings in every}) > 1]
@@ -80,7 +80,7 @@ def _varying_settings(methods: Sequence[Method]) -> list[str]:
 
 
 def _name(label: str) -> str:
-    """The folder of a method, whose label may come from a stranger's summary."""
+    """Name of a method's folder; the method's label may come from a stranger's summary."""
     return file_name(label.replace(" ", ""), also=",=()")
 
 

@@ -1,1 +1,1 @@
-"""Looking at trajectories: what finished runs have saved, in a terminal and on one self-contained page."""
+"""Shows the trajectories that runs have saved, in a terminal and on one self-contained page."""

@@ -1,4 +1,4 @@
-"""Saved trajectories as a person reads them: question, turns, verdict."""
+"""Reads saved trajectories into a form for people: question, turns, verdict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agentic_rag_env.prompts import format_passages, information_block
 from agentic_rag_env.rewards import normalize_answer
 from agentic_rag_env.types import Ending, Passage
 
-#: Figures of model-written tokens: their names, and what they are called on the page.
+#: Figures of model-written tokens: their names, and their labels on the page.
 FIGURES = {
     "logprobs": "log-probability",
     "advantages": "advantage",
@@ -27,17 +27,17 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Turn:
-    """One action of the model and what came back.
+    """One action of the model and the environment's reply.
 
     Attributes:
-        text: What the model wrote.
-        ids: Its tokens.
-        figures: Of each token, by a name in `FIGURES`.
+        text: Text that the model wrote.
+        ids: Token ids of the text.
+        figures: Figures of each token, by a name in `FIGURES`.
         action: "search", "answer" or "malformed".
-        query: Of a search.
-        passages: What the search found.
-        problem: Why nothing came of the action; None where something did.
-        reply: What the model read next; None where that was just the passages, or nothing.
+        query: Query of a search.
+        passages: Passages that the search found.
+        problem: Reason why the action had no result; None if it had one.
+        reply: Text that the model read next; None if that was just the passages, or nothing.
     """
 
     text: str
@@ -52,20 +52,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Episode:
-    """One question played to the end.
+    """One question that was played to the end.
 
     Attributes:
         question_id: Unique within the dataset.
-        question: Its text.
-        golden_answers: Empty where they are not known.
-        group: The dataset that it counts to, and None where that is not known.
-        hops: Searches that it takes, where that is known.
-        ending: Why it is over; None where an old file does not tell.
-        verdict: "right" or "wrong" of an answer, else why there is none, "no answer" where that is not known.
-        answer: What was answered.
-        f1: Of the answer.
-        reward: Of the episode.
-        num_searches: Executed ones.
+        question: Text of the question.
+        golden_answers: Accepted answers; empty if they are not known.
+        group: Dataset of the question; None if it is not known.
+        hops: Number of searches that the question takes; None if it is not known.
+        ending: Why the episode is over; None if an old file does not tell.
+        verdict: "right" or "wrong" for an answer, else why there is none; "no answer" if the reason is not known.
+        answer: The answer that was given.
+        f1: F1 of the answer.
+        reward: Reward of the episode.
+        num_searches: Number of executed searches.
         source: Who wrote the turns: "policy" or "teacher".
         turns: At least one.
     """
@@ -100,29 +100,29 @@ class Episode:
         return sum(len(turn.ids) for turn in self.turns)
 
     def holds(self, text: str) -> bool:
-        """Whether question, answers or anything that the model wrote contain a text, in whatever case."""
+        """Whether the question, the answers or the model's words contain a text; case does not matter."""
         parts = (self.question_id, self.question, *self.golden_answers, *(turn.text for turn in self.turns))
         return any(text.casefold() in part.casefold() for part in parts)
 
 
 def read_episodes(path: Path, answers: Mapping[str, Mapping[str, Any]]) -> list[Episode]:
-    """The episodes of a file of trajectories.
+    """Read the episodes of a file of trajectories.
 
     Args:
         path: The file.
-        answers: `golden_answers` and `dataset` by question, for rows that do not bring their question.
+        answers: `golden_answers` and `dataset` by question, for rows without their question.
 
     Raises:
-        DataError: The file holds something else.
+        DataError: The file does not hold trajectories.
     """
     return list(read_rows(path, lambda row: _episode(row, answers)))
 
 
 def find_answers(text: str, golden_answers: Sequence[str]) -> list[tuple[int, int]]:
-    """Where a text holds a golden answer as whole words, compared as exact match compares.
+    """Find a golden answer in a text as whole words, compared as exact match compares.
 
     Args:
-        text: Of a passage.
+        text: Text of a passage.
         golden_answers: Accepted answers.
 
     Returns:
@@ -134,7 +134,7 @@ def find_answers(text: str, golden_answers: Sequence[str]) -> list[tuple[int, in
 
 @lru_cache(maxsize=1024)
 def _pattern(golden_answers: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Finds the normalized answers: case, ASCII punctuation, articles and the kind of blanks do not matter."""
+    """Pattern that finds normalized answers: case, ASCII punctuation, articles and the kind of blanks do not matter."""
     mark = f"[{re.escape(string.punctuation)}]"
     between = rf"{mark}*\s(?:{mark}|\s|\b(?:a|an|the)\b)*"
     aliases = sorted({normalize_answer(answer) for answer in golden_answers} - {""}, key=len, reverse=True)
@@ -163,13 +163,13 @@ def _episode(row: Mapping[str, Any], answers: Mapping[str, Mapping[str, Any]]) -
         source=row["source"],
         turns=tuple(
             _turn(turn, turn["info"]["num_searches"] > before)
-            for turn, before in zip(row["turns"], counts, strict=False)  # the last count is of no turn's beginning
+            for turn, before in zip(row["turns"], counts, strict=False)  # no turn begins at the last count
         ),
     )
 
 
 def _asked(prompt: str) -> str:
-    """The question in a prompt of ours; a prompt of another form as a whole."""
+    """The question in one of our prompts; the whole prompt if it has another form."""
     return prompt.rpartition("Question: ")[2].strip()
 
 

@@ -1,4 +1,4 @@
-"""Which trajectories are looked at: files of one or more runs, the same question side by side, and filters."""
+"""Chooses the trajectories to show: files of one or more runs, the same question side by side, and filters."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _OF_MODEL = re.compile(r"(?P<split>[^-]+)-(?P<model>.+)-(?P<mode>greedy|T=.+)")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to look at; None where it does not matter.
+    """What to look at; None means anything.
 
     Attributes:
-        files: Names or patterns of files in `trajectories/`; what else is said of files does not count then.
+        files: Names or patterns of files in `trajectories/`. With them, split, models, mode and step are ignored.
         split: "train", "dev", "test", ...
-        models: As files and tables call them, side by side.
-        mode: Of decoding: "greedy", "T=1", ...
-        step: Of training.
-        verdict: "right" or "wrong"; wrong is everything else.
+        models: Models to show side by side, named as in files and tables.
+        mode: Mode of decoding: "greedy", "T=1", ...
+        step: Training step.
+        verdict: "right" or "wrong"; everything but right is wrong.
         ending: Why the episode is over, a value of `Ending`.
-        group: Of questions, by its name or its number of hops.
+        group: Group of questions, by its name or its number of hops.
         malformed: Only episodes with a malformed turn.
         searches: Number of executed searches.
-        text: That question, answers or the model's words contain.
+        text: Text that the question, the answers or the model's words contain.
     """
 
     files: Sequence[str] = ()
@@ -54,7 +54,7 @@ class Wanted:
 
     @property
     def says_no_file(self) -> bool:
-        """Whether nothing is said of files."""
+        """Whether no field chooses files."""
         return not (self.files or self.split or self.models or self.mode) and self.step is None
 
     def keeps(self, episode: Episode | None) -> bool:
@@ -71,12 +71,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Item:
-    """A question as it was played here and there.
+    """A question with its episodes in several columns.
 
     Attributes:
-        split: Of the question.
-        step: Of training, at which it was played; None at the end.
-        episodes: By column of the gallery; None where it was not played.
+        split: Split of the question.
+        step: Training step at which it was played; None at the end.
+        episodes: Episode by column of the gallery; None if the question was not played there.
     """
 
     split: str
@@ -96,11 +96,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Column:
-    """Who played.
+    """One model of one run.
 
     Attributes:
         run: Index of the run.
-        name: Of the run, where there are several.
+        name: Name of the run, if there are several.
         measured: Model and mode of decoding of the final figures; None if there are none.
     """
 
@@ -109,7 +109,7 @@ class Column:
     measured: str | None
 
     def label(self, step: int | None = None) -> str:
-        """What stands above an episode that was played at the end, or at a step of training."""
+        """Heading of an episode that was played at the end or at a training step."""
         who = self.measured if step is None else None
         return ": ".join(filter(None, (self.name, who or "in training")))
 
@@ -119,8 +119,8 @@ class Gallery:
     """Episodes in rows and columns.
 
     Attributes:
-        columns: Who played, side by side.
-        items: Question by question.
+        columns: The models, side by side.
+        items: The rows, one for each question.
         runs: The runs that they come from.
     """
 
@@ -143,17 +143,17 @@ class _File:
 
 
 def gather(folders: Sequence[Path], wanted: Wanted) -> Gallery:
-    """Read what is wanted of some runs.
+    """Read the wanted episodes of some runs.
 
-    By default that is the trained model's greedy answers to the test questions and the samples of training; of an
-    unfinished run what there is.
+    By default these are the trained model's greedy episodes on the test questions and the samples of training. For an
+    unfinished run they are all that it has saved.
 
     Args:
         folders: Run directories.
         wanted: Which files, and which episodes in them.
 
     Raises:
-        ConfigurationError: A folder is no run, or holds nothing of what is wanted.
+        ConfigurationError: A folder is not a run, or holds no wanted episode.
         DataError: A file is damaged.
     """
     runs = [_run(folder) for folder in folders]
@@ -164,7 +164,7 @@ def gather(folders: Sequence[Path], wanted: Wanted) -> Gallery:
         measured: Iterable[str | None] = dict.fromkeys(file.measured for file in chosen if file.measured) or [None]
         of_run = [Column(number, name, each) for each in measured]
         for file in chosen:
-            # What was played on the way stands in the run's first column.
+            # Episodes that were played during training stand in the run's first column.
             column = next((each for each in of_run if each.measured == file.measured), of_run[0])
             run.check(file.path)
             for occurrence, episode in _numbered(read_episodes(file.path, _answers(file.path))):
@@ -175,7 +175,7 @@ def gather(folders: Sequence[Path], wanted: Wanted) -> Gallery:
 
 
 def _numbered(episodes: Iterable[Episode]) -> Iterator[tuple[int, Episode]]:
-    """How often the question of an episode came before it."""
+    """How often the question of an episode occurred before it."""
     seen: Counter[str] = Counter()
     for episode in episodes:
         yield seen[episode.question_id], episode
@@ -192,7 +192,7 @@ def _run(folder: Path) -> Run:
 
 
 def _choose(run: Run, wanted: Wanted) -> list[_File]:
-    """The files of a run that are wanted, in the order of their names."""
+    """The wanted files of a run, in the order of their names."""
     paths = sorted((run.path / "trajectories").glob(f"*{_SUFFIX}"))
     if not paths:
         raise ConfigurationError(
@@ -215,7 +215,7 @@ def _named(files: Sequence[_File], patterns: Sequence[str]) -> list[_File]:
 
 
 def _described(files: Sequence[_File], run: Run, wanted: Wanted) -> list[_File]:
-    """Files of the wanted split, model, mode and step; what is not said is that of the final figures."""
+    """Files of the wanted split, model, mode and step; a missing choice is taken from the final figures."""
     if wanted.step is not None:
         return [file for file in files if file.step == wanted.step and wanted.split in (None, file.split)]
     modes = sorted({file.mode for file in files if file.mode}, key=lambda mode: mode != "greedy")
@@ -243,7 +243,7 @@ def _parse(path: Path) -> _File:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """The shortest that tells the runs apart: nothing for one, else their own names, seeds or paths."""
+    """The shortest names that tell the runs apart: none for one run, else their own names, seeds or paths."""
     paths = [run.path.resolve() for run in runs]
     if len(set(paths)) == 1:
         return [""] * len(runs)

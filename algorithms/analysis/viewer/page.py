@@ -1,4 +1,4 @@
-"""One self-contained page to look at trajectories: no network, filters, colours per token, runs side by side."""
+"""Writes one self-contained page of trajectories: no network, filters, colours per token, runs side by side."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def page(title: str, gallery: Gallery, splits: Sequence[Split], notes: Sequence[
     """The whole document.
 
     Args:
-        title: Of the page.
-        gallery: What it shows.
+        title: Title of the page.
+        gallery: Gallery that the page shows.
         splits: Splits the turns of each column into tokens.
-        notes: What to keep in mind, shown first.
+        notes: Cautions, shown first.
     """
     folder = files("algorithms.analysis.viewer")
     style, script = (folder.joinpath(f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -37,13 +37,13 @@ def page(title: str, gallery: Gallery, splits: Sequence[Split], notes: Sequence[
 
 
 def inert(data: Any) -> str:
-    """Data as JSON that can stand in a page: no character of it begins markup."""
+    """Write data as JSON that can stand in a page: no character of it begins markup."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def contents(gallery: Gallery, splits: Sequence[Split]) -> dict[str, Any]:
-    """What the page's script reads; what the models read again and again, such as passages, stands in it once."""
+    """Data for the page's script; texts that models read repeatedly, such as passages, stand in it once."""
     texts: dict[str, int] = {}
     full = scales(gallery)
     return {
@@ -65,7 +65,7 @@ def contents(gallery: Gallery, splits: Sequence[Split]) -> dict[str, Any]:
             }
             for item in gallery.items
         ],
-        "texts": list(texts),  # last: filled while the items are made
+        "texts": list(texts),  # comes last: it is filled while the items are made
     }
 
 
@@ -105,7 +105,7 @@ def _turn(turn: Turn, golden: Sequence[str], split: Split, texts: dict[str, int]
 
 
 def _rounded(figures: Mapping[str, Sequence[float]]) -> dict[str, list[float | None]]:
-    """Three decimals are what a colour shows; JSON knows no infinity."""
+    """Round to the three decimals that a colour shows; JSON knows no infinity."""
     return {
         name: [round(value, 3) if math.isfinite(value) else None for value in values]
         for name, values in figures.items()

@@ -1,4 +1,4 @@
-"""Figures of single tokens as colours: which text a token is, and how strong its colour."""
+"""Turns figures of single tokens into colours: finds the text of each token and the strength of its colour."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from algorithms.analysis.viewer.episodes import FIGURES, Turn
 from algorithms.analysis.viewer.gallery import Gallery
 from algorithms.assets import ASSETS, BUNDLED
 
-#: Splits the text of a turn into that of its tokens; None where that can't be done.
+#: Splits the text of a turn into the texts of its tokens; None if it can't be split.
 Split = Callable[[Turn], Sequence[str] | None]
 Decode = Callable[[Sequence[int]], str]
 
-#: Log-probability, nats, from which on the colour is full; the same on every page.
+#: Size of a log-probability, in nats, at which the colour is full; the same on every page.
 _UNLIKELY = 5.0
-#: What an unfinished character is decoded to.
+#: The text to which an unfinished character is decoded.
 _UNFINISHED = "�"
 
 
 def splitter(run: Run) -> Split:
-    """Splits by the tokenizer of a run.
+    """Make a splitter with the tokenizer of a run.
 
     Raises:
-        ConfigurationError: It can't be loaded.
+        ConfigurationError: The tokenizer can't be loaded.
     """
     decode = _decoder(_tokenizer_place(run))
     return lambda turn: split(turn, decode)
 
 
 def no_split(turn: Turn) -> None:
-    """Splits nothing, where no tokenizer is at hand."""
+    """Split nothing; used without a tokenizer."""
 
 
 def splitters(gallery: Gallery) -> tuple[list[Split], list[str]]:
-    """A splitter for each column, and why some split nothing."""
+    """Make a splitter for each column, and say why some split nothing."""
     made: list[Split] = []
     problems = []
     for run in gallery.runs:
@@ -53,14 +53,14 @@ def splitters(gallery: Gallery) -> tuple[list[Split], list[str]]:
 
 
 def split(turn: Turn, decode: Decode) -> list[str] | None:
-    """The text of each token, "" for one that ends within a character.
+    """Return the text of each token, "" for a token that ends within a character.
 
     Args:
-        turn: Its text and ids.
-        decode: Of the tokenizer of the model that wrote it.
+        turn: Turn with text and ids.
+        decode: Decoder of the tokenizer of the model that wrote the turn.
 
     Returns:
-        Parts that make up the text again; None if the tokenizer is another one.
+        Parts that join to the text; None if the tokenizer does not fit the turn.
     """
     parts = [decode([token]) for token in turn.ids]
     if "".join(parts) == turn.text:
@@ -68,7 +68,7 @@ def split(turn: Turn, decode: Decode) -> list[str] | None:
     parts, known = [], ""
     for end in range(1, len(turn.ids) + 1):
         whole = decode(turn.ids[:end])
-        # A character of several tokens stands with its last one; whatever does not fit by the end is put there.
+        # A character of several tokens stands with its last token; text left over at the end goes to the last token.
         grown = whole.startswith(known) and (end == len(turn.ids) or not whole.endswith(_UNFINISHED))
         parts.append(whole[len(known) :] if grown else "")
         known = whole if grown else known
@@ -76,7 +76,7 @@ def split(turn: Turn, decode: Decode) -> list[str] | None:
 
 
 def scales(gallery: Gallery) -> dict[str, float]:
-    """For each figure that any token has, the size from which on its colour is full."""
+    """The size at which the colour is full, for each figure that any token has."""
     values: dict[str, list[float]] = {name: [] for name in FIGURES}
     for item in gallery.items:
         for turn in (turn for episode in item.episodes if episode for turn in episode.turns):
@@ -88,7 +88,7 @@ def scales(gallery: Gallery) -> dict[str, float]:
 
 
 def _tokenizer_place(run: Run) -> str:
-    """The newest checkpoint's, else that of the model that the run began with."""
+    """Place of the newest checkpoint's tokenizer, else of the tokenizer of the model that the run began with."""
     saved = sorted(file.parent for file in run.path.glob("checkpoints/*/tokenizer.json"))
     if saved:
         return str(saved[-1])
@@ -101,7 +101,7 @@ def _decoder(place: str) -> Decode:
     if file.is_file():
         try:
             fast = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises no narrower type
             raise ConfigurationError(f"{file} is no tokenizer ({error}).") from error
         return lambda ids: fast.decode(list(ids), skip_special_tokens=False)
     raise ConfigurationError("no checkpoint of it, and no folder of its model, holds a tokenizer.json.")

@@ -1,4 +1,4 @@
-"""Trajectories in a terminal: one question at a time, with what was read and written in every turn."""
+"""Shows trajectories in a terminal: one question at a time, with the text read and written in every turn."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _PART_STYLES = {"think": "italic dim", "search": "bold cyan", "answer": "bold ma
 
 
 class Printer:
-    """Prints what is in a gallery.
+    """Prints the items of a gallery.
 
     Args:
-        gallery: What there is to see.
-        console: Where.
+        gallery: Gallery to print.
+        console: Console to print on.
         shade: A name in `FIGURES` whose values colour the tokens; None for no colours.
         splits: Splits the turns of each column into tokens; read only with `shade`.
     """
@@ -136,15 +136,15 @@ def page_through(gallery: Gallery, printer: Printer, read_line: Callable[[str], 
     """Show item after item until the reader leaves.
 
     Args:
-        gallery: What there is to see.
-        printer: Prints it.
+        gallery: Gallery to print.
+        printer: Prints the items.
         read_line: Shows a prompt and returns what the reader types, like `input`.
     """
     number, command = 0, ""
     printer.item(number)
     while True:
         try:
-            # Enter alone goes on with what was looked for last.
+            # Enter alone repeats the last command.
             command = read_line("[n, p, number, /words, r, w, m, ?, q] ").strip() or command
         except (EOFError, KeyboardInterrupt):
             return
@@ -164,7 +164,7 @@ def page_through(gallery: Gallery, printer: Printer, read_line: Callable[[str], 
 
 
 def _next(items: Sequence[Item], number: int, command: str) -> int | None:
-    """Where a command leads to; None if nowhere."""
+    """Index of the item that a command leads to; None if it leads nowhere."""
     if command.isdecimal():
         return int(command) - 1 if 0 < int(command) <= len(items) else None
     if command == "p":
