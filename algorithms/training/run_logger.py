@@ -68,6 +68,7 @@ class RunLogger:
         """
         numbers = {name: float(value) for name, value in metrics.items()}
         line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        line["time/clock"] = round(time.time(), 3)  # seconds since 1970
         self._lines.write(json.dumps({"step": step, "stage": stage, **line}, allow_nan=False) + "\n")
         self._lines.flush()
         for name, value in numbers.items():
@@ -188,6 +189,7 @@ class _ProgressLine:
         self._step = start_step
         self._marks = deque([(time.monotonic(), start_step)], maxlen=_RATE_WINDOW)
         self._latest: dict[str, float] = {}
+        self._stage = ""
         self._console = console
         self._next_plain = 0.0
         self._live: Progress | None = None
@@ -203,6 +205,10 @@ class _ProgressLine:
             self._live.start()
 
     def update(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
+        if stage != self._stage:  # another stage has its own figures and its own pace
+            self._stage = stage
+            self._latest.clear()
+            self._marks = deque([self._marks[-1]], maxlen=_RATE_WINDOW)
         self._latest.update((_SHOWN[name], value) for name, value in metrics.items() if name in _SHOWN)
         now = time.monotonic()
         if step > self._step:
@@ -233,6 +239,6 @@ class _ProgressLine:
             seconds = (last_time - first_time) / (last_step - first_step)
             left = round(seconds * max(0, self._total - self._step))
             rate = f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s/step"
-            parts += [rate, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"]
+            parts += [rate, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} of training left"]
         parts += [f"{name} {self._latest[name]:.3f}" for name in _SHOWN.values() if name in self._latest]
         return "  ".join(parts)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import platform
 import resource
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -125,12 +128,25 @@ def publish(
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Describe what the figures were made with: versions, machine and the peak memory of the process."""
+    """What the figures were made with: command, date, commit, versions, machine and the most memory that was used."""
     return {
+        "command": shlex.join(sys.argv),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_PER_MB),
         "versions": versions(),
         "machine": {"device": str(device), "processor": platform.machine()},
     }
+
+
+def _commit() -> str | None:
+    """The commit of the code, with `+` behind it if files have been changed; None where it lies in no git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def console() -> Console:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ def open_logger(run_dir: Path, total: int = 5, file: io.StringIO | None = None, 
     return RunLogger(run_dir, total, console=Console(file=file or io.StringIO(), width=150), **settings)
 
 
-def lines(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def lines(run_dir: Path, clock: bool = False) -> list[dict]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if clock or name != "time/clock"} for row in rows]
 
 
 def events(run_dir: Path) -> EventAccumulator:
@@ -112,6 +114,32 @@ def test_hyperparameters_accept_any_configuration(tmp_path):
     assert [(event.step, event.value) for event in content.Scalars("eval/tiny/exact_match")] == [(7, 0.5)]
 
 
+def test_a_stage_shows_its_own_figures_and_its_own_pace(tmp_path, monkeypatch):
+    """A critic's warm-up logs no loss of the policy, and steps of kd take a tenth of those of dgpo."""
+    now = [100.0]
+    monkeypatch.setattr(run_logger.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    with open_logger(tmp_path, 20, file) as logger:
+        for step in range(1, 11):
+            now[0] += 2.0
+            logger.write(step, {"train/loss": 1.5}, "kd")
+        for step in range(11, 13):
+            now[0] += 20.0
+            logger.write(step, {"train/value_loss": 0.5, "rollout/exact_match": 0.25}, "dgpo")
+    shown = file.getvalue().splitlines()
+    assert shown[1] == "kd 6/20  2.0 s/step  0:00:28 of training left  loss 1.500"
+    assert shown[-1] == "dgpo 12/20  20.0 s/step  0:02:40 of training left  exact match 0.250"
+
+
+def test_every_line_has_a_clock(tmp_path):
+    before = time.time()
+    with open_logger(tmp_path, 2, io.StringIO()) as logger:
+        logger.write(1, {"train/loss": 1.0}, "kd")
+        logger.write(2, {"train/loss": 1.0}, "kd")
+    clocks = [row["time/clock"] for row in lines(tmp_path, clock=True)]
+    assert before - 0.01 <= clocks[0] <= clocks[1] <= time.time() + 0.01
+
+
 def test_a_log_file_gets_plain_lines_now_and_then(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(run_logger.time, "monotonic", lambda: now[0])
@@ -123,8 +151,8 @@ def test_a_log_file_gets_plain_lines_now_and_then(tmp_path, monkeypatch):
             logger.write(step, {"train/loss": 1.5, "rollout/exact_match": 0.25}, "dgpo")
     shown = file.getvalue().splitlines()
     assert len(shown) == 21  # every ten seconds, and the last step
-    assert shown[0] == "dgpo 1/100  2.0 s/step  0:03:18 left  exact match 0.250  loss 1.500"
-    assert shown[-1] == "dgpo 100/100  2.0 s/step  0:00:00 left  exact match 0.250  loss 1.500"
+    assert shown[0] == "dgpo 1/100  2.0 s/step  0:03:18 of training left  exact match 0.250  loss 1.500"
+    assert shown[-1] == "dgpo 100/100  2.0 s/step  0:00:00 of training left  exact match 0.250  loss 1.500"
     assert all(character.isprintable() for character in "".join(shown))
 
 
