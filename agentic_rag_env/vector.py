@@ -100,12 +100,12 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
         seeds = row_seeds(seed, self.num_envs)
         of_dataset = len(self.dataset), f"dataset {self.dataset.name!r}"
         mask, indices = rows_and_questions(options, self.num_envs, *of_dataset)
-        infos: dict[str, Any] = {}
+        infos = {}
         for row in np.flatnonzero(mask).tolist():
             if seeds[row] is not None:
                 self._generators[row], self._seeds[row] = seeding.np_random(seeds[row])
-            infos = self._add_info(infos, dict(self._begin(row, int(indices[row]))), row)
-        return tuple(self._observations), infos
+            infos[row] = self._begin(row, int(indices[row]))
+        return tuple(self._observations), stack_infos(infos, self.num_envs)
 
     def step(self, actions: Sequence[str | None]) -> tuple[_Batch, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Take one turn in every row.
@@ -132,21 +132,27 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
         rewards = np.zeros(self.num_envs, dtype=np.float64)
         terminations = np.zeros(self.num_envs, dtype=np.bool_)
         truncations = np.zeros(self.num_envs, dtype=np.bool_)
-        infos: dict[str, Any] = {}
+        infos: dict[int, StepInfo] = {}
+        final: dict[int, StepResult] = {}
         for row in range(self.num_envs):
             if row in acting:
                 result = self._episodes[row].observe(found.get(row))
                 self._observations[row], rewards[row], terminations[row], truncations[row], info = result
                 if self.autoreset_mode is AutoresetMode.SAME_STEP and (result.terminated or result.truncated):
-                    infos = self._add_info(infos, {"final_obs": result.observation, "final_info": info}, row)
+                    final[row] = result
                     info = self._begin(row)
             elif self.autoreset_mode is AutoresetMode.NEXT_STEP:
                 info = self._begin(row)
             else:
                 self._observations[row] = ""
                 continue
-            infos = self._add_info(infos, dict(info), row)
-        return tuple(self._observations), rewards, terminations, truncations, infos
+            infos[row] = info
+        stacked = stack_infos(infos, self.num_envs)
+        if final:
+            ends = stack_infos({row: {"final_obs": result.observation} for row, result in final.items()}, self.num_envs)
+            last = stack_infos({row: result.info for row, result in final.items()}, self.num_envs)
+            stacked |= ends | {"final_info": last, "_final_info": ends["_final_obs"].copy()}
+        return tuple(self._observations), rewards, terminations, truncations, stacked
 
     def cut_off(self, row: int) -> StepResult:
         """End the episode of a row after a turn, because its player has no room to go on, say in a model's context.
@@ -229,6 +235,33 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
                 )
             acting.add(row)
         return acting
+
+
+def stack_infos(infos: Mapping[int, Mapping[str, Any]], num_envs: int) -> dict[str, Any]:
+    """Infos of rows in the form that Gymnasium gives those of vector environments, in one pass over the rows.
+
+    Args:
+        infos: By row, all with the same keys, and the same types where these are numbers.
+        num_envs: N.
+
+    Returns:
+        For each key a column [N], of objects unless the values are numbers, and under `_<key>` which rows have one.
+    """
+    rows = list(infos)
+    has_one = np.zeros(num_envs, dtype=np.bool_)
+    has_one[rows] = True
+    stacked: dict[str, Any] = {}
+    for key in infos[rows[0]] if rows else ():
+        values = [info[key] for info in infos.values()]
+        if (kind := type(values[0])) in (int, float, bool):
+            column = np.zeros(num_envs, dtype=kind)
+            column[rows] = values
+        else:
+            column = np.full(num_envs, None, dtype=object)
+            for row, value in zip(rows, values, strict=True):
+                column[row] = value
+        stacked[key], stacked[f"_{key}"] = column, has_one.copy()
+    return stacked
 
 
 def info_at(infos: Mapping[str, Any], row: int) -> StepInfo:

@@ -52,7 +52,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
     """Equal to the bit, types and dtypes included."""
     assert type(ours) is type(theirs)
     if isinstance(ours, dict):
-        assert list(ours) == list(theirs)
+        assert ours.keys() == theirs.keys()
         for key in ours:
             assert_same(ours[key], theirs[key])
     elif isinstance(ours, tuple):
