@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -70,6 +70,10 @@ class Rules:
         check_settings(self, one_of(FINAL_TURNS), "final_turn")
         check_settings(self, or_none(COUNT, "no bound"), "max_observation_chars", "max_observation_tokens")
         self._check_budget()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings by name, as the environments take them."""
+        return {setting.name: getattr(self, setting.name) for setting in fields(self)}
 
     def _check_budget(self) -> None:
         if self.max_observation_chars is not None and self.max_observation_tokens is not None:

@@ -302,7 +302,7 @@ def _play(material: Material, questions: Sequence[Question], retriever: Retrieve
     """Play episodes on these questions by the rules of the material's environments."""
     if material.generate is None:
         raise ConfigurationError("This probe lets the model play, and the material has no 'generate'.")
-    rules = {"prompt": material.prompt} if material.envs is None else vars(material.envs.rules)
+    rules = {"prompt": material.prompt} if material.envs is None else material.envs.rules.settings()
     envs = AgenticRAGVectorEnv(
         min(_NUM_ENVS, len(questions)),
         dataset=QuestionSet("grounding", tuple(questions), ()),

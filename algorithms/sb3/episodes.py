@@ -185,4 +185,4 @@ def single(envs: AgenticRAGVectorEnv) -> AgenticRAGEnv:
     """
     if not isinstance(envs, AgenticRAGVectorEnv):
         raise ConfigurationError(f"An outside learner needs env=agentic_rag, got a {type(envs).__name__}.")
-    return AgenticRAGEnv(dataset=envs.dataset, retriever=envs.retriever, top_k=envs.top_k, **vars(envs.rules))
+    return AgenticRAGEnv(dataset=envs.dataset, retriever=envs.retriever, top_k=envs.top_k, **envs.rules.settings())

@@ -517,7 +517,7 @@ def test_settings_that_cannot_work(tmp_path: Path, store: CorpusStore, setting: 
     [
         ({"nprobe": 4}, "nprobe=4 was given, but an index of type IndexFlatIP has no such parameter"),
         ({"ef_search": 0}, "dense ef_search must be at least 1, got 0"),
-        ({"device": "cuda", "backend": "faiss"}, "needs a GPU and a FAISS built for it .*; backend=torch searches"),
+        ({"device": "cuda", "backend": "faiss"}, "needs a GPU and a FAISS built for it; backend=torch searches"),
         ({"backend": "fais"}, "no backend 'fais'. Did you mean 'faiss'"),
         ({"backend": "torch", "nprobe": 4}, "nprobe is a setting of backend=faiss"),
         ({"backend": "faiss", "dtype": "float16"}, "dtype=float16 is a setting of backend=torch"),
