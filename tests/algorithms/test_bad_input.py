@@ -175,7 +175,8 @@ def test_folders_and_names_that_are_no_model(fail, tmp_path):
 @pytest.mark.parametrize("algo", ["dgpo", "kd", "sft"])
 def test_no_teacher_where_one_is_needed(fail, algo):
     message = fail(f"algo={algo}", "model.teacher=null")
-    assert "needs a teacher, and model.teacher is null" in message
+    assert "teacher" in message
+    assert "model.teacher is null" in message
 
 
 def test_a_teacher_that_speaks_another_language(fail, student):

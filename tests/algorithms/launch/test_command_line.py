@@ -26,7 +26,7 @@ def test_a_setting_that_no_job_of_a_multirun_has_is_refused(tmp_path):
 
 def test_what_a_setting_means_is_read_from_the_docstrings_of_its_class_and_bases():
     meanings = attributes_of(TAIDConfig)
-    assert meanings["epochs"] == "Passes over all of them."
+    assert meanings["epochs"] == "Passes over the demonstrations."
     assert (
         meanings["t_start"]
         == meanings["t_end"]

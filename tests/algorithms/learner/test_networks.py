@@ -56,7 +56,7 @@ def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(ConfigurationError, match=r"found: summary\.json"):
         load_model(tmp_path)
-    with pytest.raises(ConfigurationError, match="found: no such folder"):
+    with pytest.raises(ConfigurationError, match="There is no folder"):
         load_model(tmp_path / "nowhere")
 
 

@@ -270,7 +270,8 @@ def test_help_says_what_it_is_how_to_use_it_and_what_there_is():
     assert f"  algo: {', '.join(ALGORITHMS.names())}" in lines
     assert "  algo.critic_warmup_steps=6  # Steps at the start in which only the critic learns." in lines
     assert (
-        command("--help", "algo.warm_start.epochs").out == "  algo.warm_start.epochs=12  # Passes over all of them.\n"
+        command("--help", "algo.warm_start.epochs").out
+        == "  algo.warm_start.epochs=12  # Passes over the demonstrations.\n"
     )
     assert "algo.total_env_steps=150000" in command("--help", "algo=maskable_ppo", "algo").out
     assert "Did you mean 'algo.kl_coef'?" in command("--help", "algo.kl_cof").err
