@@ -161,7 +161,7 @@ def test_predictions_are_a_line_for_each_question(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "new" / "p.jsonl").read_text().splitlines()]
     assert rows[1] == {
         "question_id": "n2", "dataset": "nq", "golden_answers": ["Oslo"], "prediction": "the city of Oslo",
-        "correct": False, "f1": 0.5, "sub_exact_match": 1.0, "num_searches": 0, "ending": None,
+        "correct": False, "f1": 0.5, "sub_exact_match": 1.0, "num_searches": 0, "ending": "answered",
     }  # fmt: skip
     assert [row["prediction"] for row in rows] == ["Rome", "the city of Oslo", None, "Tiber"]
 
