@@ -1,6 +1,7 @@
 """An environment for agents that search before they answer.
 
-Importing the package registers `AgenticRAG-v0` with Gymnasium and the built-in datasets, retrievers and rewards.
+Importing the package registers `AgenticRAG-v0` with Gymnasium, and the built-in environments, datasets, retrievers and
+rewards.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from agentic_rag_env.errors import (
     RetrieverError,
     UnknownNameError,
 )
+from agentic_rag_env.lifted import LiftedVectorEnv
 from agentic_rag_env.registry import DATASETS, RETRIEVERS, REWARDS, Registry
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import Outcome, answer_reward
@@ -41,6 +43,7 @@ __all__ = [
     "DataError",
     "Ending",
     "FreeText",
+    "LiftedVectorEnv",
     "Malformed",
     "Outcome",
     "Passage",

@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium
 
+from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.episode import Episode, FinalTurn, Found, Rules, StepResult, search
 from agentic_rag_env.errors import ConfigurationError
@@ -115,7 +116,11 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
     * v0: Initial version
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
+    metadata: dict[str, Any] = {  # noqa: RUF012
+        "render_modes": ["ansi", "human"],
+        "render_fps": 4,
+        "action_ends": CLOSING_TAGS,
+    }
 
     def __init__(
         self,

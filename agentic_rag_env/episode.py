@@ -19,7 +19,7 @@ from agentic_rag_env.prompts import MALFORMED_HINT, information_block, render_pr
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import Outcome, Reward, check_reward, exact_match, f1_score
 from agentic_rag_env.settings import COUNT, Allowed, at_least, check_settings, one_of, or_none
-from agentic_rag_env.types import Ending, Found, Passage, Question, StepInfo
+from agentic_rag_env.types import Ending, Found, Passage, Question, StepInfo, blank_info
 
 #: What happens after the last turn that may search; `Rules` explains them.
 FinalTurn: TypeAlias = Literal["none", "no_search", "forced"]
@@ -233,21 +233,10 @@ class Episode:
     def report(self, **changes: Any) -> StepInfo:
         """The info of a turn; a key that is not given has the value of a turn in which nothing of its kind happened."""
         assert self.question is not None
-        info: dict[str, Any] = {
-            "question_id": self.question.id,
-            "turn": self.turn,
-            "action": None,
-            "query": None,
-            "passages": (),
-            "answer": None,
-            "exact_match": 0.0,
-            "f1": 0.0,
-            "num_searches": self._num_searches,
-            "correct": False,
-            "error": None,
-            "ending": None,
-        }
-        return StepInfo(**(info | changes))  # type: ignore[typeddict-item]
+        info = blank_info(self.question.id, self.turn)
+        info["num_searches"] = self._num_searches
+        info.update(changes)  # type: ignore[typeddict-item]
+        return info
 
     def _continue(self, passages: Sequence[Passage] | None, info: StepInfo) -> StepResult:
         if self.turn == self._rules.num_calls:

@@ -17,7 +17,8 @@ class Question:
     Attributes:
         id: Unique within its dataset.
         text: The question as the agent reads it.
-        golden_answers: Accepted answers, the canonical one first; never empty.
+        golden_answers: Accepted answers, the canonical one first; empty only where an environment brings its own
+            tasks and says itself what is correct.
         metadata: Whatever the source knows. Used by name here: `hops` (int) and `supporting` (gold passage ids).
     """
 
@@ -106,3 +107,21 @@ class StepInfo(TypedDict):
     correct: bool
     error: str | None
     ending: Ending | None
+
+
+def blank_info(question_id: str, turn: int) -> StepInfo:
+    """The info of a turn in which nothing happened."""
+    return StepInfo(
+        question_id=question_id,
+        turn=turn,
+        action=None,
+        query=None,
+        passages=(),
+        answer=None,
+        exact_match=0.0,
+        f1=0.0,
+        num_searches=0,
+        correct=False,
+        error=None,
+        ending=None,
+    )

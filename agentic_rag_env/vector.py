@@ -11,7 +11,6 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.episode import Episode, StepResult, search
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError
@@ -65,7 +64,7 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
             "render_modes": ["ansi"],
             "render_fps": 4,
             "autoreset_mode": self.autoreset_mode,
-            "action_ends": CLOSING_TAGS,
+            "action_ends": AgenticRAGEnv.metadata["action_ends"],
         }
         self.render_mode = parts.render_mode
         self.dataset = parts.dataset
@@ -278,6 +277,13 @@ def info_at(infos: Mapping[str, Any], row: int) -> StepInfo:
         raise ValueError(f"Row {row} has no info here: it was left alone in this step.")
     values = {key: infos[key][row] for key in StepInfo.__annotations__}
     return StepInfo(**{key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()})  # type: ignore[typeddict-item]
+
+
+class BringsQuestions:
+    """Base of the settings of an environment with tasks of its own.
+
+    Its factory gets `num_envs` and `split` alone: neither dataset nor retriever, reward or tokenizer.
+    """
 
 
 @dataclass

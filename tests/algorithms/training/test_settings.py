@@ -19,6 +19,7 @@ import conf
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS
 from agentic_rag_env.types import Passage
+from agentic_rag_env.vector import BringsQuestions
 from algorithms.assets import ASSETS
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
 from algorithms.learner.config import LearnerConfig
@@ -60,6 +61,7 @@ def files(tmp_path):
     corpus = f"dataset.corpus={tmp_path / 'c.jsonl'}"
     return {
         "jsonl": [f"dataset.questions={tmp_path / 'q.jsonl'}", corpus],
+        "gymnasium": ["env.id=AgenticRAG-v0"],
         "http": ["retriever.url=http://127.0.0.1:9/retrieve"],
         "rerank": ["retriever.model=no-such-folder"],
         "benchmark": [f"dataset.path={tmp_path / 'train.jsonl'}"],
@@ -85,6 +87,8 @@ def test_every_registered_name_composes_and_builds(registry, name, files):
         ENVS: {"num_envs": 2, "autoreset_mode": AutoresetMode.DISABLED, "tokenizer": load_tokenizer(TINY_STUDENT)},
         RETRIEVERS: {"corpus": [Passage("1", "A\nI am.")]},
     }.get(registry, {})
+    if registry is ENVS and issubclass(registry.get(name).config, BringsQuestions):
+        context = {"num_envs": 2}
     built = registry.build(spec, **context)
     if registry is DATASETS:
         assert len(built) > 0

@@ -1,0 +1,284 @@
+"""Any text environment that is registered with Gymnasium, as the vector environment that the zoo plays.
+
+What it must be: strings in, strings out; `reset` observes the whole prompt, `step` only what follows the action; and
+
+- `metadata["action_ends"]`: texts that end an action, such as `["</calc>", "</answer>"]`;
+- `info["correct"]` on the last step: a bool, whether the task was solved.
+
+Further keys of `StepInfo` are passed on where its infos have them, such as `answer`, `action` or `ending`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from agentic_rag_env.datasets.base import QuestionSet
+from agentic_rag_env.episode import StepResult
+from agentic_rag_env.errors import ConfigurationError, ResetNeededError
+from agentic_rag_env.registry import ENVS
+from agentic_rag_env.resets import rows_and_questions
+from agentic_rag_env.settings import COUNT, Allowed, check_settings, check_value, one_of
+from agentic_rag_env.spaces import FreeText
+from agentic_rag_env.types import Ending, Question, StepInfo, blank_info
+from agentic_rag_env.vector import BringsQuestions, stack_infos
+
+#: The first seed of each split; so that no episode is both trained on and measured.
+FIRST_SEEDS = {"train": 0, "dev": 1_000_000_000, "test": 2_000_000_000}
+
+_ACTION_ENDS = Allowed(
+    "a list of the texts that end an action, such as ['</answer>']",
+    lambda value: (
+        isinstance(value, (list, tuple)) and bool(value) and all(isinstance(end, str) and end for end in value)
+    ),
+)
+
+
+class SeededEpisodes(Sequence[Question]):
+    """The episodes of an environment as questions: number i is what `reset` begins with the i-th seed.
+
+    Args:
+        name: Of the environment.
+        seeds: Of the episodes.
+    """
+
+    def __init__(self, name: str, seeds: range) -> None:
+        self.name, self.seeds = name, seeds
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Question]: ...
+    def __getitem__(self, index: int | slice) -> Question | Sequence[Question]:
+        if isinstance(index, slice):
+            return SeededEpisodes(self.name, self.seeds[index])
+        seed = self.seeds[index]
+        return Question(f"{self.name}/{seed}", f"{self.name}, seed {seed}", ())
+
+
+class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarray]):
+    """N environments from `gymnasium.make`, stepped one after the other.
+
+    Observations are tuples of N strings, rewards [N] float64, terminations and truncations [N] bool. An episode ends
+    for good until `reset` with a `reset_mask`, and the action None leaves a row alone (autoreset mode DISABLED).
+
+    Args:
+        env_id: As registered with Gymnasium.
+        num_envs: N, at least 1.
+        seeds: Of the episodes that can be asked for by `question_index`.
+        kwargs: For the environment's constructor.
+
+    Raises:
+        ConfigurationError: The environment can't be made, or does not say where an action ends.
+
+    Attributes:
+        dataset: The episodes.
+        retriever: None; whatever the environment searches is its own affair.
+    """
+
+    retriever = None
+
+    def __init__(self, env_id: str, num_envs: int, seeds: range, kwargs: Mapping[str, Any] | None = None) -> None:
+        check_value("num_envs", num_envs, COUNT)
+        self.num_envs = num_envs
+        self._envs = [_make(env_id, kwargs or {}) for _ in range(num_envs)]
+        self._name = env_id.rpartition(":")[2]
+        ends: Any = self._envs[0].metadata.get("action_ends")
+        check_value(f"metadata['action_ends'] of {self._name}", ends, _ACTION_ENDS)
+        self.metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED, "action_ends": tuple(ends)}
+        self.dataset = QuestionSet(self._name, SeededEpisodes(self._name, seeds))
+        self.single_action_space = self.single_observation_space = FreeText()
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._seeds = seeds
+        self._observations = [""] * num_envs
+        self._infos: list[StepInfo | None] = [None] * num_envs
+        self._running = [False] * num_envs
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Begin episodes.
+
+        Args:
+            seed: Of the draw of episodes; None leaves it as it is.
+            options: `reset_mask` and `question_index`, as `AgenticRAGVectorEnv.reset` takes them.
+
+        Returns:
+            The prompts (for rows left alone their last observation), and the infos of the rows that were reset.
+
+        Raises:
+            ConfigurationError: An option does not fit, or a prompt is no text.
+        """
+        if seed is not None:
+            super().reset(seed=seed)
+        mask, indices = rows_and_questions(options, self.num_envs, len(self._seeds), f"environment {self._name!r}")
+        infos: dict[int, StepInfo] = {}
+        for row in np.flatnonzero(mask).tolist():
+            index = int(indices[row])
+            question = self.dataset[int(self.np_random.integers(len(self._seeds))) if index < 0 else index]
+            prompt, info = self._envs[row].reset(seed=int(question.id.rpartition("/")[2]))
+            self._observations[row] = self._text(prompt, "reset")
+            infos[row] = self._infos[row] = self._filled(blank_info(question.id, 0), info)
+            self._running[row] = True
+        return tuple(self._observations), stack_infos(infos, self.num_envs)
+
+    def step(
+        self, actions: Sequence[str | None]
+    ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Take one turn in every row that gets a text; None leaves a row alone.
+
+        Raises:
+            ResetNeededError: A row without a running episode got a text.
+            ConfigurationError: The number of actions does not fit, or the environment breaks the contract; the message
+                says what to add.
+            Exception: Whatever an environment raises, with a note naming the episode.
+        """
+        if isinstance(actions, str) or len(actions) != self.num_envs:
+            raise ConfigurationError(f"step needs one text or None per row, {self.num_envs}, got {actions!r}.")
+        for row, action in enumerate(actions):
+            if action is not None and not self._running[row]:
+                raise ResetNeededError(f"Row {row} has no running episode; reset it, or pass None to leave it alone.")
+        rewards = np.zeros(self.num_envs, dtype=np.float64)
+        terminations = np.zeros(self.num_envs, dtype=np.bool_)
+        truncations = np.zeros(self.num_envs, dtype=np.bool_)
+        infos: dict[int, StepInfo] = {}
+        for row, action in enumerate(actions):
+            self._observations[row] = ""
+            if action is not None:
+                result = self._step(row, action)
+                self._observations[row], rewards[row], terminations[row], truncations[row], infos[row] = result
+        return tuple(self._observations), rewards, terminations, truncations, stack_infos(infos, self.num_envs)
+
+    def cut_off(self, row: int) -> StepResult:
+        """End the episode of a row after a turn, because its player has no room to go on.
+
+        Args:
+            row: Its last observation, which nobody reads, is taken back.
+
+        Returns:
+            The row's last step as it is now: reward 0, truncated, ending "out_of_tokens".
+
+        Raises:
+            ResetNeededError: The row has no running episode, or one that has not yet had a turn.
+        """
+        info = self._infos[row]
+        if not self._running[row] or info is None or not info["turn"]:
+            raise ResetNeededError("cut_off ends an episode between two turns, and none is there; call reset and step.")
+        self._running[row], self._observations[row] = False, ""
+        return StepResult("", 0.0, False, True, info | {"ending": Ending.OUT_OF_TOKENS})
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close all environments."""
+        for env in self._envs:
+            env.close()
+
+    def _step(self, row: int, action: str) -> StepResult:
+        last = self._infos[row]
+        assert last is not None
+        self._running[row] = False  # until the step is done: an episode that blew up can't go on
+        try:
+            observation, reward, terminated, truncated, given = self._envs[row].step(action)
+        except Exception as error:
+            error.add_note(f"In episode {last['question_id']} of {self._name}, after the action {action!r}")
+            raise
+        ended = bool(terminated or truncated)
+        info = self._filled(blank_info(last["question_id"], last["turn"] + 1), given)
+        if ended:
+            info = self._at_the_end(info, given, bool(terminated))
+        if not math.isfinite(float(reward)):
+            raise ConfigurationError(f"A reward of {self._name} must be a finite number, got {reward!r}.")
+        self._infos[row], self._running[row] = info, not ended
+        return StepResult(self._text(observation, "step"), float(reward), bool(terminated), bool(truncated), info)
+
+    def _text(self, observation: Any, of: str) -> str:
+        if not isinstance(observation, str):
+            raise ConfigurationError(
+                f"{of} of {self._name} must observe a text (str), got {type(observation).__name__}; wrap it into an "
+                "environment that puts its observations into words."
+            )
+        return observation
+
+    def _filled(self, info: StepInfo, given: Mapping[str, Any]) -> StepInfo:
+        """An info with what the environment knows of it, while the episode goes on."""
+        known = {key: given[key] for key in StepInfo.__annotations__ if key in given}
+        of_the_player = {key: info[key] for key in ("question_id", "turn")}
+        return StepInfo(**{**info, **known, **of_the_player, "correct": False, "ending": None})  # type: ignore[typeddict-item]
+
+    def _at_the_end(self, info: StepInfo, given: Mapping[str, Any], terminated: bool) -> StepInfo:
+        if not isinstance(given.get("correct"), (bool, np.bool_)):
+            raise ConfigurationError(
+                f"info of the last step of {self._name} must have 'correct', a bool that says whether the task was "
+                f"solved, got {given.get('correct')!r}; the info has {', '.join(given) or 'nothing'}."
+            )
+        correct = bool(given["correct"])
+        ending = given.get("ending")
+        if ending is None:
+            failed = Ending.SEARCH_FAILED if info["error"] is not None else Ending.OUT_OF_TURNS
+            ending = Ending.ANSWERED if terminated else failed
+        check_value(f"info['ending'] of {self._name}", str(ending), one_of(Ending))
+        scores = {name: given.get(name, float(correct)) for name in ("exact_match", "f1")}
+        return StepInfo(**{**info, **scores, "correct": correct, "ending": Ending(ending)})  # type: ignore[typeddict-item]
+
+
+def _make(env_id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
+    try:
+        return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        raise ConfigurationError(
+            f"Gymnasium can't make {env_id!r}: {error} Where the module that registers it is not imported, give it, "
+            "too: id=my_module:My-v0."
+        ) from error
+    except TypeError as error:
+        raise ConfigurationError(f"{env_id} can't be made with kwargs={dict(kwargs)}: {error}") from error
+
+
+@dataclass
+class GymnasiumConfig(BringsQuestions):
+    """Which environment, and how many of its episodes make up a split.
+
+    Episode i of a split is what `reset(seed=first + i)` begins, with another first seed for each split.
+
+    Attributes:
+        id: As registered with Gymnasium; `my_module:My-v0` imports the module first.
+        kwargs: For the environment's constructor.
+        num_train, num_dev, num_test: Episodes of each split.
+    """
+
+    id: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    num_train: int = 10_000
+    num_dev: int = 500
+    num_test: int = 1_000
+
+    def __post_init__(self) -> None:
+        check_settings(self, COUNT, "num_train", "num_dev", "num_test")
+        check_settings(self, Allowed("a text such as 'My-v0'", lambda value: isinstance(value, str)), "id")
+
+
+@ENVS.register("gymnasium", GymnasiumConfig)
+def make_gymnasium(config: GymnasiumConfig, num_envs: int, split: str = "train") -> LiftedVectorEnv:
+    """The environments of a split.
+
+    Args:
+        config: Which ones.
+        num_envs: Rows.
+        split: "train", "dev" or "test".
+
+    Raises:
+        ConfigurationError: As of `LiftedVectorEnv`, or there is no such split.
+    """
+    check_value("split", split, one_of(FIRST_SEEDS))
+    counts = {"train": config.num_train, "dev": config.num_dev, "test": config.num_test}
+    first = FIRST_SEEDS[split]
+    return LiftedVectorEnv(config.id, num_envs, range(first, first + counts[split]), config.kwargs)
