@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import RETRIEVERS
+from agentic_rag_env.settings import COUNT, check_value
 from agentic_rag_env.types import Passage
 
 #: Number of passages from which on an index that is made in memory is kept in the cache folder.
@@ -104,8 +105,7 @@ def checked_queries(queries: Sequence[str], top_k: int) -> list[str]:
     """
     if isinstance(queries, str):
         raise ConfigurationError(f"search takes a list of queries, got one string; pass [{queries[:40]!r}].")
-    if top_k < 1:
-        raise ConfigurationError(f"top_k must be at least 1, got {top_k}.")
+    check_value("top_k", top_k, COUNT)
     return [query[:MAX_QUERY_CHARS] for query in queries]
 
 

@@ -23,6 +23,7 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import KEPT_FROM, CorpusRetriever, Ranking, hash_of
 from agentic_rag_env.retrievers.index_folder import corpus_of_index, read_manifest
 from agentic_rag_env.retrievers.words import Tokenizer, unspaced_fraction
+from agentic_rag_env.settings import COUNT, FRACTION, at_least, check_settings
 from agentic_rag_env.types import Passage
 
 #: Name of the folder within an index folder, and of the vocabulary's file in that folder.
@@ -72,10 +73,9 @@ class BM25Config:
     max_query_words: int = MAX_QUERY_WORDS
 
     def __post_init__(self) -> None:
-        if self.max_query_words < 1:
-            raise ConfigurationError(f"bm25 max_query_words must be at least 1, got {self.max_query_words}.")
-        if self.k1 < 0 or not 0 <= self.b <= 1:
-            raise ConfigurationError(f"bm25 needs k1 >= 0 and b in [0, 1], got k1={self.k1}, b={self.b}.")
+        check_settings(self, COUNT, "max_query_words")
+        check_settings(self, at_least(0), "k1")
+        check_settings(self, FRACTION, "b")
         self.make_tokenizer()
 
     def make_tokenizer(self) -> Tokenizer:

@@ -18,6 +18,7 @@ from agentic_rag_env.retrievers.base import (
     stats_of,
 )
 from agentic_rag_env.retrievers.cache_file import CacheEntries, digest
+from agentic_rag_env.settings import at_least, check_settings
 from agentic_rag_env.types import Found, Passage
 
 
@@ -39,6 +40,9 @@ class CachedConfig:
     max_in_memory: int = 100_000
     offline: bool = False
     fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self, at_least(0), "max_in_memory")
 
 
 @RETRIEVERS.register("cached", CachedConfig)
@@ -62,8 +66,6 @@ class CachedRetriever:
     """
 
     def __init__(self, config: CachedConfig, corpus: Sequence[Passage] | None = None) -> None:
-        if config.max_in_memory < 0:
-            raise ConfigurationError(f"cached needs max_in_memory >= 0, got {config.max_in_memory}.")
         if config.offline and config.path is None:
             raise ConfigurationError("cached with offline=true answers from a file; set path to it.")
         self._entries = CacheEntries(config.path, config.max_in_memory)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from agentic_rag_env.cache_folder import kept
 from agentic_rag_env.corpus import Texts
 from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
-from agentic_rag_env.registry import RETRIEVERS, did_you_mean
+from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import KEPT_FROM, CorpusRetriever, Ranking, hash_of
 from agentic_rag_env.retrievers.index_folder import (
     ENCODER_STATE,
@@ -44,6 +44,7 @@ from agentic_rag_env.retrievers.vectors.faiss_search import (
 )
 from agentic_rag_env.retrievers.vectors.ranking import VectorSearch, nearest
 from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
+from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
 from agentic_rag_env.types import Passage
 
 BACKENDS = ("auto", "faiss", "torch")
@@ -88,17 +89,12 @@ class DenseConfig:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise ConfigurationError(
-                f"dense has no backend {self.backend!r}.{did_you_mean(str(self.backend), BACKENDS)}"
-            )
+        check_settings(self, one_of(BACKENDS), "backend")
+        check_settings(self, or_none(COUNT), "nprobe", "ef_search")
+        check_settings(self, or_none(one_of(DTYPES)), "dtype")
         for name in ("nprobe", "ef_search"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigurationError(f"dense {name} must be at least 1, got {value}.")
-            if value is not None and self.backend == "torch":
+            if getattr(self, name) is not None and self.backend == "torch":
                 raise ConfigurationError(f"dense {name} is a setting of backend=faiss; backend=torch searches exactly.")
-        if self.dtype not in (None, *DTYPES):
-            raise ConfigurationError(f"dense dtype must be {', '.join(DTYPES)} or None, got {self.dtype!r}.")
         if self.dtype is not None and (self.backend == "faiss" or self.nprobe or self.ef_search):
             raise ConfigurationError(
                 f"dense dtype={self.dtype} is a setting of backend=torch, which excludes backend=faiss, nprobe and "

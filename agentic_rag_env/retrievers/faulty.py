@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentic_rag_env.errors import ConfigurationError, RetrieverError
+from agentic_rag_env.errors import RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import build_wrapped, checked_queries, fingerprint_of, stats_of
+from agentic_rag_env.settings import FRACTION, Allowed, at_least, check_settings, check_value
 from agentic_rag_env.types import Found, Passage
 
 
@@ -37,6 +38,13 @@ class FaultyConfig:
     delay_s: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        fractions = ("error_fraction", "timeout_fraction", "empty_fraction", "slow_fraction")
+        check_settings(self, FRACTION, *fractions)
+        total = round(sum(getattr(self, name) for name in fractions), 9)
+        check_value("the sum of the fractions", total, Allowed("at most 1", lambda value: value <= 1))
+        check_settings(self, at_least(0), "delay_s")
+
 
 @RETRIEVERS.register("faulty", FaultyConfig)
 class FaultyRetriever:
@@ -60,11 +68,6 @@ class FaultyRetriever:
             "empty": config.empty_fraction,
             "slow": config.slow_fraction,
         }
-        if not all(0 <= value <= 1 for value in self._fractions.values()) or sum(self._fractions.values()) > 1 + 1e-9:
-            given = ", ".join(f"{kind}_fraction={value}" for kind, value in self._fractions.items())
-            raise ConfigurationError(f"faulty needs fractions in [0, 1] that add up to at most 1, got {given}.")
-        if not config.delay_s >= 0:
-            raise ConfigurationError(f"faulty needs delay_s >= 0, got {config.delay_s}.")
         self._config = config
         self._corpus = corpus
         self._retriever = build_wrapped("faulty", config.retriever, corpus)

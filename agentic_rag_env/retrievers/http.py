@@ -13,6 +13,7 @@ from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, Reply, ServiceError, require_httpx
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import checked_queries, encodable
+from agentic_rag_env.settings import COUNT, above, at_least, check_settings
 from agentic_rag_env.types import Found, Passage
 
 _TOO_LARGE, _OTHER_FIELDS = 413, 422
@@ -51,6 +52,11 @@ class HttpConfig:
     one_query_per_request: bool = False
     proxy: str | None = ENVIRONMENT
 
+    def __post_init__(self) -> None:
+        check_settings(self, above(0), "timeout_s")
+        check_settings(self, at_least(0), "max_retries", "backoff_s", "skip_s")
+        check_settings(self, COUNT, "max_batch")
+
 
 @RETRIEVERS.register("http", HttpConfig)
 class HttpRetriever:
@@ -72,7 +78,7 @@ class HttpRetriever:
     def __init__(self, config: HttpConfig, corpus: Sequence[Passage] | None = None) -> None:
         require_httpx("retriever 'http'")
         self.config = config
-        self.urls = _check(config)
+        self.urls = _addresses(config)
         self._client = HttpClient(
             self.urls,
             timeout_s=config.timeout_s,
@@ -193,19 +199,11 @@ def _retriever_error(error: ServiceError, hint: str = "") -> RetrieverError:
     return RetrieverError(f"retriever at {error}{hint}")
 
 
-def _check(config: HttpConfig) -> list[str]:
-    """The complete addresses, if all settings are in range."""
+def _addresses(config: HttpConfig) -> list[str]:
+    """The complete addresses."""
     urls = [config.url] if isinstance(config.url, str) else config.url
     if not isinstance(urls, Sequence) or not urls:
         raise ConfigurationError(f"http url must be an address or a list of addresses, got {config.url!r}.")
-    if not (config.timeout_s > 0 and config.max_retries >= 0 and config.backoff_s >= 0 and config.skip_s >= 0):
-        raise ConfigurationError(
-            "http needs timeout_s > 0 and max_retries, backoff_s and skip_s >= 0, got "
-            f"timeout_s={config.timeout_s}, max_retries={config.max_retries}, backoff_s={config.backoff_s}, "
-            f"skip_s={config.skip_s}."
-        )
-    if config.max_batch < 1:
-        raise ConfigurationError(f"http needs max_batch >= 1, got {config.max_batch}.")
     return list(dict.fromkeys(_complete(url) for url in urls))
 
 

@@ -10,6 +10,7 @@ from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever, checked_queries, hash_of
+from agentic_rag_env.settings import COUNT, check_settings
 from agentic_rag_env.types import Found, Passage
 
 Key = TypeVar("Key", bound=Hashable)
@@ -32,10 +33,7 @@ class HybridConfig:
     def __post_init__(self) -> None:
         if len(self.retrievers) < 2:
             raise ConfigurationError(f"hybrid needs two or more retrievers, got {self.retrievers!r}.")
-        if self.rank_constant < 1 or self.depth < 1:
-            raise ConfigurationError(
-                f"hybrid needs rank_constant >= 1 and depth >= 1, got {self.rank_constant} and {self.depth}."
-            )
+        check_settings(self, COUNT, "rank_constant", "depth")
 
 
 @RETRIEVERS.register("hybrid", HybridConfig)

@@ -11,6 +11,7 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import Retriever, checked_queries, encodable, hash_of
 from agentic_rag_env.retrievers.vectors.encoders import DTYPES
 from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
+from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
 from agentic_rag_env.types import Found, Passage
 
 #: Scores are compared after rounding to this many decimals, because another batch changes a logit by some 1e-6.
@@ -42,13 +43,8 @@ class RerankConfig:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if min(self.depth, self.max_length, self.batch_size) < 1:
-            raise ConfigurationError(
-                f"rerank needs depth, max_length and batch_size of at least 1, got {self.depth}, {self.max_length} and "
-                f"{self.batch_size}."
-            )
-        if self.dtype not in (None, *DTYPES):
-            raise ConfigurationError(f"rerank dtype must be {', '.join(DTYPES)} or None, got {self.dtype!r}.")
+        check_settings(self, COUNT, "depth", "max_length", "batch_size")
+        check_settings(self, or_none(one_of(DTYPES)), "dtype")
 
 
 @RETRIEVERS.register("rerank", RerankConfig)

@@ -30,6 +30,7 @@ from agentic_rag_env.retrievers.index_folder import (
 )
 from agentic_rag_env.retrievers.indexing.faiss_builder import build_index, default_index, measure_recall
 from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder, first_not_finite
+from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
 
 #: Announces a phase by its name and number of items (None: unknown). It yields a function that counts finished items.
 Phase: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
@@ -67,12 +68,9 @@ class DenseIndexConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "float16"):
-            raise ConfigurationError(f"dtype of the vectors must be float32 or float16, got {self.dtype!r}.")
-        if self.shard_size < 1 or (self.threads is not None and self.threads < 1):
-            raise ConfigurationError(
-                f"shard_size and threads must be at least 1, got {self.shard_size} and {self.threads}."
-            )
+        check_settings(self, one_of(["float32", "float16"]), "dtype")
+        check_settings(self, COUNT, "shard_size")
+        check_settings(self, or_none(COUNT), "threads")
 
 
 def build_dense(

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentic_rag_env.corpus import json_type
-from agentic_rag_env.errors import ConfigurationError, RetrieverError
+from agentic_rag_env.errors import RetrieverError
 from agentic_rag_env.retrievers.base import MAX_QUERY_CHARS, Retriever, encodable, stats_of
 from agentic_rag_env.retrievers.serving.batcher import Batcher, BusyError
 from agentic_rag_env.retrievers.serving.metrics import ServerMetrics
+from agentic_rag_env.settings import COUNT, Allowed, above, at_least, check_settings, within
 from agentic_rag_env.types import Found, Passage
 
 logger = logging.getLogger(__name__)
@@ -52,19 +53,14 @@ class ServerConfig:
     timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "max_top_k", "max_batch", "max_waiting", "max_query_chars", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.top_k > self.max_top_k:
-            raise ConfigurationError(f"top_k must be at most max_top_k={self.max_top_k}, got {self.top_k}.")
-        if self.max_batch > self.max_waiting:
-            raise ConfigurationError(f"max_batch must be at most max_waiting={self.max_waiting}, got {self.max_batch}.")
-        if not (self.max_wait_ms >= 0 and self.timeout_s > 0):
-            raise ConfigurationError(
-                f"max_wait_ms must be >= 0 and timeout_s > 0, got {self.max_wait_ms} and {self.timeout_s}."
-            )
-        if not 0 <= self.port <= 65535:
-            raise ConfigurationError(f"port must be in [0, 65535], got {self.port}.")
+        check_settings(
+            self, COUNT, "top_k", "max_top_k", "max_batch", "max_waiting", "max_query_chars", "max_body_bytes"
+        )
+        check_settings(self, Allowed(f"at most max_top_k={self.max_top_k}", self.max_top_k.__ge__), "top_k")
+        check_settings(self, Allowed(f"at most max_waiting={self.max_waiting}", self.max_waiting.__ge__), "max_batch")
+        check_settings(self, at_least(0), "max_wait_ms")
+        check_settings(self, above(0), "timeout_s")
+        check_settings(self, within(0, 65535), "port")
 
 
 class RequestError(Exception):

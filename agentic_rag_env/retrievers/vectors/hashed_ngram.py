@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.retrievers.base import encodable, hash_of
 from agentic_rag_env.retrievers.vectors.encoders import ENCODERS
+from agentic_rag_env.settings import COUNT, at_least, check_settings
 
 
 @dataclass
@@ -31,6 +31,10 @@ class HashedNgramConfig:
     dim: int = 1024
     min_n: int = 3
     max_n: int = 5
+
+    def __post_init__(self) -> None:
+        check_settings(self, COUNT, "dim", "min_n", "max_n")
+        check_settings(self, at_least(self.min_n), "max_n")
 
 
 @ENCODERS.register("hashed_ngram", HashedNgramConfig)
@@ -51,8 +55,6 @@ class HashedNgramEncoder:
 
     def __init__(self, config: HashedNgramConfig | None = None) -> None:
         self.config = config or HashedNgramConfig()
-        if self.config.dim < 1 or not 1 <= self.config.min_n <= self.config.max_n:
-            raise ConfigurationError(f"hashed_ngram needs dim >= 1 and 1 <= min_n <= max_n, got {self.config}.")
         self._num_passages = 0
         self._document_frequency: Counter[str] = Counter()
 

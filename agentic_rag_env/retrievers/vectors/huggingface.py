@@ -13,6 +13,7 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.retrievers.base import encodable, hash_of
 from agentic_rag_env.retrievers.vectors.encoders import DTYPES, ENCODERS
 from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
+from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
 
 
 @dataclass
@@ -39,6 +40,11 @@ class HuggingFaceConfig:
     device: str | None = None
     dtype: str | None = None
 
+    def __post_init__(self) -> None:
+        check_settings(self, one_of(["mean", "cls"]), "pooling")
+        check_settings(self, or_none(one_of(DTYPES)), "dtype")
+        check_settings(self, COUNT, "max_length", "batch_size")
+
 
 @ENCODERS.register("huggingface", HuggingFaceConfig)
 class HuggingFaceEncoder:
@@ -56,12 +62,6 @@ class HuggingFaceEncoder:
 
     def __init__(self, config: HuggingFaceConfig) -> None:
         self.config = config
-        if config.pooling not in ("mean", "cls"):
-            raise ConfigurationError(f"encoder pooling must be 'mean' or 'cls', got {config.pooling!r}.")
-        if config.dtype not in (None, *DTYPES):
-            raise ConfigurationError(f"encoder dtype must be {', '.join(DTYPES)} or None, got {config.dtype!r}.")
-        if config.max_length < 1 or config.batch_size < 1:
-            raise ConfigurationError(f"encoder needs max_length and batch_size of at least 1, got {config}.")
         loaded = load_pretrained(
             "AutoModel",
             config.model,

@@ -137,7 +137,7 @@ def test_failures_are_not_kept() -> None:
 def test_one_query_is_no_list_and_top_k_is_positive() -> None:
     with pytest.raises(ConfigurationError, match="got one string"):
         cached(Counting()).search("abc", 3)
-    with pytest.raises(ConfigurationError, match="top_k must be at least 1"):
+    with pytest.raises(ConfigurationError, match="top_k must be an integer of at least 1"):
         cached(Counting()).search(["a"], 0)
     assert cached(Counting()).search([], 3) == []
 
@@ -300,7 +300,7 @@ def test_files_of_something_else(tmp_path: Path) -> None:
 
 
 def test_settings_out_of_range() -> None:
-    with pytest.raises(ConfigurationError, match="max_in_memory >= 0, got -1"):
+    with pytest.raises(ConfigurationError, match="max_in_memory must be at least 0, got -1"):
         cached(Counting(), max_in_memory=-1)
 
 

@@ -430,7 +430,7 @@ def test_impossible_patience(setting: dict[str, Any]) -> None:
 
 
 def test_top_k_below_one(service: Service) -> None:
-    with pytest.raises(ConfigurationError, match="top_k must be at least 1, got 0"):
+    with pytest.raises(ConfigurationError, match="top_k must be an integer of at least 1, got 0"):
         retriever(service).search(["q"], 0)
 
 

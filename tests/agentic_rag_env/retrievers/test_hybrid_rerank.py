@@ -104,8 +104,8 @@ def test_repeated_queries_are_searched_once() -> None:
     [
         ({"retrievers": ["bm25"]}, "hybrid needs two or more retrievers, got"),
         ({"retrievers": ["bm25", 5]}, "hybrid joins retrievers, got 5"),
-        ({"depth": 0}, "depth >= 1, got 60 and 0"),
-        ({"rank_constant": 0}, "rank_constant >= 1"),
+        ({"depth": 0}, "depth must be an integer of at least 1, got 0"),
+        ({"rank_constant": 0}, "rank_constant must be an integer of at least 1, got 0"),
     ],
 )
 def test_hybrid_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
@@ -206,6 +206,6 @@ def test_rerank_models_that_cannot_work(tmp_path: Path, cross_encoder: str) -> N
     transformers.BertModel(transformers.BertConfig(vocab_size=12, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match=r"needs a cross-encoder .* of its weights [1-9]\d* are missing"):
         rerank(str(tmp_path), "bm25")
-    for setting in ({"depth": 0}, {"dtype": "int8"}):
-        with pytest.raises(ConfigurationError, match="rerank "):
+    for setting, said in (({"depth": 0}, "depth must be an integer"), ({"dtype": "int8"}, "dtype must be one of")):
+        with pytest.raises(ConfigurationError, match=f"retriever 'rerank': {said}"):
             rerank(cross_encoder, "bm25", **setting)

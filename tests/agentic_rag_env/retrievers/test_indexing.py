@@ -502,8 +502,8 @@ def test_a_moved_corpus_is_asked_for(tmp_path: Path, store: CorpusStore) -> None
     [
         ({"index": "Flatt"}, "FAISS cannot build index='Flatt' of 600 vectors of 16 numbers"),
         ({"index": "IVF4000,Flat"}, "FAISS cannot build index='IVF4000,Flat'"),
-        ({"dtype": "int8"}, "dtype of the vectors must be float32 or float16, got 'int8'"),
-        ({"shard_size": 0}, "shard_size and threads must be at least 1"),
+        ({"dtype": "int8"}, "dtype must be one of float32, float16, got 'int8'"),
+        ({"shard_size": 0}, "shard_size must be an integer of at least 1, got 0"),
         ({"encoder": object()}, "encoder object cannot build an index on disk"),
     ],
 )
@@ -516,13 +516,13 @@ def test_settings_that_cannot_work(tmp_path: Path, store: CorpusStore, setting: 
     ("setting", "message"),
     [
         ({"nprobe": 4}, "nprobe=4 was given, but an index of type IndexFlatIP has no such parameter"),
-        ({"ef_search": 0}, "dense ef_search must be at least 1, got 0"),
+        ({"ef_search": 0}, "ef_search must be an integer of at least 1, or None, got 0"),
         ({"device": "cuda", "backend": "faiss"}, "needs a GPU and a FAISS built for it; backend=torch searches"),
-        ({"backend": "fais"}, "no backend 'fais'. Did you mean 'faiss'"),
+        ({"backend": "fais"}, "got 'fais'. Did you mean 'faiss'"),
         ({"backend": "torch", "nprobe": 4}, "nprobe is a setting of backend=faiss"),
         ({"backend": "faiss", "dtype": "float16"}, "dtype=float16 is a setting of backend=torch"),
         ({"nprobe": 4, "dtype": "float16"}, "dtype=float16 is a setting of backend=torch"),
-        ({"dtype": "int8"}, "dense dtype must be float32, float16, bfloat16 or None, got 'int8'"),
+        ({"dtype": "int8"}, "one of float32, float16, bfloat16, or None, got 'int8'"),
     ],
 )
 def test_ways_of_searching_that_cannot_work(dense_folder: Path, setting: dict[str, Any], message: str) -> None:
@@ -715,7 +715,7 @@ def test_what_else_a_check_finds(copied: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         (["bm25", "none.jsonl", "index"], "none.jsonl: cannot be read: No such file"),
-        (["bm25", "c.jsonl", "index", "--b", "2"], "bm25 needs k1 >= 0 and b in [0, 1]"),
+        (["bm25", "c.jsonl", "index", "--b", "2"], "b must be in [0, 1], got 2.0"),
         (["bm25", "c.jsonl", "index", "--stemmer", "englsh"], "PyStemmer has no stemmer 'englsh'. Did you mean"),
         (
             ["dense", "c.jsonl", "index", "--encoder", "hashed"],

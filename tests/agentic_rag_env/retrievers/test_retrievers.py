@@ -138,7 +138,7 @@ class TestContract:
     @pytest.mark.parametrize("top_k", [0, -1])
     def test_top_k_below_one(self, retriever: Retriever, top_k: int) -> None:
         for queries in (["amber"], []):
-            with pytest.raises(ConfigurationError, match=f"top_k must be at least 1, got {top_k}"):
+            with pytest.raises(ConfigurationError, match=f"top_k must be an integer of at least 1, got {top_k}"):
                 retriever.search(queries, top_k)
 
     def test_one_string_is_no_list_of_queries(self, retriever: Retriever) -> None:
@@ -298,8 +298,12 @@ def test_bm25_with_a_passage_without_words(texts: list[str]) -> None:
 def test_bm25_settings_out_of_range() -> None:
     with pytest.raises(ConfigurationError, match="found no words in the 2 passages"):
         BM25Retriever(BM25Config(), corpus_of("", "!?"))
-    for setting in ({"k1": -0.1}, {"b": -0.1}, {"b": 1.1}):
-        with pytest.raises(ConfigurationError, match="bm25 needs k1 >= 0 and b in"):
+    for setting, said in (
+        ({"k1": -0.1}, "k1 must be at least 0, got -0.1"),
+        ({"b": -0.1}, r"b must be in \[0, 1\], got -0.1"),
+        ({"b": 1.1}, r"b must be in \[0, 1\], got 1.1"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
             BM25Config(**setting)
 
 
@@ -463,9 +467,13 @@ def test_same_bits_in_every_process() -> None:
 
 
 def test_hashed_ngram_settings_out_of_range() -> None:
-    for config in (HashedNgramConfig(dim=0), HashedNgramConfig(min_n=0), HashedNgramConfig(min_n=4, max_n=3)):
-        with pytest.raises(ConfigurationError, match="hashed_ngram needs dim"):
-            HashedNgramEncoder(config)
+    for setting, said in (
+        ({"dim": 0}, "dim must be an integer of at least 1, got 0"),
+        ({"min_n": 0}, "min_n must be an integer of at least 1, got 0"),
+        ({"min_n": 4, "max_n": 3}, "max_n must be at least 4, got 3"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            HashedNgramConfig(**setting)
 
 
 # Dense

@@ -833,7 +833,7 @@ def test_a_corpus_is_opened_and_not_read(
         (["cached", "retriever=bm25", "retriever.k1=2"], "give that as retriever.name=bm25"),
         (["bm25", "--corpus", "missing.jsonl"], "missing.jsonl"),
         (["bm25", "--dataset", "tiny", "--port", "70000"], "port must be in [0, 65535], got 70000"),
-        (["bm25", "--dataset", "tiny", "--top-k", "0"], "top_k must be at least 1, got 0"),
+        (["bm25", "--dataset", "tiny", "--top-k", "0"], "top_k must be an integer of at least 1, got 0"),
         (["bm25", "--dataset", "tiny", "--host", "203.0.113.1"], "cannot listen on 203.0.113.1"),
     ],
 )
