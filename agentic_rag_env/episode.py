@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -125,7 +124,7 @@ class Rules:
             return MALFORMED_HINT + suffix
         return self.budget.observation(passages, suffix)
 
-    @cached_property
+    @property
     def budget(self) -> Budget:
         """The bound of a passage block."""
         return Budget(self.max_observation_chars, self.max_observation_tokens, self.tokenizer)

@@ -608,6 +608,14 @@ def test_a_budget_counted_by_a_real_tokenizer() -> None:
     assert len(tokenizer.encode(cut, add_special_tokens=False)) == 14
 
 
+def test_the_settings_of_an_environment_make_another_one(world: QuestionSet) -> None:
+    env = AgenticRAGEnv(world, max_observation_chars=60, max_turns=2)
+    env.reset(seed=0)
+    env.step(SEARCH)
+    other = AgenticRAGEnv(dataset=env.dataset, retriever=env.retriever, top_k=env.top_k, **env.rules.settings())
+    assert play(other, lambda turn: SEARCH) == play(env, lambda turn: SEARCH)
+
+
 def test_the_empty_block_is_the_smallest_budget_and_the_hint_is_never_cut(world: QuestionSet) -> None:
     env = AgenticRAGEnv(world, max_observation_chars=31)
     env.reset()
