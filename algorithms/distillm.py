@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agentic_rag_env.settings import COUNT, Allowed, above, at_least, check_settings, one_of
 from algorithms.learner import ops
-from algorithms.learner.algorithm import ALGORITHMS, Progress, check_settings
+from algorithms.learner.algorithm import ALGORITHMS, Progress
 from algorithms.learner.types import Batch, Tokens
 from algorithms.sft import SFT, SFTConfig
 
@@ -59,16 +60,16 @@ class DistiLLMConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, f"one of {', '.join(_DIVERGENCES)}", _DIVERGENCES.__contains__, "divergence")
-        check_settings(self, "in [0, 1)", lambda value: 0 <= value < 1, "skew_alpha")
-        check_settings(self, "at least 1", lambda value: value >= 1, "num_validation")
+        check_settings(self, one_of(_DIVERGENCES), "divergence")
+        check_settings(self, Allowed("in [0, 1)", lambda value: 0 <= value < 1), "skew_alpha")
+        check_settings(self, COUNT, "num_validation")
         allowed = f"at least num_minibatches ({self.num_minibatches})"
-        check_settings(self, allowed, lambda value: value >= self.num_minibatches, "replay_capacity")
+        check_settings(self, Allowed(allowed, lambda value: value >= self.num_minibatches), "replay_capacity")
         schedules = ("decreasing", "increasing", "constant")
-        check_settings(self, f"one of {', '.join(schedules)}", schedules.__contains__, "fresh_schedule")
-        check_settings(self, "at least 0", lambda value: value >= 0, "tolerance")
-        check_settings(self, "in (0, 1]", lambda value: 0 < value <= 1, "share_increment")
-        check_settings(self, "above 0", lambda value: value > 0, "sampling_temperature")
+        check_settings(self, one_of(schedules), "fresh_schedule")
+        check_settings(self, at_least(0), "tolerance")
+        check_settings(self, Allowed("in (0, 1]", lambda value: 0 < value <= 1), "share_increment")
+        check_settings(self, above(0), "sampling_temperature")
 
 
 @ALGORITHMS.register("distillm", DistiLLMConfig)

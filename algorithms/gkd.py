@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agentic_rag_env.settings import FRACTION, Allowed, above, check_settings
 from algorithms.learner import ops
-from algorithms.learner.algorithm import ALGORITHMS, Progress, check_settings
+from algorithms.learner.algorithm import ALGORITHMS, Progress
 from algorithms.learner.types import Tokens
 from algorithms.sft import SFT, SFTConfig
 
@@ -48,11 +49,11 @@ class GKDConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "jsd_beta", "on_policy_fraction")
-        check_settings(self, "above 0", lambda value: value > 0, "sampling_temperature")
+        check_settings(self, FRACTION, "jsd_beta", "on_policy_fraction")
+        check_settings(self, above(0), "sampling_temperature")
         if self.on_policy_fraction == 1:
             allowed = "0, as on_policy_fraction=1 collects no demonstrations to hold out"
-            check_settings(self, allowed, lambda value: value == 0, "num_validation")
+            check_settings(self, Allowed(allowed, lambda value: value == 0), "num_validation")
 
 
 @ALGORITHMS.register("gkd", GKDConfig)

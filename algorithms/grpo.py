@@ -19,8 +19,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agentic_rag_env.settings import Allowed, at_least, check_settings, one_of
 from algorithms.learner import ops
-from algorithms.learner.algorithm import ALGORITHMS, Algorithm, PolicyGradientConfig, check_settings
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, PolicyGradientConfig
 from algorithms.learner.config import ANCHORS
 from algorithms.learner.types import Batch, Tokens
 
@@ -45,11 +46,11 @@ class GRPOConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "at least 2", lambda value: value >= 2, "rollouts_per_prompt")
+        check_settings(self, at_least(2), "rollouts_per_prompt")
         allowed = f"a divisor of batch_size ({self.batch_size})"
-        check_settings(self, allowed, lambda value: self.batch_size % value == 0, "rollouts_per_prompt")
+        check_settings(self, Allowed(allowed, lambda value: self.batch_size % value == 0), "rollouts_per_prompt")
         for name, choices in (("scale_rewards", ops.REWARD_SCALES), ("kl_estimator", ops.KL_ESTIMATORS)):
-            check_settings(self, f"one of {', '.join(choices)}", choices.__contains__, name)
+            check_settings(self, one_of(choices), name)
 
 
 @ALGORITHMS.register("grpo", GRPOConfig)

@@ -16,8 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agentic_rag_env.settings import above, at_least, check_settings
 from algorithms.learner import ops
-from algorithms.learner.algorithm import ALGORITHMS, check_settings
+from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.types import Tokens
 from algorithms.sft import SFT, SFTConfig
 
@@ -39,8 +40,8 @@ class KDConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "at least 0", lambda value: value >= 0, "kl_coef")
-        check_settings(self, "above 0", lambda value: value > 0, "temperature")
+        check_settings(self, at_least(0), "kl_coef")
+        check_settings(self, above(0), "temperature")
 
 
 @ALGORITHMS.register("kd", KDConfig)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner.algorithm import ALGORITHMS, check_settings
+from agentic_rag_env.settings import COUNT, FRACTION, above, at_least, check_settings
+from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.sb3.learner import OutsideLearner, Report
 
 if TYPE_CHECKING:
@@ -66,11 +67,11 @@ class MaskablePPOConfig:
 
     def __post_init__(self) -> None:
         counts = ("total_env_steps", "turns_per_update", "num_epochs", "hidden_size", "max_candidates")
-        check_settings(self, "at least 1", lambda value: value >= 1, *counts)
-        check_settings(self, "at least 2", lambda value: value >= 2, "batch_size")
-        check_settings(self, "above 0", lambda value: value > 0, "learning_rate", "clip_range", "max_grad_norm")
-        check_settings(self, "at least 0", lambda value: value >= 0, "entropy_coef", "value_coef")
-        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "discount", "gae_lambda")
+        check_settings(self, COUNT, *counts)
+        check_settings(self, at_least(2), "batch_size")
+        check_settings(self, above(0), "learning_rate", "clip_range", "max_grad_norm")
+        check_settings(self, at_least(0), "entropy_coef", "value_coef")
+        check_settings(self, FRACTION, "discount", "gae_lambda")
 
 
 @ALGORITHMS.register("maskable_ppo", MaskablePPOConfig)

@@ -18,8 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agentic_rag_env.settings import FRACTION, check_settings, one_of
 from algorithms.learner import ops
-from algorithms.learner.algorithm import ALGORITHMS, Algorithm, CriticConfig, PolicyGradientConfig, check_settings
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, CriticConfig, PolicyGradientConfig
 from algorithms.learner.config import ANCHORS
 from algorithms.learner.types import Batch, Tokens
 
@@ -43,9 +44,9 @@ class PPOConfig(PolicyGradientConfig, CriticConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "discount", "gae_lambda")
+        check_settings(self, FRACTION, "discount", "gae_lambda")
         estimators = (*ops.KL_ESTIMATORS, "exact")
-        check_settings(self, f"one of {', '.join(estimators)}", estimators.__contains__, "kl_estimator")
+        check_settings(self, one_of(estimators), "kl_estimator")
 
 
 @ALGORITHMS.register("ppo", PPOConfig)

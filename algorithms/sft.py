@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner.algorithm import ALGORITHMS, Algorithm, DemonstrationConfig, OptimizerConfig, check_settings
+from agentic_rag_env.settings import COUNT, Allowed, check_settings
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, DemonstrationConfig, OptimizerConfig
 from algorithms.learner.types import Tokens
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ class SFTConfig(DemonstrationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "at least 1", lambda value: value >= 1, "epochs")
+        check_settings(self, COUNT, "epochs")
         limit = self.num_demonstrations
         allowed = f"at least 0 and below num_demonstrations ({limit})"
-        check_settings(self, allowed, lambda value: 0 <= value < limit, "num_validation")
+        check_settings(self, Allowed(allowed, lambda value: 0 <= value < limit), "num_validation")
         if self.num_epochs != 1:
             raise ConfigurationError(
                 f"num_epochs must be 1 where batches are drawn from stored trajectories, got {self.num_epochs}; "

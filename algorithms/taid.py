@@ -21,8 +21,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from agentic_rag_env.settings import FRACTION, Allowed, check_settings
 from algorithms.learner import ops
-from algorithms.learner.algorithm import ALGORITHMS, check_settings
+from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.types import Batch, Tokens
 from algorithms.sft import SFT, SFTConfig
 
@@ -48,10 +49,10 @@ class TAIDConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "t_start", "t_end", "step_size")
-        check_settings(self, f"at most t_end ({self.t_end})", lambda value: value <= self.t_end, "t_start")
-        check_settings(self, "in [0, 1)", lambda value: 0 <= value < 1, "momentum")
-        check_settings(self, "1, as t moves once a step", lambda value: value == 1, "num_minibatches")
+        check_settings(self, FRACTION, "t_start", "t_end", "step_size")
+        check_settings(self, Allowed(f"at most t_end ({self.t_end})", lambda value: value <= self.t_end), "t_start")
+        check_settings(self, Allowed("in [0, 1)", lambda value: 0 <= value < 1), "momentum")
+        check_settings(self, Allowed("1, as t moves once a step", lambda value: value == 1), "num_minibatches")
 
 
 @ALGORITHMS.register("taid", TAIDConfig)

@@ -22,7 +22,6 @@ from algorithms.learner.config import (
     DemonstrationConfig,
     OptimizerConfig,
     PolicyGradientConfig,
-    check_settings,
 )
 from algorithms.learner.types import Batch, Tokens
 
@@ -41,7 +40,6 @@ __all__ = [
     "PolicyGradientConfig",
     "Progress",
     "Role",
-    "check_settings",
 ]
 
 ALGORITHMS = Registry("algo")

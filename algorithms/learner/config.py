@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.settings import COUNT, FRACTION, Allowed, above, at_least, check_settings, one_of, or_none
 
 #: Metadata of a field whose setting says how a run is carried out, and does not change its results.
 WITHOUT_EFFECT = {"without_effect": True}
@@ -17,23 +17,6 @@ FILTERS = ("correct", "well_formed", "length")
 CRITICS = ("separate", "shared")
 #: Whom a KL penalty may pull towards, and what the names of its figures in `NEEDS` and `Batch` begin with.
 ANCHORS = {"reference": "ref", "teacher": "teacher"}
-
-
-def check_settings(config: Any, allowed: str, test: Callable[[Any], bool], *names: str) -> None:
-    """Refuse settings outside their range. The `__post_init__` of a config calls this.
-
-    Args:
-        config: The dataclass of settings.
-        allowed: The range in the words that follow "must be".
-        test: Whether one value is in that range.
-        *names: Fields to look at.
-
-    Raises:
-        ConfigurationError: A value fails the test; the message says the field, the range and the value.
-    """
-    for name in names:
-        if not test(value := getattr(config, name)):
-            raise ConfigurationError(f"{name} must be {allowed}, got {value!r}.")
 
 
 @dataclass(kw_only=True)
@@ -58,12 +41,14 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        check_settings(self, "above 0", lambda value: value > 0, "learning_rate", "max_grad_norm")
-        check_settings(self, "at least 0", lambda value: value >= 0, "weight_decay")
-        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "warmup_fraction")
-        check_settings(self, "'constant' or 'cosine'", lambda value: value in ("constant", "cosine"), "schedule")
-        check_settings(self, "two numbers in [0, 1)", lambda value: len(value) == 2 and min(value) >= 0, "betas")
-        check_settings(self, "two numbers in [0, 1)", lambda value: max(value) < 1, "betas")
+        check_settings(self, above(0), "learning_rate", "max_grad_norm")
+        check_settings(self, at_least(0), "weight_decay")
+        check_settings(self, FRACTION, "warmup_fraction")
+        check_settings(self, one_of(("constant", "cosine")), "schedule")
+        check_settings(
+            self, Allowed("two numbers in [0, 1)", lambda value: len(value) == 2 and min(value) >= 0), "betas"
+        )
+        check_settings(self, Allowed("two numbers in [0, 1)", lambda value: max(value) < 1), "betas")
 
 
 @dataclass(kw_only=True)
@@ -91,11 +76,10 @@ class AlgorithmConfig:
     warm_start: Any = None
 
     def __post_init__(self) -> None:
-        check_settings(self, "at least 1", lambda value: value >= 1, "batch_size", "num_minibatches", "num_epochs")
-        check_settings(self, "at least 1", lambda value: value >= 1, "reduction_length")
+        check_settings(self, COUNT, "batch_size", "num_minibatches", "num_epochs", "reduction_length")
         limit = self.batch_size
-        check_settings(self, f"at most batch_size ({limit})", lambda value: value <= limit, "num_minibatches")
-        check_settings(self, f"one of {', '.join(LOSS_REDUCTIONS)}", LOSS_REDUCTIONS.__contains__, "loss_reduction")
+        check_settings(self, Allowed(f"at most batch_size ({limit})", lambda value: value <= limit), "num_minibatches")
+        check_settings(self, one_of(LOSS_REDUCTIONS), "loss_reduction")
 
 
 @dataclass(kw_only=True)
@@ -123,9 +107,9 @@ class DemonstrationsConfig:
     filters: list[str] = field(default_factory=lambda: list(FILTERS))
 
     def __post_init__(self) -> None:
-        check_settings(self, "at least 1 or null", lambda value: value is None or value >= 1, "num")
+        check_settings(self, or_none(COUNT), "num")
         allowed = f"a list of some of {', '.join(FILTERS)}"
-        check_settings(self, allowed, lambda value: set(value) <= set(FILTERS), "filters")
+        check_settings(self, Allowed(allowed, lambda value: set(value) <= set(FILTERS)), "filters")
 
 
 @dataclass(kw_only=True)
@@ -159,10 +143,8 @@ class DemonstrationConfig(AlgorithmConfig):
             )
         self.num_demonstrations = self.num_demonstrations if num is None else num
         counts = ("num_demonstrations", "max_questions_per_demonstration")
-        check_settings(self, "at least 1", lambda value: value >= 1, *counts)
-        check_settings(
-            self, "in (0, 1] or null", lambda value: value is None or 0 < value <= 1, "hand_over_exact_match"
-        )
+        check_settings(self, COUNT, *counts)
+        check_settings(self, or_none(Allowed("in (0, 1]", lambda value: 0 < value <= 1)), "hand_over_exact_match")
 
 
 @dataclass(kw_only=True)
@@ -207,11 +189,10 @@ class PolicyGradientConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "above 0", lambda value: value > 0, "steps", "clip_range")
-        above = ("kl_clip", "clip_range_high")
-        check_settings(self, "above 0, or null", lambda value: value is None or value > 0, *above)
-        check_settings(self, f"one of {', '.join(ANCHORS)}", ANCHORS.__contains__, "anchor")
-        check_settings(self, "at least 0", lambda value: value >= 0, "kl_coef", "entropy_coef")
+        check_settings(self, above(0), "steps", "clip_range")
+        check_settings(self, or_none(above(0)), "kl_clip", "clip_range_high")
+        check_settings(self, one_of(ANCHORS), "anchor")
+        check_settings(self, at_least(0), "kl_coef", "entropy_coef")
 
 
 @dataclass(kw_only=True)
@@ -232,8 +213,8 @@ class CriticConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "at least 0", lambda value: value >= 0, "critic_warmup_steps")
-        check_settings(self, "above 0", lambda value: value > 0, "value_clip_range")
+        check_settings(self, at_least(0), "critic_warmup_steps")
+        check_settings(self, above(0), "value_clip_range")
 
 
 @dataclass(kw_only=True)
@@ -260,7 +241,7 @@ class LearnerConfig:
     value_coef: float = 0.5
 
     def __post_init__(self) -> None:
-        check_settings(self, f"one of {', '.join(PRECISIONS)}", PRECISIONS.__contains__, "precision")
-        check_settings(self, f"one of {', '.join(CRITICS)}", CRITICS.__contains__, "critic")
-        check_settings(self, "at least 1", lambda value: value >= 1, "micro_batch_tokens", "chunk_tokens")
-        check_settings(self, "at least 0", lambda value: value >= 0, "value_coef")
+        check_settings(self, one_of(PRECISIONS), "precision")
+        check_settings(self, one_of(CRITICS), "critic")
+        check_settings(self, COUNT, "micro_batch_tokens", "chunk_tokens")
+        check_settings(self, at_least(0), "value_coef")

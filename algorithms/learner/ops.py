@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.settings import FRACTION, check_value, one_of
 
 if TYPE_CHECKING:  # this module calls only methods of tensors, so settings can import it without loading torch
     from torch import Tensor
@@ -104,7 +105,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
     Raises:
         ConfigurationError: beta is outside [0, 1], or the shapes differ.
     """
-    _check_fraction("beta", beta)
+    check_value("beta", beta, FRACTION)
     log_q, log_p = _log_probs(student_logits, teacher_logits)
     if beta == 0:
         return _kl(log_p, log_q)
@@ -125,7 +126,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
     Raises:
         ConfigurationError: alpha is outside [0, 1], or the shapes differ.
     """
-    _check_fraction("alpha", alpha)
+    check_value("alpha", alpha, FRACTION)
     log_q, log_p = _log_probs(student_logits, teacher_logits)
     return _kl(log_p, _log_mixture(log_p, log_q, alpha))
 
@@ -141,7 +142,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
     Raises:
         ConfigurationError: alpha is outside [0, 1], or the shapes differ.
     """
-    _check_fraction("alpha", alpha)
+    check_value("alpha", alpha, FRACTION)
     log_q, log_p = _log_probs(student_logits, teacher_logits)
     return _kl(log_q, _log_mixture(log_q, log_p, alpha))
 
@@ -157,7 +158,7 @@ def taid_kl(student_logits: Tensor, teacher_logits: Tensor, t: float) -> Tensor:
     Raises:
         ConfigurationError: t is outside [0, 1], or the shapes differ.
     """
-    _check_fraction("t", t)
+    check_value("t", t, FRACTION)
     if t == 0:  # 0 times minus infinity would be NaN
         target = student_logits.detach()
     elif t == 1:
@@ -196,11 +197,6 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
     return (log_p + math.log(weight)).logaddexp(log_q + math.log1p(-weight)).masked_fill(neither, -math.inf)
 
 
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ConfigurationError(f"{name} must be in [0, 1], got {value}.")
-
-
 # --- policy gradients ------------------------------------------------------------------------------------------------
 
 
@@ -220,8 +216,7 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str, clip: 
     Raises:
         ConfigurationError: The estimator has another name.
     """
-    if estimator not in KL_ESTIMATORS:
-        raise ConfigurationError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}.")
+    check_value("kl_estimator", estimator, one_of(KL_ESTIMATORS))
     estimate = KL_ESTIMATORS[estimator](_difference(logprobs, other_logprobs))
     return estimate if clip is None else estimate.clamp(-clip, clip)
 
@@ -308,8 +303,8 @@ def gae(
     Raises:
         ConfigurationError: The shapes differ, or discount or gae_lambda is outside [0, 1].
     """
-    _check_fraction("discount", discount)
-    _check_fraction("gae_lambda", gae_lambda)
+    check_value("discount", discount, FRACTION)
+    check_value("gae_lambda", gae_lambda, FRACTION)
     if not token_rewards.shape == values.shape == response_mask.shape:
         raise ConfigurationError(
             "token_rewards, values and response_mask must have the same shape [B, T], got "
@@ -370,8 +365,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "group") -
     Raises:
         ConfigurationError: A group has one member only, or the scale has another name.
     """
-    if scale not in REWARD_SCALES:
-        raise ConfigurationError(f"scale must be one of {', '.join(REWARD_SCALES)}, got {scale!r}.")
+    check_value("scale", scale, one_of(REWARD_SCALES))
     # The statistics are computed on the CPU, because some accelerators have no float64.
     reward = rewards.detach().cpu().double()
     groups, index, sizes = group_ids.cpu().unique(return_inverse=True, return_counts=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.settings import COUNT, Allowed, at_least, check_settings
 
 
 @dataclass
@@ -12,12 +12,12 @@ class RolloutConfig:
     """How the policy writes.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the most probable token instead of drawing one.
-        top_p: Draw among the fewest tokens with at least this share of the probability, in (0, 1].
+        temperature: Divides the logits; 0 takes the most probable token (greedy) instead of drawing one.
+        top_p: Draw among the fewest tokens with at least this share of the probability, in (0, 1]; 1: all.
         top_k: Draw among this many most probable tokens; 0: all.
         max_new_tokens: Most tokens of one action.
-        max_tokens: Most tokens of an episode: prompt, actions and observations. An episode that needs more is cut off,
-            and earns what the reward gives without an answer.
+        max_tokens: Most tokens of an episode: prompt, actions and observations; at least a token of each prompt and
+            action. An episode that needs more is cut off, and earns what the reward gives without an answer.
     """
 
     temperature: float = 1.0
@@ -27,13 +27,7 @@ class RolloutConfig:
     max_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigurationError(f"temperature must be at least 0 (0: greedy), got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigurationError(f"top_p must be in (0, 1], got {self.top_p}; 1 switches it off.")
-        if self.top_k < 0:
-            raise ConfigurationError(f"top_k must be at least 0, got {self.top_k}; 0 switches it off.")
-        if self.max_new_tokens < 1:
-            raise ConfigurationError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if self.max_tokens < 2:
-            raise ConfigurationError(f"max_tokens must be at least 2 (prompt and action), got {self.max_tokens}.")
+        check_settings(self, at_least(0), "temperature", "top_k")
+        check_settings(self, Allowed("in (0, 1]", lambda value: 0 < value <= 1), "top_p")
+        check_settings(self, COUNT, "max_new_tokens")
+        check_settings(self, at_least(2), "max_tokens")

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import sha256, sync
+from agentic_rag_env.settings import COUNT, check_value, or_none
 from algorithms.learner.networks import no_progress_bars
 
 MANIFEST = "manifest.json"
@@ -88,8 +89,7 @@ def save(
         TypeError: A state holds an object that could not be loaded back safely.
         OSError: The disk is full or not writable; earlier checkpoints are as they were.
     """
-    if keep_last is not None and keep_last < 1:
-        raise ConfigurationError(f"keep_last must be at least 1, or null to keep all; got {keep_last}.")
+    check_value("keep_last", keep_last, or_none(COUNT, "all"))
     state: dict[str, Any] = {"learner": dict(learner_state), "trainer": dict(trainer_state)}
     _require_plain(state, "state")
     state["critic"] = None if critic is None else critic.state_dict()

@@ -23,8 +23,9 @@ import algorithms
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes import DEFAULT_PROBES
 from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS, Registry, did_you_mean
+from agentic_rag_env.settings import COUNT, FRACTION, Allowed, above, at_least, check_settings, one_of, or_none
 from algorithms.assets import ASSETS
-from algorithms.learner.algorithm import ALGORITHMS, check_settings
+from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.config import WITHOUT_EFFECT, DemonstrationConfig, LearnerConfig
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training import presets
@@ -50,7 +51,7 @@ class ModelConfig:
     teacher_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check_settings(self, "above 0", lambda value: value > 0, "teacher_temperature")
+        check_settings(self, above(0), "teacher_temperature")
 
 
 #: Which passages an evaluation shows; all but the first are names of probes.
@@ -75,12 +76,12 @@ class ScoringConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self, "at least 1, or null for all", lambda value: value is None or value >= 1, "num_questions")
+        check_settings(self, or_none(COUNT, "all"), "num_questions")
         check_settings(
-            self, "one or more numbers of at least 0", lambda value: value and min(value) >= 0, "temperatures"
+            self, Allowed("one or more numbers of at least 0", lambda value: value and min(value) >= 0), "temperatures"
         )
-        check_settings(self, "at least 0", lambda value: value >= 0, "seed")
-        check_settings(self, f"one of {', '.join(CORPORA)}", CORPORA.__contains__, "corpus")
+        check_settings(self, at_least(0), "seed")
+        check_settings(self, one_of(CORPORA), "corpus")
 
 
 @dataclass
@@ -99,8 +100,8 @@ class EvaluationConfig(ScoringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, "at least 0", lambda value: value >= 0, "every")
-        check_settings(self, "at least 1", lambda value: value >= 1, "num_dev_questions")
+        check_settings(self, at_least(0), "every")
+        check_settings(self, COUNT, "num_dev_questions")
 
 
 @dataclass
@@ -114,7 +115,7 @@ class DemonstrationsConfig:
     num: int | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self, "at least 1, or null", lambda value: value is None or value >= 1, "num")
+        check_settings(self, or_none(COUNT), "num")
 
 
 @dataclass
@@ -160,15 +161,13 @@ class RunConfig:
     allow: list[str] = field(default_factory=list, metadata=WITHOUT_EFFECT)
 
     def __post_init__(self) -> None:
-        check_settings(self, "in [0, 2**32)", lambda value: 0 <= value < 2**32, "seed")
-        check_settings(self, "at least 1", lambda value: value >= 1, "num_envs", "checkpoint_every")
-        check_settings(self, "at least 0", lambda value: value >= 0, "probe_every")
+        check_settings(self, Allowed("in [0, 2**32)", lambda value: 0 <= value < 2**32), "seed")
+        check_settings(self, COUNT, "num_envs", "checkpoint_every")
+        check_settings(self, at_least(0), "probe_every")
         for probe in self.probes:
             PROBES.build(probe)  # finds a misspelled one before training
-        check_settings(self, "in [0, 1]", lambda value: 0 <= value <= 1, "max_retriever_error_fraction")
-        check_settings(
-            self, "at least 1, or null", lambda value: value is None or value >= 1, "threads", "keep_checkpoints"
-        )
+        check_settings(self, FRACTION, "max_retriever_error_fraction")
+        check_settings(self, or_none(COUNT), "threads", "keep_checkpoints")
 
 
 @dataclass
