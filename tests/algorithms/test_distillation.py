@@ -178,7 +178,7 @@ def test_distillm_refuses_a_replay_that_could_not_be_split_into_minibatches():
 
 
 def test_distillm_needs_demonstrations_to_hold_out():
-    with pytest.raises(ConfigurationError, match="num_validation must be at least 1, got 0"):
+    with pytest.raises(ConfigurationError, match="num_validation must be an integer of at least 1, got 0"):
         DistiLLMConfig(num_validation=0)
     with pytest.raises(ConfigurationError, match=r"below num_demonstrations \(20\), got 32"):
         DistiLLMConfig(num_demonstrations=20)

@@ -166,7 +166,7 @@ def test_nothing_of_these_is_a_clear_error(scored, tmp_path, monkeypatch):
     [
         ("env.max_turn=3", "Key 'max_turn' not in"),
         ("retriever.k1=much", "could not be converted to Float"),
-        ("rollout.max_new_tokens=0", "max_new_tokens must be at least 1, got 0"),
+        ("rollout.max_new_tokens=0", "max_new_tokens must be an integer of at least 1, got 0"),
         ("dataset=jsonl", "dataset.questions has no default and must be set"),
         ("dataset.split=tset", "Did you mean 'test'?"),
         ("evaluation.temperatures=[]", "temperatures must be"),

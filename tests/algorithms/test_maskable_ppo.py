@@ -274,8 +274,8 @@ def test_a_batch_of_one_turn_is_refused():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"total_env_steps": 0}, "total_env_steps must be at least 1, got 0"),
-        ({"turns_per_update": 0}, "turns_per_update must be at least 1, got 0"),
+        ({"total_env_steps": 0}, "total_env_steps must be an integer of at least 1, got 0"),
+        ({"turns_per_update": 0}, "turns_per_update must be an integer of at least 1, got 0"),
         ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         ({"discount": 1.5}, r"discount must be in \[0, 1\], got 1.5"),

@@ -239,7 +239,7 @@ def test_nothing_is_removed_before_the_new_one_is_complete(tmp_path, monkeypatch
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     with pytest.raises(TypeError, match=r"state\['trainer'\]\['path'\]\[0\] is a PosixPath"):
         save(tmp_path, 1, trainer_state={"path": [Path("x")]})
-    with pytest.raises(ConfigurationError, match="keep_last must be at least 1, or null to keep all; got 0"):
+    with pytest.raises(ConfigurationError, match="keep_last must be an integer of at least 1, or None for all, got 0"):
         save(tmp_path, 1, keep_last=0)
     assert not (tmp_path / "checkpoints").exists()
 
