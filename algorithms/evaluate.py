@@ -15,6 +15,7 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.terminal import printable
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
+from algorithms.launch.processes import carry_out, start
 from algorithms.sb3.learner import is_outside_learner
 from algorithms.training.model_names import newest_checkpoint, resolve_model
 from algorithms.training.run_files import CONFIG_FILE, read_settings, write_summary
@@ -38,7 +39,11 @@ class Found:
 
 
 def main() -> None:
-    """Entry point; Hydra composes the configuration."""
+    """Entry point; Hydra composes the configuration. `torchrun` calls it in several processes."""
+    start(_read, evaluate)
+
+
+def _read() -> None:
     with clear_errors():
         prepare("evaluate")
     _main()
@@ -49,7 +54,8 @@ def _main(config: DictConfig) -> None:
     with clear_errors():
         given: Any = OmegaConf.to_container(config, resolve=True)
         found = find(given.pop("checkpoint"), given["cache_dir"])
-        evaluate(evaluate_config(given, found.model, found.settings), Path(HydraConfig.get().runtime.output_dir))
+        config = evaluate_config(given, found.model, found.settings)
+        carry_out(evaluate, config, Path(HydraConfig.get().runtime.output_dir))
 
 
 def find(name: str | None, cache_dir: str = RunConfig.cache_dir) -> Found:
@@ -102,7 +108,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 
 
 def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
-    """Let a model play a split in every mode of decoding. No teacher is loaded.
+    """Let a model play a split in every mode of decoding. No teacher is loaded; processes of `torchrun` share the work.
 
     Args:
         config: The settings; `model.policy` is the model, `dataset.split` what it plays.
@@ -114,12 +120,14 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
     # Imported here, so that --help and the report of a typo need not wait for torch.
     import torch
 
+    from algorithms.learner import ranks
     from algorithms.training import evaluation
     from algorithms.training.arc_table import show_arc
     from algorithms.training.build import Environments, Networks
     from algorithms.training.fingerprints import fingerprints
     from algorithms.training.summary import console, provenance, results_table, show_episode
 
+    ranks.join()
     if config.threads:
         torch.set_num_threads(config.threads)
     started = time.perf_counter()
@@ -144,6 +152,8 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
         "config": asdict(config),
         **provenance(networks.device),
     }
+    if not ranks.is_first():
+        return summary
     write_summary(output_dir, summary)
     terminal = console()
     played = f"{result.num_questions} of the {len(envs.dataset)} questions of {envs.dataset.name}, split {split}"

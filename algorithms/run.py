@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
 from algorithms.launch.hydra_launcher import register_launcher
+from algorithms.launch.processes import carry_out, start
 from algorithms.launch.run_guard import left_to_run, no_trace_of_refusals
 from algorithms.sb3.learner import outside_learner
 from algorithms.training.settings import RunConfig, by_group, register_schemas, run_config
@@ -24,7 +26,11 @@ with clear_errors():  # of a plug-in
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point. `torchrun` calls it in several processes."""
+    start(_read, run)
+
+
+def _read() -> None:
     sys.argv[1:] = map(by_group, sys.argv[1:])
     with clear_errors():
         prepare("config")
@@ -38,11 +44,11 @@ def _composed(config: DictConfig) -> None:
     with clear_errors(run_dir), no_trace_of_refusals(run_dir, config):
         left = left_to_run(run_dir, config)
         if left is not None:
-            run(run_config(left), run_dir)
+            carry_out(run, run_config(left), run_dir)
 
 
 def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """Carry out a whole run, from the raw models to the summary.
+    """Carry out a whole run, from the raw models to the summary. Processes of `torchrun` carry it out together.
 
     Args:
         config: All settings.
@@ -54,15 +60,18 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     # Imported here, so that --help and the report of a typo need not wait for torch.
     import torch
 
-    from algorithms.learner import seeding
+    from algorithms.learner import ranks, seeding
     from algorithms.training.summary import finish
     from algorithms.training.trainer import Trainer
 
+    ranks.join()
     if config.threads:
         torch.set_num_threads(config.threads)
     seeding.seed_everything(config.seed)
     if (outside := outside_learner(config.algo)) is not None:
-        return outside.run(config, run_dir)
+        if ranks.count() > 1:
+            warnings.warn(f"{outside.name} trains in one process; the others wait for it.", stacklevel=2)
+        return ranks.decided(lambda: outside.run(config, run_dir))
     trainer = Trainer(config, run_dir)
     trainer.train()
     return finish(trainer)

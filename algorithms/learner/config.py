@@ -11,12 +11,21 @@ from agentic_rag_env.settings import COUNT, FRACTION, Allowed, above, at_least, 
 #: Metadata of a field whose setting says how a run is carried out, and does not change its results.
 WITHOUT_EFFECT = {"without_effect": True}
 LOSS_REDUCTIONS = ("token-mean", "seq-mean", "constant")
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 #: Conditions that a demonstration may have to meet.
 FILTERS = ("correct", "well_formed", "length")
 CRITICS = ("separate", "shared")
 #: Whom a KL penalty may pull towards, and what the names of its figures in `NEEDS` and `Batch` begin with.
 ANCHORS = {"reference": "ref", "teacher": "teacher"}
+
+
+def working_dtype(precision: str) -> str:
+    """Name of the dtype of weights, stored log-probabilities and losses, whatever a network computes in.
+
+    Args:
+        precision: One of `PRECISIONS`.
+    """
+    return "float64" if precision == "float64" else "float32"
 
 
 @dataclass(kw_only=True)
@@ -224,7 +233,8 @@ class LearnerConfig:
     Attributes:
         precision: Precision of the computation, rollouts included: "float32", "bfloat16" (autocast) or "auto". "auto"
             is bfloat16 on a GPU, and on a CPU with matrix units for it (AMX) if the model has at least ten million
-            parameters; else float32. Weights and optimizer are float32.
+            parameters; else float32. Weights and optimizer are float32. "float64" is for proofs: everything from the
+            rollout to the optimizer is float64, so that the order of sums hardly shows.
         micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
         chunk_tokens: Model-written tokens that go through the LM head at once. A chunk of logits takes this times the
             vocabulary times 4 bytes, and about four chunks exist at the peak.

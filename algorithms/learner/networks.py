@@ -22,6 +22,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner import ops
+from algorithms.learner.config import working_dtype
 from algorithms.learner.model_folders import (
     as_folder,
     hint_for,
@@ -89,6 +91,8 @@ def load_model(
             f"another shape, among them {lacking[0]}. Copy config.json and weights from the same model."
         )
     model = model.to(device).eval()
+    if model.dtype == torch.float64:
+        _keep_norms_in_float64(model)
     check_lm_head(model)
     return model
 
@@ -115,7 +119,7 @@ def decided_precision(precision: str, model: PreTrainedModel) -> str:
         model: The model on its device.
 
     Returns:
-        "float32" or "bfloat16".
+        "float32", "bfloat16" or "float64".
     """
     if precision != "auto":
         return precision
@@ -255,9 +259,9 @@ def lm_logits(model: PreTrainedModel, hidden: Tensor, vocab_size: int) -> Tensor
         vocab_size: V, at most the width of the model's logits.
 
     Returns:
-        [n, V] float32.
+        [n, V] float32, or float64 from a float64 model.
     """
-    return model.get_output_embeddings()(hidden)[..., :vocab_size].float()
+    return ops.at_least_float32(model.get_output_embeddings()(hidden)[..., :vocab_size])
 
 
 @torch.no_grad()
@@ -270,9 +274,9 @@ def check_lm_head(model: PreTrainedModel) -> None:
     width = logit_width(model)
     input_ids = (torch.arange(6, device=model.device) * 7919 % width)[None]
     attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
-    own = model(input_ids=input_ids).logits[0].float().log_softmax(dim=-1)
+    own = ops.at_least_float32(model(input_ids=input_ids).logits[0]).log_softmax(dim=-1)
     ours = lm_logits(model, backbone_hidden(model, input_ids, attention_mask)[0], width).log_softmax(dim=-1)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    tolerance = 0.05 if model.dtype.itemsize < 4 else 1e-3
     if (difference := float((own - ours).abs().max())) > tolerance:
         raise ConfigurationError(
             f"Models of type {model.config.model_type!r} do more to their logits than one matrix product (log-probs "
@@ -303,7 +307,8 @@ class Critic(nn.Module):
             self.backbone = trunk
         # A module in a tuple is not registered, so `parameters` and `state_dict` leave out the policy's.
         self._trunk: tuple[Any] = (trunk,)
-        self.head = nn.Linear(hidden_size, 1, device=embedding.device)
+        dtype = getattr(torch, working_dtype(str(embedding.dtype).rpartition(".")[2]))
+        self.head = nn.Linear(hidden_size, 1, device=embedding.device, dtype=dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -323,9 +328,19 @@ class Critic(nn.Module):
         return self.read(hidden[rows, columns])
 
     def read(self, hidden: Tensor) -> Tensor:
-        """Compute values [n] from hidden states [n, d], in float32 under autocast too, because returns are float32."""
+        """Compute values [n] from hidden states [n, d], in full precision under autocast too, like the returns."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(hidden.float()).squeeze(-1)
+            return self.head(ops.at_least_float32(hidden)).squeeze(-1)
+
+
+def _keep_norms_in_float64(model: PreTrainedModel) -> None:
+    """Replace norms that go through float32 whatever the model's dtype, as those of transformers do."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm") and (eps := getattr(norm, "variance_epsilon", None)):
+                exact = nn.RMSNorm(norm.weight.shape, eps)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
 
 
 @contextmanager

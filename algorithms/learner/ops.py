@@ -24,6 +24,11 @@ REWARD_SCALES = ("group", "batch", "none")
 MAX_LOG_RATIO = 20.0
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Turn what a network has computed into float32; float64 stays float64."""
+    return tensor if tensor.element_size() == 8 else tensor.float()
+
+
 # --- distributions ---------------------------------------------------------------------------------------------------
 
 

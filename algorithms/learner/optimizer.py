@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from algorithms.learner import ranks
 from algorithms.learner.algorithm import OptimizerConfig
 
 
@@ -51,7 +52,7 @@ class Optimizer:
         self.adamw.zero_grad()
 
     def apply(self, loss: Tensor, step: int) -> Tensor:
-        """Clip the gradients and step.
+        """Sum the gradients over the processes, clip them and step.
 
         Args:
             loss: [], the loss that the gradients belong to.
@@ -63,6 +64,7 @@ class Optimizer:
         Raises:
             FloatingPointError: Loss or gradient is not finite; nothing has been changed.
         """
+        ranks.sum_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if not torch.isfinite(loss) or not torch.isfinite(norm):
             raise FloatingPointError(

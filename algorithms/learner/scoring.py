@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from algorithms.learner import ops
+from algorithms.learner import ops, ranks
 from algorithms.learner.collate import micro_batches, predicting_positions
 from algorithms.learner.networks import Critic, autocast, backbone_hidden, lm_logits
 from algorithms.learner.types import Batch, Tokens
@@ -76,7 +76,7 @@ class Scorer:
     def values_at(self, critic: Critic, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Values [n] float32 of the states at the given positions; they carry gradient."""
         with autocast(micro.input_ids.device, self.precision):
-            return critic.values(micro.input_ids, micro.attention_mask, rows, columns).float()
+            return ops.at_least_float32(critic.values(micro.input_ids, micro.attention_mask, rows, columns))
 
     def hidden(self, network: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Hidden states [n, d]: the backbone's output at the given positions."""
@@ -96,12 +96,15 @@ class Scorer:
         return logits if self.temperature == 1 else logits / self.temperature
 
     def split(self, batch: Batch) -> Iterator[tuple[list[int], Batch, tuple[Tensor, Tensor]]]:
-        """Split a batch into micro-batches that hold model-written tokens.
+        """Split this process's share of a batch into micro-batches that hold model-written tokens.
 
         Yields:
             Rows of the batch, the micro-batch, and its predicting positions.
         """
-        for rows in micro_batches(batch.attention_mask.sum(dim=1).tolist(), self.micro_batch_tokens):
+        lengths = batch.attention_mask.sum(dim=1).tolist()
+        own = ranks.share(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
+        for places in micro_batches([lengths[row] for row in own], self.micro_batch_tokens):
+            rows = [own[place] for place in places]
             micro = batch.select(rows)
             at = predicting_positions(micro.response_mask)
             if len(at[0]):
@@ -112,7 +115,7 @@ class Scorer:
         for picked, micro, (rows, columns) in self.split(batch):
             whole_rows = torch.tensor(picked, device=rows.device)[rows]
             result[whole_rows, columns + 1] = compute(micro, rows, columns).to(result.dtype)
-        return result
+        return ranks.summed(result)
 
 
 def gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Tensor) -> Tokens:

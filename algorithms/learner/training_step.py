@@ -7,7 +7,7 @@ of logits exists at a time, and never a [B, T, V] tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner import ops
+from algorithms.learner import ops, ranks
 from algorithms.learner.algorithm import NEEDS, Algorithm, Role
 from algorithms.learner.config import LearnerConfig, PolicyGradientConfig
 from algorithms.learner.networks import Critic
@@ -109,6 +109,7 @@ class Learner:
             for _, part, _ in self._chunks(micro, at, tokens, self.scorer.hidden(self.policy, micro, *at)):
                 total += float(self.algorithm.token_loss(part).sum())
                 num_tokens += len(part.ids)
+        total, num_tokens = map(sum, zip(*ranks.gathered((total, num_tokens)), strict=True))
         return total / num_tokens
 
     def update(self, batch: Batch, rng: np.random.Generator, *, fresh: bool = True) -> dict[str, float]:
@@ -172,21 +173,22 @@ class Learner:
     def _step_minibatch(self, batch: Batch, rows: Tensor, trains_policy: bool, figures: _Figures) -> None:
         """Accumulate the gradients of a minibatch's micro-batches, critic first, and step."""
         minibatch = batch.select(rows)
-        num_tokens = minibatch.response_mask.sum(dim=1)
+        num_tokens = minibatch.response_mask.sum(dim=1).to(minibatch.old_logprobs.dtype)
         if not num_tokens.any():
             raise ConfigurationError(
                 f"A minibatch of {len(minibatch)} trajectories has no model-written token; lower num_minibatches."
             )
         weights = self._weights(num_tokens)
         if self.critic_optimizer is not None and not (self.shared_critic and trains_policy):
-            losses = self._accumulate(minibatch, rows, weights, self._critic_backward, figures)
-            figures.add("critic_grad_norm", self.critic_optimizer.apply(losses["value_loss"], self.step))
+            losses = self._accumulate(minibatch, rows, weights, self._critic_backward, ["value_loss"], figures)
+            figures.add_whole("critic_grad_norm", self.critic_optimizer.apply(losses["value_loss"], self.step))
             self._zero_grad()
         if trains_policy:
-            losses = self._accumulate(minibatch, rows, weights, self._policy_backward, figures)
-            figures.add("grad_norm", self.policy_optimizer.apply(losses["loss"], self.step))
+            names = ["loss", "value_loss"] if self.shared_critic else ["loss"]
+            losses = self._accumulate(minibatch, rows, weights, self._policy_backward, names, figures)
+            figures.add_whole("grad_norm", self.policy_optimizer.apply(losses["loss"], self.step))
             if self.critic_optimizer is not None and self.shared_critic:
-                figures.add("critic_grad_norm", self.critic_optimizer.apply(losses["value_loss"], self.step))
+                figures.add_whole("critic_grad_norm", self.critic_optimizer.apply(losses["value_loss"], self.step))
             self._zero_grad()
         figures.first_minibatch = False
 
@@ -196,7 +198,7 @@ class Learner:
         if config.loss_reduction == "seq-mean":
             return 1.0 / (len(num_tokens) * num_tokens.clamp(min=1))
         if config.loss_reduction == "constant":
-            return torch.full(num_tokens.shape, 1.0 / (len(num_tokens) * config.reduction_length)).to(num_tokens.device)
+            return torch.full_like(num_tokens, 1.0 / (len(num_tokens) * config.reduction_length))
         return (1.0 / num_tokens.sum()).expand(len(num_tokens))
 
     def _zero_grad(self) -> None:
@@ -205,16 +207,22 @@ class Learner:
             self.critic_optimizer.zero_grad()
 
     def _accumulate(
-        self, minibatch: Batch, rows: Tensor, weights: Tensor, backward: Callable[..., _Losses], figures: _Figures
+        self,
+        minibatch: Batch,
+        rows: Tensor,
+        weights: Tensor,
+        backward: Callable[..., _Losses],
+        names: Sequence[str],
+        figures: _Figures,
     ) -> _Losses:
-        """Run a backward pass per micro-batch, and return the losses of the whole minibatch."""
-        totals: _Losses = {}
+        """Run a backward pass per micro-batch, and return the losses of the whole minibatch by these names."""
+        totals = {name: weights.new_zeros(()) for name in names}
         for picked, micro, at in self.scorer.split(minibatch):
             tokens = gather_tokens(micro, rows[picked].to(weights.device), *at)
             for name, loss in backward(micro, at, tokens, weights[picked][at[0]], figures).items():
-                totals[name] = totals.get(name, 0) + loss
+                totals[name] += loss
         for name, total in totals.items():
-            figures.add(name, total)
+            figures.add_whole(name, ranks.summed(total))
         return totals
 
     def _critic_backward(
@@ -290,7 +298,7 @@ class Learner:
         if isinstance(config := self.algorithm.config, PolicyGradientConfig):
             ratio, (low, high) = difference.exp(), config.clip_ranges
             figures.add("ratio", ratio)
-            figures.add("clip_fraction", ((ratio < 1 - low) | (ratio > 1 + high)).float())
+            figures.add("clip_fraction", ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype))
 
     def _trained(self) -> list[nn.Module]:
         return [self.policy] if self.critic is None or self.shared_critic else [self.policy, self.critic]
@@ -338,12 +346,24 @@ class _Figures:
         self._counts: dict[str, int] = {}
 
     def add(self, name: str, values: Tensor) -> None:
-        """Count each entry of `values` as one."""
+        """Count each entry of `values`, of this process's share of the tokens, as one."""
         self._sums[name] = self._sums.get(name, 0) + values.detach().sum()
         self._counts[name] = self._counts.get(name, 0) + values.numel()
 
+    def add_whole(self, name: str, value: Tensor) -> None:
+        """Count a figure of the whole minibatch, which every process knows, once."""
+        if ranks.rank() == 0:
+            self.add(name, value)
+
     def means(self) -> dict[str, float]:
-        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        """Means over what all processes have counted."""
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for own in ranks.gathered({name: (float(total), self._counts[name]) for name, total in self._sums.items()}):
+            for name, (total, count) in own.items():
+                sums[name] = sums.get(name, 0.0) + total
+                counts[name] = counts.get(name, 0) + count
+        return {name: total / counts[name] for name, total in sums.items()}
 
 
 def _enable_checkpointing(network: nn.Module) -> None:

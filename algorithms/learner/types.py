@@ -8,7 +8,7 @@ position that predicts it happens only in `collate.predicting_positions`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -199,3 +199,9 @@ class RolloutStats:
     retriever_errors: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
+
+    @classmethod
+    def of_all(cls, parts: Sequence[RolloutStats]) -> RolloutStats:
+        """What a rollout cost that several processes have shared: the longest time, and the sums of the rest."""
+        sums = {field.name: sum(getattr(part, field.name) for part in parts) for field in fields(cls)}
+        return cls(**{**sums, "seconds": max(part.seconds for part in parts)})

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner.config import working_dtype
 from algorithms.learner.networks import autocast, lm_logits, logit_width, pad_id
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.kv_cache import EpisodeCache, check_cache
@@ -143,7 +144,7 @@ class CachedEngine:
         self._counts = np.zeros(num_rows, dtype=np.int64)
         self._limits = np.zeros(num_rows, dtype=np.int64)
         self._ids = np.zeros((num_rows, config.max_new_tokens), dtype=np.int64)
-        self._logprobs = np.zeros((num_rows, config.max_new_tokens), dtype=np.float32)
+        self._logprobs = np.zeros((num_rows, config.max_new_tokens), dtype=working_dtype(precision))
         self._uniforms = np.zeros((num_rows, config.max_new_tokens))
         self._forget()
         self.set_weights(model)

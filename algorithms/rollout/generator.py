@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from agentic_rag_env.probes import Prompt
+from algorithms.learner import ranks
 from algorithms.rollout.engine import Engine
 from algorithms.rollout.tokenization import encode_plain, encode_prompts
 
@@ -16,7 +17,8 @@ class Generator:
     """Continues prompts, up to the end of text or the first closing tag.
 
     The parts of a `Prompt` reach the model as in an episode. The message goes through the chat template if there is
-    one, and what follows is plain text behind it.
+    one, and what follows is plain text behind it. Of several processes, the first one calls, and `answer` is what the
+    others do meanwhile (see `ranks.led`).
 
     Args:
         engine: The engine that writes, at temperature 0.
@@ -28,6 +30,14 @@ class Generator:
 
     def __call__(self, prompts: Sequence[str]) -> list[str | None]:
         """See `agentic_rag_env.probes.Generate`. A prompt that is too long gets None, and a warning says so."""
+        ranks.ask(list(prompts))
+        return self.answer(prompts)
+
+    def answer(self, prompts: Sequence[str]) -> list[str | None]:
+        """Continue this process's share of the prompts, and return what all processes have written."""
+        return ranks.in_order(self._continued(ranks.share(prompts)))
+
+    def _continued(self, prompts: Sequence[str]) -> list[str | None]:
         encoded = self._encode(prompts) if prompts else []
         max_tokens = self.engine.config.max_tokens
         fitting = [number for number, ids in enumerate(encoded) if len(ids) < max_tokens]

@@ -15,6 +15,7 @@ from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.retrievers.cached import stats_of
 from agentic_rag_env.types import StepInfo
 from agentic_rag_env.vector import info_at
+from algorithms.learner import ranks
 from algorithms.learner.seeding import rng
 from algorithms.learner.types import RolloutStats, Trajectory, Turn
 from algorithms.rollout.engine import Action, Engine
@@ -106,7 +107,7 @@ class Player:
         source: str = "policy",
         progress: Progress | None = None,
     ) -> tuple[list[Trajectory], RolloutStats]:
-        """Play one episode per question.
+        """Play one episode per question; each process plays its share, and all get all trajectories.
 
         Args:
             question_indices: Questions of the environments' dataset; may repeat.
@@ -114,10 +115,11 @@ class Player:
                 beside it has no effect.
             group_ids: One group id per question; None: each episode is a group of its own.
             source: Who plays, recorded in the trajectories.
-            progress: Called whenever episodes have finished.
+            progress: Called whenever episodes of this process have finished, with their number as if all processes had
+                finished as many.
 
         Returns:
-            The trajectories in the order of the questions, and what they cost.
+            The trajectories in the order of the questions, and what they cost in all processes.
 
         Raises:
             ConfigurationError: A prompt leaves no room for an action within `max_tokens`.
@@ -125,9 +127,14 @@ class Player:
         """
         rollout = _Rollout(self, question_indices, seed, group_ids, source, progress)
         try:
-            return rollout.run()
+            own, stats = rollout.run()
         finally:
             self.engine.close(list(rollout.episodes))
+        stats = RolloutStats.of_all(ranks.gathered(stats))
+        played = ranks.in_order(own)
+        if failures := [error for one in played if (error := one.turns[-1].info["error"]) is not None]:
+            rollout.check_failures(len(failures), failures[-1])
+        return played, stats
 
 
 @dataclass(slots=True)
@@ -144,7 +151,11 @@ class _Episode:
 
 
 class _Rollout:
-    """The state of one call of `Player.rollout`. `episodes` holds the episodes being played, by environment."""
+    """The state of one call of `Player.rollout`.
+
+    `numbers` are the places, in the order asked, of the questions that this process plays; `episodes` holds the
+    episodes being played, by environment.
+    """
 
     def __init__(
         self,
@@ -157,16 +168,17 @@ class _Rollout:
     ) -> None:
         self.player, self.engine, self.envs = player, player.engine, player.envs
         self.questions = [int(index) for index in question_indices]
+        self.numbers = ranks.share(range(len(self.questions)))
         self.group_ids = range(len(self.questions)) if group_ids is None else group_ids
         self.seed, self.source, self.progress = seed, source, progress
         self.episodes: dict[int, _Episode] = {}
         self.num_started = 0
         self.num_finished = 0
-        self.trajectories: list[Any] = [None] * len(self.questions)
+        self.trajectories: dict[int, Trajectory] = {}
         self.stats = RolloutStats()
 
     def run(self) -> tuple[list[Trajectory], RolloutStats]:
-        """Play until every question has its trajectory."""
+        """Play until every question of this process has its trajectory."""
         retriever = getattr(self.envs, "retriever", None)
         start, before, computed = time.perf_counter(), stats_of(retriever), self.engine.computed_tokens
         self._start(range(self.envs.num_envs))
@@ -178,11 +190,15 @@ class _Rollout:
         after = stats_of(retriever)
         for name in ("cache_hits", "cache_misses"):
             setattr(self.stats, name, after.get(name, 0) - before.get(name, 0))
-        return self.trajectories, self.stats
+        return [self.trajectories[number] for number in self.numbers], self.stats
+
+    def check_failures(self, failed: int, message: str) -> None:
+        """See the function of that name."""
+        check_failures(failed, len(self.questions), self.player.max_retriever_error_fraction, message)
 
     def _start(self, envs: Sequence[int]) -> None:
         """Give these environments the next questions, as far as there are any."""
-        numbers = range(self.num_started, min(self.num_started + len(envs), len(self.questions)))
+        numbers = self.numbers[self.num_started : self.num_started + len(envs)]
         envs = list(envs[: len(numbers)])
         if not envs:
             return
@@ -238,7 +254,7 @@ class _Rollout:
                 episode.num_tokens += len(observation)
                 self.engine.append(env, observation, self._draws(episode))
         if self.progress and any(action.row not in self.episodes for action in actions):
-            self.progress(self.num_finished, len(self.questions))
+            self.progress(min(self.num_finished * ranks.count(), len(self.questions)), len(self.questions))
 
     def _record_turn(self, episode: _Episode, action: Action, observation: np.ndarray | None, info: StepInfo) -> None:
         """Record a turn as the row holds it, so that every token follows exactly those before it; None: it ended."""
@@ -251,8 +267,7 @@ class _Rollout:
         self.stats.sampled_tokens += len(action.ids)
         if info["error"] is not None:
             self.stats.retriever_errors += 1
-            allowed = self.player.max_retriever_error_fraction
-            check_failures(self.stats.retriever_errors, len(self.questions), allowed, info["error"])
+            self.check_failures(self.stats.retriever_errors, info["error"])
 
     def _finish(self, env: int, info: StepInfo, terminated: bool) -> None:
         episode = self.episodes.pop(env)

@@ -14,6 +14,7 @@ import numpy as np
 
 from agentic_rag_env.files import read_rows, written_whole
 from agentic_rag_env.types import Passage, Question, StepInfo
+from algorithms.learner.config import working_dtype
 from algorithms.learner.types import Trajectory, Turn
 
 
@@ -88,6 +89,7 @@ def _to_json(trajectory: Trajectory, tokenizer: Any = None) -> dict[str, Any]:
         "message": trajectory.prompt,
         "prompt": text(trajectory.prompt_ids),
         "prompt_ids": trajectory.prompt_ids.tolist(),
+        **_wide(trajectory),
         "turns": [
             {
                 "action": text(turn.action_ids),
@@ -100,6 +102,11 @@ def _to_json(trajectory: Trajectory, tokenizer: Any = None) -> dict[str, Any]:
             for turn in trajectory.turns
         ],
     }
+
+
+def _wide(trajectory: Trajectory) -> dict[str, str]:
+    """Name the dtype of log-probabilities that are not float32."""
+    return {"logprobs": "float64"} if trajectory.turns[0].action_logprobs.dtype.itemsize == 8 else {}
 
 
 def _question_to_json(question: Question) -> dict[str, Any]:
@@ -115,12 +122,13 @@ def _add_figure(turns: Sequence[dict[str, Any]], name: str, values: np.ndarray) 
 
 
 def _from_json(row: dict[str, Any]) -> Trajectory:
+    dtype = working_dtype(row.get("logprobs", "float32"))
     return Trajectory(
         prompt_ids=np.array(row["prompt_ids"], dtype=np.int64),
         turns=[
             Turn(
                 action_ids=np.array(turn["action_ids"], dtype=np.int64),
-                action_logprobs=np.array(turn["action_logprobs"], dtype=np.float32),
+                action_logprobs=np.array(turn["action_logprobs"], dtype=dtype),
                 observation_ids=np.array(turn["observation_ids"], dtype=np.int64),
                 info=cast(
                     "StepInfo",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner import seeding
+from algorithms.learner import ranks, seeding
 from algorithms.learner.algorithm import Algorithm, Progress
 from algorithms.learner.types import RolloutStats, Trajectory
 from algorithms.rollout.player import Player
@@ -120,6 +120,8 @@ class Sources:
             "filters": [name for name in chosen.filters if wanted.correct_only or name != "correct"],
         }
         settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
+        if networks.precision == "float64":  # the key of every other precision is what it was before there was this one
+            settings["precision"] = networks.precision
         settings["teacher_temperature"] = config.model.teacher_temperature
         settings |= {"searched": of_retriever(envs.retriever), "source": chosen.source, "of": source.fingerprint}
         teacher = networks.place_of_teacher if source.by_model else None
@@ -132,7 +134,8 @@ class Sources:
             return demonstrations.collect(source, **asking, seed=config.seed, parts=parts)
 
         found = demonstrations.cached(path, make, tokenizer)
-        shutil.rmtree(parts, ignore_errors=True)
+        if ranks.is_first():
+            shutil.rmtree(parts, ignore_errors=True)
         if source.by_model and networks.reads_otherwise:  # the policy learns to write behind its own prompts
             prompts = encode_prompts(networks.tokenizer, [one.prompt for one in found.trajectories])
             found.trajectories = [

@@ -16,8 +16,9 @@ from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
 from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.learner import ranks
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
-from algorithms.learner.config import DemonstrationsConfig
+from algorithms.learner.config import DemonstrationsConfig, working_dtype
 from algorithms.learner.networks import (
     decided_precision,
     declared_vocab_size,
@@ -120,22 +121,22 @@ class Networks:
         ConfigurationError: A model is missing or broken, or the teacher's vocabulary is not the policy's.
 
     Attributes:
-        device: Where the networks are: the first GPU if there is one.
+        device: Where the networks are: the first GPU if there is one, or this process's own of several.
         tokenizer: The policy's tokenizer.
         teacher_tokenizer: The teacher's tokenizer, which may have another chat template. Without a teacher, it is the
             policy's.
-        policy: The network being trained, float32.
-        precision: Precision of the computation, "float32" or "bfloat16".
+        policy: The network being trained, float32, or float64 if that is the precision.
+        precision: Precision of the computation, "float32", "bfloat16" or "float64".
         vocab_size: Ids that policy and teacher have in common.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = ranks.device()
         policy, teacher = config.model.policy, config.model.teacher
         self.tokenizer = load_tokenizer(self.place(policy))
         self.teacher_tokenizer = self.tokenizer if teacher is None else load_tokenizer(self.place(teacher))
-        self.policy = load_model(self.place(policy), device=self.device)
+        self.policy = self.load(self.place(policy))
         require_rows(self.tokenizer, logit_width(self.policy), policy)
         self.precision = decided_precision(config.learner.precision, self.policy)
         self.vocab_size = self._shared_vocab_size()
@@ -145,6 +146,10 @@ class Networks:
     def place(self, name: str) -> str:
         """Folder or hub id of a model that the configuration names."""
         return resolve_model(name, self._config.cache_dir)
+
+    def load(self, path: str) -> PreTrainedModel:
+        """A model in the precision of the policy's weights, from a folder or a hub id."""
+        return load_model(path, device=self.device, dtype=working_dtype(self._config.learner.precision))
 
     @property
     def place_of_teacher(self) -> str | None:
@@ -162,8 +167,8 @@ class Networks:
             if self._config.model.teacher is None:
                 raise ConfigurationError("This algorithm needs a teacher, and model.teacher is null; name a model.")
             path = self.place(self._config.model.teacher)
-            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-            teacher = load_model(path, device=self.device, dtype=dtype)
+            in_full = self.device.type == "cpu" or self.precision == "float64"
+            teacher = self.load(path) if in_full else load_model(path, device=self.device, dtype=torch.bfloat16)
             temperature = self._config.model.teacher_temperature
             self._teacher = freeze(teacher if temperature == 1 else soften(teacher, temperature))
             self._teachers.add(self._teacher)

@@ -19,6 +19,7 @@ from agentic_rag_env.probes import Figures, Material, interval, macro_interval, 
 from agentic_rag_env.rewards import sub_exact_match
 from agentic_rag_env.types import Question
 from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.learner import ranks
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player, Progress
@@ -112,9 +113,7 @@ def evaluate_model(
         lowest = min(result.trajectories)
 
         def ask() -> tuple[dict[str, Figures], bool]:
-            generator = networks.generator(model(), envs)
-            material = _material(generator, envs, result.trajectories[lowest], config.seed)
-            return run_probes(material, probes), not material.any_search_failed
+            return probe(networks.generator(model(), envs), envs, result.trajectories[lowest], probes, config.seed)
 
         result.arc = kept.arc(ask)
         result.probes_s = time.perf_counter() - started
@@ -152,8 +151,9 @@ def evaluate_player(
         result.trajectories[temperature] = trajectories
         result.figures[temperature] = measure(trajectories, dataset, config.seed)
         file = f"{file_name(split)}-{file_name(name)}-{mode}.jsonl"
-        write_trajectories(folder / "trajectories" / f"{file}.gz", trajectories, tokenizer, dataset)
-        write_predictions(folder / "predictions" / file, trajectories, dataset)
+        if ranks.is_first():
+            write_trajectories(folder / "trajectories" / f"{file}.gz", trajectories, tokenizer, dataset)
+            write_predictions(folder / "predictions" / file, trajectories, dataset)
     return result
 
 
@@ -163,8 +163,8 @@ def probe(
     trajectories: Sequence[Trajectory],
     probes: Sequence[Any],
     seed: int = 0,
-) -> dict[str, Figures]:
-    """Measure the figures of the ARC probes.
+) -> tuple[dict[str, Figures], bool]:
+    """Measure the figures of the ARC probes. The first process runs the probes, and all of them write.
 
     Args:
         generator: The model that played the trajectories.
@@ -174,15 +174,9 @@ def probe(
         seed: Seed of what the probes draw, and of the bootstrap.
 
     Returns:
-        The figures by probe.
+        The figures by probe, and whether they would be the same another time: no search has failed.
     """
-    return run_probes(_material(generator, envs, trajectories, seed), probes)
-
-
-def _material(
-    generator: Generator, envs: AgenticRAGVectorEnv, trajectories: Sequence[Trajectory], seed: int
-) -> Material:
-    return Material(
+    material = Material(
         questions=envs.dataset[: len(trajectories)],
         generate=generator,
         episodes=[[turn.info for turn in trajectory.turns] for trajectory in trajectories],
@@ -193,6 +187,7 @@ def _material(
         seed=seed,
         envs=envs,
     )
+    return ranks.led(lambda: (run_probes(material, probes), not material.any_search_failed), generator.answer)
 
 
 def arc_metrics(arc: Mapping[str, Figures], prefix: str = "arc") -> dict[str, float]:

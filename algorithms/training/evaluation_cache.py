@@ -11,6 +11,7 @@ from typing import Any
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.probes import Figures
 from agentic_rag_env.vector import AgenticRAGVectorEnv
+from algorithms.learner import ranks
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.trajectory_files import read_trajectories, write_trajectories
 from algorithms.training.build import Networks
@@ -78,13 +79,13 @@ class Kept:
         Episodes are not kept if a search has failed in any of them, because it may not fail another time.
         """
         path = self._folder and self._folder / f"{mode}.jsonl.gz"
-        if path and (kept := read_kept(path, read_trajectories)) is not None:
+        if path and (kept := ranks.decided(lambda: read_kept(path, read_trajectories))) is not None:
             return kept[0]
         self.found_all = False
         played = play()
         if any(trajectory.turns[-1].info["error"] is not None for trajectory in played):
             self._folder = None
-        elif path:
+        elif path and ranks.is_first():
             write_trajectories(path, played, self._tokenizer)
             seal(path)
         return played
@@ -96,11 +97,15 @@ class Kept:
             ask: Measures the figures, and says whether to keep them: not if a search has failed meanwhile.
         """
         path = self._folder and self._folder / "arc.json"
-        if path and (kept := read_kept(path, lambda file: json.loads(file.read_text(encoding="utf-8")))) is not None:
+        if path and (kept := ranks.decided(lambda: read_kept(path, _read_json))) is not None:
             return kept[0]
         self.found_all = False
         figures, is_lasting = ask()
-        if path and is_lasting:
+        if path and is_lasting and ranks.is_first():
             write_whole(path, json.dumps(figures).encode())
             seal(path)
         return figures
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -100,6 +100,25 @@ class RunLogger:
         self.close()
 
 
+class SilentLogger:
+    """The logger of a process that writes nothing, beside the one that does."""
+
+    def write(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
+        """See `RunLogger`."""
+
+    def text(self, name: str, transcript: str, step: int) -> None:
+        """See `RunLogger`."""
+
+    def message(self, text: str) -> None:
+        """See `RunLogger`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def write_results(
     run_dir: str | os.PathLike[str], config: Mapping[str, Any], metrics: Mapping[str, float], step: int
 ) -> None:

@@ -24,8 +24,8 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.terminal import printable
+from algorithms.learner import ranks
 from algorithms.learner.config import PolicyGradientConfig
-from algorithms.learner.networks import load_model
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.trajectory_files import transcript
 from algorithms.training import checkpoint, evaluation
@@ -58,8 +58,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         evaluated = [_evaluate(trainer, model) for model in _models(trainer)]
     spend(costs, probes_s=sum(model.probes_s for model in evaluated))
     summary = _summary(trainer, evaluated)
-    publish(trainer.run_dir, trainer.config, summary, evaluated, trainer.networks.tokenizer)
-    shutil.rmtree(trainer.run_dir / "evaluations", ignore_errors=True)
+    if ranks.is_first():
+        publish(trainer.run_dir, trainer.config, summary, evaluated, trainer.networks.tokenizer)
+        shutil.rmtree(trainer.run_dir / "evaluations", ignore_errors=True)
     return summary
 
 
@@ -135,7 +136,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_PER_MB),
         "versions": versions(),
-        "machine": {"device": str(device), "processor": platform.machine()},
+        "machine": {"device": str(device), "processor": platform.machine(), "processes": ranks.count()},
     }
 
 
@@ -206,7 +207,7 @@ def _models(trainer: Trainer) -> list[_Model]:
     for stage in trained:
         checkpoint.require_whole(trainer.run_dir / stage["checkpoint"])
     paths += [(stage["name"], str(trainer.run_dir / stage["checkpoint"])) for stage in trained]
-    models = [_Model(name, path, partial(load_model, path, device=networks.device)) for name, path in paths]
+    models = [_Model(name, path, partial(networks.load, path)) for name, path in paths]
     if config.model.teacher is not None:
         models.append(_Model("teacher", networks.place(config.model.teacher), networks.teacher))
     return models
@@ -219,7 +220,7 @@ def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
     root = trainer.run_dir if is_trained else Path(config.cache_dir).expanduser()
     kept_in = place(root / "evaluations", config, networks, envs, model.path, model.name == "teacher")
     waiting = "waiting for another run, which evaluates the same model"
-    with exclusively(kept_in.with_suffix(".lock"), waiting) if kept_in else nullcontext():
+    with exclusively(kept_in.with_suffix(".lock"), waiting) if kept_in and ranks.is_first() else nullcontext():
         result = evaluation.evaluate_model(
             model.name,
             model.load,

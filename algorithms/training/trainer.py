@@ -11,10 +11,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from agentic_rag_env.errors import ConfigurationError, DataError
-from algorithms.learner import seeding
+from algorithms.learner import ranks, seeding
 from algorithms.learner.algorithm import Algorithm, DemonstrationConfig, Progress, Role
 from algorithms.learner.collate import collate
-from algorithms.learner.networks import Critic, freeze, load_model, pad_id
+from algorithms.learner.networks import Critic, freeze, pad_id
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch, Trajectory
 from algorithms.rollout.replay import Replay
@@ -27,7 +27,7 @@ from algorithms.training.episode_figures import trajectory_metrics
 from algorithms.training.file_locks import make_cache
 from algorithms.training.presets import toy_settings
 from algorithms.training.run_files import CONFIG_FILE, differences
-from algorithms.training.run_logger import RunLogger
+from algorithms.training.run_logger import RunLogger, SilentLogger
 from algorithms.training.settings import RunConfig, settings_with_effect
 from algorithms.training.trajectory_samples import is_due, token_figures, write_check, write_sample
 
@@ -96,7 +96,7 @@ class Trainer:
         self.environments = Environments(config, self.networks.tokenizer)
         self._refuse_what_fails_late()
         self.position = Position()
-        self._resume_from = checkpoint.latest(run_dir)
+        self._resume_from = ranks.decided(lambda: checkpoint.latest(run_dir))
         if self._resume_from is not None:
             self._take_position(self._resume_from)
         if any(Role.TEACHER in stage.roles for stage in self.stages):
@@ -173,10 +173,11 @@ class Trainer:
     def train(self) -> None:
         """Train all stages to their end. The teacher is out of memory afterwards."""
         total = sum(self.num_steps(stage) for stage in self.stages)
-        with RunLogger(self.run_dir, total, start_step=self.position.step) as logger:
+        with self._logger(total) as logger:
             stages = ", then ".join(f"{stage.name} ({self.num_steps(stage)} steps)" for stage in self.stages)
             logger.message(f"training: {stages}; written to {self.run_dir}")
-            logger.message(f"computing in {self.networks.precision} on {self.networks.device}")
+            processes = f", {ranks.count()} processes" if ranks.count() > 1 else ""
+            logger.message(f"computing in {self.networks.precision} on {self.networks.device}{processes}")
             if self._resume_from is not None:
                 logger.message(f"resuming after step {self.position.step} of {total}")
             while self.position.stage < len(self.stages):
@@ -184,7 +185,12 @@ class Trainer:
                 self.position.next_stage()
         self.networks.release_teacher()
 
-    def _train_stage(self, algorithm: Algorithm, logger: RunLogger) -> None:
+    def _logger(self, total: int) -> RunLogger | SilentLogger:
+        if not ranks.is_first():
+            return SilentLogger()
+        return RunLogger(self.run_dir, total, start_step=self.position.step)
+
+    def _train_stage(self, algorithm: Algorithm, logger: RunLogger | SilentLogger) -> None:
         total = self.num_steps(algorithm)
         if total == 0:
             return
@@ -239,7 +245,7 @@ class Trainer:
         if start:
             checkpoint.require_whole(self.checkpoint_path(start))
         path = str(self.checkpoint_path(start)) if start else self.networks.place(self.config.model.policy)
-        return freeze(load_model(path, device=self.networks.device))
+        return freeze(self.networks.load(path))
 
     def _draw(self, algorithm: Algorithm, source: str) -> tuple[list[Trajectory], dict[str, float]]:
         """Draw the trajectories of the next step; also return figures of the rollout if there was one."""
@@ -291,12 +297,12 @@ class Trainer:
             write_sample(self.run_dir, self.position.step + 1, trajectories, dataset, tokenizer, figures)
 
     def _collate(self, trajectories: Sequence[Trajectory]) -> Batch:
-        pad, device = pad_id(self.networks.tokenizer), self.networks.device
-        batch = collate(trajectories, pad, device)
+        tensors = pad_id(self.networks.tokenizer), self.networks.device, self.networks.precision
+        batch = collate(trajectories, *tensors)
         if self.networks.reads_otherwise:
             prompts = encode_prompts(self.networks.teacher_tokenizer, [one.prompt for one in trajectories])
             read = [replace(one, prompt_ids=ids) for one, ids in zip(trajectories, prompts, strict=True)]
-            batch.read_by_teacher = collate(read, pad, device)
+            batch.read_by_teacher = collate(read, *tensors)
         return batch
 
     def _is_end_of_pass(self, algorithm: Algorithm) -> bool:
@@ -316,7 +322,7 @@ class Trainer:
         learner.algorithm.after_validation(loss)
         return {"train/validation_loss": loss}
 
-    def _check_on_dev(self, logger: RunLogger, probes: Sequence[Any]) -> dict[str, float]:
+    def _check_on_dev(self, logger: RunLogger | SilentLogger, probes: Sequence[Any]) -> dict[str, float]:
         """Measure greedy figures and probes on a few questions of the dev split, and keep some of the transcripts."""
         envs, tokenizer = self.environments.envs("dev"), self.networks.tokenizer
         count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))
@@ -327,12 +333,12 @@ class Trainer:
             self.position.note_check(metrics["dev/exact_match"])
             if probes:
                 generator = self.networks.generator(self.networks.policy, envs)
-                arc = evaluation.probe(generator, envs, trajectories, probes)
+                arc, _ = evaluation.probe(generator, envs, trajectories, probes)
                 metrics |= evaluation.arc_metrics(arc, "dev/arc")
         return metrics | clock
 
     def _save(self, learner: Learner) -> None:
-        with timed(self.position.costs, "checkpoint_s"):
+        def save() -> None:
             checkpoint.save(
                 self.run_dir,
                 self.position.step,
@@ -348,6 +354,9 @@ class Trainer:
                 keep_last=self.config.keep_checkpoints,
                 keep_steps=[*self.position.stage_starts, *self.position.best_steps()],
             )
+
+        with timed(self.position.costs, "checkpoint_s"):
+            ranks.decided(save)
 
 
 def _hand_over(algorithm: Algorithm) -> float | None:

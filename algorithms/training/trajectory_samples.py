@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from agentic_rag_env.datasets.base import QuestionSet
+from algorithms.learner import ranks
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch, Trajectory
 from algorithms.rollout.trajectory_files import transcript, write_trajectories
 from algorithms.training.episode_figures import dev_metrics
-from algorithms.training.run_logger import RunLogger
+from algorithms.training.run_logger import RunLogger, SilentLogger
 
 NUM_SAVED = 8
 _NUM_CHECKED = 16
@@ -42,6 +43,8 @@ def write_sample(
         tokenizer: Decodes the text beside the ids.
         figures: Figures of the first trajectories, see `token_figures`.
     """
+    if not ranks.is_first():
+        return
     saved = trajectories[:NUM_SAVED]
     ids = [trajectory.turns[-1].info["question_id"] for trajectory in saved]
     questions = {question.id: question for question in dataset if question.id in ids}
@@ -54,7 +57,7 @@ def write_check(
     trajectories: Sequence[Trajectory],
     dataset: QuestionSet,
     tokenizer: Any,
-    logger: RunLogger,
+    logger: RunLogger | SilentLogger,
 ) -> dict[str, float]:
     """Keep a check on the dev split: first trajectories in a file, and one transcript in the log, each time another.
 
@@ -69,8 +72,9 @@ def write_check(
     Returns:
         The figures to log.
     """
-    logger.text("transcripts/dev", transcript(trajectories[step % len(trajectories)], tokenizer), step)
-    write_trajectories(_path(run_dir, "dev", step), trajectories[:_NUM_CHECKED], tokenizer, dataset)
+    if ranks.is_first():
+        logger.text("transcripts/dev", transcript(trajectories[step % len(trajectories)], tokenizer), step)
+        write_trajectories(_path(run_dir, "dev", step), trajectories[:_NUM_CHECKED], tokenizer, dataset)
     return dev_metrics(trajectories)
 
 
@@ -96,6 +100,6 @@ def token_figures(batch: Batch, learner: Learner) -> list[dict[str, np.ndarray]]
         if network is not None:
             columns[f"{name}_kl"] = learner.scorer.kl(learner.policy, network, batch, name == "teacher")
     return [
-        {name: column[row][mask].float().cpu().numpy() for name, column in columns.items()}
+        {name: column[row][mask].cpu().numpy() for name, column in columns.items()}
         for row, mask in enumerate(batch.response_mask)
     ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from algorithms.learner import seeding
+from algorithms.learner import ranks, seeding
 from algorithms.learner.config import FILTERS
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.trajectory_files import read_trajectories, write_trajectories
@@ -78,7 +79,8 @@ def collect(
             if len(result.trajectories) >= count:
                 break
     del result.trajectories[count:]
-    result.dropped = dict(dropped) | {name: value for name, value in source.counts.items() if value}
+    counts = ranks.decided(lambda: source.counts)
+    result.dropped = dict(dropped) | {name: value for name, value in counts.items() if value}
     return result
 
 
@@ -123,15 +125,17 @@ def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> De
         make: Collects the demonstrations.
         tokenizer: Decodes the text in the file.
     """
-    found = read_kept(path, read_trajectories, warn=False)
+    found = ranks.decided(lambda: read_kept(path, read_trajectories, warn=False))
     if found is None:
         lock = path.with_name(path.name.removesuffix(".jsonl.gz") + ".lock")
-        with exclusively(lock, "waiting for another run, which collects the same demonstrations"):
-            found = read_kept(path, read_trajectories)
+        waiting = "waiting for another run, which collects the same demonstrations"
+        with exclusively(lock, waiting) if ranks.is_first() else nullcontext():
+            found = ranks.decided(lambda: read_kept(path, read_trajectories))
             if found is None:
                 made = make()
-                write_trajectories(path, made.trajectories, tokenizer)
-                seal(path, {name: value for name, value in vars(made).items() if name != "trajectories"})
+                if ranks.is_first():
+                    write_trajectories(path, made.trajectories, tokenizer)
+                    seal(path, {name: value for name, value in vars(made).items() if name != "trajectories"})
                 return made
     trajectories, numbers = found
     return Demonstrations(trajectories, **numbers)

@@ -11,6 +11,7 @@ import numpy as np
 
 from agentic_rag_env.registry import Registry
 from agentic_rag_env.types import Question
+from algorithms.learner import ranks
 from algorithms.learner.config import DemonstrationsConfig
 from algorithms.learner.types import RolloutStats, Trajectory
 from algorithms.rollout.config import RolloutConfig
@@ -97,7 +98,12 @@ class Authored(Source):
     def play(
         self, items: Sequence[int], seed: tuple[int, ...]
     ) -> tuple[list[Trajectory], list[str | None], RolloutStats]:
-        """See `Source`."""
+        """See `Source`. The first process plays alone, because an author may be a server that bills, or keep notes."""
+        return ranks.decided(lambda: self._play(items, seed))
+
+    def _play(
+        self, items: Sequence[int], seed: tuple[int, ...]
+    ) -> tuple[list[Trajectory], list[str | None], RolloutStats]:
         indices = [self.question_index(item) for item in items]
         questions = [self.envs.dataset[index] for index in indices]
         dialogues = [Dialogue(item, question) for item, question in zip(items, questions, strict=True)]

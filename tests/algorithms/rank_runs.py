@@ -1,0 +1,61 @@
+"""Small runs in one or several processes: `torchrun --nproc-per-node N tests/algorithms/rank_runs.py FOLDER NAME...`.
+
+Each run goes to `FOLDER/NAME`. All runs share the processes, because starting these takes longer than the runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+
+import algorithms.run
+from algorithms.learner import ranks
+from algorithms.training.settings import run_config
+
+FLOAT64 = "learner.precision=float64"
+#: 45 episodes in a rollout, 23 and 22 trajectories in a minibatch, 11 questions in a check: no number of them divides.
+COMMON = [
+    FLOAT64, "threads=1", "num_envs=13", "checkpoint_every=100", "dataset.num_passages=150", "dataset.num_questions=60",
+    "rollout.max_new_tokens=24", "rollout.max_tokens=512", "env.max_turns=2", "learner.micro_batch_tokens=1500",
+    "evaluation.num_questions=23", "evaluation.every=2", "evaluation.num_dev_questions=11", "probe_every=3",
+    "probes=[source_referencing,query_rewriting,search_behaviour]",
+]  # fmt: skip
+WARM_START = [f"algo.warm_start.{each}" for each in ("batch_size=8", "num_demonstrations=24", "epochs=3")]
+DISTILLED = ["algo.batch_size=8", "algo.num_demonstrations=24", "algo.epochs=3"]
+PLAYED = ["algo.batch_size=45", "algo.num_minibatches=2", "algo.steps=4"]
+CRITIC = [*PLAYED, "algo.critic_warmup_steps=1", "algo.kl_coef=0.02"]
+RUNS = {
+    "sft": ["algo=sft", *DISTILLED],
+    "kd": ["algo=kd", *DISTILLED],
+    "taid": ["algo=taid", *DISTILLED],
+    "gkd": ["algo=gkd", *WARM_START, *DISTILLED],
+    "distillm": ["algo=distillm", *WARM_START, "algo.batch_size=8", "algo.num_demonstrations=48", "algo.epochs=6",
+                 "algo.num_validation=16", "algo.tolerance=0", "algo.share_increment=0.4"],
+    "grpo": ["algo=grpo", "algo@algo.warm_start=sft", *WARM_START, *PLAYED, "algo.batch_size=44",
+             "algo.rollouts_per_prompt=4"],
+    "dgpo_grpo": ["algo=dgpo_grpo", *WARM_START, *PLAYED, "algo.batch_size=44", "algo.rollouts_per_prompt=4"],
+    "ppo": ["algo=ppo", *CRITIC],
+    "ppo_shared": ["algo=ppo", "algo.warm_start=null", "learner.critic=shared", *CRITIC],
+    "sft_ppo": ["algo=sft_ppo", *WARM_START, *CRITIC],
+    "dgpo": ["algo=dgpo", *WARM_START, *CRITIC, "algo.gae_lambda=0.9"],
+    "maskable_ppo": ["algo=maskable_ppo", "algo.total_env_steps=400", "algo.turns_per_update=20"],
+}  # fmt: skip
+
+
+def main(folder: Path, names: list[str], more: list[str]) -> None:
+    """Carry out runs, one after the other."""
+    ranks.join()
+    if not ranks.is_first():
+        warnings.simplefilter("ignore")
+    for name in names:
+        with initialize_config_module("conf", version_base="1.3"):
+            composed = compose("config", [*RUNS[name], *COMMON, f"cache_dir={folder}/cache", *more])
+        algorithms.run.run(run_config(composed), folder / name)
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [each for each in sys.argv[2:] if "=" not in each], [e for e in sys.argv[2:] if "=" in e])
