@@ -24,6 +24,7 @@ from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from algorithms.launch import job_pool
 from algorithms.launch.command_line import explanation
 from algorithms.launch.job_display import JobDisplay
+from algorithms.launch.processes import are_several
 from algorithms.launch.run_guard import begun, complete, require_same
 from algorithms.training import file_locks
 from algorithms.training.run_files import allowed, places, read_settings
@@ -41,25 +42,33 @@ class SlotsConfig:
     Attributes:
         num_slots: Jobs at a time. None: one for each GPU, or without GPUs for each CPU core, at most 8.
         gpus: How many of the visible GPUs to use; None for all, 0 for none. Slots beyond that number share them.
+        gpus_per_job: GPUs of a job, and so its processes. Without GPUs it is the number of its processes on the CPU.
     """
 
     _target_: str = f"{_HYDRA_NAME}.SlotsLauncher"
     num_slots: int | None = None
     gpus: int | None = None
+    gpus_per_job: int = 1
 
 
 class SlotsLauncher(Launcher):
     """Runs each job as `python -m algorithms.run` with the job's overrides, in a slot.
 
     Args:
-        num_slots, gpus: See `SlotsConfig`.
+        num_slots, gpus, gpus_per_job: See `SlotsConfig`.
     """
 
     __module__ = _HYDRA_NAME
 
-    def __init__(self, num_slots: int | None = None, gpus: int | None = None) -> None:
+    def __init__(self, num_slots: int | None = None, gpus: int | None = None, gpus_per_job: int = 1) -> None:
+        self._processes = gpus_per_job
         try:
-            self._slots = make_slots(num_slots, gpus)
+            if are_several():
+                raise ConfigurationError(
+                    "a multirun is started without torchrun; hydra.launcher.gpus_per_job gives each job several "
+                    "processes."
+                )
+            self._slots = make_slots(num_slots, gpus, gpus_per_job)
         except ConfigurationError as error:
             raise SystemExit(f"ConfigurationError: {error}") from error
 
@@ -175,7 +184,7 @@ class SlotsLauncher(Launcher):
         def command(slot: job_pool.Slot) -> list[str] | None:
             if complete(directory):
                 return None
-            start = [sys.executable, "-m", "algorithms.run", *self._hydra_flags()]
+            start = [sys.executable, *self._torchrun(), "-m", "algorithms.run", *self._hydra_flags()]
             if begun(directory):
                 # `_plan` has checked that its settings are this command's, so the job may use the places they name.
                 named = allowed([place for _, place in places(read_settings(directory))])
@@ -185,6 +194,12 @@ class SlotsLauncher(Launcher):
             return [*start, *given, *threads, f"hydra.run.dir={_quoted(directory)}", "hydra.mode=RUN"]
 
         return command
+
+    def _torchrun(self) -> list[str]:
+        """What starts a job in several processes, at a port of its own."""
+        if self._processes == 1:
+            return []
+        return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self._processes}"]
 
     def _hydra_flags(self) -> list[str]:
         """Flags that give the jobs the place where this command found its configuration."""
@@ -208,7 +223,7 @@ class SlotsLauncher(Launcher):
         )
 
 
-def make_slots(num_slots: int | None, gpus: int | None) -> list[job_pool.Slot]:
+def make_slots(num_slots: int | None, gpus: int | None, gpus_per_job: int = 1) -> list[job_pool.Slot]:
     """Divide the machine into slots.
 
     Raises:
@@ -216,19 +231,25 @@ def make_slots(num_slots: int | None, gpus: int | None) -> list[job_pool.Slot]:
     """
     if num_slots is not None and num_slots < 1:
         raise ConfigurationError(f"hydra.launcher.num_slots must be at least 1, or null; got {num_slots}.")
+    if gpus_per_job < 1:
+        raise ConfigurationError(f"hydra.launcher.gpus_per_job must be at least 1; got {gpus_per_job}.")
     visible = _visible_gpus() if gpus != 0 else []
     if gpus is not None and not 0 <= gpus <= len(visible):
         raise ConfigurationError(f"hydra.launcher.gpus must be from 0 to {len(visible)}, or null; got {gpus}.")
+    # What is left over when the GPUs do not divide is not used.
     used = visible[:gpus]
+    if used and len(used) < gpus_per_job:
+        raise ConfigurationError(f"hydra.launcher.gpus_per_job={gpus_per_job} needs more GPUs than the {len(used)} here.")
+    shares = [used[start : start + gpus_per_job] for start in range(0, len(used) - gpus_per_job + 1, gpus_per_job)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = num_slots or len(used) or min(cores, 8)
+    count = num_slots or len(shares) or max(1, min(cores, 8) // gpus_per_job)
     given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = given if given.isdecimal() else str(max(1, cores // count))
+    threads = given if given.isdecimal() else str(max(1, cores // (count * gpus_per_job)))
     slots = []
     for index in range(count):
-        gpu = used[index % len(used)] if used else ""
+        gpu = ",".join(shares[index % len(shares)]) if shares else ""
         environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}
-        slots.append(job_pool.Slot(index, environment, f"GPU {gpu}" if used else f"slot {index}"))
+        slots.append(job_pool.Slot(index, environment, f"GPU {gpu}" if shares else f"slot {index}"))
     return slots
 
 

@@ -16,27 +16,27 @@ from algorithms.learner import ranks
 from algorithms.training.settings import run_config
 
 FLOAT64 = "learner.precision=float64"
-#: 45 episodes in a rollout, 23 and 22 trajectories in a minibatch, 11 questions in a check: no number of them divides.
+#: 21 episodes in a rollout, 11 and 10 trajectories in a minibatch, 7 questions in a check: neither 2 nor 3 divides all.
 COMMON = [
     FLOAT64, "threads=1", "num_envs=13", "checkpoint_every=100", "dataset.num_passages=150", "dataset.num_questions=60",
     "rollout.max_new_tokens=24", "rollout.max_tokens=512", "env.max_turns=2", "learner.micro_batch_tokens=1500",
-    "evaluation.num_questions=23", "evaluation.every=2", "evaluation.num_dev_questions=11", "probe_every=3",
-    "probes=[source_referencing,query_rewriting,search_behaviour]",
+    "evaluation.num_questions=11", "evaluation.every=2", "evaluation.num_dev_questions=7", "probe_every=2",
+    "probes=[query_rewriting,search_behaviour]",
 ]  # fmt: skip
-WARM_START = [f"algo.warm_start.{each}" for each in ("batch_size=8", "num_demonstrations=24", "epochs=3")]
-DISTILLED = ["algo.batch_size=8", "algo.num_demonstrations=24", "algo.epochs=3"]
-PLAYED = ["algo.batch_size=45", "algo.num_minibatches=2", "algo.steps=4"]
+WARM_START = [f"algo.warm_start.{each}" for each in ("batch_size=5", "num_demonstrations=16", "epochs=1")]
+DISTILLED = ["algo.batch_size=5", "algo.num_demonstrations=16", "algo.epochs=1"]
+PLAYED = ["algo.batch_size=21", "algo.num_minibatches=2", "algo.steps=3"]
 CRITIC = [*PLAYED, "algo.critic_warmup_steps=1", "algo.kl_coef=0.02"]
 RUNS = {
     "sft": ["algo=sft", *DISTILLED],
     "kd": ["algo=kd", *DISTILLED],
     "taid": ["algo=taid", *DISTILLED],
     "gkd": ["algo=gkd", *WARM_START, *DISTILLED],
-    "distillm": ["algo=distillm", *WARM_START, "algo.batch_size=8", "algo.num_demonstrations=48", "algo.epochs=6",
-                 "algo.num_validation=16", "algo.tolerance=0", "algo.share_increment=0.4"],
-    "grpo": ["algo=grpo", "algo@algo.warm_start=sft", *WARM_START, *PLAYED, "algo.batch_size=44",
+    "distillm": ["algo=distillm", *WARM_START, "algo.batch_size=5", "algo.num_demonstrations=26", "algo.epochs=4",
+                 "algo.num_validation=11", "algo.tolerance=0", "algo.share_increment=0.4"],
+    "grpo": ["algo=grpo", "algo@algo.warm_start=sft", *WARM_START, *PLAYED, "algo.batch_size=20",
              "algo.rollouts_per_prompt=4"],
-    "dgpo_grpo": ["algo=dgpo_grpo", *WARM_START, *PLAYED, "algo.batch_size=44", "algo.rollouts_per_prompt=4"],
+    "dgpo_grpo": ["algo=dgpo_grpo", *WARM_START, *PLAYED, "algo.batch_size=20", "algo.rollouts_per_prompt=4"],
     "ppo": ["algo=ppo", *CRITIC],
     "ppo_shared": ["algo=ppo", "algo.warm_start=null", "learner.critic=shared", *CRITIC],
     "sft_ppo": ["algo=sft_ppo", *WARM_START, *CRITIC],
