@@ -239,7 +239,9 @@ def make_slots(num_slots: int | None, gpus: int | None, gpus_per_job: int = 1) -
     # What is left over when the GPUs do not divide is not used.
     used = visible[:gpus]
     if used and len(used) < gpus_per_job:
-        raise ConfigurationError(f"hydra.launcher.gpus_per_job={gpus_per_job} needs more GPUs than the {len(used)} here.")
+        raise ConfigurationError(
+            f"hydra.launcher.gpus_per_job={gpus_per_job} needs more GPUs than the {len(used)} here."
+        )
     shares = [used[start : start + gpus_per_job] for start in range(0, len(used) - gpus_per_job + 1, gpus_per_job)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = num_slots or len(shares) or max(1, min(cores, 8) // gpus_per_job)

@@ -24,7 +24,9 @@ def start(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [CONTEXT.Process(target=_begin, args=(rank, count, port, folder, work, *arguments)) for rank in range(count)]
+    processes = [
+        CONTEXT.Process(target=_begin, args=(rank, count, port, folder, work, *arguments)) for rank in range(count)
+    ]
     for process in processes:
         process.start()
     return processes

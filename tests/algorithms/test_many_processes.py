@@ -1,0 +1,167 @@
+"""Several processes carry out the run of one: the same weights, rollouts, schedules and figures, and one end for all.
+
+Everything is computed in float64, where the order of sums hardly shows: whatever differs by more was done differently.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rank_runs
+from rank_processes import join, run, start, told
+from safetensors.numpy import load_file
+from small_runs import TINY, Run, command
+
+ROOT = Path(__file__).parents[2]
+#: What the order of sums may change in a run of some steps. Most weights differ by 1e-14; Adam divides a gradient that
+#: almost vanishes by its own size, and makes up to 1e-11 of it.
+CLOSE = 1e-10
+SMALL = [
+    *TINY, rank_runs.FLOAT64, "algo=dgpo", "num_envs=13", "evaluation.num_questions=7", "evaluation.num_dev_questions=5",
+    "algo.batch_size=9", "algo.num_minibatches=2", "algo.steps=2", "algo.critic_warmup_steps=1", "algo.kl_coef=0.02",
+    "algo.warm_start.batch_size=4", "algo.warm_start.num_demonstrations=8", "algo.warm_start.epochs=1",
+    "probes=[query_rewriting]", "probe_every=2",
+]  # fmt: skip
+STEPS = 4
+
+
+def many(count: int, folder: Path, arguments: list[str], *death: Any) -> list[int]:
+    """Run a command in several processes; return their exit codes."""
+    folder.mkdir(exist_ok=True)
+    processes = start(count, folder, run, arguments, *death)
+    join(processes, 900)
+    return [process.exitcode for process in processes]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Run:
+    """A run of one process, never interrupted."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = command(*SMALL, f"hydra.run.dir={folder}", f"cache_dir={folder}/cache")
+    assert done.code == 0, done.err
+    return Run(folder)
+
+
+def test_two_processes_make_the_run_of_one(alone, tmp_path):
+    places = [f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/cache"]
+    assert many(2, tmp_path / "err", [*SMALL, *places]) == [0, 0], told(tmp_path / "err")
+    assert_same(alone.path, tmp_path / "run")
+    assert told(tmp_path / "err") == []
+    assert Run(tmp_path / "run").summary["machine"]["processes"] == 2
+
+
+def test_a_mistake_in_the_command_line_is_told_once(tmp_path):
+    codes = many(2, tmp_path / "err", ["algo=dpgo", f"hydra.run.dir={tmp_path}/run"])
+    assert codes == [1, 0]
+    assert len(told(tmp_path / "err")) == 1
+    assert "Did you mean 'dgpo'?" in told(tmp_path / "err")[0]
+    assert not (tmp_path / "run").exists()
+
+
+def differences(first: Any, second: Any, where: str = "") -> float:
+    """The largest difference between numbers of two pieces of plain data that must be the same otherwise."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        return max((differences(first[name], second[name], f"{where}.{name}") for name in first), default=0.0)
+    if isinstance(first, list):
+        assert len(first) == len(second), where
+        return max((differences(*pair, where) for pair in zip(first, second, strict=True)), default=0.0)
+    if isinstance(first, float) and isinstance(second, float):
+        return abs(first - second)
+    assert first == second, where
+    return 0.0
+
+
+def without_clocks(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {name: item for name, item in value.items() if not name.startswith("time/") and not name.endswith("_s")}
+        return {name: without_clocks(item) for name, item in kept.items()}
+    return [without_clocks(item) for item in value] if isinstance(value, list) else value
+
+
+def assert_same(first: Path, second: Path) -> float:
+    """Compare two runs in float64; return the largest difference of weights."""
+    steps = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (first, second)]
+    assert steps[0] == steps[1]
+    worst = 0.0
+    for file in sorted((first / "checkpoints").glob("*/model.safetensors")):
+        mine, theirs = load_file(file), load_file(second / file.relative_to(first))
+        assert mine.keys() == theirs.keys()
+        assert {values.dtype for values in mine.values()} == {np.dtype("float64")}
+        worst = max(worst, *(float(np.abs(mine[name] - theirs[name]).max()) for name in mine))
+    assert worst < CLOSE
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (first, second)]
+    assert differences(*map(without_clocks, rows)) < 1e-8  # the smallest figures are divided by smaller ones
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (first, second)]
+    for name in ("stages", "evaluation", "arc", "gain", "demonstrations", "costs", "teacher_share_of_training"):
+        assert differences(*(without_clocks(summary[name]) for summary in summaries)) < 1e-12, name
+    names = [sorted(path.name for path in (run / "trajectories").iterdir()) for run in (first, second)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        episodes = [
+            [json.loads(line) for line in gzip.decompress((run / "trajectories" / name).read_bytes()).splitlines()]
+            for run in (first, second)
+        ]
+        assert differences(*episodes) < 1e-7, name
+    return worst
+
+
+# --- every algorithm, and every end ----------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+def test_every_algorithm_in_one_two_and_three_processes(tmp_path):
+    for count in (1, 2, 3):
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        work = [*start, "tests/algorithms/rank_runs.py", str(tmp_path / str(count)), *rank_runs.RUNS]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(work, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for name in rank_runs.RUNS:
+        if name == "maskable_ppo":  # no language model; its learner is that of one process
+            continue
+        for count in (2, 3):
+            print(name, count, assert_same(tmp_path / "1" / name, tmp_path / str(count) / name))
+
+
+#: Which of three processes ends, at which call of what.
+DEATHS = {
+    "while demonstrations are played": (2, "algorithms.rollout.player._Rollout._step", 2, signal.SIGKILL),
+    "before gradients are summed": (1, "algorithms.learner.ranks.sum_gradients", 2, signal.SIGKILL),
+    "in the middle of a rollout": (2, "algorithms.training.batches.Sources.played", 2, signal.SIGKILL),
+    "while a checkpoint is written": (0, "algorithms.training.checkpoint._sync", 2, signal.SIGKILL),
+    "while probes are asked": (0, "algorithms.rollout.generator.Generator.answer", 3, signal.SIGKILL),
+    "stopped before a sum": (1, "algorithms.learner.ranks.summed", 9, signal.SIGSTOP),
+    "stopped, the one that writes": (0, "algorithms.training.trainer.write_check", 2, signal.SIGSTOP),
+    "an error of one": (2, "algorithms.training.batches.Sources.played", 1, "the disk is gone"),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("moment", DEATHS)
+def test_when_one_of_three_ends_all_end_and_two_go_on(alone, tmp_path, monkeypatch, moment):
+    monkeypatch.setenv("TIME_OF_DEATH", str(tmp_path / "died"))
+    path = tmp_path / "run"
+    codes = many(3, tmp_path / "err", [*SMALL, f"hydra.run.dir={path}", f"cache_dir={tmp_path}/cache"], *DEATHS[moment])
+    took = time.time() - float((tmp_path / "died").read_text())
+    print(f"{moment}: all ended after {took:.1f} s")
+    assert all(codes)
+    assert took < 10
+    lines = told(tmp_path / "err")
+    expected = "OSError: the disk is gone" if moment == "an error of one" else f"Process {DEATHS[moment][0]} of 3"
+    assert [line.startswith(expected) for line in lines if "Checkpoints are kept. To go on" not in line] == [True]
+
+    begun = (path / "checkpoints").exists()
+    arguments = [f"resume={path}"] if begun else [*SMALL, f"hydra.run.dir={path}", f"cache_dir={tmp_path}/cache"]
+    assert many(2, tmp_path / "again", arguments) == [0, 0], told(tmp_path / "again")
+    print(f"{moment}: weights differ by {assert_same(alone.path, path):.1e}")
