@@ -54,8 +54,8 @@ def _main(config: DictConfig) -> None:
     with clear_errors():
         given: Any = OmegaConf.to_container(config, resolve=True)
         found = find(given.pop("checkpoint"), given["cache_dir"])
-        config = evaluate_config(given, found.model, found.settings)
-        carry_out(evaluate, config, Path(HydraConfig.get().runtime.output_dir))
+        settings = evaluate_config(given, found.model, found.settings)
+        carry_out(evaluate, settings, Path(HydraConfig.get().runtime.output_dir))
 
 
 def find(name: str | None, cache_dir: str = RunConfig.cache_dir) -> Found:

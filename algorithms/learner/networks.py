@@ -337,9 +337,10 @@ def _keep_norms_in_float64(model: PreTrainedModel) -> None:
     """Replace norms that go through float32 whatever the model's dtype, as those of transformers do."""
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
-            if type(norm).__name__.endswith("RMSNorm") and (eps := getattr(norm, "variance_epsilon", None)):
-                exact = nn.RMSNorm(norm.weight.shape, eps)
-                exact.weight = norm.weight
+            weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+            if type(norm).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and eps is not None:
+                exact = nn.RMSNorm(weight.shape, eps)
+                exact.weight = weight
                 setattr(parent, name, exact)
 
 

@@ -1,4 +1,4 @@
-"""Processes that join each other as those of `torchrun` do, without the seconds that each would take to import torch."""
+"""Processes that join each other as those of `torchrun` do, without the seconds that importing torch would take."""
 
 from __future__ import annotations
 

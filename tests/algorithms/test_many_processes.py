@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 #: almost vanishes by its own size, and makes up to 1e-11 of it.
 CLOSE = 1e-10
 SMALL = [
-    *TINY, rank_runs.FLOAT64, "algo=dgpo", "num_envs=13", "evaluation.num_questions=7", "evaluation.num_dev_questions=5",
+    *TINY, rank_runs.FLOAT64, "algo=dgpo", "num_envs=13",
+    "evaluation.num_questions=7", "evaluation.num_dev_questions=5",
     "algo.batch_size=9", "algo.num_minibatches=2", "algo.steps=2", "algo.critic_warmup_steps=1", "algo.kl_coef=0.02",
     "algo.warm_start.batch_size=4", "algo.warm_start.num_demonstrations=8", "algo.warm_start.epochs=1",
     "probes=[query_rewriting]", "probe_every=2",

@@ -160,6 +160,25 @@ def test_a_slot_is_a_share_of_the_cores_where_there_is_no_gpu(machine):
     assert environments(make_slots(2, None)) == [("", "1")] * 2
 
 
+def test_a_slot_may_have_several_gpus(machine):
+    machine(8, 64)
+    assert environments(make_slots(None, None, 2)) == [("0,1", "8"), ("2,3", "8"), ("4,5", "8"), ("6,7", "8")]
+    assert environments(make_slots(None, 7, 3)) == [("0,1,2", "10"), ("3,4,5", "10")]  # the seventh is not used
+    assert environments(make_slots(1, None, 4)) == [("0,1,2,3", "16")]
+    machine(0, 8)
+    assert environments(make_slots(None, None, 2)) == [("", "1")] * 4
+    machine(0, 2)
+    assert environments(make_slots(None, None, 3)) == [("", "1")]
+
+
+def test_more_gpus_than_there_are_cannot_be_given_to_a_job(machine):
+    machine(2, 4)
+    with pytest.raises(ConfigurationError, match="gpus_per_job=3 needs more GPUs than the 2 here"):
+        make_slots(None, None, 3)
+    with pytest.raises(ConfigurationError, match="gpus_per_job must be at least 1; got 0"):
+        make_slots(None, None, 0)
+
+
 @pytest.mark.parametrize(
     ("num_slots", "gpus", "message"),
     [(0, None, "num_slots must be at least 1, or null; got 0"), (None, 3, "gpus must be from 0 to 2, or null; got 3")],
@@ -439,6 +458,18 @@ def test_a_multirun_that_is_killed_and_restarted_gives_what_an_uninterrupted_one
     for seed, path in enumerate(runs):
         alone = train(tmp_path / f"alone-{seed}", tmp_path / "cache", *own[len(TINY) :], f"seed={seed}")
         assert_same_run(Run(path), alone)
+
+
+@pytest.mark.nightly
+def test_a_job_of_a_multirun_may_have_two_processes(tmp_path):
+    own = [*TINY, "algo=sft", *SFT, "algo.epochs=1", "num_envs=8", f"cache_dir={tmp_path / 'cache'}"]
+    line = [sys.executable, "-m", "algorithms.run", "-m", *own, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    line += ["hydra.launcher.gpus_per_job=2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = (Run(path.parent) for path in (tmp_path / "sweep").glob("*/summary.json"))
+    assert run.summary["machine"]["processes"] == 2
 
 
 @pytest.mark.nightly
