@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from small_runs import command
+from algorithms.run import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["algorithms.run", "algorithms.training.summary", "small_runs", "rank_processes"])
@@ -65,10 +66,14 @@ def run(arguments: list[str], rank: int = -1, place: str = "", count: int = 0, e
             os.kill(os.getpid(), end)
         return original(*args, **settings)
 
-    with patch.object(target, name, dying):
-        done = command(*arguments)
-    sys.stderr.write(done.err)
-    return int(done.code or 0)
+    with (
+        patch.object(target, name, dying),
+        patch.object(sys, "argv", ["run", *arguments]),
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        main()
+    return 0
 
 
 def join(processes: list[Any], within_s: float) -> float:
