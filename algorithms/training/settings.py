@@ -125,7 +125,7 @@ class RunConfig:
     Attributes:
         seed: Seed of everything random but the evaluation.
         resume: Run directory to go on with; its own configuration is used.
-        num_envs: Episodes played at once.
+        num_envs: Episodes played at once, in each process.
         max_retriever_error_fraction: Share of a rollout's episodes that a failed search may end; past it the run stops.
         cache_dir: Folder that keeps demonstrations, and evaluations of models that other runs measure too, between
             runs.
@@ -134,7 +134,7 @@ class RunConfig:
             every stage; None: all.
         probes: ARC probes at the end, by name or as a mapping with `name` and settings; empty for none.
         probe_every: Training steps between probes on the questions of a check on the dev split; 0 for none.
-        threads: CPU threads; None leaves PyTorch's choice.
+        threads: CPU threads of each process; None leaves PyTorch's choice.
         allow: Addresses and files outside of the run directory that the settings saved in `resume` may name.
     """
 

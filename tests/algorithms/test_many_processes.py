@@ -8,7 +8,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,3 +168,44 @@ def test_when_one_of_three_ends_all_end_and_two_go_on(alone, tmp_path, monkeypat
     arguments = [f"resume={path}"] if begun else [*SMALL, f"hydra.run.dir={path}", f"cache_dir={tmp_path}/cache"]
     assert many(2, tmp_path / "again", arguments) == [0, 0], told(tmp_path / "again")
     print(f"{moment}: weights differ by {assert_same(alone.path, path):.1e}")
+
+
+# --- several machines ------------------------------------------------------------------------------------------------
+
+
+def slurm_script() -> str:
+    """The script as the README has it."""
+    page = (ROOT / "algorithms" / "README.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", page, flags=re.DOTALL)
+    return script
+
+
+def test_the_script_for_slurm_is_one():
+    checked = subprocess.run(["bash", "-n"], input=slurm_script(), capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.nightly
+def test_two_machines_make_the_run_of_one(alone, tmp_path):
+    """The script runs as it stands; `srun` and `scontrol` pretend that this machine is two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "many.sh").write_text(slurm_script().replace("29500", str(port)))
+    tools = {
+        "scontrol": "echo 127.0.0.1; echo 127.0.0.1",
+        "srun": 'shift; "$@" & first=$!; "$@" & second=$!; wait $first && wait $second',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment |= {"SLURM_JOB_NODELIST": "a,b", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7"}
+    arguments = [*SMALL, f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/cache"]
+    done = subprocess.run(
+        ["bash", str(tmp_path / "many.sh"), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path / "run").summary["machine"]["processes"] == 2
+    assert_same(alone.path, tmp_path / "run")

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_policy import make_trajectory
 
 from algorithms.assets import ASSETS
 from algorithms.learner import ops
 from algorithms.learner.collate import collate
 from algorithms.learner.networks import Critic, load_model
+from algorithms.learner.types import Trajectory, Turn
 from algorithms.rollout.trajectory_files import pack, read_trajectories, unpack, write_trajectories
 
 ROOT = Path(__file__).parents[2] / "algorithms"
@@ -56,11 +56,11 @@ def test_no_float32_on_the_way_from_rollout_to_update():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_stored_log_probabilities_keep_their_dtype_and_every_bit(tmp_path, dtype):
-    trajectory = make_trajectory(np.random.default_rng(0))
-    for turn in trajectory.turns:
-        turn.action_logprobs = np.log(np.random.default_rng(1).random(len(turn.action_ids))).astype(dtype)
+    draw, info = np.random.default_rng(1), {"question_id": "q", "passages": ()}
+    turns = [Turn(np.arange(3), np.log(draw.random(3)).astype(dtype), np.arange(2), info) for _ in range(2)]
+    trajectory = Trajectory(np.arange(4), turns, 0, "policy", 1 / 3, False, True, False)
     path = tmp_path / "one.jsonl.gz"
-    write_trajectories(path, [trajectory], tokenizer=None)
+    write_trajectories(path, [trajectory], None)
     for (again,) in (unpack(pack([trajectory])), read_trajectories(path)):
         for turn, before in zip(again.turns, trajectory.turns, strict=True):
             assert turn.action_logprobs.dtype == np.dtype(dtype)
@@ -80,10 +80,10 @@ def test_a_float64_model_computes_nothing_in_float32():
     """Shifting a weight by 1e-12, which float32 can't see, must show in the hidden states by about as much."""
     model = load_model(ASSETS / "tiny-student", dtype="float64")
     ids = torch.arange(5, 25)[None]
-    before = model.base_model(input_ids=ids).last_hidden_state
+    before = model.base_model(input_ids=ids).last_hidden_state.detach()
     with torch.no_grad():
         model.get_input_embeddings().weight[7] += 1e-12
-    after = model.base_model(input_ids=ids).last_hidden_state
+    after = model.base_model(input_ids=ids).last_hidden_state.detach()
     assert 1e-14 < float((after - before).abs().max()) < 1e-9
     steps = ((after - before)[0, 2:].abs() > 0).double().mean()
     assert steps > 0.9, "almost every number of the later positions moves, instead of few by a rounding of float32"
