@@ -31,6 +31,8 @@ def start(read: Callable[[], None], work: _Work) -> None:
     if not are_several():
         read()
         return
+    # Torch would add a stack of its own to the message of the process that says why all of them end.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from algorithms.learner import ranks  # it loads torch
 
     if int(os.environ["RANK"]) > 0:

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from algorithms.run import main
 
+_OF_TORCH = ("[W", "[rank", "  ", "frame #", "Exception raised from")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["algorithms.run", "algorithms.training.summary", "small_runs", "rank_processes"])
 
@@ -90,6 +91,6 @@ def join(processes: list[Any], within_s: float) -> float:
 
 
 def told(folder: Path) -> list[str]:
-    """Lines that the processes have written to stderr, but for warnings."""
+    """Lines that the processes have written to stderr, but for warnings and the stacks that torch adds to its own."""
     lines = [line for file in sorted(folder.glob("stderr-*")) for line in file.read_text().splitlines()]
-    return [line for line in lines if line and "Warning" not in line and not line.startswith(("[W", "[rank", "  "))]
+    return [line for line in lines if line and "Warning" not in line and not line.startswith(_OF_TORCH)]

@@ -158,7 +158,7 @@ def test_when_one_of_three_ends_all_end_and_two_go_on(alone, tmp_path, monkeypat
     codes = many(3, tmp_path / "err", [*SMALL, f"hydra.run.dir={path}", f"cache_dir={tmp_path}/cache"], *DEATHS[moment])
     took = time.time() - float((tmp_path / "died").read_text())
     print(f"{moment}: all ended after {took:.1f} s")
-    assert all(codes)
+    assert all(codes), (codes, told(tmp_path / "err"))
     assert took < 10
     lines = told(tmp_path / "err")
     expected = "OSError: the disk is gone" if moment == "an error of one" else f"Process {DEATHS[moment][0]} of 3"
