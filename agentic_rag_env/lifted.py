@@ -48,6 +48,8 @@ _ID = Allowed(
 class SeededEpisodes(Sequence[Question]):
     """The episodes of an environment as questions: number i is what `reset` begins with the i-th seed.
 
+    Their texts are empty: nothing but `reset` knows the task.
+
     Args:
         name: Of the environment.
         seeds: Of the episodes.
@@ -67,7 +69,7 @@ class SeededEpisodes(Sequence[Question]):
         if isinstance(index, slice):
             return SeededEpisodes(self.name, self.seeds[index])
         seed = self.seeds[index]
-        return Question(f"{self.name}/{seed}", f"{self.name}, seed {seed}", ())
+        return Question(f"{self.name}/{seed}", "", ())
 
 
 class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarray]):

@@ -181,9 +181,9 @@ class RunConfig:
     def _refuse_parts(self) -> None:
         """Refuse what has no meaning beside an environment with questions of its own; only a split may be named."""
         for group in QUESTION_PARTS:
-            given = getattr(self, group) or {}
-            if set(given) - ({"split"} if group == "dataset" else set()):
-                chosen = f"{group}={given['name']}" if "name" in given else f"{group}.{next(iter(given))}"
+            given = [name for name in getattr(self, group) or () if (group, name) != ("dataset", "split")]
+            if given:
+                chosen = f"{group}={getattr(self, group)['name']}" if "name" in given else f"{group}.{given[0]}"
                 raise ConfigurationError(
                     f"env={self.env['name']} brings its own questions, so {chosen} would have no effect; leave it out."
                 )
@@ -451,7 +451,7 @@ def register_schemas() -> None:
     for registry in registries:
         for name in registry.names():
             schema = named_config(registry, name)
-            store.store(name, schema, group=f"schema/{registry.group}")
+            store.store(name, _with_free_mappings(schema), group=f"schema/{registry.group}")
             store.store(name, _selectable(registry, name, schema), group=registry.group)
 
 
@@ -464,6 +464,15 @@ def named_config(registry: Registry, name: str) -> type:
         bases=(config,) if config else (),
         namespace={"__post_init__": lambda self: None},
     )
+
+
+def _with_free_mappings(schema: type) -> Any:
+    """Let settings that are mappings take any key: they are arguments of something that is not known yet."""
+    settings = OmegaConf.structured(schema)
+    for name in settings:
+        if not OmegaConf.is_missing(settings, name) and OmegaConf.get_type(settings, name) is dict:
+            OmegaConf.set_struct(settings[name], False)
+    return settings
 
 
 def _selectable(registry: Registry, name: str, schema: type) -> Any:

@@ -11,7 +11,7 @@ from agentic_rag_env import FreeText
 
 
 class Calculator(gymnasium.Env[str, str]):
-    """Two numbers are to be added, and a calculator adds them on demand."""
+    """Two numbers are to be added, and a calculator adds any two numbers on demand."""
 
     metadata = {"render_modes": [], "action_ends": ["</calc>", "</answer>"]}  # noqa: RUF012
     observation_space = action_space = FreeText()  # type: ignore[assignment]
