@@ -30,8 +30,10 @@ from agentic_rag_env.spaces import FreeText
 from agentic_rag_env.types import Ending, Question, StepInfo, blank_info
 from agentic_rag_env.vector import BringsQuestions, stack_infos
 
+#: Seeds that belong to a split at most.
+SEEDS_OF_A_SPLIT = 1_000_000_000
 #: The first seed of each split; so that no episode is both trained on and measured.
-FIRST_SEEDS = {"train": 0, "dev": 1_000_000_000, "test": 2_000_000_000}
+FIRST_SEEDS = {split: place * SEEDS_OF_A_SPLIT for place, split in enumerate(("train", "dev", "test"))}
 
 _ACTION_ENDS = Allowed(
     "a list of the texts that end an action, such as ['</answer>']",
