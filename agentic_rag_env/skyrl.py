@@ -62,7 +62,7 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         DataError: A line of the file is no task; the message names it.
     """
 
-    observation_space = action_space = FreeText()  # type: ignore[assignment]
+    observation_space = action_space = FreeText()
 
     def __init__(
         self,

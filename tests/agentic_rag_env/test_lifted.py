@@ -253,7 +253,7 @@ def test_what_is_no_text_or_no_number_is_refused() -> None:
 
 
 def test_from_python_the_id_may_name_the_module() -> None:
-    with pytest.raises(ConfigurationError, match="Gymnasium can't make .* No module named 'no_such_module'"):
+    with pytest.raises(ConfigurationError, match=r"Gymnasium can't make .* No module named 'no_such_module'"):
         lift("no_such_module:Calculator-v0")
 
 
