@@ -70,3 +70,4 @@ gymnasium.register(
     entry_point="agentic_rag_env.env:AgenticRAGEnv",
     vector_entry_point="agentic_rag_env.vector:AgenticRAGVectorEnv",
 )
+gymnasium.register(id="SkyRL-v0", entry_point="agentic_rag_env.skyrl:SkyRLEnv")

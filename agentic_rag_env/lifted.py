@@ -23,15 +23,17 @@ from gymnasium.vector.utils import batch_space
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.episode import StepResult
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError
-from agentic_rag_env.registry import ENVS
+from agentic_rag_env.registry import ENVS, PLUGINS_VARIABLE
 from agentic_rag_env.resets import rows_and_questions
 from agentic_rag_env.settings import COUNT, Allowed, check_settings, check_value, one_of
 from agentic_rag_env.spaces import FreeText
 from agentic_rag_env.types import Ending, Question, StepInfo, blank_info
 from agentic_rag_env.vector import BringsQuestions, stack_infos
 
+#: Seeds that belong to a split at most.
+SEEDS_OF_A_SPLIT = 1_000_000_000
 #: The first seed of each split; so that no episode is both trained on and measured.
-FIRST_SEEDS = {"train": 0, "dev": 1_000_000_000, "test": 2_000_000_000}
+FIRST_SEEDS = {split: place * SEEDS_OF_A_SPLIT for place, split in enumerate(("train", "dev", "test"))}
 
 _ACTION_ENDS = Allowed(
     "a list of the texts that end an action, such as ['</answer>']",
@@ -39,10 +41,16 @@ _ACTION_ENDS = Allowed(
         isinstance(value, (list, tuple)) and bool(value) and all(isinstance(end, str) and end for end in value)
     ),
 )
+_ID = Allowed(
+    f"a name such as 'My-v0' alone; name the module that registers it in {PLUGINS_VARIABLE}",
+    lambda value: isinstance(value, str) and ":" not in value,
+)
 
 
 class SeededEpisodes(Sequence[Question]):
     """The episodes of an environment as questions: number i is what `reset` begins with the i-th seed.
+
+    Their texts are empty: nothing but `reset` knows the task.
 
     Args:
         name: Of the environment.
@@ -63,7 +71,7 @@ class SeededEpisodes(Sequence[Question]):
         if isinstance(index, slice):
             return SeededEpisodes(self.name, self.seeds[index])
         seed = self.seeds[index]
-        return Question(f"{self.name}/{seed}", f"{self.name}, seed {seed}", ())
+        return Question(f"{self.name}/{seed}", "", ())
 
 
 class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarray]):
@@ -84,9 +92,12 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
     Attributes:
         dataset: The episodes.
         retriever: None; whatever the environment searches is its own affair.
+        rules, top_k: None and 0; so are its rules.
     """
 
     retriever = None
+    rules = None
+    top_k = 0
 
     def __init__(self, env_id: str, num_envs: int, seeds: range, kwargs: Mapping[str, Any] | None = None) -> None:
         check_value("num_envs", num_envs, COUNT)
@@ -236,8 +247,8 @@ def _make(env_id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
         return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise ConfigurationError(
-            f"Gymnasium can't make {env_id!r}: {error} Where the module that registers it is not imported, give it, "
-            "too: id=my_module:My-v0."
+            f"Gymnasium can't make {env_id!r}: {error} Import the module that registers it first; commands import the "
+            f"files that {PLUGINS_VARIABLE} names."
         ) from error
     except TypeError as error:
         raise ConfigurationError(f"{env_id} can't be made with kwargs={dict(kwargs)}: {error}") from error
@@ -250,20 +261,24 @@ class GymnasiumConfig(BringsQuestions):
     Episode i of a split is what `reset(seed=first + i)` begins, with another first seed for each split.
 
     Attributes:
-        id: As registered with Gymnasium; `my_module:My-v0` imports the module first.
+        id: As registered with Gymnasium. The module that registers it is a plug-in.
         kwargs: For the environment's constructor.
+        split_argument: The constructor's argument that is told the split, "train", "dev" or "test"; None: there is no
+            such argument, and the seeds alone tell the splits apart.
         num_train, num_dev, num_test: Episodes of each split.
     """
 
     id: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    split_argument: str | None = None
     num_train: int = 10_000
     num_dev: int = 500
     num_test: int = 1_000
 
     def __post_init__(self) -> None:
         check_settings(self, COUNT, "num_train", "num_dev", "num_test")
-        check_settings(self, Allowed("a text such as 'My-v0'", lambda value: isinstance(value, str)), "id")
+        # Saved settings have such a name, too, and what they name must not be imported.
+        check_settings(self, _ID, "id")
 
 
 @ENVS.register("gymnasium", GymnasiumConfig)
@@ -281,4 +296,5 @@ def make_gymnasium(config: GymnasiumConfig, num_envs: int, split: str = "train")
     check_value("split", split, one_of(FIRST_SEEDS))
     counts = {"train": config.num_train, "dev": config.num_dev, "test": config.num_test}
     first = FIRST_SEEDS[split]
-    return LiftedVectorEnv(config.id, num_envs, range(first, first + counts[split]), config.kwargs)
+    told = {} if config.split_argument is None else {config.split_argument: split}
+    return LiftedVectorEnv(config.id, num_envs, range(first, first + counts[split]), {**config.kwargs, **told})

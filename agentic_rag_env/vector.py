@@ -282,8 +282,22 @@ def info_at(infos: Mapping[str, Any], row: int) -> StepInfo:
 class BringsQuestions:
     """Base of the settings of an environment with tasks of its own.
 
-    Its factory gets `num_envs` and `split` alone: neither dataset nor retriever, reward or tokenizer.
+    Its factory gets `num_envs` and `split` alone: neither dataset nor retriever, reward or tokenizer. What it makes has
+    the attributes `dataset` (the tasks as questions), `retriever` (None), `rules` (None) and `top_k` (0).
     """
+
+
+def brings_questions(spec: Mapping[str, Any]) -> bool:
+    """Whether an environment has tasks of its own.
+
+    Args:
+        spec: A mapping with `name`, and settings of the environment.
+
+    Raises:
+        UnknownNameError: There is no such environment.
+    """
+    config = ENVS.get(spec["name"]).config
+    return config is not None and issubclass(config, BringsQuestions)
 
 
 @dataclass

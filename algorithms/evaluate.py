@@ -21,7 +21,7 @@ from algorithms.sb3.learner import is_outside_learner
 from algorithms.training.agent_files import Agent, read_agent, tell_overruled
 from algorithms.training.model_names import newest_checkpoint, resolve_model
 from algorithms.training.run_files import CONFIG_FILE, read_settings, write_summary
-from algorithms.training.settings import RunConfig, evaluate_config, register_schemas
+from algorithms.training.settings import QUESTION_PARTS, RunConfig, evaluate_config, register_schemas
 
 with clear_errors():  # of a plug-in
     register_schemas()
@@ -137,6 +137,8 @@ def _settings(run_dir: Path) -> dict[str, Any]:
     settings = read_settings(run_dir)
     for group in ("algo", "env", "dataset", "retriever", "reward", "rollout", "learner", "evaluation"):
         section = settings.get(group, {})
+        if section is None and group in QUESTION_PARTS:  # the environment brings its own questions
+            continue
         unnamed = group in ("rollout", "learner", "evaluation") or section == {}
         if not isinstance(section, dict) or not (unnamed or isinstance(section.get("name"), str)):
             raise DataError(f"{run_dir / CONFIG_FILE}: {group} is no section of settings.")

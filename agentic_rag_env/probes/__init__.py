@@ -16,7 +16,7 @@ from agentic_rag_env.probes.endpoints import Endpoint, EndpointConfig, EndpointE
 from agentic_rag_env.probes.figures import Best, Figure, Figures, figure, interval, macro_interval, share
 from agentic_rag_env.probes.gold import Gold, find_gold
 from agentic_rag_env.probes.grounding import Counterfactual, GroundingConfig, Shuffled
-from agentic_rag_env.probes.material import Generate, Material, Probe, Prompt, play, run_probes
+from agentic_rag_env.probes.material import Generate, Material, Probe, Prompt, of_search, play, run_probes
 from agentic_rag_env.probes.reading import SourceReferencing, SourceReferencingConfig, thinking
 from agentic_rag_env.probes.searching import query_rewriting, search_behaviour
 
@@ -46,6 +46,7 @@ __all__ = [
     "holds_answer",
     "interval",
     "macro_interval",
+    "of_search",
     "play",
     "query_rewriting",
     "run_probes",

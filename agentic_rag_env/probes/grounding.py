@@ -15,7 +15,16 @@ from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes.figures import Figures, share
 from agentic_rag_env.probes.gold import Gold
-from agentic_rag_env.probes.material import DIRECTLY, Material, Prompt, cut, executed_searches, generated, play
+from agentic_rag_env.probes.material import (
+    DIRECTLY,
+    Material,
+    Prompt,
+    cut,
+    executed_searches,
+    generated,
+    of_search,
+    play,
+)
 from agentic_rag_env.prompts import render_prompt
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.retrievers.base import Retriever
@@ -60,6 +69,7 @@ class Changed:
 
 
 @PROBES.register("counterfactual", GroundingConfig)
+@of_search
 class Counterfactual:
     """Counterfactual passages: in the gold passages the golden answer is replaced by another question's answer.
 
@@ -107,6 +117,7 @@ class Counterfactual:
 
 
 @PROBES.register("shuffled", GroundingConfig)
+@of_search
 class Shuffled:
     """Shuffled passages: every search brings the passages that another question would have found.
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -84,6 +84,11 @@ class Material:
     top_k: int = 3
     seed: int = 0
     envs: AgenticRAGVectorEnv | None = None
+
+    @property
+    def has_golden_answers(self) -> bool:
+        """Whether any question has an answer to compare with; an environment's own tasks have none."""
+        return any(question.golden_answers for question in self.questions)
 
     @cached_property
     def gold(self) -> list[Gold]:
@@ -198,10 +203,22 @@ class Material:
 
 #: Looks at the material and reports figures by name.
 Probe: TypeAlias = Callable[[Material], Figures]
+_AnyProbe = TypeVar("_AnyProbe")
+
+
+def of_search(probe: _AnyProbe) -> _AnyProbe:
+    """Declare that a probe looks at golden answers, passages or searches; a decorator.
+
+    `run_probes` skips it where an environment brings tasks that have none.
+    """
+    probe.of_search = True  # type: ignore[attr-defined]
+    return probe
 
 
 def run_probes(material: Material, probes: Iterable[Any]) -> dict[str, Figures]:
     """Figures of several probes.
+
+    Probes of search are skipped, with a warning that names them, where no question has a golden answer.
 
     Args:
         material: The material that they look at.
@@ -214,14 +231,22 @@ def run_probes(material: Material, probes: Iterable[Any]) -> dict[str, Figures]:
         UnknownNameError: There is no such probe.
         ConfigurationError: A probe has no such setting or is named twice, or the material lacks what a probe needs.
     """
-    figures: dict[str, Figures] = {}
+    built: dict[str, Probe] = {}
     for spec in probes:
-        probe = PROBES.build(spec)
         name = spec if isinstance(spec, str) else str(spec["name"])
-        if name in figures:
+        if name in built:
             raise ConfigurationError(f"Probe {name!r} is named twice, and figures go by the name; leave one out.")
-        figures[name] = probe(material)
-    return figures
+        built[name] = PROBES.build(spec)
+    skipped = [name for name, probe in built.items() if getattr(probe, "of_search", False)]
+    if material.has_golden_answers:
+        skipped = []
+    if skipped:
+        warnings.warn(
+            f"Probes of search are skipped: {', '.join(skipped)}. The questions have no golden answers, so there is "
+            "nothing to find or to read.",
+            stacklevel=2,
+        )
+    return {name: probe(material) for name, probe in built.items() if name not in skipped}
 
 
 def play(

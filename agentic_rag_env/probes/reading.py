@@ -10,7 +10,7 @@ import numpy as np
 from agentic_rag_env.actions import THINK_CLOSE, THINK_OPEN, Answer, Search, parse_action
 from agentic_rag_env.answers import exact_match, f1_score, holds_answer, normalize_answer
 from agentic_rag_env.probes.figures import Best, Figures, figure, share
-from agentic_rag_env.probes.material import DIRECTLY, Material
+from agentic_rag_env.probes.material import DIRECTLY, Material, of_search
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.settings import COUNT, check_settings, or_none
 from agentic_rag_env.types import Passage
@@ -40,6 +40,7 @@ class SourceReferencingConfig:
 
 
 @PROBES.register("source_referencing", SourceReferencingConfig)
+@of_search
 class SourceReferencing:
     """Source referencing: the model reads the answer off gold passages at once, without a thought.
 
@@ -130,6 +131,7 @@ class SourceReferencing:
 
 
 @PROBES.register("thinking")
+@of_search
 def thinking(material: Material) -> Figures:
     """Thinking: the same input as for source referencing, but the model's words open with `<think>` alone.
 

@@ -10,12 +10,13 @@ from agentic_rag_env.answers import holds_answer, normalize_answer
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes.figures import Best, Figures, figure, share
 from agentic_rag_env.probes.gold import titles
-from agentic_rag_env.probes.material import EpisodeInfos, Material, executed_searches
+from agentic_rag_env.probes.material import EpisodeInfos, Material, executed_searches, of_search
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.types import Passage
 
 
 @PROBES.register("query_rewriting")
+@of_search
 def query_rewriting(material: Material) -> Figures:
     """Query rewriting: whether the queries find what the question asks for.
 
@@ -59,6 +60,7 @@ def query_rewriting(material: Material) -> Figures:
 
 
 @PROBES.register("search_behaviour")
+@of_search
 def search_behaviour(material: Material) -> Figures:
     """Search behaviour: how often the agent searches, and whether it stops at the right time.
 

@@ -53,7 +53,7 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_module("conf", version_base="1.3"):
             return compose(config_name, list(overrides), return_hydra_config=True)
-    except (ConfigCompositionException, MissingConfigException) as error:
+    except (ConfigCompositionException, MissingConfigException, ValueError) as error:  # the last for `dataset=null`
         if (message := explanation(error)) is None:
             message = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise ConfigurationError(message) from error

@@ -239,8 +239,10 @@ class _Rollout:
             episode.num_tokens += len(action.ids) - action.ends_text
             terminated, truncated = bool(terminations[env]), bool(truncations[env])
             reward, info = float(rewards[env]), info_at(infos, env)
-            # There must be room for the observation and at least one token of the next action.
-            full = episode.num_tokens + len(observation) + 1 > self.engine.config.max_tokens
+            # There must be room for the observation and at least one token of the next action. A turn may add no token:
+            # an action that is only an end of text, and an empty observation. So turns count, too.
+            used = max(episode.num_tokens + len(observation), len(episode.turns) + 1)
+            full = used + 1 > self.engine.config.max_tokens
             if full and not (terminated or truncated):
                 truncated = True
                 cut = self.envs.cut_off(env)

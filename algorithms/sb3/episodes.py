@@ -15,6 +15,7 @@ from agentic_rag_env.vector import AgenticRAGVectorEnv
 from agentic_rag_env.wrappers import DiscreteActions
 from algorithms.learner.types import Trajectory, Turn
 from algorithms.rollout.tokenization import encode_plain, encode_prompts
+from algorithms.training.build import RunEnvs
 
 
 class Player(Protocol):
@@ -177,7 +178,7 @@ def pick(log_probs: np.ndarray, temperature: float, rng: np.random.Generator) ->
     return int(rng.choice(len(weights), p=weights / weights.sum()))
 
 
-def single(envs: AgenticRAGVectorEnv) -> AgenticRAGEnv:
+def single(envs: RunEnvs) -> AgenticRAGEnv:
     """Make one environment with the questions, the retriever and the rules of a vector environment.
 
     Raises:

@@ -104,7 +104,7 @@ def described(config: RunConfig, precision: str, vocab_size: int, action_ends: S
         action_ends: The texts that end an action in its environments.
     """
     scoring = {setting.name: getattr(config.evaluation, setting.name) for setting in fields(ScoringConfig)}
-    data = {name: getattr(config, name) for name in ("dataset", "retriever", "reward")}
+    data = {name: part for name in ("dataset", "retriever", "reward") if (part := getattr(config, name)) is not None}
     content = {
         "format": _FORMAT,
         "env": config.env,

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from gymnasium.vector import AutoresetMode
@@ -16,7 +16,7 @@ from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
 from agentic_rag_env.terminal import print_line
-from agentic_rag_env.vector import AgenticRAGVectorEnv
+from agentic_rag_env.vector import brings_questions
 from algorithms.learner import ranks
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
 from algorithms.learner.config import DemonstrationsConfig, working_dtype
@@ -33,7 +33,7 @@ from algorithms.learner.networks import (
 )
 from algorithms.rollout.engine import CachedEngine, Engine
 from algorithms.rollout.generator import Generator
-from algorithms.rollout.player import Player
+from algorithms.rollout.player import Player, TextEnvs
 from algorithms.rollout.tokenization import PlainEncoder
 from algorithms.training.agent_files import read_agent
 from algorithms.training.model_names import resolve_model
@@ -73,8 +73,26 @@ def build_stages(spec: Any) -> list[Algorithm]:
     return stages
 
 
+class RunEnvs(TextEnvs, Protocol):
+    """What a run needs of its environments, beside playing.
+
+    Attributes:
+        dataset: The questions, or the tasks of an environment that brings its own.
+        retriever: The retriever; None where there is none.
+        rules: The settings of search episodes; None for any other task.
+        top_k: Most passages per search; 0 for any other task.
+    """
+
+    dataset: QuestionSet
+    retriever: Any
+    rules: Any
+    top_k: int
+
+
 class Environments:
     """The environments of a run, made when first asked for. Splits over one corpus share one retriever.
+
+    An environment that brings its own questions is made without dataset, retriever and reward.
 
     Args:
         config: The run's settings.
@@ -84,33 +102,39 @@ class Environments:
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self._made: dict[str, AgenticRAGVectorEnv] = {}
+        self._brings_questions = brings_questions(config.env)
+        self._made: dict[str, RunEnvs] = {}
         self._datasets: dict[str, QuestionSet] = {}
         self._retrievers: dict[int, Any] = {}
 
     def dataset(self, split: str) -> QuestionSet:
         """The questions of a split."""
+        if self._brings_questions:
+            return self.envs(split).dataset
         if split not in self._datasets:
             self._datasets[split] = DATASETS.build({**self._config.dataset, "split": split})
         return self._datasets[split]
 
-    def envs(self, split: str) -> AgenticRAGVectorEnv:
+    def envs(self, split: str) -> RunEnvs:
         """The vector environment of a split."""
         if split not in self._made:
-            dataset = self.dataset(split)
-            corpus = id(dataset.corpus)
-            if corpus not in self._retrievers:
-                self._retrievers[corpus] = RETRIEVERS.build(self._config.retriever, corpus=dataset.corpus)
-            self._made[split] = ENVS.build(
-                self._config.env,
-                num_envs=self._config.num_envs,
-                autoreset_mode=AutoresetMode.DISABLED,
-                dataset=dataset,
-                retriever=self._retrievers[corpus],
-                reward=self._config.reward,
-                tokenizer=PlainEncoder(self._tokenizer),
-            )
+            parts = {"split": split} if self._brings_questions else self._parts(split)
+            self._made[split] = ENVS.build(self._config.env, num_envs=self._config.num_envs, **parts)
         return self._made[split]
+
+    def _parts(self, split: str) -> dict[str, Any]:
+        """What an environment without questions of its own is made of."""
+        dataset = self.dataset(split)
+        corpus = id(dataset.corpus)
+        if corpus not in self._retrievers:
+            self._retrievers[corpus] = RETRIEVERS.build(self._config.retriever, corpus=dataset.corpus)
+        return {
+            "autoreset_mode": AutoresetMode.DISABLED,
+            "dataset": dataset,
+            "retriever": self._retrievers[corpus],
+            "reward": self._config.reward,
+            "tokenizer": PlainEncoder(self._tokenizer),
+        }
 
 
 class Networks:
@@ -205,16 +229,16 @@ class Networks:
         """Whether any teacher that was ever loaded still exists, whoever holds it."""
         return len(self._teachers) > 0
 
-    def player(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float | None = None) -> Player:
+    def player(self, model: PreTrainedModel, envs: TextEnvs, temperature: float | None = None) -> Player:
         """A player with a network, at the run's temperature or at another one."""
         engine = self._engine(model, envs, self._config.rollout.temperature if temperature is None else temperature)
         return Player(engine, envs, self._config.max_retriever_error_fraction)
 
-    def generator(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv) -> Generator:
+    def generator(self, model: PreTrainedModel, envs: TextEnvs) -> Generator:
         """A generator with a network. It continues prompts greedily, up to where an action of the environments ends."""
         return Generator(self._engine(model, envs, 0.0))
 
-    def _engine(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float) -> Engine:
+    def _engine(self, model: PreTrainedModel, envs: TextEnvs, temperature: float) -> Engine:
         ends = tuple(envs.metadata["action_ends"])
         for agent in [each for each in self._agents if each.action_ends != ends]:
             print_line(f"Actions end with {', '.join(ends)}; a model was trained with {', '.join(agent.action_ends)}.")

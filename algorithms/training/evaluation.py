@@ -18,13 +18,12 @@ from agentic_rag_env.files import file_name, write_whole
 from agentic_rag_env.probes import Figures, Material, interval, macro_interval, run_probes
 from agentic_rag_env.rewards import sub_exact_match
 from agentic_rag_env.types import Question
-from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner import ranks
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player, Progress
 from algorithms.rollout.trajectory_files import write_trajectories
-from algorithms.training.build import Networks
+from algorithms.training.build import Networks, RunEnvs
 from algorithms.training.episode_figures import episode_means
 from algorithms.training.evaluation_cache import Kept
 from algorithms.training.run_logger import progress, without_surrogates
@@ -72,7 +71,7 @@ def evaluate_model(
     name: str,
     load: Callable[[], PreTrainedModel],
     networks: Networks,
-    envs: AgenticRAGVectorEnv,
+    envs: RunEnvs,
     config: ScoringConfig,
     folder: Path,
     split: str = "test",
@@ -159,7 +158,7 @@ def evaluate_player(
 
 def probe(
     generator: Generator,
-    envs: AgenticRAGVectorEnv,
+    envs: RunEnvs,
     trajectories: Sequence[Trajectory],
     probes: Sequence[Any],
     seed: int = 0,
@@ -182,10 +181,8 @@ def probe(
         episodes=[[turn.info for turn in trajectory.turns] for trajectory in trajectories],
         retriever=envs.retriever,
         corpus=envs.dataset.corpus,
-        prompt=envs.rules.prompt,
-        top_k=envs.top_k,
         seed=seed,
-        envs=envs,
+        **({} if envs.rules is None else {"prompt": envs.rules.prompt, "top_k": envs.top_k, "envs": envs}),
     )
     return ranks.led(lambda: (run_probes(material, probes), not material.any_search_failed), generator.answer)
 

@@ -10,18 +10,17 @@ from typing import Any
 
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.probes import Figures
-from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner import ranks
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.trajectory_files import read_trajectories, write_trajectories
-from algorithms.training.build import Networks
+from algorithms.training.build import Networks, RunEnvs
 from algorithms.training.fingerprints import of_code, of_playing, of_retriever
 from algorithms.training.kept_files import read_kept, seal
 from algorithms.training.settings import RunConfig, ScoringConfig
 
 
 def place(
-    root: Path, config: RunConfig, networks: Networks, envs: AgenticRAGVectorEnv, model: str, is_teacher: bool
+    root: Path, config: RunConfig, networks: Networks, envs: RunEnvs, model: str, is_teacher: bool
 ) -> Path | None:
     """Find the folder of an evaluation: its name is a hash of all that the evaluation depends on.
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import agentic_rag_env
 from agentic_rag_env.corpus import fingerprint
@@ -19,7 +19,9 @@ from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS
 from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.types import Question
-from agentic_rag_env.vector import AgenticRAGVectorEnv
+
+if TYPE_CHECKING:
+    from algorithms.training.build import RunEnvs
 
 _PACKAGES = ("torch", "transformers", "gymnasium", "bm25s", "hydra-core", "agentic-rag-env")
 #: The architecture, and which tokens end a text.
@@ -30,9 +32,7 @@ _ZOO = Path(__file__).parents[1]
 _CODE = (Path(agentic_rag_env.__file__).parent, *(_ZOO / room for room in ("learner", "rollout", "training")))
 
 
-def fingerprints(
-    tested: AgenticRAGVectorEnv, num_tested: int, trained: Sequence[Question] | None = None
-) -> dict[str, str | None]:
+def fingerprints(tested: RunEnvs, num_tested: int, trained: Sequence[Question] | None = None) -> dict[str, str | None]:
     """Hashes of the data behind the figures of a run.
 
     Args:

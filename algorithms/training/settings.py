@@ -24,6 +24,7 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes import DEFAULT_PROBES
 from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS, Registry, did_you_mean
 from agentic_rag_env.settings import COUNT, FRACTION, Allowed, above, at_least, check_settings, one_of, or_none
+from agentic_rag_env.vector import brings_questions
 from algorithms.assets import ASSETS
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.config import WITHOUT_EFFECT, DemonstrationConfig, LearnerConfig
@@ -55,6 +56,8 @@ class ModelConfig:
         check_settings(self, above(0), "teacher_temperature")
 
 
+#: What questions are made of. An environment that brings its own has none of them.
+QUESTION_PARTS = ("dataset", "retriever", "reward")
 #: Which passages an evaluation shows; all but the first are names of probes.
 CORPORA = ("own", "counterfactual", "shuffled")
 
@@ -123,6 +126,8 @@ class DemonstrationsConfig:
 class RunConfig:
     """Settings of a whole run.
 
+    An environment that brings its own questions has neither dataset nor retriever nor reward: these are None.
+
     Attributes:
         seed: Seed of everything random but the evaluation.
         resume: Run directory to go on with; its own configuration is used.
@@ -142,9 +147,9 @@ class RunConfig:
 
     algo: Any = MISSING
     env: Any = MISSING
-    dataset: Any = MISSING
-    retriever: Any = MISSING
-    reward: Any = MISSING
+    dataset: Any = None
+    retriever: Any = None
+    reward: Any = None
     model: ModelConfig = field(default_factory=ModelConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -172,6 +177,25 @@ class RunConfig:
             PROBES.build(probe)  # finds a misspelled one before training
         check_settings(self, FRACTION, "max_retriever_error_fraction")
         check_settings(self, or_none(COUNT), "threads", "keep_checkpoints")
+        if brings_questions(self.env):
+            self._refuse_parts()
+        elif missing := [group for group in QUESTION_PARTS if getattr(self, group) is None]:
+            raise ConfigurationError(f"env={self.env['name']} needs {', '.join(f'{group}=NAME' for group in missing)}.")
+
+    def _refuse_parts(self) -> None:
+        """Refuse what has no meaning beside an environment with questions of its own; only a split may be named."""
+        for group in QUESTION_PARTS:
+            given = [name for name in getattr(self, group) or () if (group, name) != ("dataset", "split")]
+            if given:
+                chosen = f"{group}={getattr(self, group)['name']}" if "name" in given else f"{group}.{given[0]}"
+                raise ConfigurationError(
+                    f"env={self.env['name']} brings its own questions, so {chosen} would have no effect; leave it out."
+                )
+        if self.evaluation.corpus != "own":
+            raise ConfigurationError(
+                f"env={self.env['name']} brings its own questions, and there are no passages for evaluation.corpus="
+                f"{self.evaluation.corpus} to change; leave it out."
+            )
 
 
 @dataclass
@@ -182,7 +206,8 @@ class EvaluateConfig:
     checkpoint comes from, and the precision is that in which it computed; a copy of the checkpoint's folder brings them
     in `agent.json`. Without either they are the defaults, with the prompt `search_r1` unless the model is a bundled
     one. A single setting changes one of them (`env.max_turns=2`), and a name replaces a whole part (`dataset=jsonl`).
-    On another dataset `evaluation` and `num_envs` are the defaults, which measure all questions.
+    On another dataset `evaluation` and `num_envs` are the defaults, which measure all questions. `dataset.split`
+    chooses the split of the questions, also where the environment brings them.
 
     Attributes:
         checkpoint: A run directory, a Hugging Face folder, a `.gguf` file, a bundled name or a hub id.
@@ -251,10 +276,16 @@ def ask_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> Run
     settings: Any = {**evaluation, **given, "num_envs": 1, "probes": []}
     settings["rollout"] = {"temperature": 0.0, **given["rollout"]}
     settings["learner"] = {"precision": LearnerConfig.precision, **given["learner"]}
-    return evaluate_config(settings, model, of_run)
+    config = evaluate_config(settings, model, of_run)
+    if brings_questions(config.env):
+        raise ConfigurationError(
+            f"env={config.env['name']} brings its own questions, so it can't be asked one of yours; see what the agent "
+            "does there by python -m algorithms.evaluate and python -m algorithms.show."
+        )
+    return config
 
 
-#: The default parts of a run, as in conf/config.yaml.
+#: The default parts of a run, as in conf/config.yaml. The environment comes first: it may do without the others.
 _DEFAULT_PARTS = {"env": "agentic_rag", "dataset": "tiny", "retriever": "bm25", "reward": "exact_match"}
 
 
@@ -270,6 +301,7 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
         ConfigurationError: A value can't work, is missing or unknown.
     """
     registries = {registry.group: registry for registry in (ENVS, DATASETS, RETRIEVERS, REWARDS)}
+    left_out: dict[str, Any] = {}
     schemas: dict[str, Any] = {"rollout": RolloutConfig, "learner": LearnerConfig, "evaluation": ScoringConfig}
     of_run = {**of_run, "evaluation": _scoring(of_run)}
     if "name" in given["dataset"]:  # how many questions the run took, and how, says nothing of other data
@@ -279,7 +311,10 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
     used: dict[str, Any] = {}
     for group, default in _DEFAULT_PARTS.items():
         chosen = given[group]
-        saved = {} if "name" in chosen else {**of_run.get(group, {"name": default})}
+        if group in QUESTION_PARTS and brings_questions(specs["env"]):
+            left_out[group] = chosen or None
+            continue
+        saved = {} if "name" in chosen else {**(of_run.get(group) or {"name": default})}
         specs[group] = {**saved, **chosen}
         used[group] = {name: value for name, value in saved.items() if name not in chosen}
         schemas[group] = named_config(registries[group], specs[group]["name"])
@@ -299,6 +334,7 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
         evaluation=EvaluationConfig(**parts.pop("evaluation")),
         num_envs=num_envs,
         **{name: given[name] for name in ("max_retriever_error_fraction", "probes", "threads", "cache_dir")},
+        **left_out,
         **parts,
     )
 
@@ -447,7 +483,7 @@ def register_schemas() -> None:
     for registry in registries:
         for name in registry.names():
             schema = named_config(registry, name)
-            store.store(name, schema, group=f"schema/{registry.group}")
+            store.store(name, _with_free_mappings(schema), group=f"schema/{registry.group}")
             store.store(name, _selectable(registry, name, schema), group=registry.group)
 
 
@@ -462,12 +498,25 @@ def named_config(registry: Registry, name: str) -> type:
     )
 
 
+def _with_free_mappings(schema: type) -> Any:
+    """Let settings that are mappings take any key: they are arguments of something that is not known yet."""
+    settings = OmegaConf.structured(schema)
+    for name in settings:
+        if not OmegaConf.is_missing(settings, name) and OmegaConf.get_type(settings, name) is dict:
+            OmegaConf.set_struct(settings[name], False)
+    return settings
+
+
 def _selectable(registry: Registry, name: str, schema: type) -> Any:
     """Make a config-group option.
 
     The option of an algorithm composes the warm start in place, so that its settings are typed too. The algorithm takes
-    what the chosen `stages` say of it, wherever it stands in a chain.
+    what the chosen `stages` say of it, wherever it stands in a chain. The option of an environment that brings its own
+    questions leaves out the default dataset, retriever and reward.
     """
+    if registry is ENVS and brings_questions({"name": name}):
+        left_out = [{f"override /{group}@_global_.{group}": None} for group in QUESTION_PARTS]
+        return {"defaults": [{f"/schema/{registry.group}@_here_": name}, *left_out]}
     if registry is not ALGORITHMS:
         return schema
     parts: list[dict[str, str | None]] = [{f"/schema/{registry.group}@_here_": name}]

@@ -185,10 +185,10 @@ def test_our_own_environment_lifted_is_our_own_vector_environment() -> None:
         ({"id": "Silent-v0", "kwargs": {"action_ends": ["</a>", ""]}}, "got ['</a>', '']"),
         ({"id": "CartPole-v1"}, "metadata['action_ends'] of CartPole-v1 must be a list"),
         ({"id": "Calculatr-v0"}, "Gymnasium can't make 'Calculatr-v0': Environment `Calculatr` doesn't exist"),
-        ({"id": "no_such_module:Calculator-v0"}, "No module named 'no_such_module'"),
+        ({"id": "a_module:Calculator-v0"}, "name the module that registers it in AGENTIC_RAG_PLUGINS, got 'a_module:"),
         ({"id": "Calculator-v0", "kwargs": {"turns": 1}}, "Calculator-v0 can't be made with kwargs={'turns': 1}"),
         ({"id": "Calculator-v0", "num_dev": 0}, "num_dev must be an integer of at least 1, got 0"),
-        ({"id": 5}, "id must be a text such as 'My-v0', got 5"),
+        ({"id": 5}, "id must be a name such as 'My-v0' alone; name the module that"),
     ],
 )
 def test_what_is_missing_is_refused_at_the_start(config: dict[str, Any], message: str) -> None:
@@ -250,6 +250,28 @@ def test_what_is_no_text_or_no_number_is_refused() -> None:
         envs.step(("x",))
     with pytest.raises(ConfigurationError, match="one text or None per row, 1, got 'x'"):
         envs.step("x")
+
+
+def test_from_python_the_id_may_name_the_module() -> None:
+    with pytest.raises(ConfigurationError, match=r"Gymnasium can't make .* No module named 'no_such_module'"):
+        lift("no_such_module:Calculator-v0")
+
+
+class Split(Calculator):
+    def __init__(self, split: str) -> None:
+        super().__init__()
+        self.split = split
+
+    def reset(self, **kwargs: Any) -> tuple[str, dict[str, Any]]:
+        super().reset(**kwargs)
+        return self.split, {}
+
+
+def test_an_environment_may_be_told_the_split() -> None:
+    gymnasium.register("Split-v0", entry_point=Split)
+    config = {"name": "gymnasium", "id": "Split-v0", "split_argument": "split"}
+    for split in ("train", "dev", "test"):
+        assert ENVS.build(config, num_envs=2, split=split).reset()[0] == (split, split)
 
 
 def test_splits_share_no_episode() -> None:

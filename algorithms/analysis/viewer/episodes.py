@@ -150,7 +150,7 @@ def _episode(row: Mapping[str, Any], answers: Mapping[str, Mapping[str, Any]]) -
     counts = [0, *(turn["info"]["num_searches"] for turn in row["turns"])]
     return Episode(
         question_id=question_id,
-        question=known["text"],
+        question=known["text"] or row.get("message", "").strip(),  # a task of an environment stands in its prompt only
         golden_answers=tuple(known.get("golden_answers", ())),
         group=known.get("dataset"),
         hops=known.get("hops"),

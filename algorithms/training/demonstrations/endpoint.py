@@ -8,7 +8,6 @@ from typing import Any
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes.endpoints import Endpoint as Client
 from agentic_rag_env.probes.endpoints import EndpointConfig
-from agentic_rag_env.prompts import render_prompt
 from algorithms.learner.config import DemonstrationsConfig
 from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Authored, Dialogue
 
@@ -54,8 +53,7 @@ class Endpoint(Authored):
         return texts
 
     def _messages(self, dialogue: Dialogue) -> list[dict[str, str]]:
-        prompt = render_prompt(self.envs.rules.prompt, dialogue.question.text)
-        messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": dialogue.prompt}]
         for action, observation in zip(dialogue.actions, dialogue.observations, strict=True):
             messages.append({"role": "assistant", "content": action})
             messages.append({"role": "user", "content": observation.strip()})

@@ -13,6 +13,7 @@ from typing import Any
 
 from agentic_rag_env.actions import Answer, Search, parse_action
 from agentic_rag_env.answers import holds_answer, normalize_answer
+from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes.gold import find_gold
 from agentic_rag_env.types import Passage
 from algorithms.learner.config import DemonstrationsConfig
@@ -28,11 +29,17 @@ class Expert(Authored):
     """Writes by a script. A subclass under another name can change `next_turn`.
 
     Raises:
+        ConfigurationError: The environment brings tasks of its own.
         DataError: The metadata of a question has gold passages in an unknown form.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        if self.envs.rules is None:
+            raise ConfigurationError(
+                "demonstrations.source=expert searches for gold passages, and the environment brings tasks without "
+                "any; choose file or endpoint, or write a source of your own."
+            )
         questions = [self.envs.dataset[index] for index in range(self.num_items)]
         self.gold = find_gold(questions, self.envs.dataset.corpus)
 

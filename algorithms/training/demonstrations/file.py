@@ -53,7 +53,9 @@ class File(Authored):
         content = path.read_bytes()
         self._hash = hashlib.sha256(content).hexdigest()
         by_id = {question.id: index for index, question in enumerate(self.envs.dataset)}
-        by_text = {normalize_answer(question.text): index for index, question in enumerate(self.envs.dataset)}
+        by_text = {
+            normalize_answer(question.text): index for index, question in enumerate(self.envs.dataset) if question.text
+        }
         self.scripts: list[Script] = []
         unknown = 0
         for place, row in _rows(path, content):

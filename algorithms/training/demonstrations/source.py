@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,12 +69,14 @@ class Dialogue:
     Attributes:
         item: Number of the item that is played.
         question: The question.
+        prompt: What the environment observed when the episode began.
         actions, observations: What was written so far and what came back, in order and equally many.
         dropped: Why the author gave up; None if it did not.
     """
 
     item: int
     question: Question
+    prompt: str = ""
     actions: list[str] = field(default_factory=list)
     observations: list[str] = field(default_factory=list)
     dropped: str | None = None
@@ -107,21 +109,54 @@ class Authored(Source):
         indices = [self.question_index(item) for item in items]
         questions = [self.envs.dataset[index] for index in indices]
         dialogues = [Dialogue(item, question) for item, question in zip(items, questions, strict=True)]
-        engine = _TextEngine(self, dialogues)
-        played, stats = Player(engine, self.envs).rollout(indices, seed=seed, source="teacher")
+        envs = _Observed(self.envs)
+        engine = _TextEngine(self, envs, dialogues)
+        played, stats = Player(engine, envs).rollout(indices, seed=seed, source="teacher")
         reasons = [self.check(*each) for each in zip(dialogues, played, strict=True)]
         return played, reasons, stats
+
+
+class _Observed:
+    """The environments as an author plays them: their prompts can be read, and episodes that were given up end.
+
+    Attributes:
+        prompts: The last prompt of each row.
+        given_up: Rows whose episode the next step ends.
+    """
+
+    def __init__(self, envs: Any) -> None:
+        self._envs = envs
+        self.prompts: Sequence[str] = ()
+        self.given_up: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._envs, name)
+
+    def reset(self, *, options: Mapping[str, Any]) -> Any:
+        """See `TextEnvs`."""
+        self.prompts, infos = self._envs.reset(options=options)
+        return self.prompts, infos
+
+    def step(self, actions: Sequence[str | None]) -> Any:
+        """See `TextEnvs`."""
+        observations, rewards, terminations, truncations, infos = self._envs.step(actions)
+        for row in self.given_up:
+            if not terminations[row] and not truncations[row]:
+                self._envs.cut_off(row)
+                truncations[row] = True
+        self.given_up.clear()
+        return observations, rewards, terminations, truncations, infos
 
 
 class _TextEngine:
     """An engine whose actions are an author's texts. The player opens a row for each dialogue, in their order.
 
     A text is cut at the end of its first action, and encoded once. A text that ends no action gets the end-of-text
-    token, as a model would have ended it.
+    token, as a model would have ended it. An author who gives up writes nothing, and is not asked again.
     """
 
-    def __init__(self, author: Authored, dialogues: Sequence[Dialogue]) -> None:
-        self.author, self.config = author, author.rollout
+    def __init__(self, author: Authored, envs: _Observed, dialogues: Sequence[Dialogue]) -> None:
+        self.author, self.config, self.envs = author, author.rollout, envs
         self.tokenizer = author.networks.tokenizer
         self.num_rows, self.computed_tokens = author.envs.num_envs, 0
         self._action_ends = author.envs.metadata["action_ends"]
@@ -136,6 +171,7 @@ class _TextEngine:
     def open(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
         """See `Engine`."""
         self._open[row] = next(self._coming)
+        self._open[row].prompt = self.envs.prompts[row]
         self._waiting.append(row)
 
     def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
@@ -150,7 +186,9 @@ class _TextEngine:
         texts = self.author.write(dialogues) if rows else []
         actions = []
         for row, dialogue, text in zip(rows, dialogues, texts, strict=True):
-            action = self._action(row, text if dialogue.dropped is None else "<answer></answer>")
+            if dialogue.dropped is not None:
+                self.envs.given_up.add(row)
+            action = self._action(row, text if dialogue.dropped is None else "")
             dialogue.actions.append(action.text)
             actions.append(action)
         return actions

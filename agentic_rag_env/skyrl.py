@@ -1,0 +1,136 @@
+"""Environments of the package `skyrl-gym` (the extra `skyrl`), as plain Gymnasium environments of strings.
+
+    env = gymnasium.make("SkyRL-v0", env_class="search", tasks="tasks-{split}.jsonl", config={"search_url": ...})
+
+Each of their environments is made for one task, and talks in lists of chat messages. Here `reset` takes a task from a
+file, and the contents of the messages are the texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium
+
+from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.files import read_rows
+from agentic_rag_env.lifted import SEEDS_OF_A_SPLIT
+from agentic_rag_env.settings import check_value, one_of
+from agentic_rag_env.spaces import FreeText
+
+#: Where an action ends, for each environment that we know to run nothing that a model writes but the tool's query.
+ACTION_ENDS = {
+    "aime": ["\n\n\n"],
+    "gsm8k": ["\n\n\n"],
+    "gsm8k_multi_turn": ["\n\n\n"],
+    "search": ["</search>", "</answer>"],
+    "text2sql": ["</sql>", "</solution>"],
+}
+#: Settings that an environment reads, where the user gives none.
+_DEFAULTS = {
+    "search": {"search_url": "http://127.0.0.1:8000/retrieve", "topk": 3, "timeout": 30, "log_requests": False}
+}
+#: The reward of a solved task, in each of these environments.
+_SOLVED = 1.0
+
+
+class SkyRLEnv(gymnasium.Env[str, str]):
+    """An environment of `skyrl-gym`, with tasks from a file.
+
+    A task is a line of JSON, in the form of that package's data: `prompt` is a list of messages with `content`, and all
+    other fields (`reward_spec`, `max_turns`, ...) go to the environment. The episode with seed i is about task i; seeds
+    count from the first one of the split, and begin again after the last task.
+
+    A task is correct if its last reward is that of a solved one, 1. An episode ends as "answered" in any case, because
+    the package does not tell an answer from the last turn. Environments that run code which the model writes are
+    refused.
+
+    Args:
+        env_class: Name of the environment in `skyrl_gym`: aime, gsm8k, gsm8k_multi_turn, search or text2sql.
+        tasks: A file of JSON lines; `{split}` in its name stands for the split.
+        split: The split, as `env.split_argument=split` gives it.
+        config: Settings of the environment, such as `search_url` and `topk` of search.
+        action_ends: Texts that end an action, where the default does not suit the tasks. For those without tools it is
+            an empty double line; the model's end of text ends every action anyway.
+
+    Raises:
+        ConfigurationError: The package is missing, or there is no such environment, file or task.
+        DataError: A line of the file is no task; the message names it.
+    """
+
+    observation_space = action_space = FreeText()
+
+    def __init__(
+        self,
+        env_class: str,
+        tasks: str | Path,
+        split: str = "train",
+        config: Mapping[str, Any] | None = None,
+        action_ends: Sequence[str] | None = None,
+    ) -> None:
+        check_value("env_class", env_class, one_of(ACTION_ENDS))
+        self._make = _maker()
+        self._name = env_class
+        self._config = SimpleNamespace(**{**_DEFAULTS.get(env_class, {}), **(config or {})})
+        self.metadata = {"render_modes": [], "action_ends": list(action_ends or ACTION_ENDS[env_class])}
+        file = Path(str(tasks).replace("{split}", split)).expanduser()
+        if not file.is_file():
+            raise ConfigurationError(f"tasks={tasks} of split {split!r} is no file.")
+        self._tasks = _read(file)
+        if not self._tasks:
+            raise ConfigurationError(f"{file} has no tasks.")
+        self._env: Any = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Begin the task of a seed; without a seed, a task drawn at random."""
+        super().reset(seed=seed)
+        number = int(self.np_random.integers(len(self._tasks))) if seed is None else seed % SEEDS_OF_A_SPLIT
+        prompt, task = self._tasks[number % len(self._tasks)]
+        self.close()
+        self._env = self._make(self._name, env_config=self._config, extras=task)
+        messages, info = self._env.init(prompt)
+        return _text(messages), dict(info)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Take a turn."""
+        result = self._env.step(action)
+        reward, done = float(result["reward"]), bool(result["done"])
+        return _text(result["observations"]), reward, done, False, {"correct": done and reward >= _SOLVED}
+
+    def close(self) -> None:
+        """Close the environment of the present task."""
+        if self._env is not None:
+            self._env.close()
+
+
+def _maker() -> Any:
+    try:
+        import skyrl_gym
+    except ImportError as error:
+        raise ConfigurationError(
+            "SkyRL-v0 needs the library skyrl-gym: pip install 'agentic-rag-env[skyrl]'."
+        ) from error
+    return skyrl_gym.make
+
+
+@lru_cache(maxsize=8)  # for the many environments of a run, which share their tasks
+def _read(file: Path) -> list[tuple[list[dict[str, str]], dict[str, Any]]]:
+    return list(read_rows(file, _task))
+
+
+def _task(row: Any) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Split a line into the prompt and the rest."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, list) or not all(isinstance(one, dict) and "content" in one for one in prompt):
+        raise DataError("a task needs 'prompt', a list of messages with 'content'")
+    if "ground_truth" not in (row.get("reward_spec") or {}):
+        raise DataError("a task needs 'reward_spec' with 'ground_truth'")
+    return prompt, {name: value for name, value in row.items() if name != "prompt"}
+
+
+def _text(messages: Sequence[Mapping[str, str]]) -> str:
+    return "\n\n".join(message["content"] for message in messages)

@@ -1,0 +1,138 @@
+"""Environments of skyrl-gym through the contract; its search is a client of our server."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+
+from agentic_rag_env import LiftedVectorEnv, info_at
+from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
+from agentic_rag_env.types import Ending
+
+pytest.importorskip("skyrl_gym")
+
+APPLES = [{"role": "system", "content": "End with #### and a number."}, {"role": "user", "content": "Ann has 3 + 4."}]
+
+
+def write(file: Path, *rows: Any) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
+    rows = [{"prompt": APPLES, "reward_spec": {"ground_truth": "7"}}]
+    rows.append({"prompt": [{"role": "user", "content": "2 * 1200?"}], "reward_spec": {"ground_truth": "2400"}})
+    return write(tmp_path / "sums-train.jsonl", *rows)
+
+
+def test_sums_of_gsm8k(sums: Path) -> None:
+    kwargs = {"env_class": "gsm8k", "tasks": str(sums).replace("train", "{split}")}
+    envs = ENVS.build({"name": "gymnasium", "id": "SkyRL-v0", "kwargs": kwargs, "split_argument": "split"}, num_envs=4)
+    assert envs.metadata["action_ends"] == ("\n\n\n",)
+    prompts, _ = envs.reset(options={"question_index": [0, 1, 2, 0]})
+    assert prompts == ("End with #### and a number.\n\nAnn has 3 + 4.", "2 * 1200?", prompts[0], prompts[0])
+    _, rewards, terminations, _, infos = envs.step(["3 + 4 is #### 7", "#### 2,400", "#### 8", "seven"])
+    assert rewards.tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert terminations.all()
+    assert [info_at(infos, row)["correct"] for row in range(4)] == [True, True, False, False]
+    assert info_at(infos, 3)["ending"] is Ending.ANSWERED
+
+
+def test_turns_of_gsm8k_go_on_until_the_answer_is_right(tmp_path: Path) -> None:
+    task = {"prompt": APPLES, "reward_spec": {"ground_truth": "7"}, "max_turns": 4, "extra_info": {}}
+    env = gymnasium.make("SkyRL-v0", env_class="gsm8k_multi_turn", tasks=write(tmp_path / "t.jsonl", task))
+    env.reset(seed=0)
+    observation, reward, terminated, _, info = env.step("#### 8")
+    assert "tentative numeric answer" in observation
+    assert reward == pytest.approx(0.2 / 4)
+    assert (terminated, info["correct"]) == (False, False)
+    observation, reward, terminated, truncated, info = env.step("#### 7")
+    assert (observation, reward, terminated, truncated, info["correct"]) == ("", 1.0, True, False, True)
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[tuple[list[str], int]]]]:
+    """The address of our server over the tiny world, and what it was asked."""
+    pytest.importorskip("starlette")
+    from agentic_rag_env.retrievers.serving.cli import listen_at, make_server
+    from agentic_rag_env.retrievers.serving.service import ServerConfig
+
+    dataset = DATASETS.build({"name": "tiny", "split": "test", "num_passages": 150, "num_questions": 60})
+    found, asked = RETRIEVERS.build("bm25", corpus=dataset.corpus), []
+
+    class Noting:
+        def search(self, queries: list[str], top_k: int) -> Any:
+            asked.append((list(queries), top_k))
+            return found.search(queries, top_k)
+
+    config = ServerConfig(port=0)
+    listener = listen_at(config)
+    server = make_server(Noting(), config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/retrieve", asked
+    server.should_exit = True
+    thread.join(20)
+
+
+def test_its_search_is_a_client_of_our_server(server: tuple[str, list[Any]], tmp_path: Path) -> None:
+    url, asked = server
+    dataset = DATASETS.build({"name": "tiny", "split": "test", "num_passages": 150, "num_questions": 60})
+    question = dataset[0]
+    spec = {"ground_truth": {"target": list(question.golden_answers)}}
+    task = {"prompt": [{"role": "user", "content": question.text}], "reward_spec": spec, "max_turns": 3}
+    kwargs = {"env_class": "search", "tasks": str(write(tmp_path / "t.jsonl", task))}
+    envs = LiftedVectorEnv("SkyRL-v0", 2, range(5), {**kwargs, "config": {"search_url": url, "topk": 2}})
+    assert envs.metadata["action_ends"] == ("</search>", "</answer>")
+    prompts, _ = envs.reset()
+    assert prompts == (question.text,) * 2
+    expected = RETRIEVERS.build("bm25", corpus=dataset.corpus).search([question.text], 2)[0]
+    observations, rewards, *_ = envs.step([f"<search>{question.text}</search>", None])
+    assert asked == [([question.text], 2)]
+    result = json.loads(observations[0].strip().removeprefix("<information>").removesuffix("</information>"))["result"]
+    assert result == "".join(f"Doc {rank}: {one.contents.strip()}\n" for rank, one in enumerate(expected, 1))
+    assert rewards.tolist() == [0.0, 0.0]
+    answers = [f"<answer>{question.golden_answers[0]}</answer>", "<answer>nobody at all</answer>"]
+    _, rewards, terminations, _, infos = envs.step(answers)
+    assert (rewards.tolist(), terminations.tolist()) == ([1.0, 0.0], [True, True])
+    assert [info_at(infos, row)["correct"] for row in range(2)] == [True, False]
+    envs.close()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"env_class": "lcb"}, ConfigurationError, "env_class must be one of aime, gsm8k, gsm8k_multi_turn, search"),
+        ({"env_class": "serch"}, ConfigurationError, "Did you mean 'search'"),
+        ({"tasks": "nowhere-{split}.jsonl"}, ConfigurationError, "tasks=nowhere-{split}.jsonl of split 'train' is no"),
+        ({"rows": []}, ConfigurationError, "has no tasks"),
+        ({"rows": [{"prompt": "Ann?"}]}, DataError, "line 1: no such row .*'prompt', a list of messages"),
+        ({"rows": [{"prompt": APPLES}]}, DataError, "a task needs 'reward_spec' with 'ground_truth'"),
+    ],
+)
+def test_what_cant_work_is_refused(kwargs: dict[str, Any], error: type, message: str, tmp_path: Path) -> None:
+    tasks = write(tmp_path / "t.jsonl", *kwargs.pop("rows", [{"prompt": APPLES, "reward_spec": {"ground_truth": "7"}}]))
+    with pytest.raises(error, match=message):
+        LiftedVectorEnv("SkyRL-v0", 1, range(1), {"env_class": "gsm8k", "tasks": str(tasks)} | kwargs)
+
+
+def test_the_extra_is_named_where_it_is_missing(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "skyrl_gym", None)
+    with pytest.raises(
+        ConfigurationError, match=r"needs the library skyrl-gym: pip install 'agentic-rag-env\[skyrl\]'"
+    ):
+        LiftedVectorEnv("SkyRL-v0", 1, range(1), {"env_class": "gsm8k", "tasks": str(sums)})
