@@ -60,5 +60,8 @@ class KD(SFT):
         if self.config.kl_coef == 0:
             return cross_entropy
         tau = self.config.temperature
-        divergence = ops.forward_kl(tokens.logits / tau, tokens.teacher_logits / tau)
+        student, teacher = tokens.logits, tokens.teacher_logits
+        if tau != 1:
+            student, teacher = student / tau, teacher / tau
+        divergence = ops.forward_kl(student, teacher)
         return cross_entropy + self.config.kl_coef * tau**2 * divergence

@@ -22,7 +22,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner import ops
+from algorithms.learner import decoder, ops
 from algorithms.learner.config import working_dtype
 from algorithms.learner.model_folders import (
     as_folder,
@@ -227,27 +227,33 @@ def logit_width(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
-def backbone_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def backbone_hidden(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, at: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Compute the last hidden states, final norm included, of a model or of its backbone.
 
     Args:
         model: A causal language model, or its `base_model`.
         input_ids: [B, T] int64.
         attention_mask: [B, T] bool; each row counts its real tokens from position 0.
+        at: Rows and columns, each [n] int64, of the states that are wanted; None: all.
 
     Returns:
-        [B, T, d] in the model's dtype; meaningless on padding.
+        [B, T, d] in the model's dtype, meaningless on padding; or [n, d] at the positions.
     """
     padded_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
     if padded_right:
         # Causality already hides the padding, so attention needs no mask and takes its fast causal path. Positions
         # go on through the padding: transformers takes equal ones for the start of a packed sequence.
         mask, position_ids = None, torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if decoder.is_readable(model.base_model):
+            return decoder.read(model.base_model, input_ids, position_ids, at=at)
     else:
         mask, position_ids = attention_mask.long(), (attention_mask.long().cumsum(dim=1) - 1).clamp_(min=0)
-    return model.base_model(
+    hidden = model.base_model(
         input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
+    return hidden if at is None else hidden[at]
 
 
 def lm_logits(model: PreTrainedModel, hidden: Tensor, vocab_size: int) -> Tensor:
@@ -261,7 +267,9 @@ def lm_logits(model: PreTrainedModel, hidden: Tensor, vocab_size: int) -> Tensor
     Returns:
         [n, V] float32, or float64 from a float64 model.
     """
-    return ops.at_least_float32(model.get_output_embeddings()(hidden)[..., :vocab_size])
+    logits = model.get_output_embeddings()(hidden)
+    # A slice of all would still cost a copy of all logits in the backward pass.
+    return ops.at_least_float32(logits if logits.shape[-1] == vocab_size else logits[..., :vocab_size])
 
 
 @torch.no_grad()
@@ -324,8 +332,7 @@ class Critic(nn.Module):
         Returns:
             [N] float32.
         """
-        hidden = backbone_hidden(self._trunk[0], input_ids, attention_mask)
-        return self.read(hidden[rows, columns])
+        return self.read(backbone_hidden(self._trunk[0], input_ids, attention_mask, (rows, columns)))
 
     def read(self, hidden: Tensor) -> Tensor:
         """Compute values [n] from hidden states [n, d], in full precision under autocast too, like the returns."""

@@ -38,9 +38,11 @@ def log_softmax(logits: Tensor) -> Tensor:
     Args:
         logits: [..., V].
     """
+    log_p = logits.log_softmax(dim=-1)
+    # A row without a finite logit is NaN throughout. To look at one column is cheaper than a pass over all logits.
+    if not log_p[..., :1].isnan().any():
+        return log_p
     empty = logits.amax(dim=-1, keepdim=True) == -math.inf
-    if not empty.any():
-        return logits.log_softmax(dim=-1)
     return logits.masked_fill(empty, 0.0).log_softmax(dim=-1).masked_fill(empty, -math.inf)
 
 
@@ -54,16 +56,19 @@ def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     Returns:
         [...] nats.
     """
-    empty = logits.amax(dim=-1, keepdim=True) == -math.inf
-    if empty.any():
-        return log_softmax(logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     # This avoids the table of all log-probabilities, which autograd would keep for the backward pass.
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+    normalizer = logits.logsumexp(dim=-1)
+    if (normalizer == -math.inf).any():
+        return log_softmax(logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - normalizer
 
 
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy of each row, [..., V] to [...] nats; 0 for a row without a finite logit."""
     log_p = log_softmax(logits)
+    entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    if entropy.isfinite().all():  # else some log_p is minus infinity, and its product with 0 is NaN
+        return entropy
     return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(dim=-1)
 
 
@@ -184,6 +189,10 @@ def _log_probs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
+    divergence = (p * (log_p - log_q)).sum(dim=-1)
+    if divergence.isfinite().all():
+        return divergence
+    # Some entry is ruled out by one of the two; only then are these masks worth their passes over the vocabulary.
     ruled_out = log_q == -math.inf
     log_ratio = (log_p - log_q).masked_fill(ruled_out | (p == 0), 0.0)
     infinite = (ruled_out & (p > 0)).any(dim=-1)
@@ -196,6 +205,9 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
         return log_q
     if weight == 1:
         return log_p
+    mixture = (log_p + math.log(weight)).logaddexp(log_q + math.log1p(-weight))
+    if not mixture.numel() or mixture.amin() > -math.inf:
+        return mixture
     # The gradient of logaddexp(-inf, -inf) is NaN.
     neither = (log_p == -math.inf) & (log_q == -math.inf)
     log_p, log_q = log_p.masked_fill(neither, 0.0), log_q.masked_fill(neither, 0.0)

@@ -34,7 +34,7 @@ class Optimizer:
         ]
         first, second = config.betas
         self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.learning_rate, betas=(first, second)
+            [group for group in groups if group["params"]], lr=config.learning_rate, betas=(first, second), fused=True
         )
 
     def learning_rate(self, step: int) -> float:

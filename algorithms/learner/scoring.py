@@ -81,7 +81,7 @@ class Scorer:
     def hidden(self, network: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Hidden states [n, d]: the backbone's output at the given positions."""
         with autocast(micro.input_ids.device, self.precision):
-            return backbone_hidden(network, micro.input_ids, micro.attention_mask)[rows, columns]
+            return backbone_hidden(network, micro.input_ids, micro.attention_mask, (rows, columns))
 
     def hidden_of_teacher(self, teacher: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """The teacher's hidden states for the same tokens, behind the prompts that the teacher reads."""

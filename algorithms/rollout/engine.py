@@ -255,8 +255,8 @@ class CachedEngine:
                 input_ids[place, : len(pending[row])] = pending[row]
             positions = self._lengths[rows][:, None] + np.arange(width)
             widths = np.array([len(pending[row]) for row in rows])
-            states = self._forward(input_ids, positions, start)
-            hidden.append(states[self._tensor(np.arange(len(rows))), self._tensor(widths - 1)])
+            last = self._tensor(np.arange(len(rows))), self._tensor(widths - 1)
+            hidden.append(self._forward(input_ids, positions, start, last))
             self._lengths[rows] += widths
             self.computed_tokens += int(widths.sum())
             start += len(rows)
@@ -291,8 +291,15 @@ class CachedEngine:
             self._row_at[these], self._row_at[those] = self._row_at[those], self._row_at[these]
         return end
 
-    def _forward(self, input_ids: np.ndarray, positions: np.ndarray, first_place: int) -> Tensor:
-        return self._cache.forward(self._backbone, self._tensor(input_ids), self._tensor(positions), first_place)
+    def _forward(
+        self,
+        input_ids: np.ndarray,
+        positions: np.ndarray,
+        first_place: int,
+        at: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        ids, places, length = self._tensor(input_ids), self._tensor(positions), int(positions.max()) + 1
+        return self._cache.forward(self._backbone, ids, places, first_place, length=length, at=at)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.model.device)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner import decoder
 from algorithms.learner.networks import backbone_hidden, logit_width
 
 _FIRST_CAPACITY = 64
@@ -37,7 +38,16 @@ class EpisodeCache(Cache):
         self.columns = torch.zeros(0, dtype=torch.long)
         self.length = 0
 
-    def forward(self, backbone: Any, input_ids: Tensor, positions: Tensor, first_row: int = 0) -> Tensor:
+    def forward(
+        self,
+        backbone: Any,
+        input_ids: Tensor,
+        positions: Tensor,
+        first_row: int = 0,
+        *,
+        length: int | None = None,
+        at: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Append tokens to rows and compute their hidden states.
 
         Args:
@@ -45,23 +55,28 @@ class EpisodeCache(Cache):
             input_ids: [n, W] int64, the next tokens of rows `first_row` to `first_row + n`, padded on the right.
             positions: [n, W] int64, contiguous, from the row's length on.
             first_row: The first row.
+            length: The largest position plus one, for callers who know it; None: it is looked up.
+            at: Rows and columns of `input_ids`, each [m] int64, whose hidden states are wanted; None: all.
 
         Returns:
-            [n, W, d] hidden states in the model's dtype; meaningless on padding.
+            [n, W, d] hidden states in the model's dtype, meaningless on padding; or [m, d] at the positions.
         """
         self.rows = slice(first_row, first_row + len(input_ids))
         self.columns = positions
-        self.length = int(positions.max()) + 1
+        self.length = int(positions.max()) + 1 if length is None else length
         hidden_from = torch.arange(self.length, device=positions.device) > positions[:, :, None]
         mask = torch.zeros(hidden_from.shape, dtype=backbone.dtype, device=positions.device)
         mask.masked_fill_(hidden_from, torch.finfo(backbone.dtype).min)
-        return backbone(
+        if decoder.is_readable(backbone):
+            return decoder.read(backbone, input_ids, positions, mask=mask[:, None], remember=self.update, at=at)
+        hidden = backbone(
             input_ids=input_ids,
             attention_mask=mask[:, None],
             position_ids=positions,
             past_key_values=self,
             use_cache=True,
         ).last_hidden_state
+        return hidden if at is None else hidden[at]
 
     def swap(self, these: Tensor, those: Tensor, length: int) -> None:
         """Exchange rows pairwise.

@@ -260,8 +260,8 @@ def test_no_token_goes_through_the_model_twice():
     """With one environment nothing is padded, so the model sees exactly every token but the last of each episode."""
     player = make_toy_player(num_envs=1)
     seen = []
-    player.engine.model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
+    player.engine.model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone())
     )
     trajectories, stats = player.rollout([0, 1, 2, 3], seed=(0,))
     expected = np.concatenate([full_ids(trajectory)[:-1] for trajectory in trajectories])
@@ -274,10 +274,10 @@ def test_rows_that_wait_cost_nothing():
     player = make_toy_player(num_envs=8)
     appended, sampled = [], []
 
-    def count(module, args, kwargs):
-        (sampled if kwargs["input_ids"].shape[1] == 1 else appended).append(kwargs["input_ids"].numel())
+    def count(module, args):
+        (sampled if args[0].shape[1] == 1 else appended).append(args[0].numel())
 
-    player.engine.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    player.engine.model.get_input_embeddings().register_forward_pre_hook(count)
     trajectories, stats = player.rollout(list(range(8)) * 3, seed=(0,))
     tokens_after_actions = sum(len(trajectory.turns) for trajectory in trajectories)
     assert sum(sampled) == stats.sampled_tokens - tokens_after_actions

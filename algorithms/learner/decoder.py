@@ -1,0 +1,96 @@
+"""The forward pass of decoders built like Llama, with fewer operations than in `transformers`, and the same results.
+
+It calls the model's own layers (projections, embeddings, rotary table), so that adapters in their place count. Two
+things differ. Norms and rotation take fewer operations. And the last layer, once attention is over, goes on only with
+the positions that somebody reads: for a small model, most of that layer's work falls on prompts and observations,
+whose last hidden states nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+#: Takes keys and values [B, heads, T, head_dim] of the tokens, and the number of the layer; returns those to attend to.
+Remember = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+_BUILT_LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+
+
+def is_readable(backbone: Any) -> bool:
+    """Whether `read` computes what the backbone does: one of the known families, as a run uses it."""
+    config = backbone.config
+    return (
+        type(backbone) in _BUILT_LIKE_LLAMA
+        and config._attn_implementation == "sdpa"
+        and not backbone.gradient_checkpointing  # which recomputes whole layers
+        and (getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True))
+        and not (backbone.training and config.attention_dropout)
+    )
+
+
+def read(
+    backbone: Any,
+    input_ids: Tensor,
+    positions: Tensor,
+    *,
+    mask: Tensor | None = None,
+    remember: Remember | None = None,
+    at: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Compute the last hidden states, final norm included.
+
+    Args:
+        backbone: A backbone that `is_readable`.
+        input_ids: [B, T] int64.
+        positions: [B or 1, T] int64.
+        mask: [B, 1, T, S], added to the scores of attention; None: causal, each token sees those before it.
+        remember: Takes each layer's keys and values in, and returns those of all S columns; None: those of the tokens.
+        at: Rows and columns, each [n] int64, of the positions that are read; None: all.
+
+    Returns:
+        [B, T, d], or [n, d] at the positions.
+    """
+    hidden = backbone.embed_tokens(input_ids)
+    cos, sin = (table.unsqueeze(1) for table in backbone.rotary_emb(hidden, positions))
+    first, second = sin.chunk(2, dim=-1)
+    sin = torch.cat((-first, second), dim=-1)
+    for number, layer in enumerate(backbone.layers):
+        attended = _attend(layer.self_attn, _norm(layer.input_layernorm, hidden), cos, sin, mask, number, remember)
+        if at is not None and number == len(backbone.layers) - 1:
+            attended, hidden = attended[at], hidden[at]
+        hidden = hidden + layer.self_attn.o_proj(attended)
+        hidden = hidden + layer.mlp(_norm(layer.post_attention_layernorm, hidden))
+    return _norm(backbone.norm, hidden)
+
+
+def _attend(
+    attention: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, number: int, remember: Remember | None
+) -> Tensor:
+    """What attention has gathered, [B, T, heads * head_dim], before the output projection."""
+    shape = (*x.shape[:-1], -1, attention.head_dim)
+    query, key = attention.q_proj(x).view(shape), attention.k_proj(x).view(shape)
+    if hasattr(attention, "q_norm"):
+        query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
+    query, key = (_rotate(states.transpose(1, 2), cos, sin) for states in (query, key))
+    value = attention.v_proj(x).view(shape).transpose(1, 2)
+    if remember is not None:
+        key, value = remember(key, value, number)
+    return sdpa_attention_forward(attention, query, key, value, mask, scaling=attention.scaling)[0].flatten(2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding; the first half of `sin` has its sign turned, so that no half of x needs to."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    if isinstance(norm, nn.RMSNorm):  # that of a float64 model
+        return norm(x)
+    return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
