@@ -18,6 +18,8 @@ from agentic_rag_env.errors import DataError
 #: Most bytes of a line of JSON: a gzip file of some hundred KiB could hold one that fills the memory.
 MAX_LINE = 2**26
 _MAX_NAME = 120
+#: Names that stand for devices on Windows, with any ending.
+_OF_WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 _Made = TypeVar("_Made")
 
 
@@ -50,6 +52,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_all(folder: Path) -> None:
+    """Wait until everything in a folder is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file; at every moment it has either all of its new content or its old one."""
     with written_whole(path) as partial:
@@ -76,7 +84,8 @@ def file_name(text: str, also: str = "") -> str:
         text: Any text, such as one from a file or a setting.
         also: Characters to keep besides letters, digits and `_.+-`.
     """
-    name = re.sub(rf"[^\w.+{re.escape(also)}-]", "_", text, flags=re.ASCII).lstrip("-.")[:_MAX_NAME]
+    name = re.sub(rf"[^\w.+{re.escape(also)}-]", "_", text, flags=re.ASCII).lstrip("-.")[:_MAX_NAME].rstrip(".")
+    name = f"_{name}" if _OF_WINDOWS.match(name) else name
     return (
         name
         if name and name == text

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError, DataError
-from agentic_rag_env.terminal import printable
+from agentic_rag_env.terminal import escape_what_streams_lack, printable
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
 from algorithms.launch.processes import carry_out, start
@@ -55,6 +55,7 @@ def main() -> None:
 
 
 def _read() -> None:
+    escape_what_streams_lack()
     with clear_errors():
         prepare("evaluate")
     _main()

@@ -12,6 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from agentic_rag_env.terminal import escape_what_streams_lack
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
 from algorithms.launch.hydra_launcher import register_launcher
@@ -32,6 +33,7 @@ def main() -> None:
 
 
 def _read() -> None:
+    escape_what_streams_lack()
     sys.argv[1:] = map(by_group, sys.argv[1:])
     with clear_errors():
         prepare("config")

@@ -164,6 +164,8 @@ class Networks:
         self.teacher_tokenizer = self.tokenizer if teacher is None else load_tokenizer(self.place(teacher))
         self.policy = self.load(self.place(policy))
         require_rows(self.tokenizer, logit_width(self.policy), policy)
+        if teacher is not None:
+            require_rows(self.teacher_tokenizer, declared_vocab_size(self.place(teacher)), teacher)
         self.precision = decided_precision(config.learner.precision, self.policy)
         self._agents = [agent for name in (policy, teacher) if name and (agent := read_agent(self.place(name)))]
         self.vocab_size = min([self._shared_vocab_size(), *(agent.vocab_size for agent in self._agents)])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import os
+import signal
+import time
 import warnings
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from agentic_rag_env.errors import RetrieverError
+from agentic_rag_env.files import written_whole
 from algorithms.analysis.comparison.table_formats import Table
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.learner.types import Trajectory, Turn
@@ -67,3 +73,50 @@ def test_errors_and_warnings(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit), clear_errors():
         raise RetrieverError(f"status 500: {HOSTILE}")
     assert capsys.readouterr().err == "RetrieverError: status 500: \\x1b[2J\\x1b]0;x\\x07[red][/]\n"
+
+
+COMMANDS = [
+    "algorithms.run", "algorithms.evaluate", "algorithms.ask", "algorithms.compare", "algorithms.show",
+    "agentic_rag_env.play", "agentic_rag_env.datasets.__main__",
+    "agentic_rag_env.retrievers.indexing.cli", "agentic_rag_env.retrievers.serving.cli",
+]  # fmt: skip
+
+
+class Escaped(Exception):
+    """The command has made sure that its streams escape what they lack."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_first_lets_its_streams_escape_what_their_encoding_lacks(command, monkeypatch):
+    module = importlib.import_module(command)
+    monkeypatch.setattr(module, "escape_what_streams_lack", Mock(side_effect=Escaped))
+    with pytest.raises(Escaped):
+        module.main()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_ended_leaves_no_half_written_file(tmp_path, capsys, signum):
+    def write() -> None:
+        with clear_errors(), written_whole(tmp_path / "summary.json") as partial:
+            partial.write_text("{")
+            os.kill(os.getpid(), signum)
+            time.sleep(10)  # the signal ends it
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        write()
+    assert end.value.code == 128 + signum  # as a shell reports it
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err in ("Terminated.\n", "Interrupted.\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_somebody_handles_is_left_to_them(monkeypatch):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        with clear_errors():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
