@@ -43,25 +43,34 @@ def _begin(rank: int, count: int, port: int, folder: Path, work: Callable[..., A
     sys.exit(work(*arguments))
 
 
-def run(arguments: list[str], rank: int = -1, place: str = "", count: int = 0, end: int | str = 0) -> int:
+def run(
+    arguments: list[str],
+    noted: Path | None = None,
+    rank: int = -1,
+    place: str = "os.getpid",
+    count: int = 0,
+    end: int | str = 0,
+) -> int:
     """`python -m algorithms.run` in one of the processes.
 
     Args:
         arguments: The command line.
+        noted: Where the time of death is written.
         rank: The process that ends at the `count`-th call of the function `place`.
         place: Dotted name of the function.
         count: See `rank`.
         end: A signal, or the message of an exception.
     """
     calls: list[int] = []
-    module, _, name = (place or "os.getpid").rpartition(".")
+    module, _, name = place.rpartition(".")
     target = __import__("pkgutil").resolve_name(module)
     original = getattr(target, name)
 
     def dying(*args: Any, **settings: Any) -> Any:
         calls.append(1)
         if os.environ["RANK"] == str(rank) and len(calls) == count:
-            Path(os.environ["TIME_OF_DEATH"]).write_text(str(time.time()))
+            assert noted is not None
+            noted.write_text(str(time.time()))
             if isinstance(end, str):
                 raise OSError(end)
             os.kill(os.getpid(), end)
