@@ -79,28 +79,47 @@ def parts() -> dict[str, str]:
     """The examples of the page for those who extend the code, by the file name in their first line."""
     page = (ROOT / "algorithms" / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, flags=re.DOTALL)
-    assert [name for name, _ in blocks] == ["actor_critic.py", "short_answers.py", "by_title.py", "capitals.py"]
+    assert [name for name, _ in blocks] == [
+        "actor_critic.py",
+        "short_answers.py",
+        "by_title.py",
+        "capitals.py",
+        "sums.py",
+    ]
     return dict(blocks)
 
 
-def test_parts_written_from_the_map_alone_run_by_name(tmp_path):
+def run_as_on_the_map(number: int, tmp_path: Path, *overrides: str, plugins: str = "") -> None:
+    """The page's command with this number, in a folder with the page's files."""
     page = (ROOT / "algorithms" / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^AGENTIC_RAG_PLUGINS=.*$", page, flags=re.MULTILINE)
+    line = re.findall(r"^AGENTIC_RAG_PLUGINS=.*$", page, flags=re.MULTILINE)[number]
     for name, code in parts().items():
         (tmp_path / name).write_text(code, encoding="utf-8")
     words = shlex.split(line)
     start = words.index("python")
-    plugins = words[0].partition("=")[2] + ":capitals.py"
-    small = [setting for setting in SMALL if not setting.startswith(("dataset.", "algo.warm_start"))]
+    plugins = words[0].partition("=")[2] + plugins
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, *words[start + 1 :], *small, "dataset=capitals", "hydra.run.dir=run", "cache_dir=cache"],
+        [sys.executable, *words[start + 1 :], *overrides, "hydra.run.dir=run", "cache_dir=cache"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "AGENTIC_RAG_PLUGINS": plugins},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_task_written_from_the_map_alone_is_trained_on(tmp_path):
+    small = [setting for setting in SMALL if not setting.startswith(("dataset.", "env.", "algo."))]
+    run_as_on_the_map(1, tmp_path, *small, "algo.num_demonstrations=16", "algo.epochs=1", "algo.batch_size=16")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["demonstrations"]["sft"] == {"wanted": 16, "found": 16, "asked": 16}
+    assert summary["config"]["env"]["id"] == "Sums-v1"
+
+
+def test_parts_written_from_the_map_alone_run_by_name(tmp_path):
+    small = [setting for setting in SMALL if not setting.startswith(("dataset.", "algo.warm_start"))]
+    run_as_on_the_map(0, tmp_path, *small, "dataset=capitals", plugins=":capitals.py")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["algo"] == "actor_critic"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

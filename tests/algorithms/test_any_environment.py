@@ -237,9 +237,9 @@ def test_it_is_shown_and_compared(sft, grpo, tmp_path, capsys):
     assert f"Question: {a} + {b} = ?\n" in capsys.readouterr().out
     assert f"{a} + {b} = ?" in (sft.path / "trajectories.html").read_text(encoding="utf-8")
     compare.main([str(sft.path), str(grpo.path), "--out", str(tmp_path / "compared")])
-    shown = capsys.readouterr().out
-    print(shown, list((tmp_path / "compared").iterdir()))
-    raise AssertionError
+    figures = json.loads((tmp_path / "compared" / "comparison.json").read_text(encoding="utf-8"))
+    assert {"sft", "grpo"} <= set(re.findall(r'"(sft|grpo)"', json.dumps(figures)))
+    assert "comparison.html" in capsys.readouterr().out
 
 
 def test_the_module_that_registers_it_is_a_plug_in(tmp_path, model):
