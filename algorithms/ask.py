@@ -32,8 +32,9 @@ def _main(config: DictConfig) -> None:
     with clear_errors():
         given: Any = OmegaConf.to_container(config, resolve=True)
         question = given.pop("question")
-        found = find(given.pop("checkpoint"), given["cache_dir"])
+        found = find(given.pop("checkpoint"), given["cache_dir"], given)
         settings = ask_config(given, found.model, found.settings)
+        found.tell_overruled(settings)
         ask(settings, _typed() if question is None else [question], _print)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
 from algorithms.launch.processes import carry_out, start
 from algorithms.sb3.learner import is_outside_learner
+from algorithms.training.agent_files import Agent, read_agent, tell_overruled
 from algorithms.training.model_names import newest_checkpoint, resolve_model
 from algorithms.training.run_files import CONFIG_FILE, read_settings, write_summary
 from algorithms.training.settings import RunConfig, evaluate_config, register_schemas
@@ -31,11 +33,20 @@ class Found:
 
     Attributes:
         model: Folder in Hugging Face format, bundled name or hub id.
-        settings: Settings of the run that it comes from; empty if it comes from none.
+        settings: Settings of the run that it comes from, or those that its `agent.json` brings; empty without either.
+        agent: What its `agent.json` says; None if it has none.
+        run_dir: Directory of the run that it comes from; None if it lies in none.
     """
 
     model: str
     settings: dict[str, Any]
+    agent: Agent | None = None
+    run_dir: Path | None = None
+
+    def tell_overruled(self, config: RunConfig) -> None:
+        """Say which settings of the agent's protocol the command line has changed."""
+        if self.agent is not None:
+            tell_overruled(self.agent.protocol, asdict(config), self.model)
 
 
 def main() -> None:
@@ -53,21 +64,24 @@ def _read() -> None:
 def _main(config: DictConfig) -> None:
     with clear_errors():
         given: Any = OmegaConf.to_container(config, resolve=True)
-        found = find(given.pop("checkpoint"), given["cache_dir"])
+        found = find(given.pop("checkpoint"), given["cache_dir"], given)
         settings = evaluate_config(given, found.model, found.settings)
+        found.tell_overruled(settings)
         carry_out(evaluate, settings, Path(HydraConfig.get().runtime.output_dir))
 
 
-def find(name: str | None, cache_dir: str = RunConfig.cache_dir) -> Found:
-    """Find the model behind a name, and the run that it comes from.
+def find(name: str | None, cache_dir: str = RunConfig.cache_dir, given: Mapping[str, Any] | None = None) -> Found:
+    """Find the model behind a name, the run that it comes from, and what its `agent.json` says.
 
     Args:
         name: A run directory, which stands for its newest complete checkpoint; a folder in Hugging Face format, such as
             `checkpoints/<step>` of a run; a `.gguf` file; a bundled name; or a hub id.
         cache_dir: Where folders of `.gguf` files are kept.
+        given: The command line, shaped like `EvaluateConfig`; it may have to say what `agent.json` may not.
 
     Raises:
-        ConfigurationError: The name is missing, or names a folder or file of another kind.
+        ConfigurationError: The name is missing, or names a folder or file of another kind; or the command line lacks
+            texts that `agent.json` may not bring.
     """
     if not name or name == "???":
         raise ConfigurationError("checkpoint=... is missing; give a run directory, a Hugging Face folder or a hub id.")
@@ -79,7 +93,7 @@ def find(name: str | None, cache_dir: str = RunConfig.cache_dir) -> Found:
                 f"The run {name} trained {algorithm}, which is no language model and is measured by its "
                 "own run; see summary.json there, or train again with other dataset=... or evaluation=... settings."
             )
-        return Found(str(newest_checkpoint(path)), settings)
+        return _with_agent(Found(str(newest_checkpoint(path)), settings, run_dir=path), given or {})
     if path.exists() and path.suffix != ".gguf" and not (path / "config.json").is_file():
         listed = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "a file"
         raise ConfigurationError(
@@ -93,17 +107,40 @@ def find(name: str | None, cache_dir: str = RunConfig.cache_dir) -> Found:
         from algorithms.training.checkpoint import require_whole
 
         require_whole(path)
-    return Found(resolve_model(name, cache_dir), _settings(run_dir) if of_run else {})
+    found = Found(resolve_model(name, cache_dir), {})
+    if of_run:
+        found.settings, found.run_dir = _settings(run_dir), run_dir
+    return _with_agent(found, given or {})
+
+
+def _with_agent(found: Found, given: Mapping[str, Any]) -> Found:
+    """Add what `agent.json` says. In a run directory only the precision is news; all else stands in the settings."""
+    found.agent = read_agent(found.model)
+    if found.agent is None:
+        return found
+    if found.run_dir is not None:
+        found.settings["learner"] = {**found.settings.get("learner", {}), "precision": found.agent.precision}
+        return found
+
+    def is_said(key: str) -> bool:
+        part, _, setting = key.partition(".")
+        return part in given and bool({"name", setting} & given[part].keys())
+
+    found.agent.require_said(is_said, found.model)
+    found.settings = found.agent.settings
+    return found
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
     """Read the settings saved in a run directory, and leave out what does not have the form of settings."""
     settings = read_settings(run_dir)
-    for group in ("algo", "env", "dataset", "retriever", "reward", "rollout", "learner"):
+    for group in ("algo", "env", "dataset", "retriever", "reward", "rollout", "learner", "evaluation"):
         section = settings.get(group, {})
-        unnamed = group in ("rollout", "learner") or section == {}
+        unnamed = group in ("rollout", "learner", "evaluation") or section == {}
         if not isinstance(section, dict) or not (unnamed or isinstance(section.get("name"), str)):
             raise DataError(f"{run_dir / CONFIG_FILE}: {group} is no section of settings.")
+    if type(settings.get("num_envs", 1)) is not int:
+        raise DataError(f"{run_dir / CONFIG_FILE}: num_envs is no number.")
     return settings
 
 

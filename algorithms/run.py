@@ -18,6 +18,7 @@ from algorithms.launch.hydra_launcher import register_launcher
 from algorithms.launch.processes import carry_out, start
 from algorithms.launch.run_guard import left_to_run, no_trace_of_refusals
 from algorithms.sb3.learner import outside_learner
+from algorithms.training.agent_files import with_protocol
 from algorithms.training.settings import RunConfig, by_group, register_schemas, run_config
 
 with clear_errors():  # of a plug-in
@@ -42,7 +43,7 @@ def _composed(config: DictConfig) -> None:
     """Run with the configuration that Hydra composes."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     with clear_errors(run_dir), no_trace_of_refusals(run_dir, config):
-        left = left_to_run(run_dir, config)
+        left = left_to_run(run_dir, with_protocol(config, HydraConfig.get().overrides.task))
         if left is not None:
             carry_out(run, run_config(left), run_dir)
 

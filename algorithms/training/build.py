@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
+from agentic_rag_env.terminal import print_line
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner import ranks
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
@@ -34,6 +35,7 @@ from algorithms.rollout.engine import CachedEngine, Engine
 from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player
 from algorithms.rollout.tokenization import PlainEncoder
+from algorithms.training.agent_files import read_agent
 from algorithms.training.model_names import resolve_model
 from algorithms.training.settings import RunConfig
 
@@ -127,7 +129,7 @@ class Networks:
             policy's.
         policy: The network being trained, float32, or float64 if that is the precision.
         precision: Precision of the computation, "float32", "bfloat16" or "float64".
-        vocab_size: Ids that policy and teacher have in common.
+        vocab_size: Ids that policy and teacher have in common, and that both wrote in the runs that they come from.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -139,7 +141,8 @@ class Networks:
         self.policy = self.load(self.place(policy))
         require_rows(self.tokenizer, logit_width(self.policy), policy)
         self.precision = decided_precision(config.learner.precision, self.policy)
-        self.vocab_size = self._shared_vocab_size()
+        self._agents = [agent for name in (policy, teacher) if name and (agent := read_agent(self.place(name)))]
+        self.vocab_size = min([self._shared_vocab_size(), *(agent.vocab_size for agent in self._agents)])
         self._teacher: PreTrainedModel | None = None
         self._teachers: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
@@ -212,6 +215,10 @@ class Networks:
         return Generator(self._engine(model, envs, 0.0))
 
     def _engine(self, model: PreTrainedModel, envs: AgenticRAGVectorEnv, temperature: float) -> Engine:
+        ends = tuple(envs.metadata["action_ends"])
+        for agent in [each for each in self._agents if each.action_ends != ends]:
+            print_line(f"Actions end with {', '.join(ends)}; a model was trained with {', '.join(agent.action_ends)}.")
+            self._agents.remove(agent)  # said once
         return CachedEngine(
             model,
             self.tokenizer_of(model),

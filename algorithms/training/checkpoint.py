@@ -26,6 +26,7 @@ from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import sha256, sync
 from agentic_rag_env.settings import COUNT, check_value, or_none
 from algorithms.learner.networks import no_progress_bars
+from algorithms.training.agent_files import AGENT_FILE
 
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state.pt"
@@ -62,6 +63,7 @@ def save(
     critic: nn.Module | None = None,
     learner_state: Mapping[str, Any],
     trainer_state: Mapping[str, Any],
+    agent: Mapping[str, Any] | None = None,
     keep_last: int | None = None,
     keep_steps: Collection[int] = (),
 ) -> Path:
@@ -78,6 +80,7 @@ def save(
         critic: Saved whole in the training state.
         learner_state: What `Learner.state_dict()` returns.
         trainer_state: Tensors, numbers, strings, None, and lists, tuples and dicts of them.
+        agent: Content of `agent.json`; None: there is none.
         keep_last: How many to keep, this one included; None: all.
         keep_steps: Steps that are not removed for their age, such as the best so far.
 
@@ -102,6 +105,8 @@ def save(
         with no_progress_bars():
             policy.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
+        if agent is not None:
+            (unfinished / AGENT_FILE).write_text(json.dumps(agent, indent=1) + "\n", encoding="utf-8")
         torch.save(state, unfinished / TRAINING_STATE)
         _write_manifest(unfinished, step)
         _sync(unfinished)

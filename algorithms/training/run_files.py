@@ -67,9 +67,7 @@ def read_yaml(file: Path) -> Any:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file} is damaged or holds no plain settings: {_one_line(error)}") from error
-    for key, value in _leaves(read):
-        if not isinstance(value, (str, int, float, type(None))):
-            raise DataError(f"{file}: {key} is a {type(value).__name__}; settings are numbers, strings or null.")
+    _require_scalars(read, file)
     return read
 
 
@@ -91,12 +89,36 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
             f"{file} was cut off or is damaged: it holds no settings. Put the file of this run back; without it, begin "
             f"a new run from its weights: model.policy={run_dir}/checkpoints/<step>."
         )
-    if found := _interpolations(settings):
+    _require_resolved(settings, file)
+    return settings
+
+
+def require_plain(data: Any, origin: str | Path) -> None:
+    """Make sure that saved settings are plain data.
+
+    Args:
+        data: What was read.
+        origin: Where from, for the error.
+
+    Raises:
+        DataError: They hold more than numbers, strings, lists and mappings, lie too deep, or hold an interpolation.
+    """
+    _require_scalars(data, origin)
+    _require_resolved(data, origin)
+
+
+def _require_scalars(data: Any, origin: str | Path) -> None:
+    for key, value in _leaves(data):
+        if not isinstance(value, (str, int, float, type(None))):
+            raise DataError(f"{origin}: {key} is a {type(value).__name__}; settings are numbers, strings or null.")
+
+
+def _require_resolved(data: Any, origin: str | Path) -> None:
+    if found := _interpolations(data):
         raise DataError(
-            f"{file}: {found[0]} holds an interpolation (${{...}}). Saved settings are plain data and are never "
+            f"{origin}: {found[0]} holds an interpolation (${{...}}). Saved settings are plain data and are never "
             "resolved, since that would read this machine's environment. Write the value itself there if you know it."
         )
-    return settings
 
 
 def write_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:

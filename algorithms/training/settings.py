@@ -174,13 +174,16 @@ class RunConfig:
 class EvaluateConfig:
     """Settings of `algorithms.evaluate`.
 
-    `env`, `dataset`, `retriever`, `reward`, `rollout` and `learner` are those of the run that the checkpoint comes
-    from. Without a run they are the defaults, with the prompt `search_r1` unless the model is a bundled one. A single
-    setting changes one of them (`env.max_turns=2`), and a name replaces a whole part (`dataset=jsonl`).
+    `env`, `dataset`, `retriever`, `reward`, `rollout`, `evaluation` and `num_envs` are those of the run that the
+    checkpoint comes from, and the precision is that in which it computed; a copy of the checkpoint's folder brings them
+    in `agent.json`. Without either they are the defaults, with the prompt `search_r1` unless the model is a bundled
+    one. A single setting changes one of them (`env.max_turns=2`), and a name replaces a whole part (`dataset=jsonl`).
+    On another dataset `evaluation` and `num_envs` are the defaults, which measure all questions.
 
     Attributes:
         checkpoint: A run directory, a Hugging Face folder, a `.gguf` file, a bundled name or a hub id.
-        num_envs: Episodes played at once.
+        evaluation: How the model is measured, see `ScoringConfig`.
+        num_envs: Episodes played at once; None: as in the run.
         max_retriever_error_fraction: Share of the episodes that a failed search may end; past it the evaluation stops.
         probes: ARC probes, by name or as a mapping with `name` and settings; empty for none.
         cache_dir: Folder that keeps what a `.gguf` file is converted to.
@@ -195,8 +198,8 @@ class EvaluateConfig:
     reward: dict[str, Any] = field(default_factory=dict)
     rollout: dict[str, Any] = field(default_factory=dict)
     learner: dict[str, Any] = field(default_factory=dict)
-    evaluation: ScoringConfig = field(default_factory=ScoringConfig)
-    num_envs: int = 96
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    num_envs: int | None = None
     max_retriever_error_fraction: float = 0.2
     probes: list[Any] = field(default_factory=lambda: list(DEFAULT_PROBES))
     cache_dir: str = "~/.cache/agentic_rag_env"
@@ -243,6 +246,7 @@ def ask_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> Run
     assert isinstance(evaluation, dict)
     settings: Any = {**evaluation, **given, "num_envs": 1, "probes": []}
     settings["rollout"] = {"temperature": 0.0, **given["rollout"]}
+    settings["learner"] = {"precision": LearnerConfig.precision, **given["learner"]}
     return evaluate_config(settings, model, of_run)
 
 
@@ -262,8 +266,12 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
         ConfigurationError: A value can't work, is missing or unknown.
     """
     registries = {registry.group: registry for registry in (ENVS, DATASETS, RETRIEVERS, REWARDS)}
-    schemas: dict[str, Any] = {"rollout": RolloutConfig, "learner": LearnerConfig}
+    schemas: dict[str, Any] = {"rollout": RolloutConfig, "learner": LearnerConfig, "evaluation": ScoringConfig}
+    of_run = {**of_run, "evaluation": _scoring(of_run)}
+    if "name" in given["dataset"]:  # how many questions the run took, and how, says nothing of other data
+        of_run = {name: value for name, value in of_run.items() if name not in ("evaluation", "num_envs")}
     specs = {section: {**of_run.get(section, {}), **given[section]} for section in schemas}
+    num_envs = of_run.get("num_envs", RunConfig.num_envs) if given["num_envs"] is None else given["num_envs"]
     used: dict[str, Any] = {}
     for group, default in _DEFAULT_PARTS.items():
         chosen = given[group]
@@ -271,7 +279,7 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
         specs[group] = {**saved, **chosen}
         used[group] = {name: value for name, value in saved.items() if name not in chosen}
         schemas[group] = named_config(registries[group], specs[group]["name"])
-    if not of_run and Path(model).parent != ASSETS and specs["env"]["name"] == _DEFAULT_PARTS["env"]:
+    if "env" not in of_run and Path(model).parent != ASSETS and specs["env"]["name"] == _DEFAULT_PARTS["env"]:
         specs["env"] = {"prompt": "search_r1", **specs["env"]}  # others know no protocol unasked
     require_named(used, given.get("allow", ()), "the run directory")
     try:
@@ -284,11 +292,17 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
         model=ModelConfig(policy=model, teacher=None),
         rollout=RolloutConfig(**parts.pop("rollout")),
         learner=LearnerConfig(**parts.pop("learner")),
-        evaluation=EvaluationConfig(**given["evaluation"]),
-        **{name: given[name] for name in ("num_envs", "max_retriever_error_fraction", "probes", "threads")},
-        cache_dir=given["cache_dir"],
+        evaluation=EvaluationConfig(**parts.pop("evaluation")),
+        num_envs=num_envs,
+        **{name: given[name] for name in ("max_retriever_error_fraction", "probes", "threads", "cache_dir")},
         **parts,
     )
+
+
+def _scoring(of_run: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run measures at its end, without what it does on the way."""
+    known = [setting.name for setting in dataclasses.fields(ScoringConfig)]
+    return {name: value for name, value in of_run.get("evaluation", {}).items() if name in known}
 
 
 def run_config(composed: DictConfig) -> RunConfig:
@@ -401,7 +415,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store("run_schema", RunConfig)
     evaluate_schema = OmegaConf.structured(EvaluateConfig)
-    for group in ("rollout", "learner", *_DEFAULT_PARTS):
+    for group in ("rollout", "learner", "evaluation", *_DEFAULT_PARTS):
         OmegaConf.set_struct(evaluate_schema[group], False)  # single settings that change those of the checkpoint
     store.store("evaluate_schema", evaluate_schema)
     ask_schema = OmegaConf.structured(AskConfig)

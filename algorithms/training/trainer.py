@@ -20,6 +20,7 @@ from algorithms.learner.types import Batch, Trajectory
 from algorithms.rollout.replay import Replay
 from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training import checkpoint, evaluation
+from algorithms.training.agent_files import described
 from algorithms.training.batches import Sources, choose_source
 from algorithms.training.build import Environments, Networks, build_stages
 from algorithms.training.costs import cost_metrics, spend, timed
@@ -351,12 +352,18 @@ class Trainer:
                     "replay": self.sources.replay.state_dict(),
                     "settings": self._settings(),
                 },
+                agent=self._agent(),
                 keep_last=self.config.keep_checkpoints,
                 keep_steps=[*self.position.stage_starts, *self.position.best_steps()],
             )
 
         with timed(self.position.costs, "checkpoint_s"):
             ranks.decided(save)
+
+    def _agent(self) -> dict[str, Any]:
+        """The content of `agent.json`."""
+        action_ends = self.environments.envs("train").metadata["action_ends"]
+        return described(self.config, self.networks.precision, self.networks.vocab_size, action_ends)
 
 
 def _hand_over(algorithm: Algorithm) -> float | None:

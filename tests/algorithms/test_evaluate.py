@@ -48,9 +48,7 @@ def test_a_run_directory_scores_as_the_run_did(dgpo_run, scored, monkeypatch):
     load_model = build.load_model
     monkeypatch.setattr(build, "load_model", lambda path, **options: loaded.append(path) or load_model(path, **options))
 
-    score = scored(
-        f"checkpoint={dgpo_run.path}", "evaluation.num_questions=32", "threads=1", "num_envs=16", "probes=[]"
-    )
+    score = scored(f"checkpoint={dgpo_run.path}", "threads=1", "probes=[]")
 
     assert score.code == 0, score.err
     newest = str(dgpo_run.path / "checkpoints" / f"{STEPS:06d}")
@@ -80,8 +78,57 @@ def test_the_table_shows_every_mode_with_all_figures(dgpo_run, scored):
     assert str(score.path) in score.out
 
 
-def test_all_questions_of_the_test_split_unless_told_otherwise(dgpo_run, scored):
-    whole = scored(f"checkpoint={dgpo_run.path}", "evaluation.temperatures=[0]", "probes=[]")
+def test_a_checkpoint_that_lies_elsewhere_scores_by_its_path_alone_as_the_run_did(dgpo_run, scored, tmp_path, capsys):
+    copied = shutil.copytree(dgpo_run.path / "checkpoints" / f"{STEPS:06d}", tmp_path / "elsewhere" / "an_agent")
+    score = scored(f"checkpoint={copied}", "threads=1", "probes=[]")
+    assert score.code == 0, score.err
+    assert score.summary["evaluation"] == {"checkpoint": dgpo_run.summary["evaluation"]["dgpo"]}
+    assert score.summary["fingerprints"] == dgpo_run.summary["fingerprints"] | {"training_questions": None}
+    assert score.summary["precision"] == dgpo_run.summary["precision"]
+    for mode in ("greedy", "T=1"):
+        theirs = dgpo_run.transcripts()[f"test-dgpo-{mode}.jsonl.gz"]
+        assert score.transcripts()[f"test-checkpoint-{mode}.jsonl.gz"] == theirs
+    assert "The command line says" not in score.out
+
+
+def test_the_command_line_counts_before_the_agents_protocol_and_a_line_says_so(dgpo_run, scored, tmp_path):
+    copied = shutil.copytree(dgpo_run.path / "checkpoints" / f"{STEPS:06d}", tmp_path / "an_agent")
+    for place in (copied, dgpo_run.path):
+        score = scored(f"checkpoint={place}", *FEW, "env.max_turns=1", "rollout.max_new_tokens=30")
+        assert score.summary["config"]["env"]["max_turns"] == 1
+        assert score.summary["config"]["rollout"]["max_new_tokens"] == 30
+        assert "The command line says env.max_turns=1, rollout.max_new_tokens=30, and that counts; " in score.out
+        assert "was trained with env.max_turns=2, rollout.max_new_tokens=24." in score.out
+
+
+def test_other_data_are_measured_whole(dgpo_run, scored):
+    score = scored(
+        f"checkpoint={dgpo_run.path}", "dataset=tiny", "dataset.num_passages=150", "dataset.num_questions=40",
+        "evaluation.temperatures=[0]", "probes=[]", "threads=1",
+    )  # fmt: skip
+    assert score.summary["evaluation"]["checkpoint"]["greedy"]["all"]["n"] == 40
+    assert score.summary["config"]["num_envs"] == 96
+
+
+def test_what_an_agents_file_may_not_bring_is_asked_for(scored, tmp_path):
+    folder = shutil.copytree(ASSETS / "tiny-student", tmp_path / "an_agent")
+    agent = {
+        "format": 1, "env": {"name": "agentic_rag"}, "action_ends": ["</a>"], "rollout": {}, "precision": "float32",
+        "vocab_size": 700, "measured": {"dataset": {"name": "jsonl", "questions": "/somewhere/q.jsonl"}},
+    }  # fmt: skip
+    (folder / "agent.json").write_text(json.dumps(agent))
+    score = scored(f"checkpoint={folder}", *FEW)
+    assert score.code == 1
+    assert """add: 'dataset.questions="/somewhere/q.jsonl"'""" in score.err
+    score = scored(f"checkpoint={folder}", *FEW, "dataset=tiny", "rollout.max_new_tokens=4")
+    assert score.code == 0, score.err
+    assert "Actions end with </search>, </answer>; a model was trained with </a>." in score.out
+
+
+def test_all_questions_of_the_test_split_if_told_so(dgpo_run, scored):
+    whole = scored(
+        f"checkpoint={dgpo_run.path}", "evaluation.num_questions=null", "evaluation.temperatures=[0]", "probes=[]"
+    )
     assert whole.summary["split"] == "test"
     assert whole.summary["evaluation"]["checkpoint"]["greedy"]["all"]["n"] == 60
     assert len(read_trajectories(whole.path / "trajectories" / "test-checkpoint-greedy.jsonl.gz")) == 60
@@ -116,8 +163,7 @@ def test_the_newest_complete_checkpoint_counts(dgpo_run, scored, tmp_path):
 
 def test_a_checkpoint_folder_of_a_run_brings_the_settings_of_the_run(dgpo_run, scored):
     step = dgpo_run.path / "checkpoints" / f"{KD_STEPS:06d}"
-    settings = ("evaluation.num_questions=32", "threads=1", "num_envs=16", "probes=[]")
-    score = scored(f"checkpoint={step}", *settings)
+    score = scored(f"checkpoint={step}", "threads=1", "probes=[]")
     assert score.summary["evaluation"]["checkpoint"] == dgpo_run.summary["evaluation"]["kd"]
 
 
