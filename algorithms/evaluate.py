@@ -77,7 +77,8 @@ def find(name: str | None, cache_dir: str = RunConfig.cache_dir, given: Mapping[
         name: A run directory, which stands for its newest complete checkpoint; a folder in Hugging Face format, such as
             `checkpoints/<step>` of a run; a `.gguf` file; a bundled name; or a hub id.
         cache_dir: Where folders of `.gguf` files are kept.
-        given: The command line, shaped like `EvaluateConfig`; it may have to say what `agent.json` may not.
+        given: The command line, shaped like `EvaluateConfig`; it has to say what `agent.json` may not. None: nothing is
+            played, so nothing has to be said.
 
     Raises:
         ConfigurationError: The name is missing, or names a folder or file of another kind; or the command line lacks
@@ -93,7 +94,7 @@ def find(name: str | None, cache_dir: str = RunConfig.cache_dir, given: Mapping[
                 f"The run {name} trained {algorithm}, which is no language model and is measured by its "
                 "own run; see summary.json there, or train again with other dataset=... or evaluation=... settings."
             )
-        return _with_agent(Found(str(newest_checkpoint(path)), settings, run_dir=path), given or {})
+        return _with_agent(Found(str(newest_checkpoint(path)), settings, run_dir=path), given)
     if path.exists() and path.suffix != ".gguf" and not (path / "config.json").is_file():
         listed = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "a file"
         raise ConfigurationError(
@@ -110,10 +111,10 @@ def find(name: str | None, cache_dir: str = RunConfig.cache_dir, given: Mapping[
     found = Found(resolve_model(name, cache_dir), {})
     if of_run:
         found.settings, found.run_dir = _settings(run_dir), run_dir
-    return _with_agent(found, given or {})
+    return _with_agent(found, given)
 
 
-def _with_agent(found: Found, given: Mapping[str, Any]) -> Found:
+def _with_agent(found: Found, given: Mapping[str, Any] | None) -> Found:
     """Add what `agent.json` says. In a run directory only the precision is news; all else stands in the settings."""
     found.agent = read_agent(found.model)
     if found.agent is None:
@@ -124,7 +125,7 @@ def _with_agent(found: Found, given: Mapping[str, Any]) -> Found:
 
     def is_said(key: str) -> bool:
         part, _, setting = key.partition(".")
-        return part in given and bool({"name", setting} & given[part].keys())
+        return given is None or part not in given or bool({"name", setting} & given[part].keys())
 
     found.agent.require_said(is_said, found.model)
     found.settings = found.agent.settings

@@ -16,9 +16,9 @@ from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
 from algorithms.launch.hydra_launcher import register_launcher
 from algorithms.launch.processes import carry_out, start
+from algorithms.launch.protocol import with_protocol
 from algorithms.launch.run_guard import left_to_run, no_trace_of_refusals
 from algorithms.sb3.learner import outside_learner
-from algorithms.training.agent_files import with_protocol
 from algorithms.training.settings import RunConfig, by_group, register_schemas, run_config
 
 with clear_errors():  # of a plug-in

@@ -36,6 +36,7 @@ KNOW_HYDRA = {
     "algorithms.launch.command_line",
     "algorithms.launch.hydra_launcher",
     "algorithms.launch.run_guard",
+    "algorithms.launch.protocol",
     *(f"algorithms.{name}" for name in algorithms.COMMANDS),
 }
 

@@ -6,7 +6,6 @@ that could be a path, an address or a module is withheld: it counts only if the 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import re
@@ -16,9 +15,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
-
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError, DataError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS
 from agentic_rag_env.settings import check_value, one_of
@@ -26,9 +22,8 @@ from agentic_rag_env.terminal import print_line
 from algorithms.learner.config import PRECISIONS
 from algorithms.learner.model_folders import as_folder
 from algorithms.rollout.config import RolloutConfig
-from algorithms.training.model_names import resolve_model
 from algorithms.training.run_files import differences, require_plain
-from algorithms.training.settings import RunConfig, ScoringConfig, named_config
+from algorithms.training.settings import RunConfig, ScoringConfig, typed
 
 AGENT_FILE = "agent.json"
 #: Raised when older code could no longer read the file as it is meant.
@@ -36,7 +31,7 @@ _FORMAT = 1
 _KEYS = ("format", "env", "action_ends", "rollout", "precision", "vocab_size", "measured")
 _MAX_BYTES, _MAX_ENVS, _MAX_NEW_TOKENS = 2**20, 2**12, 2**16
 #: Settings of `rollout` that every run with the agent keeps. The others belong to a run and to its figures.
-_LIMITS = ("max_new_tokens", "max_tokens")
+LIMITS = ("max_new_tokens", "max_tokens")
 _PARTS = {"env": ENVS, "dataset": DATASETS, "retriever": RETRIEVERS, "reward": REWARDS}
 #: Texts that the model reads, or that a registry looks up. No other text with such characters is taken from the file.
 _HARMLESS = ("env.prompt", *(f"{part}.name" for part in _PARTS))
@@ -68,7 +63,7 @@ class Agent:
     @property
     def protocol(self) -> dict[str, Any]:
         """What changes what the model sees and how its actions are read, shaped like the settings of a run."""
-        return {"env": self.env, "rollout": {name: self.rollout[name] for name in _LIMITS}}
+        return {"env": self.env, "rollout": {name: self.rollout[name] for name in LIMITS}}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -133,12 +128,21 @@ def read_agent(place: str | Path) -> Agent | None:
         return None
     try:
         return _checked(_read(file))
-    except (ValueError, TypeError, KeyError, RecursionError, OmegaConfBaseException, AgenticRAGError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, AgenticRAGError) as error:
         told = " ".join(str(error).split())[:300]
         raise DataError(
             f"{file} says nothing of an agent ({told or type(error).__name__}). Put the file of this checkpoint back; "
             "or remove it, and the model is asked as the command line says."
         ) from error
+
+
+def shareable(folder: Path) -> dict[str, Any]:
+    """The content of `agent.json` without the texts that a reader withholds, which may be paths of this machine."""
+    content = _read(folder / AGENT_FILE)
+    for key in _checked(content).withheld:
+        part, _, setting = key.partition(".")
+        del (content[part] if part in content else content["measured"][part])[setting]
+    return content
 
 
 def _read(file: Path) -> Any:
@@ -167,9 +171,9 @@ def _checked(content: Any) -> Agent:
         for name in ("dataset", "retriever", "reward")
         if name in content["measured"]
     }
-    measured["evaluation"] = vars(_typed(ScoringConfig, content["measured"].get("evaluation", {})))
+    measured["evaluation"] = vars(typed(ScoringConfig, content["measured"].get("evaluation", {})))
     measured["num_envs"] = _whole(content["measured"].get("num_envs", RunConfig.num_envs), "num_envs", _MAX_ENVS)
-    rollout = _typed(RolloutConfig, content["rollout"])
+    rollout = typed(RolloutConfig, content["rollout"])
     _whole(rollout.max_new_tokens, "max_new_tokens", _MAX_NEW_TOKENS)
     check_value("precision", content["precision"], one_of(each for each in PRECISIONS if each != "auto"))
     ends = content["action_ends"]
@@ -206,56 +210,10 @@ def _names_nothing(value: Any) -> bool:
     return not isinstance(value, str) or (_WORD.fullmatch(value) is not None and not Path(value).exists())
 
 
-def _typed(section: type, settings: Any) -> Any:
-    merged = OmegaConf.merge(OmegaConf.structured(section), settings)
-    return section(**OmegaConf.to_container(merged))  # type: ignore[arg-type]
-
-
 def _whole(value: Any, name: str, most: int) -> int:
     if type(value) is not int or not 1 <= value <= most:
         raise ValueError(f"{name} must be a whole number in [1, {most}], got {value!r}")
     return value
-
-
-# --- what counts -----------------------------------------------------------------------------------------------------
-
-
-def with_protocol(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Take over the protocol that the policy of a new run was trained in; without one, that of its teacher.
-
-    The command line counts before it, and defaults, presets and experiments count behind it. A line says what was taken
-    over, and another one what the command line has changed.
-
-    Args:
-        config: A composed configuration.
-        overrides: The command line.
-
-    Raises:
-        ConfigurationError: Policy and teacher were trained in different protocols, and the command line does not say
-            which setting counts.
-    """
-    if config.resume is not None:
-        return config  # its own settings, from which it was begun
-    agents = _agents(config)
-    if not agents:
-        return config
-    said = [override.lstrip("+~").partition("=")[0].rpartition("@")[2] for override in overrides]
-
-    def is_said(key: str) -> bool:
-        return any(key == each or key.startswith(f"{each}.") for each in said)
-
-    _require_agreement(agents, is_said)
-    (role, agent), *_ = agents.items()
-    who = f"model.{role}={config.model[role]}"
-    agent.require_said(lambda key: not key.startswith("env.") or is_said(key), who)
-    adopted = _adopted(config, agent, is_said)
-    before, after = (_protocol_of(each) for each in (config, adopted))
-    if found := differences(before, after):
-        told, instead = _listed(found, 2), _listed(found, 1)
-        print_line(f"{who} was trained with {told}, which counts here too (not {instead}).")
-    for role, agent in agents.items():
-        tell_overruled(agent.protocol, after, f"model.{role}={config.model[role]}")
-    return adopted
 
 
 def tell_overruled(trained: Mapping[str, Any], now: Mapping[str, Any], who: str) -> None:
@@ -267,55 +225,10 @@ def tell_overruled(trained: Mapping[str, Any], now: Mapping[str, Any], who: str)
         who: The model.
     """
     if found := differences(trained, now):
-        was = _listed(found, 1)
-        print_line(f"The command line says {_listed(found, 2)}, and that counts; {who} was trained with {was}.")
+        was = listed(found, 1)
+        print_line(f"The command line says {listed(found, 2)}, and that counts; {who} was trained with {was}.")
 
 
-def _listed(found: Sequence[tuple[str, Any, Any]], index: int) -> str:
+def listed(found: Sequence[tuple[str, Any, Any]], index: int) -> str:
+    """The settings of `differences` in words, with their first (1) or second (2) values."""
     return ", ".join(f"{each[0]}={each[index]}" for each in found)
-
-
-def _agents(config: DictConfig) -> dict[str, Agent]:
-    """Read what policy and teacher bring, by role."""
-    found = {}
-    for role in ("policy", "teacher"):
-        name = config.model[role]
-        if name is not None and (agent := read_agent(resolve_model(name, config.cache_dir))) is not None:
-            found[role] = agent
-    return found
-
-
-def _require_agreement(agents: Mapping[str, Agent], is_said: Callable[[str], bool]) -> None:
-    """Refuse two protocols in one run, because both models read the same episodes."""
-    if len(agents) < 2:
-        return
-    policy, teacher = agents["policy"].protocol, agents["teacher"].protocol
-    found = [each for each in differences(policy, teacher) if not is_said(each[0])]
-    if found:
-        raise ConfigurationError(
-            f"The policy was trained with {_listed(found, 1)}, and the teacher with {_listed(found, 2)}. Both read the "
-            f"same episodes, so say which counts; for the policy's: {' '.join(f'{key}={was}' for key, was, _ in found)}"
-        )
-
-
-def _adopted(config: DictConfig, agent: Agent, is_said: Callable[[str], bool]) -> DictConfig:
-    """A copy of a configuration with the protocol of an agent, where the command line says nothing else."""
-    adopted = copy.deepcopy(config)
-    current: Any = OmegaConf.to_container(config.env, resolve=True)
-    kept = {name: value for name, value in current.items() if is_said(f"env.{name}")}
-    limits = {name: value for name, value in agent.protocol["rollout"].items() if not is_said(f"rollout.{name}")}
-    with open_dict(adopted):
-        try:
-            adopted.rollout = OmegaConf.merge(adopted.rollout, limits)
-            if not is_said("env"):
-                same = current["name"] == agent.env["name"]
-                schema = OmegaConf.structured(named_config(ENVS, agent.env["name"]))
-                adopted.env = OmegaConf.merge(schema, current if same else {}, agent.env, kept)
-        except OmegaConfBaseException as error:
-            raise ConfigurationError(f"{AGENT_FILE}: {' '.join(str(error).split())}") from error
-    return adopted
-
-
-def _protocol_of(config: DictConfig) -> dict[str, Any]:
-    env, rollout = (OmegaConf.to_container(config[name], resolve=True) for name in ("env", "rollout"))
-    return {"env": env, "rollout": {name: rollout[name] for name in _LIMITS}}  # type: ignore[index,call-overload]

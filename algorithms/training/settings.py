@@ -356,6 +356,18 @@ def _with_demonstrations(spec: Any, count: int) -> dict[str, Any]:
     return first["warm_start"]
 
 
+def typed(section: type, settings: Any) -> Any:
+    """Make a dataclass of settings from plain data.
+
+    Raises:
+        ConfigurationError: A setting is unknown, has another type, or can't work.
+    """
+    try:
+        return section(**plain(OmegaConf.merge(OmegaConf.structured(section), settings)))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigurationError(" ".join(str(error).split())) from error
+
+
 def plain(composed: Any) -> dict[str, Any]:
     """Turn a configuration into plain data, if nothing in it is missing."""
     try:

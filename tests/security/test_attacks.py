@@ -25,12 +25,14 @@ from rich.console import Console
 
 from agentic_rag_env.corpus import read_corpus
 from agentic_rag_env.errors import AgenticRAGError
-from agentic_rag_env.registry import DATASETS, RETRIEVERS
-from algorithms import compare, evaluate, show
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
+from algorithms import compare, evaluate, export, show
 from algorithms.analysis.comparison import page as comparison_page
 from algorithms.analysis.comparison import style
 from algorithms.assets import ASSETS
 from algorithms.launch.clear_errors import clear_errors
+from algorithms.launch.command_line import composed
+from algorithms.launch.protocol import with_protocol
 from algorithms.learner.networks import load_model, load_tokenizer
 from algorithms.rollout.tokenization import encode_prompts
 from algorithms.rollout.trajectory_files import read_trajectories
@@ -177,6 +179,12 @@ SUMMARY = {
     "evaluation": {"sft": {"greedy": {"all": FIGURES, "some": FIGURES}}}, "seed": 0, "config": SETTINGS,
     "fingerprints": {"questions": "1"}, "versions": {"torch": "2"}, "machine": {"device": "cpu"}, "costs": {},
 }  # fmt: skip
+AGENT = {
+    "format": 1, "env": {"name": "agentic_rag", "prompt": "{question}", "final_turn": "none"}, "action_ends": ["</a>"],
+    "rollout": {"max_new_tokens": 4}, "precision": "float32", "vocab_size": 700,
+    "measured": {"dataset": SETTINGS["dataset"], "retriever": {"name": "bm25", "index": "x", "stemmer": "english"},
+                 "reward": {"name": "exact_match"}, "evaluation": {"corpus": "own"}, "num_envs": 2},
+}  # fmt: skip
 PREDICTION = {"question_id": "q", "dataset": "some", "golden_answers": ["a"], "correct": True}
 INFO = {"question_id": "q", "turn": 1, "action": "answer", "query": "a", "passages": [], "answer": "a",
         "exact_match": 1.0, "f1": 1.0, "num_searches": 0, "correct": True, "error": None}  # fmt: skip
@@ -305,6 +313,29 @@ def read_tokenizer_config(canaries: Canaries, content: bytes) -> None:
     attempt(lambda: encode_prompts(load_tokenizer(folder), ["Who?"]))
 
 
+def read_agent_file(canaries: Canaries, content: bytes) -> None:
+    folder = model_folder(canaries, "agent.json", content)
+
+    def use() -> None:
+        config = of_agent(folder)
+        dataset = DATASETS.build(config.dataset)
+        RETRIEVERS.build(config.retriever, corpus=dataset.corpus).search(["who"], 1)
+        ENVS.build(config.env, num_envs=1, dataset=dataset, retriever="bm25", reward=config.reward)
+
+    attempt(use)
+    overrides = ["algo=ppo", f"model.policy={folder}"]
+    attempt(lambda: Console().print(len(with_protocol(composed("config", overrides), overrides))))
+    attempt(lambda: export.main([str(folder), "--out", str(canaries.inside / "exported")]))
+
+
+def of_agent(folder: Path) -> Any:
+    given = vars(EvaluateConfig()) | {"dataset": {"split": "test"}, "evaluation": {}}
+    found = evaluate.find(str(folder), given=given)
+    config = evaluate_config(given, found.model, found.settings)
+    found.tell_overruled(config)
+    return config
+
+
 def read_template(canaries: Canaries, content: bytes) -> None:
     folder = model_folder(canaries, "chat_template.jinja", content)
     attempt(lambda: Console().print(len(encode_prompts(load_tokenizer(folder), ["Who?"]))))
@@ -384,6 +415,7 @@ READERS: dict[str, tuple[dict[str, Any], Callable[[Any], bytes], Callable[[Canar
         lambda data: json.dumps(data).encode(),
         read_tokenizer_config,
     ),
+    "agent.json": (AGENT, lambda data: json.dumps(data).encode(), read_agent_file),
     "chat template": ({"template": "{{ messages }}"}, lambda data: str(data["template"]).encode(), read_template),
     "questions": (
         {"id": "q", "question": "Who?", "golden_answers": ["a"]},

@@ -11,7 +11,8 @@ from small_runs import DGPO_STEPS, KD_STEPS
 
 from agentic_rag_env.errors import ConfigurationError, DataError
 from algorithms.launch.command_line import composed
-from algorithms.training.agent_files import AGENT_FILE, read_agent, with_protocol
+from algorithms.launch.protocol import with_protocol
+from algorithms.training.agent_files import AGENT_FILE, read_agent
 from algorithms.training.settings import register_schemas
 
 register_schemas()
@@ -90,7 +91,7 @@ def test_a_folder_without_the_file_and_a_hub_id_bring_none(tmp_path):
         ({"run": "me"}, "there is no entry run"),
         ({"env": {"prompt": "bare"}}, "env must be settings with a name"),
         ({"env": {"name": "agentic_rag", "prompt": "${oc.env:HOME} {question}"}}, "holds an interpolation"),
-        ({"precision": "auto"}, "precision must be float32 or bfloat16, got 'auto'"),
+        ({"precision": "auto"}, "precision must be one of float32, bfloat16, float64, got 'auto'"),
         ({"vocab_size": True}, "vocab_size must be a whole number"),
         ({"vocab_size": 0}, "vocab_size must be a whole number"),
         ({"action_ends": []}, "action_ends must be a list of texts"),
