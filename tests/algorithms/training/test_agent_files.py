@@ -101,7 +101,7 @@ def test_a_folder_without_the_file_and_a_hub_id_bring_none(tmp_path):
         ({"rollout": {"temperature": float("nan")}}, "NaN is no number of a setting"),
         ({"rollout": {"beams": 3}}, "Key 'beams' not in 'RolloutConfig'"),
         ({"measured": {"num_envs": 10**6}}, "num_envs must be a whole number in [1, 4096]"),
-        ({"measured": {"evaluation": {"num_questions": -1}}}, "num_questions must be at least 1"),
+        ({"measured": {"evaluation": {"num_questions": -1}}}, "num_questions must be an integer of at least 1"),
         ({"measured": []}, "says nothing of an agent"),
         ({"env": {"name": "agentic_rag", "prompt": "x" * 2**20}}, "more than 1048576 bytes"),
     ],
