@@ -78,7 +78,7 @@ def test_what_could_be_a_path_of_this_machine_stays_here(tmp_path):
     content = {
         "format": 1, "env": {"name": "agentic_rag", "prompt": "bare"}, "action_ends": ["</a>"],
         "rollout": {}, "precision": "float32", "vocab_size": 9,
-        "measured": {"dataset": {"name": "jsonl", "questions": "/home/me/q.jsonl", "split": "all"}},
+        "measured": {"dataset": {"name": "jsonl", "questions": "/somewhere/q.jsonl", "split": "all"}},
     }  # fmt: skip
     (tmp_path / AGENT_FILE).write_text(json.dumps(content))
     assert shareable(tmp_path)["measured"] == {"dataset": {"name": "jsonl", "split": "all"}}
