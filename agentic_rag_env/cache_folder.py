@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from agentic_rag_env.files import sync, sync_all
+
 #: Environment variable that names another folder than `~/.cache/agentic_rag_env`.
 CACHE_VARIABLE = "AGENTIC_RAG_CACHE"
 #: Entries of up to this many bytes are hashed whenever they are opened, which takes a second or two. For larger ones
@@ -62,9 +64,11 @@ def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
             make(making)
             sizes = {name: [size, digest_of(making / name)] for name, size in _sizes(making).items()}
             (making / _LISTING).write_text(json.dumps(sizes, sort_keys=True), encoding="utf-8")
+            sync_all(making)
             if folder.exists():
                 shutil.rmtree(folder)
             making.rename(folder)
+            sync(folder.parent)
         finally:
             shutil.rmtree(making, ignore_errors=True)
         _logger.warning("That took %.0f s.", time.monotonic() - start)

@@ -50,6 +50,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_all(folder: Path) -> None:
+    """Wait until everything in a folder is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file; at every moment it has either all of its new content or its old one."""
     with written_whole(path) as partial:

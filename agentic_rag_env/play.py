@@ -18,7 +18,7 @@ from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.episode import FINAL_TURNS
 from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.registry import name_or_mapping
-from agentic_rag_env.terminal import print_line, printable, rich_console
+from agentic_rag_env.terminal import escape_what_streams_lack, print_line, printable, rich_console
 from agentic_rag_env.types import StepInfo
 
 HELP = """\
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 where a setting can't work.
     """
+    escape_what_streams_lack()
     options = _parser().parse_args(arguments)
     try:
         console = rich_console("Playing in a terminal")

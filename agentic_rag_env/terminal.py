@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import unicodedata
 from typing import Any, TextIO
@@ -25,6 +26,17 @@ def printable(text: str, encoding: str | None = None) -> str:
     )
     encoding = encoding or "utf-8"
     return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def escape_what_streams_lack() -> None:
+    """Let stdout and stderr escape the characters that their encoding lacks, whoever prints them.
+
+    Every command calls this first. Without it, a path or a model's word would end a finished run with an error on a
+    terminal that knows cp1252 or ASCII only.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # notebooks and tests put other objects in their place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:

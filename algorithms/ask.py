@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from agentic_rag_env.terminal import escape_what_streams_lack
 from algorithms.evaluate import find
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.training.settings import RunConfig, ask_config, register_schemas
@@ -23,6 +24,7 @@ with clear_errors():  # of a plug-in
 
 def main() -> None:
     """Entry point; Hydra composes the configuration."""
+    escape_what_streams_lack()
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     _main()
 

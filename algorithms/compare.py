@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from agentic_rag_env.terminal import escape_what_streams_lack
 from algorithms.analysis.comparison.study import Options, compare
 from algorithms.launch.clear_errors import clear_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
+    escape_what_streams_lack()
     given = parser().parse_args(arguments)
     with clear_errors():
         compare(

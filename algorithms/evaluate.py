@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError, DataError
-from agentic_rag_env.terminal import printable
+from agentic_rag_env.terminal import escape_what_streams_lack, printable
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
 from algorithms.launch.processes import carry_out, start
@@ -40,6 +40,7 @@ class Found:
 
 def main() -> None:
     """Entry point; Hydra composes the configuration. `torchrun` calls it in several processes."""
+    escape_what_streams_lack()
     start(_read, evaluate)
 
 

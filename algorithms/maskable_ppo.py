@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.files import written_whole
 from agentic_rag_env.settings import COUNT, FRACTION, above, at_least, check_settings
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.sb3.learner import OutsideLearner, Report
@@ -120,7 +121,8 @@ class MaskablePPO(OutsideLearner):
 
     def save(self, folder: Path) -> None:
         """Write `model.zip`, which `sb3_contrib.MaskablePPO.load` reads."""
-        self.model.save(folder / "model.zip")
+        with written_whole(folder / "model.zip") as partial:
+            self.model.save(partial)
 
     def _make_model(self, library: Any, envs: Any, seed: int) -> Any:
         from algorithms.sb3.candidate_policy import policy_class, policy_settings

@@ -12,6 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from agentic_rag_env.terminal import escape_what_streams_lack
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
 from algorithms.launch.hydra_launcher import register_launcher
@@ -27,6 +28,7 @@ with clear_errors():  # of a plug-in
 
 def main() -> None:
     """Entry point. `torchrun` calls it in several processes."""
+    escape_what_streams_lack()
     start(_read, run)
 
 

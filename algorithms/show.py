@@ -12,7 +12,7 @@ from rich.console import Console
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import written_whole
-from agentic_rag_env.terminal import print_line, printable
+from agentic_rag_env.terminal import escape_what_streams_lack, print_line, printable
 from agentic_rag_env.types import Ending
 from algorithms.analysis.runs import Run
 from algorithms.analysis.viewer.episodes import FIGURES
@@ -27,6 +27,7 @@ PAGE = "trajectories.html"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
+    escape_what_streams_lack()
     given = parser().parse_args(arguments)
     with clear_errors():
         show(given, Console(width=None if sys.stdout.isatty() else 120))

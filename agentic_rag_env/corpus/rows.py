@@ -17,8 +17,10 @@ from agentic_rag_env.types import Passage
 
 #: Most bytes of a line. A longer line is no passage, and even a small compressed file can hold one that fills memory.
 MAX_LINE_BYTES = 2**25
-#: Rows of a Parquet or Arrow file that are held as Python objects at the same time.
+#: Most rows of a Parquet or Arrow file that are Python objects at the same time; `MAX_LINE_BYTES` bounds them as well.
 _BATCH_ROWS = 4096
+#: A Parquet column that unpacks to more than this, and to more than so many times its size in the file, is no text.
+_MAX_COLUMN_BYTES, _MAX_RATIO = 2**28, 200
 
 
 def passages_in(path: str | Path) -> Iterator[tuple[str, Passage]]:
@@ -66,7 +68,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             names = batch.schema.names
             if "id" in names and pa.types.is_integer(batch.schema.field("id").type):
                 batch = batch.set_column(names.index("id"), "id", batch.column("id").cast(pa.string()))
-            for row in batch.to_pylist():
+            for row in _rows(batch, path):
                 number += 1
                 yield f"{path}, row {number}", row
     except (pa.ArrowException, OSError) as error:
@@ -182,7 +184,9 @@ def _batches(file: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     if file.suffix == ".parquet":
-        with pyarrow.parquet.ParquetFile(file) as parquet:
+        texts = _require_no_bomb(file)
+        # Texts stay dictionaries as they are in the file: one text may stand for a million rows.
+        with pyarrow.parquet.ParquetFile(file, read_dictionary=texts) as parquet:
             yield from parquet.iter_batches(_BATCH_ROWS)
         return
     with pa.memory_map(str(file)) as source:
@@ -193,3 +197,67 @@ def _batches(file: Path) -> Iterator[Any]:
         for batch in batches or pa.ipc.open_stream(source):
             for first in range(0, len(batch), _BATCH_ROWS):
                 yield batch.slice(first, _BATCH_ROWS)
+
+
+def _require_no_bomb(file: Path) -> list[str]:
+    """Look at the sizes that a Parquet file declares before anything is unpacked; return its columns of texts."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        described = parquet.metadata
+    for group in map(described.row_group, range(described.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
+            if unpacked > _MAX_COLUMN_BYTES and unpacked > _MAX_RATIO * packed:
+                raise DataError(
+                    f"{file}: the column {column.path_in_schema} unpacks from {packed} to {unpacked} bytes; no column "
+                    f"of texts is packed more than {_MAX_RATIO} times."
+                )
+            if column.num_values > 1000 * group.num_rows + _MAX_COLUMN_BYTES // 8:
+                raise DataError(f"{file}: the column {column.path_in_schema} has {column.num_values} values in lists.")
+    columns = map(described.schema.column, range(len(described.schema)))
+    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+
+
+def _rows(batch: Any, path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of a batch as Python objects; a batch that would become too large is divided first.
+
+    Raises:
+        DataError: One row alone has more bytes than a line of JSON may have.
+    """
+    size = sum(map(_size, batch.columns))
+    if size <= MAX_LINE_BYTES:
+        yield from batch.to_pylist()
+        return
+    if len(batch) == 1:
+        raise DataError(f"{path}: a row has more than {MAX_LINE_BYTES} bytes.")
+    half = len(batch) // 2
+    yield from _rows(batch.slice(0, half), path)
+    yield from _rows(batch.slice(half), path)
+
+
+def _size(column: Any) -> int:
+    """Bytes that an Arrow array takes once each of its values stands by itself."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    kind = column.type
+    if pa.types.is_dictionary(kind) and _has_lengths(kind.value_type):
+        lengths = pa.compute.binary_length(column.dictionary)
+        return 8 * len(column) + (pa.compute.sum(lengths.cast("int64").take(column.indices)).as_py() or 0)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return 8 * len(column) + _size(column.flatten())
+    if pa.types.is_struct(kind):
+        return 8 * len(column) + sum(map(_size, column.flatten()))
+    if _has_lengths(kind):
+        return 8 * len(column) + (pa.compute.sum(pa.compute.binary_length(column).cast("int64")).as_py() or 0)
+    # Of any other kind the worst is assumed: a dictionary or a run may stand for all of it in every row.
+    shared = pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind)
+    return len(column) * column.nbytes if shared else 8 * len(column) + column.nbytes
+
+
+def _has_lengths(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
+                                       pa.types.is_large_binary))  # fmt: skip

@@ -22,7 +22,7 @@ from agentic_rag_env.datasets.check import (
     overlaps,
 )
 from agentic_rag_env.errors import AgenticRAGError
-from agentic_rag_env.terminal import print_line, printable, rich_console
+from agentic_rag_env.terminal import escape_what_streams_lack, print_line, printable, rich_console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 where a file has errors, or 2 where the corpus can't be read.
     """
+    escape_what_streams_lack()
     options = _parser().parse_args(arguments)
     try:
         console = rich_console("Checking datasets")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError, DataError, UnknownNameError
 from agentic_rag_env.registry import PLUGINS_VARIABLE
@@ -16,11 +18,16 @@ from agentic_rag_env.terminal import print_line, printable
 from algorithms.training.run_files import allow, places, read_settings
 
 
+class _Terminated(BaseException):
+    """SIGTERM was received. Like KeyboardInterrupt it is no `Exception`, so nobody takes it for a failure."""
+
+
 @contextmanager
 def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
     """Report an error that the user can mend in a line or two and exit with code 1; bugs keep their traceback.
 
-    HYDRA_FULL_ERROR=1 shows the traceback of every error. In a multirun the jobs after a failed one still run.
+    HYDRA_FULL_ERROR=1 shows the traceback of every error. In a multirun the jobs after a failed one still run. SIGTERM
+    ends the block as an error would, so that half-written files are removed.
 
     Args:
         run_dir: The run directory. If it holds checkpoints, the message says how to resume it.
@@ -28,7 +35,11 @@ def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
     shown_before = warnings.formatwarning
     warnings.formatwarning = _format_warning  # type: ignore[assignment]
     try:
-        yield
+        with _ended_by_sigterm():
+            yield
+    except _Terminated as error:
+        _print_message("Terminated.", error, run_dir)
+        raise SystemExit(128 + signal.SIGTERM) from error
     except KeyboardInterrupt as error:
         _print_message("Interrupted.", error, run_dir)
         raise SystemExit(130) from error
@@ -44,6 +55,27 @@ def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
         raise SystemExit(1) from error
     finally:
         warnings.formatwarning = shown_before
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Raise `_Terminated` at SIGTERM, unless somebody else (a launcher, a scheduler's library) handles that signal."""
+    is_free = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if not is_free:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    raise _Terminated
 
 
 def _format_warning(message: Warning | str, category: type[Warning], *_: Any) -> str:

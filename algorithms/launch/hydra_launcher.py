@@ -184,7 +184,7 @@ class SlotsLauncher(Launcher):
         def command(slot: job_pool.Slot) -> list[str] | None:
             if complete(directory):
                 return None
-            start = [sys.executable, *self._torchrun(), "-m", "algorithms.run", *self._hydra_flags()]
+            start = [sys.executable, *_path_flag(), *self._torchrun(), "-m", "algorithms.run", *self._hydra_flags()]
             if begun(directory):
                 # `_plan` has checked that its settings are this command's, so the job may use the places they name.
                 named = allowed([place for _, place in places(read_settings(directory))])
@@ -221,6 +221,14 @@ class SlotsLauncher(Launcher):
             f"{what} Run the same command again to finish what is missing ({missing} of the runs):\n{again}",
             file=sys.stderr,
         )
+
+
+def _path_flag() -> list[str]:
+    """Keep the working directory off a job's module path where it is not on this process's path either.
+
+    An installed command does not import from there, so a user's own package `algorithms` must not be imported by jobs.
+    """
+    return [] if not sys.flags.safe_path and {"", str(Path.cwd())} & set(sys.path) else ["-P"]
 
 
 def make_slots(num_slots: int | None, gpus: int | None, gpus_per_job: int = 1) -> list[job_pool.Slot]:

@@ -138,6 +138,8 @@ class Networks:
         self.teacher_tokenizer = self.tokenizer if teacher is None else load_tokenizer(self.place(teacher))
         self.policy = self.load(self.place(policy))
         require_rows(self.tokenizer, logit_width(self.policy), policy)
+        if teacher is not None:
+            require_rows(self.teacher_tokenizer, declared_vocab_size(self.place(teacher)), teacher)
         self.precision = decided_precision(config.learner.precision, self.policy)
         self.vocab_size = self._shared_vocab_size()
         self._teacher: PreTrainedModel | None = None

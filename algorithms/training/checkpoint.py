@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agentic_rag_env.errors import DataError
-from agentic_rag_env.files import sha256, sync
+from agentic_rag_env.files import sha256, sync, sync_all
 from agentic_rag_env.settings import COUNT, check_value, or_none
 from algorithms.learner.networks import no_progress_bars
 
@@ -104,7 +104,7 @@ def save(
             tokenizer.save_pretrained(unfinished)
         torch.save(state, unfinished / TRAINING_STATE)
         _write_manifest(unfinished, step)
-        _sync(unfinished)
+        sync_all(unfinished)
         _put_in_place(unfinished, final)
     except BaseException as error:
         full = _is_disk_full(error, root)
@@ -291,12 +291,6 @@ def _write_manifest(folder: Path, step: int) -> None:
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files
     }
     (folder / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=1), encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    """Make sure that everything in a folder is on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
 
 
 def _put_in_place(unfinished: Path, final: Path) -> None:

@@ -28,7 +28,7 @@ CONFIG_FILE = Path(".hydra") / "config.yaml"
 SUMMARY_FILE = "summary.json"
 #: Files whose checksums stand in the summary.
 _SUMMED = ("metrics.jsonl", "predictions/*.jsonl", "trajectories/*.jsonl.gz")
-_MAX_BYTES, _MAX_DEPTH = 2**24, 50
+_MAX_BYTES, _MAX_DEPTH = 2**20, 50
 #: YAML 1.2 reads 1e-5 as a number, as Hydra does; PyYAML by itself does not.
 _FLOAT = "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 #: Settings that name a model.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from agentic_rag_env.errors import ConfigurationError, DataError
 from algorithms.learner import ranks, seeding
-from algorithms.learner.algorithm import Algorithm, DemonstrationConfig, Progress, Role
+from algorithms.learner.algorithm import Algorithm, CriticConfig, DemonstrationConfig, Progress, Role
 from algorithms.learner.collate import collate
 from algorithms.learner.networks import Critic, freeze, pad_id
 from algorithms.learner.training_step import Learner
@@ -113,6 +113,8 @@ class Trainer:
                         f"hand_over_exact_match of {stage.name} looks at the checks on the dev split, and "
                         "evaluation.every=0 switches them off; give the number of steps between them."
                     )
+        for stage in self.stages:
+            _warn_of_critic_alone(stage)
         for split in ("train", "dev", "test"):
             self.environments.dataset(split)
         self.networks.player(self.networks.policy, self.environments.envs("train"))
@@ -362,3 +364,15 @@ class Trainer:
 def _hand_over(algorithm: Algorithm) -> float | None:
     """Exact match at which a stage ends early; None: it does not end early."""
     return algorithm.config.hand_over_exact_match if isinstance(algorithm.config, DemonstrationConfig) else None
+
+
+def _warn_of_critic_alone(algorithm: Algorithm) -> None:
+    """Warn of a stage that ends before its policy begins to train."""
+    total = algorithm.num_steps(0)  # demonstrations are not there yet, and no critic is trained on them
+    if isinstance(algorithm.config, CriticConfig) and 0 < total <= algorithm.config.critic_warmup_steps:
+        warnings.warn(
+            f"{algorithm.name} will leave the policy as it is: in all of its {total} steps only the critic learns "
+            f"(critic_warmup_steps={algorithm.config.critic_warmup_steps}). Set critic_warmup_steps lower, or steps "
+            "higher.",
+            stacklevel=2,
+        )

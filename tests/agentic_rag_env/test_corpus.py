@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
-from agentic_rag_env.corpus import read_corpus, read_jsonl
+from agentic_rag_env.corpus import read_corpus, read_jsonl, rows
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.types import Passage
 
@@ -131,3 +135,46 @@ def test_damaged_gzip(tmp_path: Path, damage: Any) -> None:
     file.write_bytes(damage(gzip.compress(rows.encode())))
     with pytest.raises(DataError, match=r"c\.jsonl\.gz: cannot be read: "):
         read_corpus(file)
+
+
+def _texts(*texts: str) -> pa.Table:
+    return pa.table({"id": [str(number) for number in range(len(texts))], "contents": list(texts)})
+
+
+def _in_lists(texts: pa.Array) -> pa.Table:
+    return pa.table({"contents": pa.array([texts], pa.list_(texts.type))})
+
+
+def _repeated(text: str, times: int) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([text]))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (_texts("a", "x" * 100), "row has more than 99 bytes"),
+        (_in_lists(_repeated("x" * 20, 5)), "row has more than 99 bytes"),
+        (_in_lists(pa.array([None] * 3000, pa.int8())), r"contents\.list\.element has 3000 values in lists"),
+        (_texts("y" * 1000 + "x" * 100_000), "contents unpacks from [0-9]+ to 10[0-9]{4} bytes"),
+    ],
+)
+def test_a_small_parquet_file_that_unpacks_to_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: pa.Table, message: str
+) -> None:
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 99)
+    monkeypatch.setattr(rows, "_MAX_COLUMN_BYTES", 10_000)
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match=message):
+        list(rows.read_rows(tmp_path / "c.parquet"))
+
+
+def test_a_text_that_stands_for_many_rows_is_unpacked_for_a_few_at_a_time(tmp_path: Path) -> None:
+    repeated = _repeated("x" * 2**20, 20_000)  # 20 GB
+    pyarrow.parquet.write_table(pa.table({"id": range(20_000), "contents": repeated}), tmp_path / "c.parquet")
+    assert (tmp_path / "c.parquet").stat().st_size < 1_000_000
+    tracemalloc.start()
+    read = [len(row["contents"]) for _, row in itertools.islice(rows.read_rows(tmp_path / "c.parquet"), 100)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert read == [2**20] * 100
+    assert peak < 3 * rows.MAX_LINE_BYTES

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import os
+import signal
+import sys
+import time
 import warnings
 
 import numpy as np
@@ -10,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from agentic_rag_env.errors import RetrieverError
+from agentic_rag_env.files import written_whole
 from algorithms.analysis.comparison.table_formats import Table
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.learner.types import Trajectory, Turn
@@ -67,3 +73,55 @@ def test_errors_and_warnings(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit), clear_errors():
         raise RetrieverError(f"status 500: {HOSTILE}")
     assert capsys.readouterr().err == "RetrieverError: status 500: \\x1b[2J\\x1b]0;x\\x07[red][/]\n"
+
+
+COMMANDS = [
+    "algorithms.run", "algorithms.evaluate", "algorithms.ask", "algorithms.compare", "algorithms.show",
+    "agentic_rag_env.play", "agentic_rag_env.datasets.__main__",
+    "agentic_rag_env.retrievers.indexing.cli", "agentic_rag_env.retrievers.serving.cli",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_ends_because_an_encoding_lacks_a_character(command, encoding, monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    for name, value in (("argv", ["x", "--help"]), ("stdout", out), ("stderr", err)):
+        monkeypatch.setattr(sys, name, value)
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(command).main()
+    assert end.value.code == 0
+    for stream in (out, err):
+        stream.flush()
+        written = stream.buffer.tell()
+        print("runs/東京", file=stream, flush=True)
+        stream.seek(written)
+        assert stream.read() == "runs/\\u6771\\u4eac\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_ended_leaves_no_half_written_file(tmp_path, capsys, signum):
+    def write() -> None:
+        with clear_errors(), written_whole(tmp_path / "summary.json") as partial:
+            partial.write_text("{")
+            os.kill(os.getpid(), signum)
+            time.sleep(10)  # the signal ends it
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        write()
+    assert end.value.code == 128 + signum  # as a shell reports it
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err in ("Terminated.\n", "Interrupted.\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_somebody_handles_is_left_to_them(monkeypatch):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        with clear_errors():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [1]
+    finally:
+        signal.signal(signal.SIGTERM, before)

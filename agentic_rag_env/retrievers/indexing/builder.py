@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from agentic_rag_env.cache_folder import digest_of
 from agentic_rag_env.corpus import CorpusStore, Texts, open_corpus
 from agentic_rag_env.errors import ConfigurationError, DataError
-from agentic_rag_env.files import remove_partial, written_whole
+from agentic_rag_env.files import remove_partial, sync_all, written_whole
 from agentic_rag_env.retrievers.bm25 import BM25_FOLDER, BM25Config, index_texts, save_index
 from agentic_rag_env.retrievers.index_folder import (
     ENCODER_STATE,
@@ -163,6 +163,7 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
             partial = folder / f".{BM25_FOLDER}.saving"
             shutil.rmtree(partial, ignore_errors=True)
             save_index(index, vocabulary, partial)
+            sync_all(partial)
             shutil.rmtree(folder / BM25_FOLDER, ignore_errors=True)
             partial.rename(folder / BM25_FOLDER)
         names = sorted(f"{BM25_FOLDER}/{file.name}" for file in (folder / BM25_FOLDER).iterdir())

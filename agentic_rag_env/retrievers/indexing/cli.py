@@ -28,7 +28,7 @@ from agentic_rag_env.registry import name_or_mapping
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
 from agentic_rag_env.retrievers.indexing.check import check
-from agentic_rag_env.terminal import print_line
+from agentic_rag_env.terminal import escape_what_streams_lack, print_line
 
 #: Seconds between two lines of progress where there is no terminal.
 _LINE_EVERY_S = 30.0
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 where a setting or a file can't work.
     """
+    escape_what_streams_lack()
     options = _parser().parse_args(arguments)
     try:
         options.build(options)

@@ -34,7 +34,7 @@ from agentic_rag_env.retrievers.base import Retriever, build_wrapped, fingerprin
 from agentic_rag_env.retrievers.serving.app import make_app, patient_protocol
 from agentic_rag_env.retrievers.serving.metrics import missing_library
 from agentic_rag_env.retrievers.serving.service import ServerConfig, Service
-from agentic_rag_env.terminal import print_line
+from agentic_rag_env.terminal import escape_what_streams_lack, print_line
 from agentic_rag_env.types import Passage
 
 
@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 after SIGTERM or Ctrl-C, 2 where a setting can't work.
     """
+    escape_what_streams_lack()
     options = vars(_parser().parse_intermixed_args(arguments))
     # uvicorn raises the signals that stopped it once more when it is done.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

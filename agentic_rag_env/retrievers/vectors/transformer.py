@@ -58,6 +58,13 @@ def load_pretrained(
         raise ConfigurationError(
             f"{user} model {model!r} cannot be loaded; give a folder made by save_pretrained or a hub id. {error}"
         ) from error
+    width = loaded.get_input_embeddings().weight.shape[0]
+    token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if last >= width:
+        raise ConfigurationError(
+            f"{user} model {model!r}: its tokenizer has ids up to {last} ({token!r}), but its embedding has "
+            f"only {width} rows. Call model.resize_token_embeddings(len(tokenizer)) and save both, or take it out."
+        )
     return Pretrained(tokenizer, loaded, set(loading["missing_keys"]), place, precision)
 
 
