@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 SMOLLM2 ?= $(HOME)/.cache/agentic_rag_env/smollm2
 RUN := outputs/real/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: demo real test nightly benchmark lint clean
+.PHONY: demo real test nightly lowest benchmark lint clean
 
 demo: $(READY)
 	$(BIN)/python -m algorithms.run algo=dgpo
@@ -31,6 +31,15 @@ test: $(READY)
 nightly: $(READY)
 	$(BIN)/python -m pytest -m nightly
 
+# The environment's tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+lowest:
+	rm -rf $(VENV)-lowest
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(PYTHON) tests/lowest_versions.py serve faiss stem > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(VENV)-lowest/constraints.txt ".[serve,faiss,stem]" pytest hypothesis
+	$(VENV)-lowest/bin/python -m pytest tests/agentic_rag_env
+
 benchmark: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
@@ -47,4 +56,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-lowest

@@ -49,11 +49,11 @@ def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
     from filelock import FileLock
 
     folder = cache_folder() / kind / key
-    if _is_whole(folder):
+    if is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{key}.lock"):
-        if _is_whole(folder):  # another process has made it meanwhile
+        if is_whole(folder):  # another process has made it meanwhile
             return folder
         if folder.exists():
             _logger.warning("%s is damaged; it is made again.", folder)
@@ -62,9 +62,7 @@ def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
         making = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
         try:
             make(making)
-            sizes = {name: [size, digest_of(making / name)] for name, size in _sizes(making).items()}
-            (making / _LISTING).write_text(json.dumps(sizes, sort_keys=True), encoding="utf-8")
-            sync_all(making)
+            seal_folder(making)
             if folder.exists():
                 shutil.rmtree(folder)
             making.rename(folder)
@@ -103,7 +101,15 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
-def _is_whole(folder: Path) -> bool:
+def seal_folder(folder: Path) -> None:
+    """List the files of a complete folder with their sizes and hashes, and wait until all of it is on the disk."""
+    listed = {name: [size, digest_of(folder / name)] for name, size in _sizes(folder).items()}
+    (folder / _LISTING).write_text(json.dumps(listed, sort_keys=True), encoding="utf-8")
+    sync_all(folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds what `seal_folder` has listed."""
     try:
         listed = json.loads((folder / _LISTING).read_text(encoding="utf-8"))
         found = _sizes(folder)

@@ -18,6 +18,8 @@ from agentic_rag_env.errors import DataError
 #: Most bytes of a line of JSON: a gzip file of some hundred KiB could hold one that fills the memory.
 MAX_LINE = 2**26
 _MAX_NAME = 120
+#: Names that stand for devices on Windows, with any ending.
+_OF_WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 _Made = TypeVar("_Made")
 
 
@@ -82,7 +84,8 @@ def file_name(text: str, also: str = "") -> str:
         text: Any text, such as one from a file or a setting.
         also: Characters to keep besides letters, digits and `_.+-`.
     """
-    name = re.sub(rf"[^\w.+{re.escape(also)}-]", "_", text, flags=re.ASCII).lstrip("-.")[:_MAX_NAME]
+    name = re.sub(rf"[^\w.+{re.escape(also)}-]", "_", text, flags=re.ASCII).lstrip("-.")[:_MAX_NAME].rstrip(".")
+    name = f"_{name}" if _OF_WINDOWS.match(name) else name
     return (
         name
         if name and name == text

@@ -16,8 +16,8 @@ from agentic_rag_env import AgenticRAGVectorEnv, FreeText
 from agentic_rag_env.budget import Budget
 from agentic_rag_env.types import Passage, Question
 
-#: Most that a step may cost beside its search, and a cut of an observation [microseconds].
-MOST_STEP_US, MOST_CUT_US = 50.0, 5000.0
+#: Most that a step may cost beside its search, a cut of an observation, and a step of endless text [microseconds].
+MOST_STEP_US, MOST_CUT_US, MOST_LONG_STEP_US = 50.0, 5000.0, 50_000.0
 ROWS = (64, 1024)
 TURNS = {
     "search": "<think> who founded it </think> <search> founder of it </search>",
@@ -77,6 +77,21 @@ def test_checking_free_text(benchmark: Any) -> None:
     """However long it is."""
     space, text = FreeText(), PROSE * 10_000
     assert measured(benchmark, "FreeText.contains", 1, lambda: space.contains(text)) <= 1
+
+
+@pytest.mark.parametrize("end", ["", "</search>"])
+def test_a_step_with_a_million_characters(benchmark: Any, end: str) -> None:
+    """A model that repeats itself without end, over the bundled world and BM25 as they are by default."""
+    env = gymnasium.make("AgenticRAG-v0")
+
+    def step() -> None:
+        env.reset(seed=0)
+        env.step("<search>" + "q " * 500_000 + end)
+
+    benchmark.pedantic(step, rounds=20, warmup_rounds=1)  # the index is built in the first one
+    name = f"reset and step with 1,000,000 characters, {end or 'no end'}"
+    _MEASURED[name] = benchmark.stats.stats.min * 1e6
+    assert _MEASURED[name] <= MOST_LONG_STEP_US
 
 
 @pytest.mark.parametrize("unit", ["chars", "tokens"])

@@ -22,6 +22,10 @@ _URL = Allowed(
 )
 
 
+#: Most tokens that a reply may claim; what claims more is not counted.
+MAX_COUNT = 2**40
+
+
 class EndpointError(AgenticRAGError, RuntimeError):
     """An endpoint gave no text; the message says where and why."""
 
@@ -151,7 +155,8 @@ class Endpoint:
             self.costs["requests"] += 1
             self.costs["seconds"] += seconds
             for name in ("prompt_tokens", "completion_tokens"):
-                self.costs[name] += told[name] if isinstance(told.get(name), int) else 0
+                count = told.get(name)
+                self.costs[name] += count if isinstance(count, int) and 0 <= count <= MAX_COUNT else 0
 
     def _common(self) -> dict[str, Any]:
         config = self.config

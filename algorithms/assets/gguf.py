@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
+from agentic_rag_env.cache_folder import is_whole, seal_folder
 from agentic_rag_env.errors import ConfigurationError
 
 
@@ -28,7 +31,10 @@ def hugging_face_folder(path: Path, cache_dir: Path) -> Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_dir / f"{path.stem}-{digest[:16]}"
-    if not folder.is_dir():
+    if not is_whole(folder):
+        if folder.exists():
+            warnings.warn(f"{folder} is made again: it is not as it was made.", stacklevel=2)
+            shutil.rmtree(folder)
         convert(path, folder)
     return folder
 
@@ -67,6 +73,7 @@ def convert(path: Path, folder: Path) -> None:
             ) from error
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
+        seal_folder(partial)
         try:
             partial.rename(folder)
         except OSError:
@@ -79,11 +86,12 @@ def _read(file: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     _mend_splitting(tokenizer, file)
     read: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
+        trust_remote_code=False,
         dtype=torch.float32,
         # transformers saves a model only if it counts as dequantized.
         quantization_config=GgufConfig(dequantize=True),

@@ -113,7 +113,7 @@ def _refuse(message: str) -> NoReturn:
 
 @contextmanager
 def no_trace_of_refusals(run_dir: Path, given: DictConfig) -> Iterator[None]:
-    """Remove the directory of a run whose settings or files are refused before it has begun.
+    """Remove the directory of a run that is refused before it has begun; name the settings of one that was resumed.
 
     Args:
         run_dir: The run directory; it stays if it holds anything that Hydra did not write.
@@ -121,7 +121,7 @@ def no_trace_of_refusals(run_dir: Path, given: DictConfig) -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigurationError, DataError, UnknownNameError):
+    except (ConfigurationError, DataError, UnknownNameError) as error:
         folder = run_dir / CONFIG_FILE.parent
         left = {path.name for path in (*run_dir.glob("*"), *folder.glob("*"))}
         if given.resume is None and left <= _OF_HYDRA:
@@ -130,6 +130,8 @@ def no_trace_of_refusals(run_dir: Path, given: DictConfig) -> Iterator[None]:
                     (folder / name).unlink(missing_ok=True)
             for empty in (folder, run_dir):
                 empty.rmdir()
+        if given.resume is not None and str(run_dir) not in str(error):
+            error.add_note(f"The settings are those in {run_dir / CONFIG_FILE}; if it was changed, change it back.")
         raise
 
 

@@ -186,6 +186,16 @@ def test_a_file_is_converted_once_wherever_it_lies(tmp_path, llama):
     assert folder.name == f"tiny.Q8_0-{digest[:16]}"
 
 
+@pytest.mark.parametrize("damage", [b"", b"{}", None])
+def test_a_folder_that_was_damaged_is_made_again(tmp_path, llama, damage):
+    file = hugging_face_folder(llama, tmp_path / "cache") / "config.json"
+    whole = file.read_bytes()
+    file.unlink() if damage is None else file.write_bytes(damage)
+    with pytest.warns(UserWarning, match="is made again: it is not as it was made"):
+        assert hugging_face_folder(llama, tmp_path / "cache") == file.parent
+    assert file.read_bytes() == whole
+
+
 def test_files_beside_it_do_not_matter(tmp_path, llama):
     """Such as those of another model in the same folder of downloads."""
     beside = tmp_path / "downloads"

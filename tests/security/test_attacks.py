@@ -9,36 +9,51 @@ and no foreign tag a page.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import pickle
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
+from agentic_rag_env import play
 from agentic_rag_env.corpus import read_corpus
+from agentic_rag_env.datasets.__main__ import main as check_dataset
 from agentic_rag_env.errors import AgenticRAGError
+from agentic_rag_env.probes.endpoints import Endpoint, EndpointConfig
 from agentic_rag_env.registry import DATASETS, RETRIEVERS
+from agentic_rag_env.terminal import print_line
+from agentic_rag_env.types import Question
 from algorithms import compare, evaluate, show
 from algorithms.analysis.comparison import page as comparison_page
 from algorithms.analysis.comparison import style
 from algorithms.assets import ASSETS
 from algorithms.launch.clear_errors import clear_errors
+from algorithms.learner.config import DemonstrationsConfig
 from algorithms.learner.networks import load_model, load_tokenizer
 from algorithms.rollout.tokenization import encode_prompts
 from algorithms.rollout.trajectory_files import read_trajectories
 from algorithms.training import checkpoint
+from algorithms.training.demonstrations.file import File
 from algorithms.training.kept_files import read_kept
 from algorithms.training.run_files import read_settings, require_named
 from algorithms.training.run_logger import truncate_metrics
 from algorithms.training.settings import EvaluateConfig, evaluate_config
+from algorithms.training.trainer import Position
 
 SECRET = "canary-5d1f0c"
 ESCAPE = "\x1b[31m\x1b]0;owned\x07"
@@ -329,20 +344,30 @@ def read_index(canaries: Canaries, content: bytes) -> None:
     attempt(lambda: RETRIEVERS.build({"name": "bm25", "index": str(folder)}).search(["who"], 1))
 
 
-def read_reply(canaries: Canaries, content: bytes) -> None:
+@contextmanager
+def service_that_says(content: bytes) -> Iterator[str]:
+    """A service that answers whatever it is asked with the same bytes; its address."""
+
     class Service(BaseHTTPRequestHandler):
         def do_POST(self):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(content)
 
+        do_GET = do_POST
+
         def log_message(self, *_):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/retrieve"
-        retriever = RETRIEVERS.build({"name": "http", "url": url, "max_retries": 0, "timeout_s": 5.0})
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def read_reply(canaries: Canaries, content: bytes) -> None:
+    with service_that_says(content) as url:
+        retriever = RETRIEVERS.build({"name": "http", "url": f"{url}/retrieve", "max_retries": 0, "timeout_s": 5.0})
 
         def search() -> None:
             (found,) = retriever.search(["who"], 3)
@@ -351,7 +376,93 @@ def read_reply(canaries: Canaries, content: bytes) -> None:
 
         attempt(search)
         retriever.close()
-        server.shutdown()
+
+
+def read_health(canaries: Canaries, content: bytes) -> None:
+    with service_that_says(content) as url:
+        http = {"name": "http", "url": f"{url}/retrieve", "max_retries": 0, "timeout_s": 5.0}
+        kept = {"name": "cached", "retriever": http, "path": str(canaries.inside / "cache.sqlite")}
+        attempt(lambda: print_line(str(RETRIEVERS.build(kept).fingerprint)))
+
+
+def read_completion(canaries: Canaries, content: bytes) -> None:
+    with service_that_says(content) as url:
+        endpoint = Endpoint(EndpointConfig(url=url, model="m", api="completions", max_retries=0, timeout_s=5.0))
+        attempt(lambda: print_line(endpoint(["Who?"])[0]))
+        endpoint.close()
+
+
+def read_demonstrations(canaries: Canaries, content: bytes) -> None:
+    file = canaries.inside / "turns.jsonl"
+    file.write_bytes(content)
+
+    asked: Any = SimpleNamespace(dataset=[Question("q", "Who?", ("a",))])
+    none: Any = None  # neither networks nor rollouts take part in reading
+    attempt(
+        lambda: print_line(str(File(DemonstrationsConfig(source="file", path=str(file)), none, asked, none).counts))
+    )
+
+
+def read_corpus_of_rows(canaries: Canaries, content: bytes) -> None:
+    file = canaries.inside / "corpus.parquet"
+    file.write_bytes(content)
+    attempt(lambda: RETRIEVERS.build("bm25", corpus=read_corpus(file)).search(["who"], 1))
+    attempt(lambda: RETRIEVERS.build({"name": "bm25", "corpus": str(file)}).search(["who"], 1))
+
+
+def read_questions_of_rows(canaries: Canaries, content: bytes) -> None:
+    file = canaries.inside / "questions.parquet"
+    file.write_bytes(content)
+    attempt(lambda: DATASETS.build({"name": "jsonl", "questions": str(file), "corpus": None, "split": "all"}))
+    check_dataset([*map(str, ["check", file])])
+
+
+def rows_of(data: dict[str, Any]) -> bytes:
+    """A Parquet file with one row; a file that Arrow can't hold is left to the other readers."""
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.Table.from_pylist([data]), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def read_tokenizer(canaries: Canaries, content: bytes) -> None:
+    folder = model_folder(canaries, "tokenizer.json", content)
+    attempt(lambda: encode_prompts(load_tokenizer(folder), ["Who?"]))
+
+
+def read_generation_config(canaries: Canaries, content: bytes) -> None:
+    folder = model_folder(canaries, "generation_config.json", content)
+    attempt(lambda: load_model(folder))
+
+
+def read_training_state(canaries: Canaries, content: bytes) -> None:
+    folder = run_of(canaries) / "checkpoints" / "000001"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / checkpoint.TRAINING_STATE).write_bytes(content)
+    attempt(lambda: print_line(str(Position(**checkpoint.read_trainer_state(folder)["position"]))))
+
+
+def state_of(data: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(data, buffer)
+    return buffer.getvalue()
+
+
+def read_turns(canaries: Canaries, content: bytes) -> None:
+    """What a model, or a person, writes in the environment; the questions are the bundled ones."""
+    lines = iter(content.decode("utf-8", "replace").splitlines())
+
+    def typed(_: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    with patch("builtins.input", typed):
+        attempt(lambda: play.main(["--dataset", TOY, "--episodes", "2", "--seed", "0"]))
+
+
+TOY = json.dumps({"name": "tiny", "num_passages": 60, "num_questions": 5, "split": "test"})
+TOKENIZER = json.loads((ASSETS / "tiny-student" / "tokenizer.json").read_text(encoding="utf-8"))
+TOKENIZER["model"]["vocab"] = dict(list(TOKENIZER["model"]["vocab"].items())[:40])
 
 
 #: Every reader: what a sound file of its kind holds, how it is written, and who reads it.
@@ -400,6 +511,41 @@ READERS: dict[str, tuple[dict[str, Any], Callable[[Any], bytes], Callable[[Canar
         {"result": [[{"document": {"id": "p", "contents": "c"}, "score": 1.0}]], "error": "none"},
         lambda data: json.dumps(data).encode(),
         read_reply,
+    ),
+    "health reply": (
+        {"status": "ok", "fingerprint": "f"}, lambda data: json.dumps(data).encode(), read_health,
+    ),
+    "reply of an endpoint": (
+        {"choices": [{"text": "<answer> a </answer>"}], "usage": {"prompt_tokens": 10**400, "note": "x"}},
+        lambda data: json.dumps(data).encode(),
+        read_completion,
+    ),
+    "demonstrations": (
+        {"question_id": "q", "question": "Who?", "turns": [{"action": "<answer> a </answer>", "observation": "o"}]},
+        lambda data: json.dumps(data).encode(),
+        read_demonstrations,
+    ),
+    "corpus.parquet": ({"id": "p", "contents": "Who\nis."}, rows_of, read_corpus_of_rows),
+    "questions.parquet": (
+        {"id": "q", "question": "Who?", "golden_answers": ["a"], "metadata": {"note": "x"}},
+        rows_of,
+        read_questions_of_rows,
+    ),
+    "tokenizer.json": (TOKENIZER, lambda data: json.dumps(data).encode(), read_tokenizer),
+    "generation_config.json": (
+        {"eos_token_id": 1, "_from_model_config": "x", "custom_generate": "evil", "cache_implementation": "static"},
+        lambda data: json.dumps(data).encode(),
+        read_generation_config,
+    ),
+    "training_state.pt": (
+        {"learner": {"name": "x"}, "trainer": {"position": {"stage": 0, "costs": {"x": "y"}}}, "critic": None},
+        state_of,
+        read_training_state,
+    ),
+    "turns": (
+        {"first": "search: who", "second": "<search> a </search>", "third": "<answer> a </answer>"},
+        lambda data: "\n".join(map(str, data.values())).encode("utf-8", "replace"),
+        read_turns,
     ),
 }  # fmt: skip
 #: Cells that need no try.

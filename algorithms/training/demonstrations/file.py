@@ -11,15 +11,14 @@ An observation in the file is compared with what the environment answers, and ne
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from agentic_rag_env.answers import normalize_answer
+from agentic_rag_env.corpus import read_jsonl
 from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.files import sha256
 from algorithms.learner.config import DemonstrationsConfig
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.tokenization import decode, encode_plain
@@ -50,13 +49,13 @@ class File(Authored):
         path = Path(self.config.path).expanduser()
         if not path.is_file():
             raise ConfigurationError(f"demonstrations.path={self.config.path} is no file.")
-        content = path.read_bytes()
-        self._hash = hashlib.sha256(content).hexdigest()
+        self._hash = sha256(path)
         by_id = {question.id: index for index, question in enumerate(self.envs.dataset)}
         by_text = {normalize_answer(question.text): index for index, question in enumerate(self.envs.dataset)}
         self.scripts: list[Script] = []
         unknown = 0
-        for place, row in _rows(path, content):
+        for number, row in read_jsonl(path):
+            place = f"{path}, line {number}"
             index = _question_index(row, by_id, by_text, place)
             if index is None:
                 unknown += 1
@@ -103,24 +102,6 @@ class File(Authored):
             return True
         # Both as the tokenizer gives them back: one with unknown tokens does not give back every text.
         return decode(tokenizer, encode_plain(tokenizer, [told])[0].tolist()).strip() == observed.strip()
-
-
-def _rows(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no text file of JSON lines ({error}).") from error
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place}: no JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: expected an object with 'question_id' or 'question', and 'turns'.")
-        yield place, row
 
 
 def _question_index(row: dict[str, Any], by_id: dict[str, int], by_text: dict[str, int], place: str) -> int | None:

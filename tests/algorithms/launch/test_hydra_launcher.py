@@ -22,7 +22,7 @@ from small_runs import SFT, TINY, Run, assert_same_run, command, train
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import file_name
 from algorithms.launch import job_pool
-from algorithms.launch.hydra_launcher import make_slots
+from algorithms.launch.hydra_launcher import _path_flag, make_slots
 from algorithms.launch.job_pool import Job, Launcher, Slot
 from algorithms.launch.run_guard import job_name
 from algorithms.training import demonstrations, file_locks
@@ -193,7 +193,7 @@ def test_a_machine_that_cannot_be_divided_so(machine, num_slots, gpus, message):
 
 HARD_NAMES = [
     "a/b", "a_b", "a b", "..", ".", "-m", "", "x" * 300, "x" * 299 + "y", "größe", "a'b", 'a"b', "a\nb", "[0,1]",
-    "{a:1}", "~a", "a=b", "${a}", "a,b",
+    "{a:1}", "~a", "a=b", "${a}", "a,b", "a.", "nul", "NUL.txt", "com1", "c:x",
 ]  # fmt: skip
 
 
@@ -203,6 +203,10 @@ def test_names_are_safe_and_different():
     for name in names:
         assert 0 < len(name) < 150
         assert not name.startswith((".", "-")) or name[1:].isalnum()
+        # What Windows can't have as a name.
+        assert not set(name) & set('<>:"/\\|?*')
+        assert not name.endswith((".", " "))
+        assert name.partition(".")[0].lower() not in ("con", "nul", "com1")
         assert OverridesParser.create().parse_override(f"resume=multirun/{name}").value() == f"multirun/{name}"
 
 
@@ -248,10 +252,24 @@ def test_each_job_is_the_command_with_its_overrides(tmp_path, launched):
     (started,) = launched
     assert list(started) == [f"algo-{a}+num_envs-8+seed-{s}" for a in ("ppo", "dgpo") for s in (0, 1)]
     line = started["algo-dgpo+num_envs-8+seed-1"]
-    assert line[:3] == [sys.executable, "-m", "algorithms.run"]
+    assert line[0] == sys.executable
+    assert line[line.index("-m") + 1] == "algorithms.run"
     assert {"algo=dgpo", "seed=1", "num_envs=8", "threads=2", "hydra.mode=RUN"} <= set(line)
     assert f"hydra.run.dir='{sweep}/algo-dgpo+num_envs-8+seed-1'" in line
     assert not any(part in line for part in ("algo=ppo", "seed=0", "-m algorithms"))
+
+
+@pytest.mark.parametrize(("path", "flags"), [(["/bin", "/lib"], ["-P"]), (["", "/lib"], []), ([None, "/lib"], [])])
+def test_jobs_import_from_the_working_directory_only_if_this_process_does(tmp_path, monkeypatch, path, flags):
+    """An installed command does not, so a user's own package `algorithms` there is not taken for ours."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path) if place is None else place for place in path])
+    assert _path_flag() == flags
+    # What the flag does, with a package of the user's own:
+    (tmp_path / "algorithms_of_mine").mkdir()
+    (tmp_path / "algorithms_of_mine" / "__init__.py").write_text("print('mine')")
+    done = subprocess.run([sys.executable, *flags, "-m", "algorithms_of_mine"], capture_output=True, text=True)
+    assert ("mine" in done.stdout) is (flags == [])
 
 
 def test_a_restart_runs_what_is_missing_and_resumes_what_has_begun(tmp_path, launched):

@@ -43,6 +43,21 @@ def test_settings_that_were_edited_are_noticed(run, saved, edited, said):
     assert "Change it back to go on; or begin a new run from these weights: model.policy=" in again.err
 
 
+def test_a_name_or_a_value_that_was_damaged_is_refused_with_the_file(run):
+    file = run / ".hydra" / "config.yaml"
+    text = file.read_text()
+    for sound, damaged in (
+        ("max_retriever_error", "maX_retriever_error"),
+        ("schedule: constant", "schedule: conwtant"),
+    ):
+        assert sound in text
+        file.write_text(text.replace(sound, damaged))
+        again = command(f"resume={run}")
+        assert again.code == 1
+        assert damaged.split()[-1] in again.err
+        assert f"The settings are those in {file}; if it was changed, change it back." in again.err
+
+
 def test_a_training_state_that_would_execute_something(run, tmp_path):
     class Runs:
         def __reduce__(self):
@@ -66,7 +81,10 @@ def test_a_plug_in_that_is_not_there_any_more(run):
     again = command(f"resume={run}")
     assert again.code == 1
     first, second = again.err.splitlines()
-    assert first == "UnknownNameError: Unknown reward 'of_a_plug_in'."
+    assert first == (
+        f"UnknownNameError: Unknown reward 'of_a_plug_in'. The settings are those in {file}; if it was changed, change "
+        "it back."
+    )
     # Resuming once more by itself would fail in the same way, so that is not what is advised.
     assert second == (
         "If a plug-in registers it, install its package, or name its file: AGENTIC_RAG_PLUGINS=<file> python -m "
