@@ -53,7 +53,6 @@ from algorithms.training.kept_files import read_kept
 from algorithms.training.run_files import read_settings, require_named
 from algorithms.training.run_logger import truncate_metrics
 from algorithms.training.settings import EvaluateConfig, evaluate_config
-from algorithms.training.trainer import Position
 
 SECRET = "canary-5d1f0c"
 ESCAPE = "\x1b[31m\x1b]0;owned\x07"
@@ -134,7 +133,7 @@ class Runs:
         return os.system, (f"touch {self.file}",)
 
 
-def deep(opening: str, closing: str, levels: int = 20_000) -> str:
+def deep(opening: str, closing: str, levels: int = 12_000) -> str:
     return opening * levels + closing * levels
 
 
@@ -438,7 +437,7 @@ def read_training_state(canaries: Canaries, content: bytes) -> None:
     folder = run_of(canaries) / "checkpoints" / "000001"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / checkpoint.TRAINING_STATE).write_bytes(content)
-    attempt(lambda: print_line(str(Position(**checkpoint.read_trainer_state(folder)["position"]))))
+    attempt(lambda: print_line(str(checkpoint.read_trainer_state(folder))))
 
 
 def state_of(data: dict[str, Any]) -> bytes:
@@ -462,12 +461,12 @@ def read_turns(canaries: Canaries, content: bytes) -> None:
 
 TOY = json.dumps({"name": "tiny", "num_passages": 60, "num_questions": 5, "split": "test"})
 TOKENIZER = json.loads((ASSETS / "tiny-student" / "tokenizer.json").read_text(encoding="utf-8"))
-TOKENIZER["model"]["vocab"] = dict(list(TOKENIZER["model"]["vocab"].items())[:40])
+TOKENIZER["model"]["vocab"] = dict(list(TOKENIZER["model"]["vocab"].items())[:5])
 
 
 #: Every reader: what a sound file of its kind holds, how it is written, and who reads it.
 READERS: dict[str, tuple[dict[str, Any], Callable[[Any], bytes], Callable[[Canaries, bytes], None]]] = {
-    "config.yaml": (SETTINGS, lambda data: yaml.safe_dump(data).encode(), read_config),
+    "config.yaml": (SETTINGS, lambda data: json.dumps(data).encode(), read_config),  # which is YAML as well
     "overrides.yaml": (
         {"first": "algo=sft"}, lambda data: yaml.safe_dump(list(data.values())).encode(), read_overrides,
     ),
