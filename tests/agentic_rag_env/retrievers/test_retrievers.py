@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -545,6 +546,7 @@ def test_dense_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_encoders_by_name_mapping_and_object() -> None:
+    pytest.importorskip("torch")
     assert isinstance(build_encoder("hashed_ngram"), HashedNgramEncoder)
     built = build_encoder({"name": "hashed_ngram", "dim": 64})
     assert isinstance(built, HashedNgramEncoder)
@@ -558,6 +560,10 @@ def test_encoders_by_name_mapping_and_object() -> None:
 
 # Kept in the cache folder
 
+OVER_TORCH = pytest.param(
+    {"name": "dense", "backend": "torch"}, marks=pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+)
+
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -568,7 +574,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("spec", ["bm25", "dense", {"name": "dense", "backend": "torch"}, "hybrid"])
+@pytest.mark.parametrize("spec", ["bm25", "dense", OVER_TORCH, "hybrid"])
 def test_what_is_kept_gives_the_same_results(kept: Path, caplog: pytest.LogCaptureFixture, spec: Any) -> None:
     made = RETRIEVERS.build(spec, corpus=CORPUS[:59])  # too few to be kept
     assert not kept.exists()
@@ -620,7 +626,7 @@ def test_what_is_not_whole_is_made_again(kept: Path, caplog: pytest.LogCaptureFi
 @pytest.fixture(scope="module", params=["bert", "qwen2"])
 def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random model of two layers, with a tokenizer of whole words (BERT) or of bytes (Qwen2)."""
-    import torch
+    torch = pytest.importorskip("torch")
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -732,5 +738,6 @@ def test_hugging_face_folder_with_code_of_its_own(
 
 
 def test_hugging_face_folder_that_holds_no_model(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     with pytest.raises(ConfigurationError, match="cannot be loaded; give a folder made by save_pretrained"):
         build_encoder(str(tmp_path))
