@@ -51,6 +51,7 @@ class Found:
 
 def main() -> None:
     """Entry point; Hydra composes the configuration. `torchrun` calls it in several processes."""
+    escape_what_streams_lack()
     start(_read, evaluate)
 
 

@@ -29,6 +29,7 @@ with clear_errors():  # of a plug-in
 
 def main() -> None:
     """Entry point. `torchrun` calls it in several processes."""
+    escape_what_streams_lack()
     start(_read, run)
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import tracemalloc
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,12 @@ def test_read_corpus_leaves_a_store_on_disk(opened: CorpusStore) -> None:
     assert read_corpus(opened.path) is found
 
 
-@pytest.mark.parametrize("retriever", ["bm25", "dense", {"name": "dense", "backend": "torch"}, "static", "hybrid"])
+OVER_TORCH = pytest.param(
+    {"name": "dense", "backend": "torch"}, marks=pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+)
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "dense", OVER_TORCH, "static", "hybrid"])
 def test_retrievers_take_a_store_for_a_list(opened: CorpusStore, retriever: Any) -> None:
     from agentic_rag_env.registry import RETRIEVERS
 

@@ -25,7 +25,7 @@ E5 = {"query_prefix": "query: ", "passage_prefix": "passage: "}
 @pytest.fixture(scope="module", params=["bert", "qwen2"])
 def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random model of two layers, with a tokenizer of whole words (BERT) or of bytes (Qwen2)."""
-    import torch
+    torch = pytest.importorskip("torch")
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 

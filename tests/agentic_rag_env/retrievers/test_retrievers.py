@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -542,6 +543,7 @@ def test_dense_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_encoders_by_name_mapping_and_object() -> None:
+    pytest.importorskip("torch")
     assert isinstance(build_encoder("hashed_ngram"), HashedNgramEncoder)
     built = build_encoder({"name": "hashed_ngram", "dim": 64})
     assert isinstance(built, HashedNgramEncoder)
@@ -555,6 +557,10 @@ def test_encoders_by_name_mapping_and_object() -> None:
 
 # Kept in the cache folder
 
+OVER_TORCH = pytest.param(
+    {"name": "dense", "backend": "torch"}, marks=pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+)
+
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -565,7 +571,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("spec", ["bm25", "dense", {"name": "dense", "backend": "torch"}, "hybrid"])
+@pytest.mark.parametrize("spec", ["bm25", "dense", OVER_TORCH, "hybrid"])
 def test_what_is_kept_gives_the_same_results(kept: Path, caplog: pytest.LogCaptureFixture, spec: Any) -> None:
     made = RETRIEVERS.build(spec, corpus=CORPUS[:59])  # too few to be kept
     assert not kept.exists()

@@ -81,10 +81,8 @@ def test_a_plug_in_that_is_not_there_any_more(run):
     again = command(f"resume={run}")
     assert again.code == 1
     first, second = again.err.splitlines()
-    assert first == (
-        f"UnknownNameError: Unknown reward 'of_a_plug_in'. The settings are those in {file}; if it was changed, change "
-        "it back."
-    )
+    assert first.startswith("UnknownNameError: Unknown reward 'of_a_plug_in'.")
+    assert first.endswith(f"The settings are those in {file}; if it was changed, change it back.")
     # Resuming once more by itself would fail in the same way, so that is not what is advised.
     assert second == (
         "If a plug-in registers it, install its package, or name its file: AGENTIC_RAG_PLUGINS=<file> python -m "
