@@ -7,17 +7,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf import OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
+from algorithms.training.compose import PARTS, composed
 
-#: Groups whose settings depend on the chosen name.
-PARTS = ("algo", "env", "dataset", "retriever", "reward")
 _HELP = ("--help", "-h")
 _MULTIRUN = ("--multirun", "-m")
 _SETTING = re.compile(rf"(?:{'|'.join(PARTS)})\.[\w.]+=")
@@ -42,33 +38,6 @@ def prepare(config_name: str) -> None:
         sys.argv[1:] = [f"++{word}" if _SETTING.match(word) else word for word in given]
     elif all("=" in word or word[0] == "~" for word in given):
         composed(config_name, given)
-
-
-def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose the configuration of a command line.
-
-    Raises:
-        ConfigurationError: A name in it is unknown.
-    """
-    try:
-        with initialize_config_module("conf", version_base="1.3"):
-            return compose(config_name, list(overrides), return_hydra_config=True)
-    except (ConfigCompositionException, MissingConfigException) as error:
-        if (message := explanation(error)) is None:
-            message = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise ConfigurationError(message) from error
-
-
-def explanation(error: Exception) -> str | None:
-    """Say which name is unknown and which one may be meant; None for every other error of composition."""
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"Unknown {group} {name!r}.{did_you_mean(name, error.options)}"
-    cause = error.__cause__
-    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(cause.parent_node):
-        known = [str(name) for name in cause.parent_node if name != "hydra"]
-        return f"There is no setting {cause.full_key}.{did_you_mean(str(cause.key), known)}"
-    return None
 
 
 # --- help ------------------------------------------------------------------------------------------------------------

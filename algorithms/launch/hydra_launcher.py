@@ -22,11 +22,12 @@ from omegaconf import DictConfig, open_dict
 
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from algorithms.launch import job_pool
-from algorithms.launch.command_line import explanation
 from algorithms.launch.job_display import JobDisplay
 from algorithms.launch.processes import are_several
-from algorithms.launch.run_guard import begun, complete, require_same
+from algorithms.launch.run_guard import settings_of
 from algorithms.training import file_locks
+from algorithms.training.compose import explanation
+from algorithms.training.run_directory import begun, complete, require_same
 from algorithms.training.run_files import allowed, places, read_settings
 from algorithms.training.settings import by_group
 
@@ -143,7 +144,7 @@ class SlotsLauncher(Launcher):
                 )
             directory = self._sweep_dir / name
             if begun(directory):
-                require_same(directory, config)
+                require_same(directory, settings_of(config))
             own = " ".join(override.lstrip("+") for override in overrides if override not in shared)
             command = self._command(directory, overrides, set_threads=config.threads is None)
             planned[name] = job_pool.Job(name, directory, command, own or name)
@@ -188,7 +189,8 @@ class SlotsLauncher(Launcher):
             if begun(directory):
                 # `_plan` has checked that its settings are this command's, so the job may use the places they name.
                 named = allowed([place for _, place in places(read_settings(directory))])
-                return [*start, f"resume={_quoted(directory)}", named, "hydra.mode=RUN"]
+                loggers = [each for each in overrides if each.startswith("logger=")]
+                return [*start, f"resume={_quoted(directory)}", named, *loggers, "hydra.mode=RUN"]
             given = [*self._config.hydra.overrides.hydra, *overrides]
             threads = [f"threads={slot.environment['OMP_NUM_THREADS']}"] if set_threads else []
             return [*start, *given, *threads, f"hydra.run.dir={_quoted(directory)}", "hydra.mode=RUN"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,38 +13,26 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError, DataError, UnknownNameError
-from agentic_rag_env.files import file_name, remove_partial
+from agentic_rag_env.files import file_name
 from agentic_rag_env.registry import did_you_mean
 from algorithms.training import file_locks
+from algorithms.training.run_directory import (
+    begun,
+    complete,
+    hold,
+    release,
+    remove_leftovers,
+    require_same,
+)
 from algorithms.training.run_files import (
     CONFIG_FILE,
-    differences,
     read_settings,
-    read_summary,
     require_named,
     write_settings,
 )
 from algorithms.training.settings import plain, settings_without_effect
 
-_LOCK_FILE = CONFIG_FILE.parent / "lock"
 _OF_HYDRA = {".hydra", "config.yaml", "hydra.yaml", "overrides.yaml", "lock"}
-
-
-def begun(run_dir: Path) -> bool:
-    """Whether a directory holds a run that has trained or is about to train."""
-    return (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
-
-
-def complete(run_dir: Path) -> bool:
-    """Whether a directory holds a complete run; a damaged summary does not count, because it is made again."""
-    try:
-        read_summary(run_dir)
-        return True
-    except FileNotFoundError:
-        return False
-    except DataError as error:
-        warnings.warn(f"{error}; it is made again.", stacklevel=2)
-        return False
 
 
 def job_name(overrides: Sequence[str]) -> str:
@@ -85,7 +72,7 @@ class KeepRuns(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Release the directory."""
-        file_locks.release(Path(config.hydra.runtime.output_dir) / _LOCK_FILE)
+        release(Path(config.hydra.runtime.output_dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before Hydra writes anything."""
@@ -95,11 +82,10 @@ class KeepRuns(Callback):
 
 def _hold(run_dir: Path) -> None:
     try:
-        holder = file_locks.hold(run_dir / _LOCK_FILE)
-    except OSError as error:
+        hold(run_dir)
+    except (ConfigurationError, OSError) as error:
+        # Hydra turns any other exception of a callback into a warning and goes on.
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    if holder is not None:
-        _refuse(f"{run_dir} is being written by {holder}; wait for it, or choose another directory.")
 
 
 def _no_run(run_dir: Path) -> str:
@@ -143,14 +129,13 @@ def left_to_run(run_dir: Path, given: DictConfig) -> DictConfig | None:
     Raises:
         ConfigurationError: The directory holds a run with another configuration.
     """
-    for folder in (run_dir, *(run_dir / name for name in (CONFIG_FILE.parent, "trajectories", "predictions"))):
-        remove_partial(folder)  # a killed process left it: this one has the lock
+    remove_leftovers(run_dir)
     if given.resume is not None:
         return saved_config(run_dir, given)
     if not begun(run_dir):
         write_settings(run_dir, plain(given))
         return given
-    require_same(run_dir, given)
+    require_same(run_dir, settings_of(given))
     return None if complete(run_dir) else OmegaConf.create(read_settings(run_dir))
 
 
@@ -183,6 +168,7 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
                 f"begin a new run, from these weights if you like: model.policy={run_dir}/checkpoints/<step>."
             )
     require_named(settings, given.allow, str(run_dir))
+    saved.logger = given.logger  # a stranger's run must not choose where the numbers go
     if not file_locks.is_cache(Path(str(saved.get("cache_dir", ""))).expanduser()):
         print(f"cache_dir={given.cache_dir} is used: {saved.get('cache_dir')} is no cache of these commands.")
         saved.cache_dir = given.cache_dir
@@ -195,28 +181,9 @@ def _is_unknown(config: DictConfig, key: str) -> bool:
     return not OmegaConf.is_dict(place) or name not in place
 
 
-def require_same(run_dir: Path, given: DictConfig) -> None:
-    """Require the settings of a begun run; settings that only one side knows are not compared.
-
-    Args:
-        run_dir: Directory of a run that has begun.
-        given: The configuration to run there.
-
-    Raises:
-        ConfigurationError: A setting differs; the message names it.
-    """
-    wanted = plain(OmegaConf.masked_copy(given, [str(key) for key in given if key != "hydra"]))
-    wanted = {key: value for key, value in wanted.items() if key not in settings_without_effect()}
-    found = [
-        f"{key} is {_comparable(there)} there, {_comparable(here)} here"
-        for key, there, here in differences(read_settings(run_dir), wanted)
-    ]
-    if found:
-        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-        raise ConfigurationError(
-            f"{run_dir} holds a run with other settings: {'; '.join(found[:5])}{more}. Choose another directory, or "
-            "remove that run."
-        )
+def settings_of(given: DictConfig) -> dict[str, Any]:
+    """The settings of a command line as plain data, without those of Hydra."""
+    return plain(OmegaConf.masked_copy(given, [str(key) for key in given if key != "hydra"]))
 
 
 def _comparable(value: Any) -> Any:

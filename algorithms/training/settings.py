@@ -29,6 +29,7 @@ from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.config import WITHOUT_EFFECT, DemonstrationConfig, LearnerConfig
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training import presets
+from algorithms.training.loggers import LOGGERS
 from algorithms.training.run_files import require_named
 
 
@@ -136,6 +137,8 @@ class RunConfig:
         probe_every: Training steps between probes on the questions of a check on the dev split; 0 for none.
         threads: CPU threads of each process; None leaves PyTorch's choice.
         allow: Addresses and files outside of the run directory that the settings saved in `resume` may name.
+        logger: Where the numbers go: "jsonl" (`metrics.jsonl`, which every run writes), "tensorboard", "wandb", or one
+            of your own; by name, or as a mapping with `name` and settings. `resume` takes it from the command line.
     """
 
     algo: Any = MISSING
@@ -159,6 +162,7 @@ class RunConfig:
     probe_every: int = field(default=0, metadata=WITHOUT_EFFECT)
     threads: int | None = field(default=None, metadata=WITHOUT_EFFECT)
     allow: list[str] = field(default_factory=list, metadata=WITHOUT_EFFECT)
+    logger: list[Any] = field(default_factory=lambda: ["jsonl", "tensorboard"], metadata=WITHOUT_EFFECT)
 
     def __post_init__(self) -> None:
         check_settings(self, Allowed("in [0, 2**32)", lambda value: 0 <= value < 2**32), "seed")
@@ -166,6 +170,8 @@ class RunConfig:
         check_settings(self, at_least(0), "probe_every")
         for probe in self.probes:
             PROBES.build(probe)  # finds a misspelled one before training
+        for logger in self.logger:
+            LOGGERS.build(logger)
         check_settings(self, FRACTION, "max_retriever_error_fraction")
         check_settings(self, or_none(COUNT), "threads", "keep_checkpoints")
 
@@ -305,7 +311,8 @@ def run_config(composed: DictConfig) -> RunConfig:
         "evaluation": EvaluationConfig,
         "demonstrations": DemonstrationsConfig,
     }
-    settings.setdefault("demonstrations", {"num": None})  # the run is older than this setting
+    settings.setdefault("demonstrations", {"num": None})  # the run is older than these settings
+    settings.setdefault("logger", RunConfig().logger)
     _check_names(RunConfig, "", settings)
     for name, section in sections.items():
         _check_names(section, f"{name}.", settings[name])

@@ -36,8 +36,8 @@ from algorithms.rollout.tokenization import encode_prompts
 from algorithms.rollout.trajectory_files import read_trajectories
 from algorithms.training import checkpoint
 from algorithms.training.kept_files import read_kept
+from algorithms.training.loggers.jsonl import truncate_metrics
 from algorithms.training.run_files import read_settings, require_named
-from algorithms.training.run_logger import truncate_metrics
 from algorithms.training.settings import EvaluateConfig, evaluate_config
 
 SECRET = "canary-5d1f0c"
