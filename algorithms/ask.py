@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from algorithms.evaluate import find
 from algorithms.launch.clear_errors import clear_errors
+from algorithms.launch.command_line import prepare
 from algorithms.training.settings import RunConfig, ask_config, register_schemas
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ with clear_errors():  # of a plug-in
 def main() -> None:
     """Entry point; Hydra composes the configuration."""
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
+    with clear_errors():
+        prepare("ask")
     _main()
 
 

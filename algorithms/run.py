@@ -14,7 +14,7 @@ from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
 from algorithms.launch.hydra_launcher import register_launcher
 from algorithms.launch.processes import carry_out, start
-from algorithms.launch.run_guard import left_to_run, no_trace_of_refusals
+from algorithms.launch.run_guard import drop_settings_of_others, left_to_run, no_trace_of_refusals
 from algorithms.training.from_python import run
 from algorithms.training.settings import by_group, register_schemas, run_config
 
@@ -40,6 +40,7 @@ def _composed(config: DictConfig) -> None:
     """Run with the configuration that Hydra composes."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     with clear_errors(run_dir), no_trace_of_refusals(run_dir, config):
+        drop_settings_of_others(config)
         left = left_to_run(run_dir, config)
         if left is not None:
             carry_out(run, run_config(left), run_dir)

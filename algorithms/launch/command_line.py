@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from omegaconf import OmegaConf
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
 from algorithms.training.compose import PARTS, composed
+from algorithms.training.loggers import LOGGERS
 
+_WIDTH = 118
 _HELP = ("--help", "-h")
 _MULTIRUN = ("--multirun", "-m")
 _SETTING = re.compile(rf"(?:{'|'.join(PARTS)})\.[\w.]+=")
@@ -62,7 +65,8 @@ def help_page(config_name: str, words: Sequence[str]) -> str:
     texts, repo = config.hydra.help, ConfigStore.instance().repo
     names = {group: sorted(name.removesuffix(".yaml") for name in repo[group]) for group in PARTS}
     page = [texts.header, "", texts.template.strip(), "", "Parts to choose from (group=name)"]
-    page += [f"  {group}: {', '.join(names[group])}" for group in PARTS]
+    page += [f"  {group}: {', '.join(names[group])}" for group in PARTS if group in config]
+    page += [f"  logger: {', '.join(LOGGERS.names())}; several as logger=[jsonl,wandb]"] if "logger" in config else []
     page += ["", "Settings (name=value)", *(line for _, line in lines), "", texts.footer.strip()]
     return "\n".join(page)
 
@@ -76,7 +80,8 @@ def _described(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _described(config[name], f"{key}.")
         elif name != "name":
             shown = "null" if value is None else value
-            yield key, f"  {key}={shown}" + (f"  # {meanings[name]}" if name in meanings else "")
+            meaning = f"  # {meanings[name]}" if name in meanings else ""
+            yield key, textwrap.fill(f"  {key}={shown}{meaning}", _WIDTH, subsequent_indent="      # ")
 
 
 def attributes_of(kind: type) -> dict[str, str]:

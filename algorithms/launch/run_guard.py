@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +12,15 @@ from typing import Any, NoReturn
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from agentic_rag_env.errors import ConfigurationError, DataError, UnknownNameError
 from agentic_rag_env.files import file_name
-from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, did_you_mean
+from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.training import file_locks
+from algorithms.training.compose import PARTS, composed
 from algorithms.training.run_directory import (
     begun,
     complete,
@@ -30,8 +35,10 @@ from algorithms.training.run_files import (
     require_named,
     write_settings,
 )
-from algorithms.training.settings import plain, settings_without_effect
+from algorithms.training.settings import by_group, plain, settings_without_effect
 
+#: A setting of a part, added whether the part has it or not.
+_FORCED = re.compile(rf"\+\+(?:{'|'.join(PARTS)})\.[\w.]+=")
 _OF_HYDRA = {".hydra", "config.yaml", "hydra.yaml", "overrides.yaml", "lock"}
 
 
@@ -137,6 +144,43 @@ def left_to_run(run_dir: Path, given: DictConfig) -> DictConfig | None:
         return given
     require_same(run_dir, settings_of(given))
     return None if complete(run_dir) else OmegaConf.create(read_settings(run_dir))
+
+
+def drop_settings_of_others(given: DictConfig) -> None:
+    """Hold `++group.setting=value` to what the group's part has, because Hydra adds whatever is written so.
+
+    `prepare` writes a multirun's settings so, because a job may have another algorithm than the command line's default.
+    The launcher `slots` has sorted them out; the jobs of other launchers come here with all of them.
+
+    Args:
+        given: The configuration of the present command line; in a job of a multirun, what belongs to other algorithms
+            is removed from it.
+
+    Raises:
+        ConfigurationError: The part has no such setting; in a multirun, no part of the group has one.
+    """
+    overrides = list(HydraConfig.get().overrides.task)
+    forced = [each for each in overrides if _FORCED.match(each)]
+    sure = [by_group(each) for each in overrides if each not in forced]
+    for override in forced if given.resume is None else ():
+        try:
+            composed("config", [*sure, override.lstrip("+"), "hydra/launcher=basic"])
+            sure.append(override.lstrip("+"))
+        except ConfigurationError:
+            section, _, name = override.lstrip("+").partition("=")[0].rpartition(".")
+            is_job = HydraConfig.get().mode == RunMode.MULTIRUN
+            if not (is_job and name in _settings_of(section.partition(".")[0])):
+                raise
+            print(f"{section}.{name} is left out: {given[section.partition('.')[0]].name} has no such setting.")
+            with open_dict(given):
+                del OmegaConf.select(given, section)[name]
+
+
+def _settings_of(group: str) -> set[str]:
+    """Names of the settings that any part of a group has."""
+    (registry,) = (each for each in (ALGORITHMS, ENVS, DATASETS, RETRIEVERS, REWARDS) if each.group == group)
+    configs = (registry.get(name).config for name in registry.names())
+    return {setting.name for config in configs if config for setting in dataclasses.fields(config)}
 
 
 def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:

@@ -40,7 +40,7 @@ def composed_like_the_command_line(*overrides: str) -> RunConfig:
     return run_config(config)
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings --------------------------------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_those_of_the_command_line():
@@ -97,7 +97,7 @@ def test_what_cannot_be_meant_is_refused_in_a_few_words(values, message):
 
 
 def test_a_logger_nobody_knows_is_refused_before_any_training():
-    with pytest.raises(UnknownNameError, match="Unknown logger 'tensorbord'. Did you mean 'tensorboard'?"):
+    with pytest.raises(UnknownNameError, match=r"Unknown logger 'tensorbord'. Did you mean 'tensorboard'?"):
         configure(logger=["tensorbord"])
 
 
@@ -130,7 +130,7 @@ def test_settings_come_without_torch():
     assert done.stdout.strip() == "set()"
 
 
-# --- runs ---------------------------------------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_without_the_library_the_extra_is_named_before_any_training(monkeypatch)
 def test_settings_that_cannot_work(runs):
     with pytest.raises(ConfigurationError, match="mode must be one of online, offline, disabled, got 'of'"):
         LOGGERS.build({"name": "wandb", "mode": "of"})
-    with pytest.raises(ConfigurationError, match="has no setting 'projct'. Did you mean 'project'?"):
+    with pytest.raises(ConfigurationError, match=r"has no setting 'projct'. Did you mean 'project'?"):
         LOGGERS.build({"name": "wandb", "projct": "x"})
 
 
