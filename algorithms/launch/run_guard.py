@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError, DataError, UnknownNameError
 from agentic_rag_env.files import file_name
@@ -172,8 +172,9 @@ def drop_settings_of_others(given: DictConfig) -> None:
             if not (is_job and name in _settings_of(section.partition(".")[0])):
                 raise
             print(f"{section}.{name} is left out: {given[section.partition('.')[0]].name} has no such setting.")
-            with open_dict(given):
-                del OmegaConf.select(given, section)[name]
+            had: Any = OmegaConf.to_container(OmegaConf.select(given, section))
+            kept = {key: value for key, value in had.items() if key != name}
+            OmegaConf.update(given, section, kept, merge=False, force_add=True)
 
 
 def _settings_of(group: str) -> set[str]:
