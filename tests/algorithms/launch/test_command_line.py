@@ -48,16 +48,18 @@ def test_a_setting_that_is_forced_upon_a_part_is_refused_if_the_part_lacks_it(tm
     assert "There is no setting algo.epochs." in run.err
 
 
-@pytest.mark.parametrize(("setting", "kept"), [("epochs", ("kd",)), ("kl_coef", ("dgpo",)), ("kl_cof", None)])
+@pytest.mark.parametrize(
+    ("setting", "kept"), [("epochs", ("kd",)), ("critic_warmup_steps", ("dgpo",)), ("critic_warmup_step", None)]
+)
 def test_jobs_of_another_launcher_take_the_settings_that_they_have(setting, kept, tmp_path, monkeypatch):
     """A basic launcher runs the jobs in this process, as submitit runs them in others."""
     seen = []
-    monkeypatch.setattr("algorithms.run.carry_out", lambda config, run_dir: seen.append(config.algo))
+    monkeypatch.setattr("algorithms.run.run", lambda config, run_dir: seen.append(config.algo))
     words = ["-m", "hydra/launcher=basic", "algo=kd,dgpo", f"algo.{setting}=2", f"hydra.sweep.dir={tmp_path}"]
     run = command(*words)
     if kept is None:
         assert (run.code, seen) == (1, [])
-        assert "Did you mean 'kl_coef'?" in run.err
+        assert "Did you mean 'critic_warmup_steps'?" in run.err
         return
     assert run.code == 0, run.err
     assert [algo["name"] for algo in seen] == ["kd", "dgpo"]
