@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from agentic_rag_env.terminal import escape_what_streams_lack
 from algorithms.evaluate import find
 from algorithms.launch.clear_errors import clear_errors
+from algorithms.launch.command_line import prepare
 from algorithms.training.settings import RunConfig, ask_config, register_schemas
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def main() -> None:
     """Entry point; Hydra composes the configuration."""
     escape_what_streams_lack()
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
+    with clear_errors():
+        prepare("ask")
     _main()
 
 

@@ -28,10 +28,11 @@ ROOMS = {
     "analysis": {"assets"},
 }
 #: Plain reading of files, without any of the rooms: every room may import it.
-LEAVES = {"algorithms.training.run_files"}
+LEAVES = {"algorithms.training.run_files", "algorithms.training.event_files"}
 #: The only modules that know Hydra: settings, the launcher and what guards a run; and the commands.
 KNOW_HYDRA = {
     "algorithms.training.settings",
+    "algorithms.training.compose",
     "algorithms.launch.clear_errors",
     "algorithms.launch.command_line",
     "algorithms.launch.hydra_launcher",
@@ -54,7 +55,11 @@ def imports(path: Path, at_top: bool = False) -> set[str]:
     """Names of the modules that a file imports; with `at_top`, only those that importing the file imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     if at_top:
-        lazy = {
+        for_types = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node)
+        ]
+        lazy = {id(node) for branch in for_types for node in ast.walk(branch)}
+        lazy |= {
             id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for node in ast.walk(f)
         }
     found = set()

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from agentic_rag_env import registry
+from algorithms import training
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.types import Batch, Tokens
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ENVIRONMENT, ALGORITHM = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ENVIRONMENT, PYTHON, ALGORITHM = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 (COMMAND,) = re.findall(r"^AGENTIC_RAG_PLUGINS=.*$", README, flags=re.MULTILINE)
 #: Enough to make the command of the README a matter of seconds.
 SMALL = [
@@ -35,6 +36,29 @@ def test_environment_loop(capsys):
     printed = capsys.readouterr().out
     assert "<information>Doc 1(Title: Lotaven)" in printed
     assert printed.rstrip().endswith("0.0 True 0.0 1")
+
+
+def test_a_run_from_python(tmp_path, monkeypatch, capsys):
+    """The example as it stands, with its call of `configure` made small."""
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "threads": 1, "num_envs": 8, "cache_dir": str(tmp_path / "cache"), "probes": [], "env": {"max_turns": 2},
+        "dataset": {"num_passages": 100, "num_questions": 40}, "rollout": {"max_new_tokens": 16, "max_tokens": 400},
+        "evaluation": {"num_questions": 4, "every": 2, "num_dev_questions": 4, "temperatures": [0.0]},
+    }  # fmt: skip
+    given = []
+
+    def configure(**values):
+        given.append(values)
+        few = {"num_demonstrations": 16, "batch_size": 8}
+        return training.configure(**{**values, **small, "algo": {**values["algo"], **few}})
+
+    lines = PYTHON.replace("import configure, train", "import train")
+    exec(lines, {"configure": configure})
+    assert given == [{"algo": {"name": "sft", "epochs": 2}, "seed": 1}]
+    printed = capsys.readouterr().out.splitlines()[-1]
+    result = training.read_run("runs/sft")
+    assert printed == f"{result.exact_match()} {result.curve('dev/exact_match')} {result.checkpoints[4]}"
 
 
 @pytest.fixture
@@ -85,6 +109,7 @@ def parts() -> dict[str, str]:
         "by_title.py",
         "capitals.py",
         "sums.py",
+        "best_so_far.py",
     ]
     return dict(blocks)
 
@@ -118,13 +143,19 @@ def test_a_task_written_from_the_map_alone_is_trained_on(tmp_path):
 
 
 def test_parts_written_from_the_map_alone_run_by_name(tmp_path):
-    small = [setting for setting in SMALL if not setting.startswith(("dataset.", "algo.warm_start"))]
-    run_as_on_the_map(0, tmp_path, *small, "dataset=capitals", plugins=":capitals.py")
+    small = [
+        setting for setting in SMALL if not setting.startswith(("dataset.", "algo.warm_start", "evaluation.every"))
+    ]
+    small += ["evaluation.every=2", "evaluation.num_dev_questions=4", "logger=[best_so_far]", "dataset=capitals"]
+    run_as_on_the_map(0, tmp_path, *small, plugins=":capitals.py:best_so_far.py")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["algo"] == "actor_critic"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert "train/value_loss" in rows[-1]
     assert rows[-1]["rollout/reward"] < 0, "the price of what was written"
+    told = f"{rows[-1]['dev/exact_match']:.3f} at step 2 of actor_critic\n"
+    assert (tmp_path / "run" / "best.txt").read_text() == told
+    assert not (tmp_path / "run" / "tb").exists()
 
 
 def test_the_map_names_what_is_there():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, DataError
-from agentic_rag_env.files import file_name, lines_of, read_rows, sha256
+from agentic_rag_env.files import file_name, read_rows, sha256
 from agentic_rag_env.terminal import printable
-from algorithms.training.run_files import read_summary, read_yaml
+from algorithms.training.run_files import CONFIG_FILE, read_metrics, read_overrides, read_summary, read_yaml
 
 ALL = "all"
 
@@ -110,7 +109,7 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of `metrics.jsonl`; a last line that was cut off is left out. Empty if there is no such file."""
         self.check(self.path / "metrics.jsonl")
-        return _metrics(self.path / "metrics.jsonl")
+        return read_metrics(self.path)
 
     def check(self, file: Path) -> None:
         """Check that a file of a finished run is as the run left it.
@@ -170,8 +169,9 @@ def groups(runs: Sequence[Run]) -> list[str]:
 
 
 def _read(folder: Path) -> Run:
-    config, overrides = (_shown(_yaml(folder / ".hydra" / name)) for name in ("config.yaml", "overrides.yaml"))
-    given = tuple(str(override) for override in overrides) if isinstance(overrides, list) else ()
+    file = folder / CONFIG_FILE
+    config = _shown(read_yaml(file)) if file.is_file() else {}
+    given = tuple(_shown(read_overrides(folder)))
     config = config if isinstance(config, dict) else {}
     try:
         summary = _shown(read_summary(folder))
@@ -207,24 +207,5 @@ def _predictions(file: Path) -> list[dict[str, Any]]:
 
 
 def _last_step(folder: Path) -> str:
-    lines = _metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder)
     return f", stopped after step {lines[-1]['step']}" if lines else ", no step done"
-
-
-def _metrics(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    rows: list[dict[str, Any]] = []
-    lines = list(lines_of(file))
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-            if number < len(lines):
-                raise DataError(f"{file}, line {number} is not a JSON object with a 'step'.") from error
-    return rows
-
-
-def _yaml(file: Path) -> Any:
-    return read_yaml(file) if file.is_file() else None

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf import OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
+from algorithms.training.compose import PARTS, composed
+from algorithms.training.loggers import LOGGERS
 
-#: Groups whose settings depend on the chosen name.
-PARTS = ("algo", "env", "dataset", "retriever", "reward")
+_WIDTH = 118
 _HELP = ("--help", "-h")
 _MULTIRUN = ("--multirun", "-m")
 _SETTING = re.compile(rf"(?:{'|'.join(PARTS)})\.[\w.]+=")
@@ -44,33 +43,6 @@ def prepare(config_name: str) -> None:
         composed(config_name, given)
 
 
-def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose the configuration of a command line.
-
-    Raises:
-        ConfigurationError: A name in it is unknown.
-    """
-    try:
-        with initialize_config_module("conf", version_base="1.3"):
-            return compose(config_name, list(overrides), return_hydra_config=True)
-    except (ConfigCompositionException, MissingConfigException, ValueError) as error:  # the last for `dataset=null`
-        if (message := explanation(error)) is None:
-            message = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise ConfigurationError(message) from error
-
-
-def explanation(error: Exception) -> str | None:
-    """Say which name is unknown and which one may be meant; None for every other error of composition."""
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"Unknown {group} {name!r}.{did_you_mean(name, error.options)}"
-    cause = error.__cause__
-    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(cause.parent_node):
-        known = [str(name) for name in cause.parent_node if name != "hydra"]
-        return f"There is no setting {cause.full_key}.{did_you_mean(str(cause.key), known)}"
-    return None
-
-
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +65,8 @@ def help_page(config_name: str, words: Sequence[str]) -> str:
     texts, repo = config.hydra.help, ConfigStore.instance().repo
     names = {group: sorted(name.removesuffix(".yaml") for name in repo[group]) for group in PARTS}
     page = [texts.header, "", texts.template.strip(), "", "Parts to choose from (group=name)"]
-    page += [f"  {group}: {', '.join(names[group])}" for group in PARTS]
+    page += [f"  {group}: {', '.join(names[group])}" for group in PARTS if group in config]
+    page += [f"  logger: {', '.join(LOGGERS.names())}; several as logger=[jsonl,wandb]"] if "logger" in config else []
     page += ["", "Settings (name=value)", *(line for _, line in lines), "", texts.footer.strip()]
     return "\n".join(page)
 
@@ -107,7 +80,8 @@ def _described(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _described(config[name], f"{key}.")
         elif name != "name":
             shown = "null" if value is None else value
-            yield key, f"  {key}={shown}" + (f"  # {meanings[name]}" if name in meanings else "")
+            meaning = f"  # {meanings[name]}" if name in meanings else ""
+            yield key, textwrap.fill(f"  {key}={shown}{meaning}", _WIDTH, subsequent_indent="      # ")
 
 
 def attributes_of(kind: type) -> dict[str, str]:

@@ -22,11 +22,13 @@ from omegaconf import DictConfig, open_dict
 
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from algorithms.launch import job_pool
-from algorithms.launch.command_line import explanation
 from algorithms.launch.job_display import JobDisplay
 from algorithms.launch.processes import are_several
-from algorithms.launch.run_guard import begun, complete, require_same
+from algorithms.launch.run_guard import settings_of
 from algorithms.training import file_locks
+from algorithms.training.compose import PARTS, explanation
+from algorithms.training.event_files import EventFile
+from algorithms.training.run_directory import begun, complete, require_same
 from algorithms.training.run_files import allowed, places, read_settings
 from algorithms.training.settings import by_group
 
@@ -89,6 +91,7 @@ class SlotsLauncher(Launcher):
         planned: list[job_pool.Job] = []
         try:
             planned = self._plan(job_overrides, initial_job_idx)
+            self._lay_out(job_overrides)
             display = JobDisplay([job for job in planned if not complete(job.directory)], len(planned), self._sweep_dir)
             with display:
                 failed = job_pool.Launcher(self._slots, self._sweep_dir / _LOCKS, display).run(planned)
@@ -130,11 +133,14 @@ class SlotsLauncher(Launcher):
         planned: dict[str, job_pool.Job] = {}
         job_overrides = [list(map(by_group, overrides)) for overrides in job_overrides]
         job_overrides = self._fitting(job_overrides)
-        shared = set.intersection(*map(set, job_overrides))
+        shared = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
         for number, overrides in enumerate(job_overrides, start=first):
             config = self._loader.load_sweep_config(self._config, list(overrides))
+            own = [override for override in overrides if override not in shared]
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
+                # The name of its directory says what it is and what varies, not what is the same in all jobs.
+                config.hydra.overrides.task = [each for each in overrides if each in own or _is_method(each)]
             name = str(config.hydra.sweep.subdir)
             if name in planned:
                 raise ConfigurationError(
@@ -143,11 +149,22 @@ class SlotsLauncher(Launcher):
                 )
             directory = self._sweep_dir / name
             if begun(directory):
-                require_same(directory, config)
-            own = " ".join(override.lstrip("+") for override in overrides if override not in shared)
+                require_same(directory, settings_of(config))
             command = self._command(directory, overrides, set_threads=config.threads is None)
-            planned[name] = job_pool.Job(name, directory, command, own or name)
+            planned[name] = job_pool.Job(name, directory, command, " ".join(each.lstrip("+") for each in own) or name)
         return list(planned.values())
+
+    def _lay_out(self, job_overrides: Sequence[Sequence[str]]) -> None:
+        """Give TensorBoard the columns of the study's table: the algorithm, and what varies between the jobs."""
+        folder = self._sweep_dir / "tb"
+        for earlier in folder.glob("events.out.tfevents.*"):
+            earlier.unlink()
+        shared = set.intersection(*map(set, job_overrides))
+        varying = (each.lstrip("+").partition("=")[0] for job in job_overrides for each in job if each not in shared)
+        named = (f"{key}.name" if key in PARTS else key.rpartition("@")[2] for key in varying)
+        with EventFile(folder) as file:
+            file.layout()
+            file.columns(dict.fromkeys(["algo.name", *named, "seed"]))
 
     def _fitting(self, jobs: Sequence[Sequence[str]]) -> list[list[str]]:
         """Drop from each job's overrides the settings that its own parts do not have.
@@ -188,7 +205,8 @@ class SlotsLauncher(Launcher):
             if begun(directory):
                 # `_plan` has checked that its settings are this command's, so the job may use the places they name.
                 named = allowed([place for _, place in places(read_settings(directory))])
-                return [*start, f"resume={_quoted(directory)}", named, "hydra.mode=RUN"]
+                loggers = [each for each in overrides if each.startswith("logger=")]
+                return [*start, f"resume={_quoted(directory)}", named, *loggers, "hydra.mode=RUN"]
             given = [*self._config.hydra.overrides.hydra, *overrides]
             threads = [f"threads={slot.environment['OMP_NUM_THREADS']}"] if set_threads else []
             return [*start, *given, *threads, f"hydra.run.dir={_quoted(directory)}", "hydra.mode=RUN"]
@@ -276,6 +294,10 @@ def _visible_gpus() -> list[str]:
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else list(map(str, range(count))))[:count]
+
+
+def _is_method(override: str) -> bool:
+    return override.lstrip("+").partition("=")[0] in ("algo", "method")
 
 
 def _quoted(path: Path) -> str:

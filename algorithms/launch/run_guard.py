@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,41 +12,34 @@ from typing import Any, NoReturn
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError, DataError, UnknownNameError
-from agentic_rag_env.files import file_name, remove_partial
-from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.files import file_name
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, did_you_mean
+from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.training import file_locks
+from algorithms.training.compose import PARTS, composed
+from algorithms.training.run_directory import (
+    begun,
+    complete,
+    hold,
+    release,
+    remove_leftovers,
+    require_same,
+)
 from algorithms.training.run_files import (
     CONFIG_FILE,
-    differences,
     read_settings,
-    read_summary,
     require_named,
     write_settings,
 )
-from algorithms.training.settings import plain, settings_without_effect
+from algorithms.training.settings import by_group, plain, settings_without_effect
 
-_LOCK_FILE = CONFIG_FILE.parent / "lock"
+#: A setting of a part, added whether the part has it or not.
+_FORCED = re.compile(rf"\+\+(?:{'|'.join(PARTS)})\.[\w.]+=")
 _OF_HYDRA = {".hydra", "config.yaml", "hydra.yaml", "overrides.yaml", "lock"}
-
-
-def begun(run_dir: Path) -> bool:
-    """Whether a directory holds a run that has trained or is about to train."""
-    return (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
-
-
-def complete(run_dir: Path) -> bool:
-    """Whether a directory holds a complete run; a damaged summary does not count, because it is made again."""
-    try:
-        read_summary(run_dir)
-        return True
-    except FileNotFoundError:
-        return False
-    except DataError as error:
-        warnings.warn(f"{error}; it is made again.", stacklevel=2)
-        return False
 
 
 def job_name(overrides: Sequence[str]) -> str:
@@ -85,7 +79,7 @@ class KeepRuns(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Release the directory."""
-        file_locks.release(Path(config.hydra.runtime.output_dir) / _LOCK_FILE)
+        release(Path(config.hydra.runtime.output_dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before Hydra writes anything."""
@@ -95,11 +89,10 @@ class KeepRuns(Callback):
 
 def _hold(run_dir: Path) -> None:
     try:
-        holder = file_locks.hold(run_dir / _LOCK_FILE)
-    except OSError as error:
+        hold(run_dir)
+    except (ConfigurationError, OSError) as error:
+        # Hydra turns any other exception of a callback into a warning and goes on.
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    if holder is not None:
-        _refuse(f"{run_dir} is being written by {holder}; wait for it, or choose another directory.")
 
 
 def _no_run(run_dir: Path) -> str:
@@ -145,15 +138,52 @@ def left_to_run(run_dir: Path, given: DictConfig) -> DictConfig | None:
     Raises:
         ConfigurationError: The directory holds a run with another configuration.
     """
-    for folder in (run_dir, *(run_dir / name for name in (CONFIG_FILE.parent, "trajectories", "predictions"))):
-        remove_partial(folder)  # a killed process left it: this one has the lock
+    remove_leftovers(run_dir)
     if given.resume is not None:
         return saved_config(run_dir, given)
     if not begun(run_dir):
         write_settings(run_dir, plain(given))
         return given
-    require_same(run_dir, given)
+    require_same(run_dir, settings_of(given))
     return None if complete(run_dir) else OmegaConf.create(read_settings(run_dir))
+
+
+def drop_settings_of_others(given: DictConfig) -> None:
+    """Hold `++group.setting=value` to what the group's part has, because Hydra adds whatever is written so.
+
+    `prepare` writes a multirun's settings so, because a job may have another algorithm than the command line's default.
+    The launcher `slots` has sorted them out; the jobs of other launchers come here with all of them.
+
+    Args:
+        given: The configuration of the present command line; in a job of a multirun, what belongs to other algorithms
+            is removed from it.
+
+    Raises:
+        ConfigurationError: The part has no such setting; in a multirun, no part of the group has one.
+    """
+    overrides = list(HydraConfig.get().overrides.task)
+    forced = [each for each in overrides if _FORCED.match(each)]
+    sure = [by_group(each) for each in overrides if each not in forced]
+    for override in forced if given.resume is None else ():
+        try:
+            composed("config", [*sure, override.lstrip("+"), "hydra/launcher=basic"])
+            sure.append(override.lstrip("+"))
+        except ConfigurationError:
+            section, _, name = override.lstrip("+").partition("=")[0].rpartition(".")
+            is_job = HydraConfig.get().mode == RunMode.MULTIRUN
+            if not (is_job and name in _settings_of(section.partition(".")[0])):
+                raise
+            print(f"{section}.{name} is left out: {given[section.partition('.')[0]].name} has no such setting.")
+            had: Any = OmegaConf.to_container(OmegaConf.select(given, section))
+            kept = {key: value for key, value in had.items() if key != name}
+            OmegaConf.update(given, section, kept, merge=False, force_add=True)
+
+
+def _settings_of(group: str) -> set[str]:
+    """Names of the settings that any part of a group has."""
+    (registry,) = (each for each in (ALGORITHMS, ENVS, DATASETS, RETRIEVERS, REWARDS) if each.group == group)
+    configs = (registry.get(name).config for name in registry.names())
+    return {setting.name for config in configs if config for setting in dataclasses.fields(config)}
 
 
 def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
@@ -185,6 +215,7 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
                 f"begin a new run, from these weights if you like: model.policy={run_dir}/checkpoints/<step>."
             )
     require_named(settings, given.allow, str(run_dir))
+    saved.logger = given.logger  # a stranger's run must not choose where the numbers go
     if not file_locks.is_cache(Path(str(saved.get("cache_dir", ""))).expanduser()):
         print(f"cache_dir={given.cache_dir} is used: {saved.get('cache_dir')} is no cache of these commands.")
         saved.cache_dir = given.cache_dir
@@ -197,28 +228,9 @@ def _is_unknown(config: DictConfig, key: str) -> bool:
     return not OmegaConf.is_dict(place) or name not in place
 
 
-def require_same(run_dir: Path, given: DictConfig) -> None:
-    """Require the settings of a begun run; settings that only one side knows are not compared.
-
-    Args:
-        run_dir: Directory of a run that has begun.
-        given: The configuration to run there.
-
-    Raises:
-        ConfigurationError: A setting differs; the message names it.
-    """
-    wanted = plain(OmegaConf.masked_copy(given, [str(key) for key in given if key != "hydra"]))
-    wanted = {key: value for key, value in wanted.items() if key not in settings_without_effect()}
-    found = [
-        f"{key} is {_comparable(there)} there, {_comparable(here)} here"
-        for key, there, here in differences(read_settings(run_dir), wanted)
-    ]
-    if found:
-        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-        raise ConfigurationError(
-            f"{run_dir} holds a run with other settings: {'; '.join(found[:5])}{more}. Choose another directory, or "
-            "remove that run."
-        )
+def settings_of(given: DictConfig) -> dict[str, Any]:
+    """The settings of a command line as plain data, without those of Hydra."""
+    return plain(OmegaConf.masked_copy(given, [str(key) for key in given if key != "hydra"]))
 
 
 def _comparable(value: Any) -> Any:

@@ -93,8 +93,3 @@ def is_outside_learner(name: str | None) -> bool:
     """Whether `algo=name` stands for such a learner; False for an algorithm of the zoo and for an unknown name."""
     factory = ALGORITHMS.get(name).factory if name in ALGORITHMS.names() else None
     return isinstance(factory, type) and issubclass(factory, OutsideLearner)
-
-
-def outside_learner(spec: Mapping[str, Any]) -> OutsideLearner | None:
-    """Make the learner that the settings' `name` stands for; None for an algorithm of the zoo."""
-    return ALGORITHMS.build(spec) if is_outside_learner(spec["name"]) else None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,13 @@ class OutsideRun:
 
     def train(self) -> None:
         """Train the learner and save it."""
-        with RunLogger(self.run_dir, self.num_updates) as self.logger:
+        with RunLogger(
+            self.run_dir,
+            self.num_updates,
+            loggers=self.config.logger,
+            settings=asdict(self.config),
+            command=shlex.join(sys.argv),
+        ) as self.logger:
             self.logger.message(
                 f"training: {self.learner.name} ({self.num_updates} updates), no language model; written to "
                 f"{self.run_dir}"

@@ -26,7 +26,8 @@ from algorithms.rollout.trajectory_files import write_trajectories
 from algorithms.training.build import Networks, RunEnvs
 from algorithms.training.episode_figures import episode_means
 from algorithms.training.evaluation_cache import Kept
-from algorithms.training.run_logger import progress, without_surrogates
+from algorithms.training.loggers.base import without_surrogates
+from algorithms.training.run_logger import progress
 from algorithms.training.settings import ScoringConfig
 
 #: Scores of an episode. Their means, with intervals, are figures of an evaluation.

@@ -18,16 +18,18 @@ from typing import Any
 import yaml
 
 from agentic_rag_env.errors import ConfigurationError, DataError
-from agentic_rag_env.files import sha256, write_whole
+from agentic_rag_env.files import lines_of, sha256, write_whole
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import OUTSIDE
 from agentic_rag_env.terminal import printable
 from algorithms.assets import BUNDLED
 
 CONFIG_FILE = Path(".hydra") / "config.yaml"
+OVERRIDES_FILE = Path(".hydra") / "overrides.yaml"
 SUMMARY_FILE = "summary.json"
+METRICS_FILE = "metrics.jsonl"
 #: Files whose checksums stand in the summary.
-_SUMMED = ("metrics.jsonl", "predictions/*.jsonl", "trajectories/*.jsonl.gz")
+_SUMMED = (METRICS_FILE, "predictions/*.jsonl", "trajectories/*.jsonl.gz")
 _MAX_BYTES, _MAX_DEPTH = 2**20, 50
 #: YAML 1.2 reads 1e-5 as a number, as Hydra does; PyYAML by itself does not.
 _FLOAT = "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
@@ -133,6 +135,32 @@ def write_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
             "on; choose other characters."
         )
     write_whole(run_dir / CONFIG_FILE, yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False).encode())
+
+
+def read_overrides(run_dir: Path) -> list[str]:
+    """Read the overrides that a run was begun with; none if they are not kept or are no list."""
+    file = run_dir / OVERRIDES_FILE
+    overrides = read_yaml(file) if file.is_file() else []
+    return [str(override) for override in overrides] if isinstance(overrides, list) else []
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the lines of `metrics.jsonl`; a last line that was cut off is left out. Empty if there is no such file.
+
+    Raises:
+        DataError: A line is not that of a run.
+    """
+    file = run_dir / METRICS_FILE
+    rows: list[dict[str, Any]] = []
+    lines = list(lines_of(file)) if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+            if number < len(lines):
+                raise DataError(f"{file}, line {number} is not a JSON object with a 'step'.") from error
+    return rows
 
 
 def differences(first: Any, second: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -1,45 +1,47 @@
-"""Where the numbers of a run go: TensorBoard, `metrics.jsonl` and one line in the terminal.
+"""What a run tells while it trains: numbers to its loggers, and one line in the terminal or in a notebook.
 
-All three are written at every step, so that a run that is killed has kept what it measured.
+All of it is written at every step, so that a run that is killed has kept what it measured.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
-from agentic_rag_env.files import write_whole
 from agentic_rag_env.terminal import printable
+from algorithms.training.loggers import LOGGERS, JsonLines, Logger
 
 #: Metrics of the progress line, and their names there.
-_SHOWN = {"rollout/exact_match": "exact match", "dev/exact_match": "dev exact match", "train/loss": "loss"}
+_SHOWN = {"rollout/exact_match": "exact match", "dev/exact_match": "dev exact match", "train/loss": "loss",
+          "train/value_loss": "value loss"}  # fmt: skip
 _RATE_WINDOW = 20
 _PLAIN_INTERVAL_S = 10.0
 
 
 class RunLogger:
-    """Writes the metrics of one run; use it as a context manager.
+    """Hands the metrics of one run to its loggers; use it as a context manager.
 
     Args:
         run_dir: The run directory; made if absent.
         total_steps: Training steps of the whole run.
         start_step: Steps already done. What an earlier, killed run wrote about later steps is removed.
-        console: Where the progress goes; the standard output by default. A terminal shows one live line. A file or CI
-            gets a plain line every ten seconds, without control characters.
+        console: Where the progress goes; the standard output by default. A terminal or a notebook shows one live line.
+            A file or CI gets a plain line every ten seconds, without control characters.
+        loggers: Who receives the numbers beside `metrics.jsonl`, which every run writes; names, mappings or loggers.
+        settings: All settings of the run, nested, for the loggers.
+        command: The command line, for the loggers.
+        checks_at_end: How many checks on the dev split the final evaluation is worth, for the time left; None if that
+            is not known.
     """
 
     def __init__(
@@ -49,39 +51,33 @@ class RunLogger:
         *,
         start_step: int = 0,
         console: Console | None = None,
+        loggers: Sequence[Any] = (),
+        settings: Mapping[str, Any] | None = None,
+        command: str = "",
+        checks_at_end: float | None = None,
     ) -> None:
-        directory = Path(run_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        truncate_metrics(path, start_step)
-        self._lines = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(directory / "tb"), purge_step=start_step + 1)
-        self._progress = _ProgressLine(total_steps, start_step, console or Console())
+        self._loggers = open_loggers(Path(run_dir), loggers, start_step)
+        for logger in self._loggers:
+            logger.begin(settings or {}, command)
+        self._progress = _ProgressLine(total_steps, start_step, console or Console(), checks_at_end)
 
     def write(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
         """Record the metrics of one step.
 
         Args:
             step: Training steps done; equal or higher than in the last call.
-            metrics: Full names (`train/loss`) to numbers. A number that is not finite becomes null in `metrics.jsonl`.
+            metrics: Full names (`train/loss`) to numbers.
             stage: What the run is doing, such as the name of the algorithm being trained.
         """
         numbers = {name: float(value) for name, value in metrics.items()}
-        line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        line["time/clock"] = round(time.time(), 3)  # seconds since 1970
-        self._lines.write(json.dumps({"step": step, "stage": stage, **line}, allow_nan=False) + "\n")
-        self._lines.flush()
-        for name, value in numbers.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+        for logger in self._loggers:
+            logger.write(step, numbers, stage)
         self._progress.update(step, numbers, stage)
 
     def text(self, name: str, transcript: str, step: int) -> None:
-        """Show a transcript in TensorBoard's text tab, word for word."""
-        # An indented block: TensorBoard reads Markdown, which would swallow <search> as an HTML tag.
-        block = "\n".join("    " + line for line in without_surrogates(transcript).split("\n"))
-        self._tensorboard.add_text(name, block, step)
-        self._tensorboard.flush()
+        """Hand on a transcript."""
+        for logger in self._loggers:
+            logger.text(name, transcript, step)
 
     def message(self, text: str) -> None:
         """Print a message without breaking the progress line."""
@@ -90,8 +86,8 @@ class RunLogger:
     def close(self) -> None:
         """Write out everything and leave the terminal as it was."""
         self._progress.close()
-        self._lines.close()
-        self._tensorboard.close()
+        for logger in self._loggers:
+            logger.close()
 
     def __enter__(self) -> Self:
         return self
@@ -119,27 +115,40 @@ class SilentLogger:
         pass
 
 
-def write_results(
-    run_dir: str | os.PathLike[str], config: Mapping[str, Any], metrics: Mapping[str, float], step: int
-) -> None:
-    """Put the final metrics of a run into TensorBoard, and together with its settings into the hyperparameter table.
+def open_loggers(run_dir: Path, specs: Sequence[Any], start_step: int) -> list[Logger]:
+    """Make the loggers of a run and open them; the first one writes `metrics.jsonl`.
+
+    Args:
+        run_dir: The run directory; made if absent.
+        specs: Names, mappings with `name` and settings, or loggers.
+        start_step: Steps already done.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    made: list[Logger] = [LOGGERS.build(spec) for spec in specs]
+    made = [JsonLines(), *(logger for logger in made if not isinstance(logger, JsonLines))]
+    for logger in made:
+        logger.open(run_dir, start_step)
+    return made
+
+
+def write_results(run_dir: Path, specs: Sequence[Any], metrics: Mapping[str, float], step: int) -> None:
+    """Hand the final metrics of a run to its loggers.
 
     Args:
         run_dir: The run directory.
-        config: Settings, nested.
+        specs: The loggers, see `open_loggers`.
         metrics: Full names (`eval/tiny/exact_match`) to numbers.
         step: Training steps done.
     """
-    with SummaryWriter(str(Path(run_dir) / "tb")) as writer:
-        for summary in hparams(_flatten(config), {name: float(value) for name, value in metrics.items()}):
-            writer._get_file_writer().add_summary(summary)
-        for name, value in metrics.items():
-            writer.add_scalar(name, float(value), step)
+    numbers = {name: float(value) for name, value in metrics.items()}
+    for logger in open_loggers(run_dir, specs, step):
+        logger.results(numbers, step)
+        logger.close()
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Show the progress of a long task: a bar in a terminal, elsewhere a line that says it began.
+    """Show the progress of a long task: a bar in a terminal or notebook, elsewhere a line that says it began.
 
     Args:
         description: What is done.
@@ -148,62 +157,25 @@ def progress(description: str, total: int) -> Iterator[Callable[[int, int], None
     Yields:
         A function to call with the number of units done, and with a second argument, which is ignored.
     """
-    if not sys.stdout.isatty():
+    console = Console()
+    if not sys.stdout.isatty() and not _is_notebook(console):
         print(f"{description} ({total})", flush=True)
         yield lambda done, _: None
         return
-    with Progress(transient=True) as bar:
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done, _: bar.update(task, completed=done)
 
 
-def without_surrogates(text: str) -> str:
-    r"""Write halves of surrogate pairs, which no file can hold, as `\udc80`."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def truncate_metrics(path: Path, last_step: int) -> None:
-    """Remove the lines after a step and broken lines. A message says which earlier steps are lost.
-
-    Args:
-        path: A `metrics.jsonl`, which need not exist.
-        last_step: The last step to keep.
-    """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept, steps = [], set()
-    for line in lines:
-        try:
-            step = int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-            continue
-        if step <= last_step and line.endswith(b"\n"):
-            kept.append(line)
-            steps.add(step)
-    if lost := len(set(range(1, last_step + 1)) - steps):
-        warnings.warn(
-            f"{path} lacks {lost} of the {last_step} steps so far: it was damaged or shortened. Curves will lack them "
-            "too; the weights and the final figures do not depend on it.",
-            stacklevel=2,
-        )
-    if kept != lines:
-        write_whole(path, b"".join(kept))
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
-    """Flatten nested settings to `{"optimizer.learning_rate": 0.001}`, with values that TensorBoard can show."""
-    flat: dict[str, str | float | bool] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float)) else without_surrogates(str(value))
-    return flat
+def _is_notebook(console: Console) -> bool:
+    """Whether a live line can be shown in a notebook; without the library ipywidgets, plain lines are."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 class _ProgressLine:
     """The progress line: steps, rate, time left, exact match and loss."""
 
-    def __init__(self, total_steps: int, start_step: int, console: Console) -> None:
+    def __init__(self, total_steps: int, start_step: int, console: Console, checks_at_end: float | None) -> None:
         self._total = total_steps
         self._step = start_step
         self._marks = deque([(time.monotonic(), start_step)], maxlen=_RATE_WINDOW)
@@ -211,9 +183,10 @@ class _ProgressLine:
         self._stage = ""
         self._console = console
         self._next_plain = 0.0
+        self._checks_at_end, self._check_s = checks_at_end, 0.0
         self._live: Progress | None = None
         # `console.is_terminal` would not do: CI systems set FORCE_COLOR, which makes it true of a log file.
-        if console.file.isatty() and not console.is_dumb_terminal:
+        if _is_notebook(console) or (console.file.isatty() and not console.is_dumb_terminal):
             columns = [
                 TextColumn("{task.fields[stage]}"),
                 BarColumn(bar_width=24),
@@ -229,6 +202,7 @@ class _ProgressLine:
             self._latest.clear()
             self._marks = deque([self._marks[-1]], maxlen=_RATE_WINDOW)
         self._latest.update((_SHOWN[name], value) for name, value in metrics.items() if name in _SHOWN)
+        self._check_s = metrics.get("time/dev_s", self._check_s)
         now = time.monotonic()
         if step > self._step:
             self._step = step
@@ -256,8 +230,19 @@ class _ProgressLine:
         parts = [f"{self._step}/{self._total}"]
         if last_step > first_step:
             seconds = (last_time - first_time) / (last_step - first_step)
-            left = round(seconds * max(0, self._total - self._step))
             rate = f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s/step"
-            parts += [rate, f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} of training left"]
+            parts += [rate, self._left(seconds * max(0, self._total - self._step))]
         parts += [f"{name} {self._latest[name]:.3f}" for name in _SHOWN.values() if name in self._latest]
         return "  ".join(parts)
+
+    def _left(self, training_s: float) -> str:
+        """The time left. The final evaluation is in it as soon as a check on the dev split has shown its pace."""
+        if self._checks_at_end is None or not self._check_s:
+            return f"{_clock(training_s)} of training left"
+        evaluation_s = self._checks_at_end * self._check_s
+        return f"{_clock(training_s + evaluation_s)} left, about {_clock(evaluation_s)} of it evaluation"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

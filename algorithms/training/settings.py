@@ -31,6 +31,7 @@ from algorithms.learner.config import WITHOUT_EFFECT, DemonstrationConfig, Learn
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training import presets
 from algorithms.training.hardware import HardwareConfig
+from algorithms.training.loggers import LOGGERS
 from algorithms.training.run_files import require_named
 
 
@@ -143,6 +144,8 @@ class RunConfig:
         threads: CPU threads of each process; None leaves PyTorch's choice.
         allow: Addresses and files outside of the run directory that the settings saved in `resume` may name.
         preflight: Write a plan of memory, disk, tokens and time to `preflight.json` instead of training.
+        logger: Where the numbers go: "jsonl" (`metrics.jsonl`, which every run writes), "tensorboard", "wandb", or one
+            of your own; by name, or as a mapping with `name` and settings. `resume` takes it from the command line.
     """
 
     algo: Any = MISSING
@@ -168,6 +171,7 @@ class RunConfig:
     threads: int | None = field(default=None, metadata=WITHOUT_EFFECT)
     allow: list[str] = field(default_factory=list, metadata=WITHOUT_EFFECT)
     preflight: bool = field(default=False, metadata=WITHOUT_EFFECT)
+    logger: list[Any] = field(default_factory=lambda: ["jsonl", "tensorboard"], metadata=WITHOUT_EFFECT)
 
     def __post_init__(self) -> None:
         check_settings(self, Allowed("in [0, 2**32)", lambda value: 0 <= value < 2**32), "seed")
@@ -175,6 +179,8 @@ class RunConfig:
         check_settings(self, at_least(0), "probe_every")
         for probe in self.probes:
             PROBES.build(probe)  # finds a misspelled one before training
+        for logger in self.logger:
+            LOGGERS.build(logger)
         check_settings(self, FRACTION, "max_retriever_error_fraction")
         check_settings(self, or_none(COUNT), "threads", "keep_checkpoints")
         if brings_questions(self.env):
@@ -362,6 +368,7 @@ def run_config(composed: DictConfig) -> RunConfig:
     }
     # The run may be older than these settings.
     settings = {"demonstrations": {"num": None}, "hardware": vars(HardwareConfig()), "preflight": False, **settings}
+    settings.setdefault("logger", RunConfig().logger)
     _check_names(RunConfig, "", settings)
     for name, section in sections.items():
         _check_names(section, f"{name}.", settings[name])

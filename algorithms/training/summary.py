@@ -119,7 +119,7 @@ def publish(
     evaluated: Sequence[Evaluated],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write `summary.json`, put the final figures into TensorBoard, and print them with a whole episode."""
+    """Write `summary.json`, hand the final figures to the loggers, and print them with a whole episode."""
     write_summary(run_dir, summary)
     _log(run_dir, config, summary, evaluated[0].group_names)
     _show(console(), run_dir, evaluated, summary, tokenizer)
@@ -296,7 +296,7 @@ def _teacher_share(costs: Mapping[str, float]) -> float:
 
 
 def _log(run_dir: Path, config: RunConfig, summary: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Put the final figures and the settings into TensorBoard; a single group of questions also under its name."""
+    """Hand the final figures to the loggers; those of a single group of questions also under its name."""
     final = summary["stages"][-1]["name"]
     step = sum(stage["steps"] for stage in summary["stages"])
     with_groups = {
@@ -305,7 +305,7 @@ def _log(run_dir: Path, config: RunConfig, summary: Mapping[str, Any], names: Se
         for group, figures in {**dict.fromkeys(names, groups["all"]), **groups}.items()
     }
     of_probes = evaluation.arc_metrics(summary["arc"].get(final, {}))
-    write_results(run_dir, asdict(config), with_groups | of_probes, step)
+    write_results(run_dir, config.logger, with_groups | of_probes, step)
 
 
 def _show(

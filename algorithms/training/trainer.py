@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -173,6 +175,14 @@ class Trainer:
         """Folder of a checkpoint."""
         return self.run_dir / checkpoint.checkpoint_name(step)
 
+    def _checks_at_end(self) -> float:
+        """How many checks on the dev split the final evaluation is worth, at most: a part of it may be kept already."""
+        scoring = self.config.evaluation
+        num_test, num_dev = (len(self.environments.dataset(split)) for split in ("test", "dev"))
+        models = 1 + len(self.stages) + (self.config.model.teacher is not None)
+        questions = min(num_test, scoring.num_questions or num_test) * len(scoring.temperatures) * models
+        return questions / min(scoring.num_dev_questions, num_dev)
+
     def train(self) -> None:
         """Train all stages to their end. The teacher is out of memory afterwards."""
         total = sum(self.num_steps(stage) for stage in self.stages)
@@ -191,7 +201,15 @@ class Trainer:
     def _logger(self, total: int) -> RunLogger | SilentLogger:
         if not ranks.is_first():
             return SilentLogger()
-        return RunLogger(self.run_dir, total, start_step=self.position.step)
+        return RunLogger(
+            self.run_dir,
+            total,
+            start_step=self.position.step,
+            loggers=self.config.logger,
+            settings=asdict(self.config),
+            command=shlex.join(sys.argv),
+            checks_at_end=self._checks_at_end(),
+        )
 
     def _train_stage(self, algorithm: Algorithm, logger: RunLogger | SilentLogger) -> None:
         total = self.num_steps(algorithm)

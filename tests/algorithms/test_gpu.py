@@ -11,8 +11,8 @@ from algorithms.learner import ops
 from algorithms.learner.collate import collate
 from algorithms.learner.networks import pad_id
 from algorithms.learner.scoring import Scorer
-from algorithms.run import run
 from algorithms.training.build import Networks
+from algorithms.training.from_python import run
 from algorithms.training.settings import EvaluationConfig, ModelConfig, RunConfig
 from algorithms.training.trainer import Trainer
 

@@ -166,6 +166,7 @@ def test_tensorboard_shows_scalars_transcripts_and_hyperparameters(dgpo_run):
     settings = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"algo.warm_start.epochs" in settings
     assert b"eval/all/exact_match" in events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    assert [event.step for event in events.Tensors("run/command/text_summary")] == [0]
 
 
 def test_checkpoints_are_hugging_face_models_and_the_last_one_is_what_was_trained(tmp_path, cache):

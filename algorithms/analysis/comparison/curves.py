@@ -26,7 +26,16 @@ _COST_PREFIX = "cost/"
 _COSTS_OF_AXIS = {"tokens": ("sampled_tokens", "trained_tokens"), "env_steps": ("env_steps",)}
 _SECONDS = ("time/rollout_s", "time/score_s", "time/update_s")
 
-#: Metrics that are drawn as curves, with their axes.
+#: Metrics that are drawn as curves, in words.
+WORDS = {
+    "dev/exact_match": "exact match on the dev split",
+    "rollout/exact_match": "exact match of the rollouts",
+    "dev/num_searches": "searches per question, dev split",
+    "rollout/num_searches": "searches per question, rollouts",
+    "dev/malformed_fraction": "share of malformed turns, dev split",
+    "rollout/malformed_fraction": "share of malformed turns, rollouts",
+}
+#: Their axes.
 CURVES = {
     "dev/exact_match": tuple(AXES),
     "rollout/exact_match": tuple(AXES),

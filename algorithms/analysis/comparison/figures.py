@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from algorithms.analysis.comparison import statistics, tables
-from algorithms.analysis.comparison.curves import AXES, CURVES, Curve, Line, curve
+from algorithms.analysis.comparison.arc_panel import Panel
+from algorithms.analysis.comparison.curves import AXES, CURVES, WORDS, Curve, Line, curve
 from algorithms.analysis.comparison.methods import Method
 from algorithms.analysis.comparison.pairwise import Pair, judge
 from algorithms.analysis.comparison.style import Drawing, Look, Theme
@@ -36,11 +37,11 @@ def scores(methods: Sequence[Method], mode: str, shown: Mapping[str, Look]) -> D
         axes.set_yticks(range(len(methods)), [method.label for method in methods])
         axes.set_ylim(len(methods) - 0.5, -0.9)
         axes.set_xlim(-0.02, 1.02)
-        axes.set_xlabel(f"exact match, {mode}")
+        axes.set_xlabel(f"exact match, {in_words(mode)}")
 
     told = ", ".join(f"{method.label} {found.value:.3f}" for method, found in zip(methods, estimates, strict=True))
     size = (4.6, 1.1 + 0.3 * len(methods))
-    return Drawing(f"scores-{mode}", f"Exact match, {mode}", draw, size, told)
+    return Drawing(f"scores-{mode}", f"Exact match on the test questions, {in_words(mode)}", draw, size, told)
 
 
 def differences(labels: Sequence[str], pairs: Sequence[Pair], mode: str) -> Drawing:
@@ -69,7 +70,10 @@ def differences(labels: Sequence[str], pairs: Sequence[Pair], mode: str) -> Draw
             spine.set_visible(False)
 
     side = 1.5 + 0.42 * len(labels)
-    title = f"Row minus column, points of exact match, {mode}; * the methods differ, ° these policies do (5 % level)"
+    title = (
+        f"Row minus column in points of exact match, {in_words(mode)}. * The methods differ, ° these policies do (at "
+        "the 5 % level)"
+    )
     told = ", ".join(f"{pair.first} minus {pair.second} {100 * pair.found.difference.value:+.0f}" for pair in pairs)
     return Drawing(f"differences-{mode}", title, draw, (side + 0.6, side), told)
 
@@ -81,7 +85,7 @@ def learning_curves(methods: Sequence[Method], shown: Mapping[str, Look]) -> lis
         for axis in axes_of_metric:
             found = {method.label: line for method in methods if (line := curve(method, metric, axis)) is not None}
             if found:
-                title = f"{metric} against {AXES[axis]}"
+                title = f"{WORDS[metric].capitalize()}, by {AXES[axis]}"
                 name = f"curve-{metric.replace('/', '-')}-{axis}"
                 draw = partial(_draw_curves, curves=found, shown=shown, metric=metric, axis=axis)
                 told = f"{title}, for {', '.join(found)}"
@@ -99,7 +103,7 @@ def _draw_curves(
         axes.fill_between(line.x, line.low, line.high, color=look.color, alpha=0.18, linewidth=0)
         axes.plot(line.x, line.mean, look.dash, color=look.color, marker=look.marker, markevery=every, markersize=4)
     axes.set_xlabel(AXES[axis])
-    axes.set_ylabel(metric)
+    axes.set_ylabel(WORDS[metric])
     _compact(axes.xaxis)
     if not metric.endswith("num_searches"):
         axes.set_ylim(-0.02, 1.02)
@@ -114,10 +118,10 @@ def profiles(scored: Mapping[str, np.ndarray], mode: str, shown: Mapping[str, Lo
             look = shown[name]
             axes.fill_between(THRESHOLDS, low, high, color=look.color, alpha=0.15, linewidth=0)
             axes.plot(THRESHOLDS, share, look.dash, color=look.color)
-        axes.set_xlabel("exact match τ")
-        axes.set_ylabel("share of runs × groups above τ")
+        axes.set_xlabel("threshold of exact match")
+        axes.set_ylabel("share of runs and groups above it")
 
-    title = f"Performance profiles, {mode}"
+    title = f"How many runs and groups of questions score above a threshold, {in_words(mode)}"
     return Drawing(f"profiles-{mode}", title, draw, described=f"{title}, of {', '.join(found)}", legend=shown)
 
 
@@ -141,13 +145,48 @@ def cost_beside_score(methods: Sequence[Method], mode: str, shown: Mapping[str, 
         axes.set_xlim(left=0)
         axes.margins(x=0.08)
         axes.set_xlabel(words)
-        axes.set_ylabel(f"exact match, {mode}")
+        axes.set_ylabel(f"exact match, {in_words(mode)}")
         _compact(axes.xaxis)
 
     return [
-        Drawing(f"cost-{kind}", f"Exact match against {words}", partial(draw, words=words, names=names), legend=shown)
+        Drawing(
+            f"cost-{kind}",
+            f"Exact match by {words}, {in_words(mode)}",
+            partial(draw, words=words, names=names),
+            legend=shown,
+        )
         for kind, (words, names) in kinds.items()
     ]
+
+
+def probed(panel: Panel) -> Drawing | None:
+    """Draw how far every model is behind the teacher in each share that the probes measure; None without shares."""
+    columns = [each for each in panel.columns if any(panel.behind(model, each) is not None for model in panel.models)]
+    if not columns:
+        return None
+    behind = np.array([[panel.behind(model, each) for model in panel.models] for each in columns], dtype=float)
+
+    def draw(axes: Any, theme: Theme) -> None:
+        axes.grid(visible=False)
+        image = axes.imshow(behind, cmap="Oranges", vmin=0, vmax=1, aspect="auto")
+        for row, column in enumerate(columns):
+            for across, model in enumerate(panel.models):
+                if (found := panel.estimates.get((model, column))) is not None:
+                    ink = "#FFFFFF" if _is_dark(image.to_rgba(behind[row, across])) else "#222222"
+                    axes.text(across, row, f"{found.value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+        axes.set_xticks(range(len(panel.models)), panel.models, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(columns)), [f"{probe}: {metric}".replace("_", " ") for probe, metric in columns])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    title = "What the probes measured, as shares. The darker, the further behind the teacher"
+    size = (3.4 + 0.5 * len(panel.models), 1.5 + 0.26 * len(columns))
+    return Drawing("arc", title, draw, size, f"{title}; of {', '.join(panel.models)}. The table below has the numbers")
+
+
+def in_words(mode: str) -> str:
+    """A mode of decoding in words."""
+    return "decoding greedily" if mode == "greedy" else f"sampled at {mode.replace('=', ' = ')}"
 
 
 def by_setting(lines: Sequence[Line], words: str, mode: str, shown: Mapping[str, Look]) -> Drawing:
@@ -168,10 +207,10 @@ def by_setting(lines: Sequence[Line], words: str, mode: str, shown: Mapping[str,
         axes.set_xticks(every, [f"{x:g}" for x in every])
         axes.minorticks_off()
         axes.set_xlabel(words)
-        axes.set_ylabel(f"exact match, {mode}")
+        axes.set_ylabel(f"exact match, {in_words(mode)}")
         axes.set_ylim(-0.02, 1.02)
 
-    title = f"Exact match against {words}, {mode}"
+    title = f"Exact match by {words}, {in_words(mode)}"
     return Drawing(f"setting-{mode}", title, draw, described=title, legend=shown)
 
 

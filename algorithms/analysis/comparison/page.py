@@ -63,21 +63,28 @@ class Section:
         return [_picture(drawing) for drawing in self.drawings]
 
 
-def page(title: str, sections: Sequence[Section], findings: Sequence[Finding]) -> str:
+def page(title: str, sections: Sequence[Section], findings: Sequence[Finding], subtitle: str = "") -> str:
     """The whole document.
 
     Args:
         title: Title of the page.
         sections: Sections in their order; empty ones are left out.
         findings: Cautions, shown first.
+        subtitle: Data, date and code.
     """
     shown = [section for section in sections if section.drawings or section.tables or section.folded]
     return render_page(
-        "comparison.html", title=title, sections=shown, findings=findings, glyphs=_GLYPHS, dashes=_DASHES
+        "comparison.html",
+        title=title,
+        subtitle=subtitle,
+        sections=shown,
+        findings=findings,
+        glyphs=_GLYPHS,
+        dashes=_DASHES,
     )
 
 
 def _picture(drawing: Drawing) -> Picture:
-    light, dark = (data_uri(render(drawing, "svg", theme), "svg+xml") for theme in (LIGHT, DARK))
+    light, dark = (data_uri(render(drawing, ("svg",), theme)["svg"], "svg+xml") for theme in (LIGHT, DARK))
     described = drawing.described or drawing.title
     return Picture(drawing.title, described, light, dark, round(96 * drawing.size[0]), drawing.size[0] > _WIDE)

@@ -29,6 +29,8 @@ TITLE = "Comparison of search agents"
 _MARK = "comparison.json"
 #: Further characters allowed in the names of tables and figures, for modes of decoding such as T=1.
 _KEPT = "="
+#: Files of each figure: for the screen, for the web, and for a paper.
+_KINDS = ("png", "svg", "pdf")
 _BANDS = "Lines are means over seeds at steps that all have logged; bands reach from the lowest seed to the highest."
 _BARS = "Bars are the 95 % intervals of the table of results."
 
@@ -92,6 +94,7 @@ def compare(folders: Sequence[Path], out: Path, options: Options, terminal: Cons
     terminal = terminal or Console(width=None if Console().is_terminal else 160)
     _check_out(out)
     found = study(folders, options)
+    _check_study(out, found.runs)
     for finding in found.findings:
         terminal.print(f"[yellow]{'NOT COMPARABLE' if finding.refuses else 'note'}:[/yellow]", end=" ")
         terminal.print(printable(finding.text, terminal.encoding), markup=False, highlight=False, soft_wrap=True)
@@ -169,7 +172,8 @@ def _sections(runs: Sequence[Run], methods: Sequence[Method], modes: Sequence[st
         short, whole = panel.shortened(), panel.table("arc-all", "All figures of the probes")
         whole.printed = False
         tables_of_probes = [short.weak_points(), short.table("arc", "ARC panel")]
-        sections.append(Section("Where each is weak (ARC)", (), tables_of_probes, [whole]))
+        drawn = figures.probed(short)
+        sections.append(Section("Where each is weak (ARC)", [drawn] if drawn else (), tables_of_probes, [whole]))
     steady = stability.table(methods)
     curves_shown = figures.learning_curves(methods, looks)
     sections.append(Section("Learning curves", curves_shown, [steady] if steady else (), note=_BANDS))
@@ -216,13 +220,47 @@ def _check_out(out: Path) -> None:
         raise ConfigurationError(f"{out} holds a tb/ that is not of a comparison; choose another folder (--out).")
 
 
+def _check_study(out: Path, runs: Sequence[Run]) -> None:
+    """Refuse a folder that holds a comparison of runs of which this one has none."""
+    earlier = _mark(out).get("runs")
+    if isinstance(earlier, list) and earlier and not {str(run.path.resolve()) for run in runs} & set(map(str, earlier)):
+        raise ConfigurationError(
+            f"{out} holds the comparison of other runs, such as {printable(str(earlier[0]))}; choose another folder "
+            "(--out), or remove that one."
+        )
+
+
+def _mark(out: Path) -> dict[str, Any]:
+    """What an earlier comparison noted; empty without one. It may be a stranger's."""
+    with suppress(OSError, ValueError, RecursionError):
+        if isinstance(noted := json.loads((out / _MARK).read_text(encoding="utf-8")), dict):
+            return noted
+    return {}
+
+
+def subtitle(methods: Sequence[Method]) -> str:
+    """Data, date and code of a comparison in one line, as far as the runs tell."""
+    runs = [run for method in methods for run in method.runs]
+    mode = runs[0].modes[0]
+    data = {str(run.settings.get("dataset.name", "unknown")) for run in runs}
+    counts = {run.figures(mode)[ALL]["n"] for run in runs}
+    dates = sorted(str(date)[:10] for run in runs if (date := run.summary.get("date")))
+    commits = {str(commit) for run in runs if (commit := run.summary.get("commit"))}
+    told = [
+        f"Data: {', '.join(sorted(data))}, {' or '.join(f'{count:,}' for count in sorted(counts))} test questions",
+        f"{len(runs)} runs of {len(methods)} methods",
+    ]
+    told += [f"measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"] if dates else []
+    told += [f"commit {', '.join(sorted(commits))}"] if commits else []
+    return "; ".join(told) + "."
+
+
 def _remove_earlier(out: Path) -> None:
     """Remove the files of an earlier comparison, so that none is taken for a part of this one."""
-    if (out / _MARK).exists():
-        with suppress(ValueError, TypeError, AttributeError, RecursionError):
-            for name in json.loads((out / _MARK).read_text(encoding="utf-8")).get("files", ()):
-                if _is_ours(name):
-                    (out / name).unlink(missing_ok=True)
+    files = _mark(out).get("files")
+    for name in files if isinstance(files, list) else ():
+        if _is_ours(name):
+            (out / name).unlink(missing_ok=True)
 
 
 def _is_ours(name: Any) -> bool:
@@ -236,7 +274,8 @@ def write(found: Comparison, out: Path) -> None:
     _remove_earlier(out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     told = "".join(f"- {'**Not comparable:** ' if each.refuses else ''}{each.text}\n" for each in found.findings)
-    text = f"# {TITLE}\n\n" + (f"{told}\n" if told else "") + "\n".join(table.markdown() for table in found.tables)
+    head = f"# {TITLE}\n\n{subtitle(found.methods)}\n\n" + (f"{told}\n" if told else "")
+    text = head + "\n".join(table.markdown() for table in found.tables)
     files = {"comparison.md": text, "curves.csv": curves.curves_csv(found.methods)}
     for table in found.tables:
         name = file_name(table.name, _KEPT)
@@ -246,15 +285,19 @@ def write(found: Comparison, out: Path) -> None:
         "tables": {table.name: table.records() for table in found.tables},
     }
     images = {
-        file_name(drawing.name, _KEPT): style.render(drawing, "png", LIGHT, with_legend=True)
+        f"{file_name(drawing.name, _KEPT)}.{kind}": file
         for drawing in found.drawings
+        for kind, file in style.render(drawing, _KINDS, LIGHT, with_legend=True).items()
     }
-    content["files"] = [*files, "comparison.html", *(f"figures/{name}.png" for name in images)]
+    content["runs"] = sorted(str(run.path.resolve()) for run in found.runs)
+    content["files"] = [*files, "comparison.html", *(f"figures/{name}" for name in images)]
     files[_MARK] = json.dumps(content, indent=2, ensure_ascii=False)
     for name, written in files.items():
         write_whole(out / name, written.encode())
     for name, image in images.items():
-        write_whole(out / "figures" / f"{name}.png", image)
-    write_whole(out / "comparison.html", page(TITLE, found.sections, found.findings).encode())
+        write_whole(out / "figures" / name, image)
+    whole = page(TITLE, found.sections, found.findings, subtitle(found.methods))
+    write_whole(out / "comparison.html", whole.encode())
     shutil.rmtree(out / "tb", ignore_errors=True)
-    write_board(out / "tb", found.methods, images)
+    shown = {name.removesuffix(".png"): image for name, image in images.items() if name.endswith(".png")}
+    write_board(out / "tb", found.methods, shown)

@@ -35,6 +35,10 @@ class Theme(NamedTuple):
     background: str
 
 
+#: What tells a file's date or program, by kind.
+_UNDATED: Mapping[str, dict[str, None]] = {
+    "png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+}  # fmt: skip
 LIGHT = Theme("#222222", "#D8D8D8", "#FFFFFF")
 DARK = Theme("#E4E4E4", "#4A4A4A", "#16181B")
 
@@ -75,12 +79,12 @@ def _look(number: int) -> Look:
     return Look(_COLORS[at], _MARKERS[(at + 3 * turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)])
 
 
-def render(drawing: Drawing, kind: str, theme: Theme, with_legend: bool = False) -> bytes:
-    """Draw a figure and return the file's content.
+def render(drawing: Drawing, kinds: Sequence[str], theme: Theme, with_legend: bool = False) -> dict[str, bytes]:
+    """Draw a figure once and return its files by kind.
 
     Args:
         drawing: The figure.
-        kind: "png" or "svg".
+        kinds: Some of "png", "svg" and "pdf".
         theme: Colours of axes, text and background.
         with_legend: Whether its legend stands beside the axes.
 
@@ -95,7 +99,8 @@ def render(drawing: Drawing, kind: str, theme: Theme, with_legend: bool = False)
         message = 'matplotlib is missing; install it by: pip install "agentic-rag-env[compare]"'
         raise ConfigurationError(message) from error
     # The same figures give the same file: no random ids, no date.
-    settings: Any = {"svg.hashsalt": drawing.name, "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
+    settings: Any = {"svg.hashsalt": drawing.name, "svg.fonttype": "none", "pdf.fonttype": 42,
+                     "font.size": 9, "font.family": "sans-serif"}  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=drawing.size, layout="constrained", facecolor=theme.background)
         axes = figure.add_subplot()
@@ -106,11 +111,21 @@ def render(drawing: Drawing, kind: str, theme: Theme, with_legend: bool = False)
                 Line2D([], [], color=look.color, marker=look.marker, linestyle=look.dash, label=label, markersize=5)
                 for label, look in drawing.legend.items()
             ]
-            figure.legend(handles=handles, loc="outside right upper", frameon=False, labelcolor=theme.text, fontsize=8)
+            figure.legend(
+                handles=handles,
+                loc="outside right upper",
+                frameon=False,
+                labelcolor=theme.text,
+                fontsize=8,
+                handlelength=3,
+            )
             figure.set_figwidth(drawing.size[0] + 1.0 + 0.055 * max(map(len, drawing.legend)))
-        file = io.BytesIO()
-        figure.savefig(file, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    return file.getvalue()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out, and each further time would cost as much again
+        files = {kind: io.BytesIO() for kind in kinds}
+        for kind, file in files.items():
+            figure.savefig(file, format=kind, dpi=160, metadata=_UNDATED[kind])
+    return {kind: file.getvalue() for kind, file in files.items()}
 
 
 def data_uri(content: bytes, kind: str) -> str:

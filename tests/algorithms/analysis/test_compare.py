@@ -9,6 +9,7 @@ import io
 import json
 import sys
 import types
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, product
 from typing import Any
@@ -25,10 +26,11 @@ from algorithms import compare as command
 from algorithms.analysis.comparison import arc_panel, pairwise, published, statistics
 from algorithms.analysis.comparison.checks import check
 from algorithms.analysis.comparison.curves import curve, score_by_setting
-from algorithms.analysis.comparison.methods import make_methods
+from algorithms.analysis.comparison.figures import probed
+from algorithms.analysis.comparison.methods import Method, make_methods
 from algorithms.analysis.comparison.page import Section, page
-from algorithms.analysis.comparison.study import Options, compare, study
-from algorithms.analysis.comparison.style import DARK, LIGHT, render
+from algorithms.analysis.comparison.study import Options, compare, study, subtitle
+from algorithms.analysis.comparison.style import DARK, LIGHT, looks, render
 from algorithms.analysis.comparison.table_formats import Number, Table
 from algorithms.analysis.runs import find_runs
 from algorithms.training.settings import settings_without_effect
@@ -735,9 +737,48 @@ def test_the_same_runs_give_the_same_files(folder, written):
     for table in again.tables:
         assert (written[0] / f"{table.name}.csv").read_text(encoding="utf-8") == table.csv()
     drawing = next(drawing for drawing in again.drawings if drawing.name == "profiles-greedy")
-    drawn = render(drawing, "png", LIGHT, with_legend=True)
-    assert (written[0] / "figures" / "profiles-greedy.png").read_bytes() == drawn
-    assert render(drawing, "svg", DARK) == render(drawing, "svg", DARK)
+    drawn = render(drawing, ("png", "svg", "pdf"), LIGHT, with_legend=True)
+    begin = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    for kind, file in drawn.items():
+        assert (written[0] / "figures" / f"profiles-greedy.{kind}").read_bytes() == file
+        assert file.startswith(begin[kind])
+    assert render(drawing, ("svg",), DARK) == render(drawing, ("svg",), DARK)
+
+
+def test_thirteen_methods_have_thirteen_looks_that_differ_in_more_than_colour():
+    methods = [Method(name, name, ()) for name in (*"abcdefghijk", "dgpo", "ppo")]
+    found = list(looks(methods).values())
+    assert len(set(found)) == len({(look.color, look.dash) for look in found}) == 13
+    for color in {look.color for look in found}:  # for who sees no colour, and in print
+        same = [look for look in found if look.color == color]
+        assert len({look.marker for look in same}) == len({look.dash for look in same}) == len(same)
+
+
+def test_the_probes_are_drawn_by_how_far_each_is_behind(folder, written):
+    assert (written[0] / "figures" / "arc.png").is_file()
+    panel = arc_panel.make_panel(make_methods(find_runs([folder]))).shortened()
+    drawing = probed(panel)
+    assert render(drawing, ("svg",), DARK)["svg"].count(b"thinking: exact match") == 1
+    assert probed(replace(panel, columns=(("search_behaviour", "num_searches"),))) is None, "it is no share"
+
+
+def test_a_comparison_says_its_data_date_and_code_and_replaces_no_other(tmp_path):
+    right = {"greedy": np.array([True, False] * 6)}
+    for name, seed in (("one", 0), ("one", 1), ("two", 0)):
+        make_run(tmp_path / name / f"s{seed}", "kd", seed, right)
+    for seed, commit in ((0, "abc"), (1, "def")):
+        file = tmp_path / "one" / f"s{seed}" / "summary.json"
+        told = {"date": f"2026-11-0{seed + 1}T10:00:00+00:00", "commit": commit}
+        file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    out, terminal = tmp_path / "out", Console(file=io.StringIO())
+    found = compare([tmp_path / "one"], out, Options(resamples=10), terminal)
+    expected = "Data: tiny, 12 test questions; 2 runs of 1 methods; measured 2026-11-01 to 2026-11-02; commit abc, def."
+    assert subtitle(found.methods) == expected
+    assert expected in (out / "comparison.html").read_text()
+    assert expected in (out / "comparison.md").read_text()
+    with pytest.raises(ConfigurationError, match=r"holds the comparison of other runs, such as .*one"):
+        compare([tmp_path / "two"], out, Options(resamples=10), terminal)
+    compare([tmp_path / "one", tmp_path / "two"], out, Options(resamples=10, force=True), terminal)
 
 
 def test_cells():

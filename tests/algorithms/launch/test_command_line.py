@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
 from small_runs import command
 
+from algorithms import ask
 from algorithms.launch.command_line import attributes_of
 from algorithms.taid import TAIDConfig
 
@@ -33,3 +37,44 @@ def test_what_a_setting_means_is_read_from_the_docstrings_of_its_class_and_bases
         == "Ends of the line that t never falls below; t_end is also its bound."
     )
     assert "\n" not in meanings["loss_reduction"]
+
+
+def test_a_setting_that_is_forced_upon_a_part_is_refused_if_the_part_lacks_it(tmp_path):
+    run = command("algo=ppo", "++algo.epohcs=2", f"hydra.run.dir={tmp_path / 'run'}")
+    assert run.code == 1
+    assert "There is no setting algo.epohcs." in run.err
+    assert not (tmp_path / "run").exists()
+    run = command("algo=dgpo", "++algo.epochs=2", f"hydra.run.dir={tmp_path / 'run'}")
+    assert "There is no setting algo.epochs." in run.err
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"), [("epochs", ("kd",)), ("critic_warmup_steps", ("dgpo",)), ("critic_warmup_step", None)]
+)
+def test_jobs_of_another_launcher_take_the_settings_that_they_have(setting, kept, tmp_path, monkeypatch):
+    """A basic launcher runs the jobs in this process, as submitit runs them in others."""
+    seen = []
+    monkeypatch.setattr("algorithms.run.run", lambda config, run_dir: seen.append(config.algo))
+    words = ["-m", "hydra/launcher=basic", "algo=kd,dgpo", f"algo.{setting}=2", f"hydra.sweep.dir={tmp_path}"]
+    run = command(*words)
+    if kept is None:
+        assert (run.code, seen) == (1, [])
+        assert "Did you mean 'critic_warmup_steps'?" in run.err
+        return
+    assert run.code == 0, run.err
+    assert [algo["name"] for algo in seen] == ["kd", "dgpo"]
+    assert tuple(algo["name"] for algo in seen if algo.get(setting) == 2) == kept
+
+
+def test_help_fits_a_screen_and_tells_of_the_parts_of_the_command_only(capsys, monkeypatch):
+    shown = command("--help").out
+    assert max(map(len, shown.splitlines())) <= 120
+    assert "  logger: jsonl, tensorboard, wandb; several as logger=[jsonl,wandb]" in shown
+    monkeypatch.setattr(sys, "argv", ["ask", "--help"])
+    with pytest.raises(SystemExit):
+        ask.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Ask a trained agent, and watch it think, search and answer."
+    assert "  question=null  # A question in plain words; None: questions are typed one after the other." in lines
+    assert not any(line.startswith("  algo:") for line in lines)
+    assert max(map(len, lines)) <= 120

@@ -18,6 +18,8 @@ from fake_jobs import ROOT, FakeSweep, Silent, is_running, wait_until
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from small_runs import SFT, TINY, Run, assert_same_run, command, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import file_name
@@ -250,13 +252,17 @@ def test_each_job_is_the_command_with_its_overrides(tmp_path, launched):
     run = command("-m", "algo=ppo,dgpo", "seed=0,1", "num_envs=8", f"hydra.sweep.dir='{sweep}'")
     assert run.code == 0, run.err
     (started,) = launched
-    assert list(started) == [f"algo-{a}+num_envs-8+seed-{s}" for a in ("ppo", "dgpo") for s in (0, 1)]
-    line = started["algo-dgpo+num_envs-8+seed-1"]
+    assert list(started) == [f"algo-{a}+seed-{s}" for a in ("ppo", "dgpo") for s in (0, 1)], "num_envs is fixed"
+    line = started["algo-dgpo+seed-1"]
     assert line[0] == sys.executable
     assert line[line.index("-m") + 1] == "algorithms.run"
     assert {"algo=dgpo", "seed=1", "num_envs=8", "threads=2", "hydra.mode=RUN"} <= set(line)
-    assert f"hydra.run.dir='{sweep}/algo-dgpo+num_envs-8+seed-1'" in line
+    assert f"hydra.run.dir='{sweep}/algo-dgpo+seed-1'" in line
     assert not any(part in line for part in ("algo=ppo", "seed=0", "-m algorithms"))
+    metadata = EventAccumulator(str(sweep / "tb")).Reload().summary_metadata
+    table = HParamsPluginData.FromString(metadata["_hparams_/experiment"].plugin_data.content).experiment
+    assert [column.name for column in table.hparam_infos] == ["algo.name", "seed"]
+    assert "custom_scalars__config__" in metadata
 
 
 @pytest.mark.parametrize(("path", "flags"), [(["/bin", "/lib"], ["-P"]), (["", "/lib"], []), ([None, "/lib"], [])])
@@ -317,7 +323,7 @@ def test_an_experiment_may_hold_the_sweep(tmp_path, launched):
     )
     more = ["--config-dir", str(tmp_path), "+experiment=table"]
     assert command(*more).code == 0
-    names = [f"algo-{algo}+experiment-table+seed-{seed}" for algo in ("ppo", "dgpo") for seed in (0, 1)]
+    names = [f"algo-{algo}+seed-{seed}" for algo in ("ppo", "dgpo") for seed in (0, 1)]
     assert list(launched[0]) == names
     line = launched[0][names[3]]
     assert {"+experiment=table", "algo=dgpo", "seed=1", f"{tmp_path}", "hydra.mode=RUN"} <= set(line)

@@ -10,9 +10,9 @@ import pytest
 from small_runs import DGPO_STEPS, KD_STEPS
 
 from agentic_rag_env.errors import ConfigurationError, DataError
-from algorithms.launch.command_line import composed
 from algorithms.launch.protocol import with_protocol
 from algorithms.training.agent_files import AGENT_FILE, read_agent
+from algorithms.training.compose import composed
 from algorithms.training.settings import register_schemas
 
 register_schemas()

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from algorithms.training import run_logger
-from algorithms.training.run_logger import RunLogger, without_surrogates, write_results
+from algorithms.training.loggers.base import without_surrogates
+from algorithms.training.run_logger import RunLogger, write_results
 
 
 class Terminal(io.StringIO):
@@ -22,6 +25,7 @@ class Terminal(io.StringIO):
 
 
 def open_logger(run_dir: Path, total: int = 5, file: io.StringIO | None = None, **settings) -> RunLogger:
+    settings = {"loggers": ["tensorboard"], **settings}
     return RunLogger(run_dir, total, console=Console(file=file or io.StringIO(), width=150), **settings)
 
 
@@ -103,15 +107,83 @@ def test_a_message_steers_no_terminal(tmp_path):
     assert file.getvalue() == "a reply said \\x1b[2J\\ud83d\n"
 
 
-def test_hyperparameters_accept_any_configuration(tmp_path):
-    config = {"algo": {"name": "dgpo", "kl_coef": 0.1, "betas": (0.9, 0.99)}, "resume": None, "path": "\udc80"}
-    write_results(tmp_path, config, {"eval/tiny/exact_match": 0.5}, step=7)
+def test_hyperparameters_are_what_the_overrides_chose(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    overrides = ["algo=dgpo", "algo.kl_coef=0.1", "+method=dgpo", "threads=1", "path='\\udc80'"]
+    (tmp_path / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+    algo = {"name": "dgpo", "kl_coef": 0.1, "betas": (0.9, 0.99)}
+    settings = {"algo": algo, "resume": None, "path": "\udc80", "seed": 4, "threads": 1}
+    open_logger(tmp_path, settings=settings, command="python -m algorithms.run algo=dgpo").close()
+    write_results(tmp_path, ["tensorboard"], {"eval/tiny/exact_match": 0.5, "arc/reading/hit": 0.25}, step=7)
     content = events(tmp_path)
-    assert "_hparams_/session_start_info" in content.summary_metadata
-    start = content.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    for expected in (b"algo.kl_coef", b"(0.9, 0.99)", b"dgpo", b"\\udc80"):
-        assert expected in start
+    session = HParamsPluginData.FromString(
+        content.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    ).session_start_info
+    shown = {name: value.number_value or value.string_value for name, value in session.hparams.items()}
+    assert shown == {"algo.name": "dgpo", "seed": 4, "algo.kl_coef": 0.1, "method": "dgpo", "path": "\\udc80"}
+    columns = HParamsPluginData.FromString(
+        content.summary_metadata["_hparams_/experiment"].plugin_data.content
+    ).experiment
+    assert {column.name for column in columns.hparam_infos} == shown.keys()
+    assert columns.metric_infos[0].name.tag == "eval/all/exact_match"
     assert [(event.step, event.value) for event in content.Scalars("eval/tiny/exact_match")] == [(7, 0.5)]
+    assert [(event.step, event.value) for event in content.Scalars("eval/arc/reading/hit")] == [(7, 0.25)]
+    (command,) = content.Tensors("run/command/text_summary")
+    assert command.tensor_proto.string_val == [b"    python -m algorithms.run algo=dgpo"]
+    (text,) = content.Tensors("run/settings/text_summary")
+    assert b"      kl_coef: 0.1\n" in text.tensor_proto.string_val[0]
+
+
+def test_learning_curves_are_laid_out_and_exist_by_these_names(tmp_path):
+    open_logger(tmp_path).close()
+    (event,) = events(tmp_path).Tensors("custom_scalars__config__")
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["Learning curves", "Losses", "Time"]
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert charts["exact match, dev split"] == ["^dev/exact_match$"]
+    assert charts["searches per question"] == ["^dev/num_searches$", "^rollout/num_searches$"]
+
+
+def test_a_multirun_has_one_table_for_all_of_its_runs(tmp_path):
+    (tmp_path / "tb").mkdir()
+    open_logger(tmp_path / "seed-0", settings={"seed": 0}).close()
+    metadata = events(tmp_path / "seed-0").summary_metadata
+    assert "_hparams_/session_start_info" in metadata
+    assert "_hparams_/experiment" not in metadata
+
+
+def test_without_tensorboard_only_the_lines_are_written(tmp_path):
+    with open_logger(tmp_path, loggers=["jsonl"]) as logger:
+        logger.write(1, {"x": 1.0}, "kd")
+        logger.text("transcript", "<search>", 1)
+    write_results(tmp_path, ["jsonl"], {"eval/tiny/exact_match": 0.5}, step=1)
+    assert lines(tmp_path) == [{"step": 1, "stage": "kd", "x": 1.0}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_time_left_includes_the_evaluation_as_soon_as_a_check_was_timed(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(run_logger.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    with open_logger(tmp_path, 40, file, checks_at_end=50.0) as logger:
+        for step in range(1, 21):
+            now[0] += 10.0
+            logger.write(step, {"train/loss": 1.0} | ({"time/dev_s": 6.0} if step == 20 else {}), "kd")
+    shown = file.getvalue().splitlines()
+    assert shown[-2] == "kd 19/40  10.0 s/step  0:03:30 of training left  loss 1.000"
+    # 20 steps of 10 s, and 50 times a check of 6 s.
+    assert shown[-1] == "kd 20/40  10.0 s/step  0:08:20 left, about 0:05:00 of it evaluation  loss 1.000"
+
+
+@pytest.mark.parametrize(
+    ("jupyter", "widgets", "live"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_a_notebook_with_its_widgets_gets_a_live_line(monkeypatch, jupyter, widgets, live):
+    monkeypatch.setattr(run_logger, "find_spec", lambda name: name if widgets else None)
+    console = Console(file=io.StringIO(), force_jupyter=jupyter)
+    monkeypatch.setattr(run_logger.Progress, "start", lambda progress: None)  # there is no kernel to show it
+    line = run_logger._ProgressLine(4, 0, console, None)
+    assert (line._live is not None) == live
 
 
 def test_a_stage_shows_its_own_figures_and_its_own_pace(tmp_path, monkeypatch):
@@ -128,7 +200,7 @@ def test_a_stage_shows_its_own_figures_and_its_own_pace(tmp_path, monkeypatch):
             logger.write(step, {"train/value_loss": 0.5, "rollout/exact_match": 0.25}, "dgpo")
     shown = file.getvalue().splitlines()
     assert shown[1] == "kd 6/20  2.0 s/step  0:00:28 of training left  loss 1.500"
-    assert shown[-1] == "dgpo 12/20  20.0 s/step  0:02:40 of training left  exact match 0.250"
+    assert shown[-1] == "dgpo 12/20  20.0 s/step  0:02:40 of training left  exact match 0.250  value loss 0.500"
 
 
 def test_every_line_has_a_clock(tmp_path):

@@ -1,0 +1,180 @@
+"""Composes the configuration of a run: for a command line from its overrides, for Python from values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import did_you_mean
+from algorithms.training.settings import RunConfig, register_schemas, run_config, settings_with_effect
+
+#: Groups whose settings depend on the chosen name.
+PARTS = ("algo", "env", "dataset", "retriever", "reward")
+
+
+def configure(**values: Any) -> RunConfig:
+    """Make the settings of a run. What is not given is as on the command line.
+
+    Args:
+        **values: The fields of `RunConfig`, and the groups of `conf/` (`method`, `experiment`, `stages`, `scale`). A
+            part (`algo`, `env`, `dataset`, `retriever`, `reward`, `model`) is a name, or a mapping with `name` and
+            settings; without `name` the settings are those of the default part. Other sections are mappings too:
+            `configure(algo={"name": "dgpo", "steps": 50, "warm_start": {"epochs": 10}}, evaluation={"every": 10})`.
+
+    Returns:
+        The settings, complete. Sections are dataclasses, parts are mappings.
+
+    Raises:
+        ConfigurationError: A name or a setting is unknown, or a value can't work; the message suggests what to write.
+    """
+    return run_config(composed_values(values))
+
+
+def complete(config: RunConfig) -> RunConfig:
+    """Fill in what settings made by hand leave out, and check the rest. Settings that are complete stay as they are.
+
+    Raises:
+        ConfigurationError: As for `configure`.
+    """
+    default = RunConfig()
+    return configure(**{name: value for name, value in _fields(config) if value != getattr(default, name)})
+
+
+def overrides_of(config: RunConfig) -> list[str]:
+    """What complete settings choose, as overrides `name=value`: the parts, and settings that are not their defaults."""
+    names = {group: _only_names(getattr(config, group)) for group in PARTS}
+    settings = settings_with_effect(_plain(config))
+    changed = _changed(settings, _plain(configure(**names)))
+    return [f"{name}={value}" for name, value in (*_leaves(names), *_leaves(changed))]
+
+
+def composed_values(values: Mapping[str, Any]) -> DictConfig:
+    """Compose values as a command line's overrides are composed. See `configure`."""
+    register_schemas()
+    known = {setting.name for setting in dataclasses.fields(RunConfig)}
+    choices: list[str] = []
+    given: dict[str, Any] = {}
+    for group, value in values.items():
+        value = _plain(value)
+        is_group = group in (*PARTS, "model") or (group not in known and isinstance(value, str))
+        if group in (*PARTS, "model") and not isinstance(value, (str, dict)):
+            raise ConfigurationError(
+                f"{group} must be a name, or a mapping with 'name' and settings, got a {type(value).__name__}. The "
+                "settings of a run are kept in its folder, so an object needs a name: see algorithms/README.md."
+            )
+        spec = {"name": value} if isinstance(value, str) and is_group else value
+        if is_group and isinstance(spec, dict):
+            plus = "" if group in known or group == "stages" else "+"
+            choices += [plus + choice for choice in _choices(group, spec)]
+            spec = _without_names(spec)
+        if spec != {}:
+            given[group] = spec
+    # The launcher of multiruns is no matter here, and Hydra knows it only where the commands are loaded.
+    config = composed("config", [*choices, "hydra/launcher=basic"])
+    OmegaConf.set_struct(config, False)  # sections of any keys, such as `dataset.sources`, stay so; others are typed
+    del config["hydra"]
+    try:
+        merged = OmegaConf.merge(config, given)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(explanation(error) or " ".join(str(error).split())) from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration of a command line.
+
+    Raises:
+        ConfigurationError: A name in it is unknown.
+    """
+    hydra = GlobalHydra.instance()
+    before, hydra.hydra = hydra.hydra, None  # of a program that uses Hydra itself
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            return compose(config_name, list(overrides), return_hydra_config=True)
+    except (ConfigCompositionException, MissingConfigException) as error:
+        if (message := explanation(error)) is None:
+            message = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise ConfigurationError(message) from error
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def explanation(error: Exception) -> str | None:
+    """Say which name is unknown and which one may be meant; None for every other error of composition."""
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"Unknown {group} {name!r}.{did_you_mean(name, error.options)}"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(cause.parent_node):
+        known = [str(name) for name in cause.parent_node if name != "hydra"]
+        return f"There is no setting {cause.full_key}.{did_you_mean(str(cause.key), known)}"
+    return None
+
+
+# --- values of Python ------------------------------------------------------------------------------------------------
+
+
+def _choices(group: str, spec: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Choices of options, as overrides: of a part, and of the algorithms that it starts from."""
+    if isinstance(name := spec.get("name"), str):
+        yield f"{group}@{place}={name}" if place else f"{group}={name}"
+    start = spec.get("warm_start")
+    if group == "algo" and isinstance(start, (str, Mapping)):
+        yield from _choices(group, {"name": start} if isinstance(start, str) else start, f"{place or group}.warm_start")
+
+
+def _without_names(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a part without the names that were choices."""
+    rest = {name: value for name, value in spec.items() if name != "name"}
+    if isinstance(start := rest.get("warm_start"), (str, Mapping)):
+        rest["warm_start"] = {} if isinstance(start, str) else _without_names(start)
+    return rest
+
+
+def _plain(value: Any) -> Any:
+    """A value as plain data: mappings, lists, numbers and strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dict(_fields(value)))
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _fields(config: Any) -> list[tuple[str, Any]]:
+    return [(setting.name, getattr(config, setting.name)) for setting in dataclasses.fields(config)]
+
+
+def _only_names(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's name, and the names of the algorithms that it starts from."""
+    start = spec.get("warm_start", ...)
+    chain = {} if start is ... else {"warm_start": _only_names(start) if isinstance(start, Mapping) else start}
+    return {"name": spec["name"], **chain}
+
+
+def _changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of nested settings that differs from the default."""
+    return {
+        name: _changed(value, default[name]) if isinstance(value, dict) and default.get(name) else value
+        for name, value in settings.items()
+        if name not in default or value != default[name]
+    }
+
+
+def _leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield (prefix.rstrip(".") if name == "name" else f"{prefix}{name}"), value
