@@ -14,7 +14,9 @@ from agentic_rag_env.terminal import escape_what_streams_lack
 from algorithms.evaluate import find
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
-from algorithms.training.settings import RunConfig, ask_config, register_schemas
+from algorithms.training.schemas import register_schemas
+from algorithms.training.settings import RunConfig
+from algorithms.training.typed import ask_config
 
 if TYPE_CHECKING:
     from agentic_rag_env.types import StepInfo

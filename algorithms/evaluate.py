@@ -22,7 +22,9 @@ from algorithms.sb3.learner import is_outside_learner
 from algorithms.training.agent_files import Agent, read_agent, tell_overruled
 from algorithms.training.model_names import newest_checkpoint, resolve_model
 from algorithms.training.run_files import CONFIG_FILE, read_settings, write_summary
-from algorithms.training.settings import QUESTION_PARTS, RunConfig, evaluate_config, register_schemas
+from algorithms.training.schemas import register_schemas
+from algorithms.training.settings import QUESTION_PARTS, RunConfig
+from algorithms.training.typed import evaluate_config
 
 with clear_errors():  # of a plug-in
     register_schemas()

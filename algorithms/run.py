@@ -18,7 +18,9 @@ from algorithms.launch.processes import carry_out, start
 from algorithms.launch.protocol import with_protocol
 from algorithms.launch.run_guard import drop_settings_of_others, left_to_run, no_trace_of_refusals
 from algorithms.training.from_python import run
-from algorithms.training.settings import RunConfig, by_group, register_schemas, run_config
+from algorithms.training.schemas import by_group, register_schemas
+from algorithms.training.settings import RunConfig
+from algorithms.training.typed import run_config
 
 with clear_errors():  # of a plug-in
     register_schemas()

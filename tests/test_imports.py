@@ -32,6 +32,8 @@ LEAVES = {"algorithms.training.run_files", "algorithms.training.event_files"}
 #: The only modules that know Hydra: settings, the launcher and what guards a run; and the commands.
 KNOW_HYDRA = {
     "algorithms.training.settings",
+    "algorithms.training.schemas",
+    "algorithms.training.typed",
     "algorithms.training.compose",
     "algorithms.launch.clear_errors",
     "algorithms.launch.command_line",
@@ -216,7 +218,7 @@ def test_the_environment_imports_light():
 @pytest.mark.parametrize(
     "command",
     [
-        "import algorithms.training.settings as settings; settings.register_schemas()",
+        "import algorithms.training.schemas as schemas; schemas.register_schemas()",
         "import algorithms.run",
         "import algorithms.evaluate",
         "import algorithms.ask",

@@ -30,7 +30,7 @@ from algorithms.training.compose import PARTS, explanation
 from algorithms.training.event_files import EventFile
 from algorithms.training.run_directory import begun, complete, require_same
 from algorithms.training.run_files import allowed, places, read_settings
-from algorithms.training.settings import by_group
+from algorithms.training.schemas import by_group
 
 _LOCKS = ".launcher"
 #: Hydra takes launchers from the package `hydra_plugins` only, so this module has a second name.

@@ -15,7 +15,7 @@ from agentic_rag_env.terminal import print_line
 from algorithms.training.agent_files import AGENT_FILE, LIMITS, Agent, listed, read_agent, tell_overruled
 from algorithms.training.model_names import resolve_model
 from algorithms.training.run_files import differences
-from algorithms.training.settings import named_config
+from algorithms.training.schemas import named_config
 
 
 def with_protocol(config: DictConfig, overrides: Sequence[str]) -> DictConfig:

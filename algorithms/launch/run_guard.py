@@ -35,7 +35,9 @@ from algorithms.training.run_files import (
     require_named,
     write_settings,
 )
-from algorithms.training.settings import by_group, plain, settings_without_effect
+from algorithms.training.schemas import by_group
+from algorithms.training.settings import settings_without_effect
+from algorithms.training.typed import plain
 
 #: A setting of a part, added whether the part has it or not.
 _FORCED = re.compile(rf"\+\+(?:{'|'.join(PARTS)})\.[\w.]+=")

@@ -23,7 +23,8 @@ from algorithms.learner.config import PRECISIONS
 from algorithms.learner.model_folders import as_folder
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training.run_files import differences, require_plain
-from algorithms.training.settings import RunConfig, ScoringConfig, typed
+from algorithms.training.settings import RunConfig, ScoringConfig
+from algorithms.training.typed import typed
 
 AGENT_FILE = "agent.json"
 #: Raised when older code could no longer read the file as it is meant.

@@ -15,7 +15,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
-from algorithms.training.settings import RunConfig, register_schemas, run_config, settings_with_effect
+from algorithms.training.schemas import register_schemas
+from algorithms.training.settings import RunConfig, settings_with_effect
+from algorithms.training.typed import run_config
 
 #: Groups whose settings depend on the chosen name.
 PARTS = ("algo", "env", "dataset", "retriever", "reward")

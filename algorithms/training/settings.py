@@ -1,38 +1,27 @@
-"""The configuration's shape: every setting of a run, its type and its default, known to Hydra under `schema/`.
+"""Every setting of the commands: its type, its default and its meaning.
 
-Parts that have a registry (algorithms, environments, retrievers, datasets, rewards) bring their own dataclass; here
-each gets a `name` field and becomes selectable by that name, plug-ins included, without a YAML file.
+The parts of a run that have a registry (algorithms, environments, retrievers, datasets, rewards) bring dataclasses of
+their own. Here they are mappings with a `name`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING
 
-import algorithms
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes import DEFAULT_PROBES
-from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS, Registry, did_you_mean
+from agentic_rag_env.registry import PROBES
 from agentic_rag_env.settings import COUNT, FRACTION, Allowed, above, at_least, check_settings, one_of, or_none
 from agentic_rag_env.vector import brings_questions
-from algorithms.assets import ASSETS
-from algorithms.learner.algorithm import ALGORITHMS
-from algorithms.learner.config import WITHOUT_EFFECT, DemonstrationConfig, LearnerConfig
+from algorithms.learner.config import WITHOUT_EFFECT, LearnerConfig
 from algorithms.rollout.config import RolloutConfig
-from algorithms.training import presets
 from algorithms.training.hardware import HardwareConfig
 from algorithms.training.loggers import LOGGERS
-from algorithms.training.run_files import require_named
 
 
 @dataclass
@@ -57,8 +46,12 @@ class ModelConfig:
         check_settings(self, above(0), "teacher_temperature")
 
 
+#: The default parts of a run, as in conf/config.yaml. The environment comes first: it may do without the others.
+DEFAULT_PARTS = {"env": "agentic_rag", "dataset": "tiny", "retriever": "bm25", "reward": "exact_match"}
 #: What questions are made of. An environment that brings its own has none of them.
 QUESTION_PARTS = ("dataset", "retriever", "reward")
+
+
 #: Which passages an evaluation shows; all but the first are names of probes.
 CORPORA = ("own", "counterfactual", "shuffled")
 
@@ -269,176 +262,6 @@ class AskConfig:
     allow: list[str] = field(default_factory=list)
 
 
-def ask_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> RunConfig:
-    """Make the settings of a conversation, in the form of a run's; see `evaluate_config`.
-
-    Args:
-        given: Settings from the command line, shaped like `AskConfig`, without checkpoint and question.
-        model: Folder or hub id of the model.
-        of_run: Settings of the run that it comes from; empty if there is none.
-    """
-    evaluation = OmegaConf.to_container(OmegaConf.structured(EvaluateConfig))
-    assert isinstance(evaluation, dict)
-    settings: Any = {**evaluation, **given, "num_envs": 1, "probes": []}
-    settings["rollout"] = {"temperature": 0.0, **given["rollout"]}
-    settings["learner"] = {"precision": LearnerConfig.precision, **given["learner"]}
-    config = evaluate_config(settings, model, of_run)
-    if brings_questions(config.env):
-        raise ConfigurationError(
-            f"env={config.env['name']} brings its own questions, so it can't be asked one of yours; see what the agent "
-            "does there by python -m algorithms.evaluate and python -m algorithms.show."
-        )
-    return config
-
-
-#: The default parts of a run, as in conf/config.yaml. The environment comes first: it may do without the others.
-_DEFAULT_PARTS = {"env": "agentic_rag", "dataset": "tiny", "retriever": "bm25", "reward": "exact_match"}
-
-
-def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> RunConfig:
-    """Make the settings of an evaluation, in the form of a run's.
-
-    Args:
-        given: Settings from the command line, shaped like `EvaluateConfig`; "???" stands for what is missing.
-        model: Folder or hub id of the model.
-        of_run: Settings of the run that it comes from; empty if there is none.
-
-    Raises:
-        ConfigurationError: A value can't work, is missing or unknown.
-    """
-    registries = {registry.group: registry for registry in (ENVS, DATASETS, RETRIEVERS, REWARDS)}
-    left_out: dict[str, Any] = {}
-    schemas: dict[str, Any] = {"rollout": RolloutConfig, "learner": LearnerConfig, "evaluation": ScoringConfig}
-    of_run = {**of_run, "evaluation": _scoring(of_run)}
-    if "name" in given["dataset"]:  # how many questions the run took, and how, says nothing of other data
-        of_run = {name: value for name, value in of_run.items() if name not in ("evaluation", "num_envs")}
-    specs = {section: {**of_run.get(section, {}), **given[section]} for section in schemas}
-    num_envs = of_run.get("num_envs", RunConfig.num_envs) if given["num_envs"] is None else given["num_envs"]
-    used: dict[str, Any] = {}
-    for group, default in _DEFAULT_PARTS.items():
-        chosen = given[group]
-        if group in QUESTION_PARTS and brings_questions(specs["env"]):
-            left_out[group] = chosen or None
-            continue
-        saved = {} if "name" in chosen else {**(of_run.get(group) or {"name": default})}
-        specs[group] = {**saved, **chosen}
-        used[group] = {name: value for name, value in saved.items() if name not in chosen}
-        schemas[group] = named_config(registries[group], specs[group]["name"])
-    if "env" not in of_run and Path(model).parent != ASSETS and specs["env"]["name"] == _DEFAULT_PARTS["env"]:
-        specs["env"] = {"prompt": "search_r1", **specs["env"]}  # others know no protocol unasked
-    require_named(used, given.get("allow", ()), "the run directory")
-    try:
-        typed = OmegaConf.merge({group: OmegaConf.structured(schema) for group, schema in schemas.items()}, specs)
-        parts = plain(typed)
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
-    return RunConfig(
-        algo=None,
-        model=ModelConfig(policy=model, teacher=None),
-        rollout=RolloutConfig(**parts.pop("rollout")),
-        learner=LearnerConfig(**parts.pop("learner")),
-        evaluation=EvaluationConfig(**parts.pop("evaluation")),
-        num_envs=num_envs,
-        **{name: given[name] for name in ("max_retriever_error_fraction", "probes", "threads", "cache_dir")},
-        **left_out,
-        **parts,
-    )
-
-
-def _scoring(of_run: Mapping[str, Any]) -> dict[str, Any]:
-    """How a run measures at its end, without what it does on the way."""
-    known = [setting.name for setting in dataclasses.fields(ScoringConfig)]
-    return {name: value for name, value in of_run.get("evaluation", {}).items() if name in known}
-
-
-def run_config(composed: DictConfig) -> RunConfig:
-    """Turn a composed configuration into typed settings. The parts with a registry stay mappings with a `name`.
-
-    Raises:
-        ConfigurationError: A value can't work, is missing or unknown.
-    """
-    settings = plain(composed)
-    sections = {
-        "model": ModelConfig,
-        "learner": LearnerConfig,
-        "rollout": RolloutConfig,
-        "evaluation": EvaluationConfig,
-        "demonstrations": DemonstrationsConfig,
-        "hardware": HardwareConfig,
-    }
-    # The run may be older than these settings.
-    settings = {"demonstrations": {"num": None}, "hardware": vars(HardwareConfig()), "preflight": False, **settings}
-    settings.setdefault("logger", RunConfig().logger)
-    _check_names(RunConfig, "", settings)
-    for name, section in sections.items():
-        _check_names(section, f"{name}.", settings[name])
-        settings[name] = section(**settings[name])
-    if (count := settings["demonstrations"].num) is not None:
-        settings["algo"] = _with_demonstrations(settings["algo"], count)
-        settings["demonstrations"] = DemonstrationsConfig()
-    return RunConfig(**settings)
-
-
-def _with_demonstrations(spec: Any, count: int) -> dict[str, Any]:
-    """Set in an algorithm's settings how many demonstrations each stage that trains on them collects.
-
-    Raises:
-        ConfigurationError: No stage trains on demonstrations.
-    """
-    first: dict[str, Any] = {"warm_start": spec}
-    place, found = first, False
-    while place.get("warm_start") is not None:
-        start = place["warm_start"]
-        place["warm_start"] = start = {"name": start} if isinstance(start, str) else dict(start)
-        kind = ALGORITHMS.get(start["name"]).config
-        if kind is not None and issubclass(kind, DemonstrationConfig):
-            start["num_demonstrations"], found = count, True
-        for setting in dataclasses.fields(kind) if kind else ():
-            if setting.name == "warm_start" and setting.default_factory is not dataclasses.MISSING:
-                start.setdefault("warm_start", setting.default_factory())
-        place = start
-    if not found:
-        raise ConfigurationError(
-            f"demonstrations.num={count}: no stage of {first['warm_start']['name']} trains on demonstrations; leave it "
-            "out."
-        )
-    return first["warm_start"]
-
-
-def typed(section: type, settings: Any) -> Any:
-    """Make a dataclass of settings from plain data.
-
-    Raises:
-        ConfigurationError: A setting is unknown, has another type, or can't work.
-    """
-    try:
-        return section(**plain(OmegaConf.merge(OmegaConf.structured(section), settings)))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
-
-
-def plain(composed: Any) -> dict[str, Any]:
-    """Turn a configuration into plain data, if nothing in it is missing."""
-    try:
-        settings: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigurationError(f"{error.full_key} has no default and must be set: {error.full_key}=...") from error
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
-    return settings
-
-
-def _check_names(section: type, prefix: str, settings: dict[str, Any]) -> None:
-    known = [f.name for f in dataclasses.fields(section)]
-    for given in settings:
-        if given not in known:
-            raise ConfigurationError(f"There is no setting {prefix}{given}.{did_you_mean(given, known)}")
-    if missing := [f"{prefix}{name}" for name in known if name not in settings]:
-        raise ConfigurationError(
-            f"The configuration lacks {', '.join(missing)}; it was cut off, or is of another version."
-        )
-
-
 def settings_without_effect(section: type = RunConfig, prefix: str = "") -> frozenset[str]:
     """Dotted names of the settings that say how a run is carried out and do not change results: `WITHOUT_EFFECT`."""
     found = set()
@@ -458,89 +281,3 @@ def settings_with_effect(settings: Mapping[str, Any], prefix: str = "") -> dict[
         for name, value in settings.items()
         if prefix + name not in left_out
     }
-
-
-def import_zoo() -> None:
-    """Import every algorithm file, so that its decorator has run."""
-    for module in pkgutil.iter_modules(algorithms.__path__):
-        if not module.ispkg and module.name not in algorithms.COMMANDS:
-            importlib.import_module(f"algorithms.{module.name}")
-
-
-def register_schemas() -> None:
-    """Tell Hydra about the configuration. Call this before Hydra composes.
-
-    If a YAML file of `conf/` has the same name as a part, the file counts and binds to `schema/<group>/<name>`.
-    """
-    import_zoo()
-    store = ConfigStore.instance()
-    store.store("run_schema", RunConfig)
-    evaluate_schema = OmegaConf.structured(EvaluateConfig)
-    for group in ("rollout", "learner", "evaluation", *_DEFAULT_PARTS):
-        OmegaConf.set_struct(evaluate_schema[group], False)  # single settings that change those of the checkpoint
-    store.store("evaluate_schema", evaluate_schema)
-    ask_schema = OmegaConf.structured(AskConfig)
-    for group in ("env", "dataset", "retriever", "rollout", "learner"):
-        OmegaConf.set_struct(ask_schema[group], False)
-    store.store("ask_schema", ask_schema)
-    store.store("model", ModelConfig, group="schema/model")
-    for name, settings in presets.options().items():
-        store.store(name, settings, group="schema/preset", package="_global_")
-    registries: tuple[Registry, ...] = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
-    for registry in registries:
-        for name in registry.names():
-            schema = named_config(registry, name)
-            store.store(name, _with_free_mappings(schema), group=f"schema/{registry.group}")
-            store.store(name, _selectable(registry, name, schema), group=registry.group)
-
-
-def named_config(registry: Registry, name: str) -> type:
-    """Make a dataclass of a registered part's settings, with a `name` field in front."""
-    config = registry.get(name).config
-    return dataclasses.make_dataclass(
-        config.__name__ if config else f"{name.title()}Config",
-        [("name", str, field(default=name, kw_only=True))],
-        bases=(config,) if config else (),
-        namespace={"__post_init__": lambda self: None},
-    )
-
-
-def _with_free_mappings(schema: type) -> Any:
-    """Let settings that are mappings take any key: they are arguments of something that is not known yet."""
-    settings = OmegaConf.structured(schema)
-    for name in settings:
-        if not OmegaConf.is_missing(settings, name) and OmegaConf.get_type(settings, name) is dict:
-            OmegaConf.set_struct(settings[name], False)
-    return settings
-
-
-def _selectable(registry: Registry, name: str, schema: type) -> Any:
-    """Make a config-group option.
-
-    The option of an algorithm composes the warm start in place, so that its settings are typed too. The algorithm takes
-    what the chosen `stages` say of it, wherever it stands in a chain. The option of an environment that brings its own
-    questions leaves out the default dataset, retriever and reward.
-    """
-    if registry is ENVS and brings_questions({"name": name}):
-        left_out = [{f"override /{group}@_global_.{group}": None} for group in QUESTION_PARTS]
-        return {"defaults": [{f"/schema/{registry.group}@_here_": name}, *left_out]}
-    if registry is not ALGORITHMS:
-        return schema
-    parts: list[dict[str, str | None]] = [{f"/schema/{registry.group}@_here_": name}]
-    for setting in dataclasses.fields(schema):
-        if setting.name == "warm_start":
-            make = setting.default_factory
-            start = None if make is dataclasses.MISSING else make()["name"]
-            parts.append({f"/{registry.group}@warm_start": start})
-    return {"defaults": [*parts, {"optional /stages@_here_": f"${{stages}}/{name}"}]}
-
-
-_CHOSEN_START = re.compile(r"\+{0,2}(?:algo@)?(algo(?:\.warm_start)+)=(?!(?:[^{]*,)?null(?:,|$)|\{)")
-
-
-def by_group(override: str) -> str:
-    """Turn `algo.warm_start=kd` into Hydra's choice of an option, so that it is composed like any other algorithm.
-
-    Without this it would be only a name, and the algorithm would keep its defaults whatever `stages` says of it.
-    """
-    return _CHOSEN_START.sub(r"algo@\1=", override)

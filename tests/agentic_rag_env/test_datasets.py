@@ -25,7 +25,8 @@ from agentic_rag_env import DATASETS, ConfigurationError, DataError, Passage, Qu
 from algorithms.launch.hydra_launcher import register_launcher
 from algorithms.learner.types import Trajectory, Turn
 from algorithms.training.evaluation import measure
-from algorithms.training.settings import register_schemas, run_config
+from algorithms.training.schemas import register_schemas
+from algorithms.training.typed import run_config
 
 register_schemas()
 register_launcher()

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 
 import algorithms.run
 from algorithms.learner import ranks
-from algorithms.training.settings import run_config
+from algorithms.training.typed import run_config
 
 FLOAT64 = "learner.precision=float64"
 #: 21 episodes in a rollout, 11 and 10 trajectories in a minibatch, 7 questions in a check: neither 2 nor 3 divides all.

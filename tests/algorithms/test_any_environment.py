@@ -32,8 +32,9 @@ from algorithms.rollout.player import Player
 from algorithms.training.build import Networks
 from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, collect
 from algorithms.training.demonstrations.source import Dialogue
-from algorithms.training.settings import EvaluateConfig, evaluate_config
+from algorithms.training.settings import EvaluateConfig
 from algorithms.training.trainer import Trainer
+from algorithms.training.typed import evaluate_config
 
 ROOT = Path(__file__).parents[2]
 ENV = ["env=gymnasium", "env.id=Calculator-v1", "rollout.max_new_tokens=24", "rollout.max_tokens=128"]

@@ -17,7 +17,8 @@ from algorithms.assets import ASSETS
 from algorithms.rollout.trajectory_files import read_trajectories
 from algorithms.training import build
 from algorithms.training.build import Environments, Networks
-from algorithms.training.settings import EvaluateConfig, evaluate_config
+from algorithms.training.settings import EvaluateConfig
+from algorithms.training.typed import evaluate_config
 
 STEPS = KD_STEPS + DGPO_STEPS
 #: The small runs' world, for checkpoints that bring no settings.

@@ -13,7 +13,9 @@ from hydra.core.global_hydra import GlobalHydra
 from algorithms.analysis.runs import flat
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.training.build import build_stages
-from algorithms.training.settings import RunConfig, by_group, register_schemas, run_config
+from algorithms.training.schemas import by_group, register_schemas
+from algorithms.training.settings import RunConfig
+from algorithms.training.typed import run_config
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))

@@ -18,7 +18,7 @@ from algorithms.learner.algorithm import ALGORITHMS, Algorithm
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch
 from algorithms.training import checkpoint
-from algorithms.training.settings import import_zoo
+from algorithms.training.schemas import import_zoo
 
 import_zoo()
 ZOO = [name for name in ALGORITHMS.names() if issubclass(ALGORITHMS.get(name).factory, Algorithm)]

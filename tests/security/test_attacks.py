@@ -54,7 +54,8 @@ from algorithms.training.demonstrations.file import File
 from algorithms.training.kept_files import read_kept
 from algorithms.training.loggers.jsonl import truncate_metrics
 from algorithms.training.run_files import read_settings, require_named
-from algorithms.training.settings import EvaluateConfig, evaluate_config
+from algorithms.training.settings import EvaluateConfig
+from algorithms.training.typed import evaluate_config
 
 SECRET = "canary-5d1f0c"
 ESCAPE = "\x1b[31m\x1b]0;owned\x07"

@@ -13,7 +13,7 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 from algorithms.launch.protocol import with_protocol
 from algorithms.training.agent_files import AGENT_FILE, read_agent
 from algorithms.training.compose import composed
-from algorithms.training.settings import register_schemas
+from algorithms.training.schemas import register_schemas
 
 register_schemas()
 SOUND: dict[str, Any] = {

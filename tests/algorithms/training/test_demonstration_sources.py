@@ -19,7 +19,8 @@ from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, collect
 from algorithms.training.demonstrations.expert import is_honest
 from algorithms.training.demonstrations.source import Dialogue
 from algorithms.training.model_names import resolve_model
-from algorithms.training.settings import EvaluateConfig, evaluate_config
+from algorithms.training.settings import EvaluateConfig
+from algorithms.training.typed import evaluate_config
 
 PASSAGES = [
     ("p0", "Ada Park", "Ada Park lives in Riverton beside the mill."),

@@ -18,7 +18,8 @@ from algorithms.training.build import Environments, Networks
 from algorithms.training.demonstrations import Demonstrations, cached, collect, reason_to_drop
 from algorithms.training.demonstrations.teacher import Teacher
 from algorithms.training.model_names import resolve_model
-from algorithms.training.settings import EvaluateConfig, evaluate_config
+from algorithms.training.settings import EvaluateConfig
+from algorithms.training.typed import evaluate_config
 
 IGNORANT = "model.teacher=tiny-student"
 SKIPPED = (

@@ -22,7 +22,8 @@ from algorithms.training.build import Environments, Networks
 from algorithms.training.evaluation_cache import Kept, place
 from algorithms.training.fingerprints import of_code
 from algorithms.training.model_names import resolve_model
-from algorithms.training.settings import EvaluateConfig, evaluate_config
+from algorithms.training.settings import EvaluateConfig
+from algorithms.training.typed import evaluate_config
 
 STUDENT = resolve_model("tiny-student")
 

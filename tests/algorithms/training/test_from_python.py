@@ -17,7 +17,9 @@ from agentic_rag_env.registry import PLUGINS_VARIABLE
 from algorithms.training import RunConfig, configure, read_run, train
 from algorithms.training.compose import complete, composed, overrides_of
 from algorithms.training.loggers import LOGGERS
-from algorithms.training.settings import EvaluationConfig, register_schemas, run_config
+from algorithms.training.schemas import register_schemas
+from algorithms.training.settings import EvaluationConfig
+from algorithms.training.typed import run_config
 
 ROOT = Path(__file__).parents[3]
 #: The settings of the small runs, as values.

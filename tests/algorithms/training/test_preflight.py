@@ -17,7 +17,8 @@ from algorithms.assets import ASSETS
 from algorithms.training.hardware import GIB, GPUS, HardwareConfig
 from algorithms.training.model_shapes import KNOWN, shape_of
 from algorithms.training.preflight import plan
-from algorithms.training.settings import RunConfig, run_config
+from algorithms.training.settings import RunConfig
+from algorithms.training.typed import run_config
 
 PAIRS = {
     "qwen2.5_3b_0.5b": (494_032_768, 3_085_938_688),

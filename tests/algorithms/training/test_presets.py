@@ -12,7 +12,8 @@ import algorithms.run  # noqa: F401  # its launcher is named in the configuratio
 from algorithms.learner.config import OptimizerConfig
 from algorithms.training import presets
 from algorithms.training.build import build_stages
-from algorithms.training.settings import RunConfig, run_config
+from algorithms.training.settings import RunConfig
+from algorithms.training.typed import run_config
 
 PRESETS = sorted(file.stem for file in presets.FOLDER.glob("*.yaml") if file.stem != "tiny")
 

@@ -26,14 +26,9 @@ from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import load_tokenizer
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training.build import build_stages
-from algorithms.training.settings import (
-    EvaluationConfig,
-    ModelConfig,
-    RunConfig,
-    by_group,
-    register_schemas,
-    run_config,
-)
+from algorithms.training.schemas import by_group, register_schemas
+from algorithms.training.settings import EvaluationConfig, ModelConfig, RunConfig
+from algorithms.training.typed import run_config
 
 ROOT = Path(__file__).parents[3]
 CONF = Path(conf.__file__).parent
