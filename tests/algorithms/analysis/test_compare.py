@@ -12,6 +12,7 @@ import types
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -712,7 +713,11 @@ def test_every_form_is_written_and_printed(written):
     images = {path.stem: path.read_bytes() for path in (out / "figures").iterdir()}
     assert {"scores-greedy", "differences-greedy", "curve-dev-exact_match-tokens", "profiles-T=1", "cost-tokens",
             "curve-rollout-exact_match-seconds"} <= images.keys()  # fmt: skip
-    assert all(image.startswith(b"\x89PNG") for image in images.values())
+    begin = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+    for name, image in images.items():
+        assert image.startswith(begin[Path(name).suffix]), name
+    stems = {suffix: {Path(name).stem for name in images if name.endswith(suffix)} for suffix in begin}
+    assert stems[".png"] == stems[".svg"] == stems[".pdf"] != set()
     for expected in ("Exact match, greedy", "Paired comparisons, greedy", "ARC panel", "Cost beside score", "page:"):
         assert expected in printed
     tables = json.loads((out / "comparison.json").read_text())["tables"]

@@ -49,7 +49,7 @@ def test_a_setting_that_is_forced_upon_a_part_is_refused_if_the_part_lacks_it(tm
 
 
 @pytest.mark.parametrize(
-    ("setting", "kept"), [("epochs", ("kd",)), ("critic_warmup_steps", ("dgpo",)), ("critic_warmup_step", None)]
+    ("setting", "kept"), [("epochs", ("kd",)), ("critic_warmup_steps", ("dgpo",)), ("kl_cof", None)]
 )
 def test_jobs_of_another_launcher_take_the_settings_that_they_have(setting, kept, tmp_path, monkeypatch):
     """A basic launcher runs the jobs in this process, as submitit runs them in others."""
@@ -59,7 +59,7 @@ def test_jobs_of_another_launcher_take_the_settings_that_they_have(setting, kept
     run = command(*words)
     if kept is None:
         assert (run.code, seen) == (1, [])
-        assert "Did you mean 'critic_warmup_steps'?" in run.err
+        assert "Did you mean 'kl_coef'?" in run.err
         return
     assert run.code == 0, run.err
     assert [algo["name"] for algo in seen] == ["kd", "dgpo"]
