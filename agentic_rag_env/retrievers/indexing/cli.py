@@ -3,9 +3,7 @@
 agentic-rag-index store wiki-18.jsonl wiki-18.arrow
 agentic-rag-index bm25 wiki-18.arrow wiki-bm25 --stemmer english --stopwords english
 agentic-rag-index dense wiki-18.arrow wiki-e5 --encoder intfloat/e5-base-v2 --dtype float16
-agentic-rag-index dense wiki-18.arrow wiki-bge --index HNSW32 --encoder '{
-    "model": "BAAI/bge-base-en-v1.5", "pooling": "cls", "passage_prefix": "",
-    "query_prefix": "Represent this sentence for searching relevant passages: "}'
+agentic-rag-index dense wiki-18.arrow wiki-bge --index HNSW32 --encoder '{"model": "bge-folder", "preset": "bge"}'
 agentic-rag-index check wiki-e5
 
 A corpus is a store or a file of passages: JSON lines, plain or compressed (.gz, .zst), Parquet or Arrow. After a kill,

@@ -26,7 +26,7 @@ class Encoder(Protocol):
         ...
 
     def encode_passages(self, passages: Sequence[str]) -> NDArray[np.float32]:
-        """Passages as rows [n, dim] of length 1, or 0 where a text has no features."""
+        """Passages as rows [n, dim], 0 where a text has no features; of length 1 if relevance is the cosine."""
         ...
 
     def encode_queries(self, queries: Sequence[str]) -> NDArray[np.float32]:

@@ -758,12 +758,16 @@ def test_a_model_is_known_by_its_weights(tmp_path: Path, store: CorpusStore) -> 
             with torch.no_grad():
                 model.encoder.layer[0].output.dense.bias[3] += 1e-3
         model.save_pretrained(tmp_path / name)
-    build_dense(store.path, tmp_path / "index", DenseIndexConfig(encoder={"model": str(tmp_path / "one")}))
-    expected = build_encoder({"model": str(tmp_path / "one")}).encode_passages([PASSAGES[70].contents])
+    build_dense(
+        store.path, tmp_path / "index", DenseIndexConfig(encoder={"model": str(tmp_path / "one"), "preset": "e5"})
+    )
+    expected = build_encoder({"model": str(tmp_path / "one"), "preset": "e5"}).encode_passages([PASSAGES[70].contents])
     np.testing.assert_allclose(np.load(tmp_path / "index/vectors/vectors.npy")[70:71], expected, atol=1e-6)
     shutil.rmtree(tmp_path / "one")
-    moved = {"model": str(tmp_path / "moved"), "batch_size": 3, "dtype": "bfloat16"}
+    moved = {"model": str(tmp_path / "moved"), "preset": "e5", "batch_size": 3, "dtype": "bfloat16"}
     RETRIEVERS.build({"name": "dense", "index": str(tmp_path / "index"), "encoder": moved}, corpus=None)
-    for other in ({"model": str(tmp_path / "tuned")}, {**moved, "pooling": "cls"}, {**moved, "query_prefix": ""}):
+    e5 = {"query_prefix": "query: ", "passage_prefix": "passage: "}
+    by_cls = {"model": moved["model"], "pooling": "cls", **e5}
+    for other in ({**moved, "model": str(tmp_path / "tuned")}, by_cls, {**moved, "query_prefix": ""}):
         with pytest.raises(DataError, match=r"was built with the encoder .* but the encoder given is"):
             RETRIEVERS.build({"name": "dense", "index": str(tmp_path / "index"), "encoder": other}, corpus=None)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import collections
 import copy
-import json
 import math
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 import zlib
@@ -34,7 +32,6 @@ from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever
 from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
 from agentic_rag_env.retrievers.vectors.encoders import build_encoder
 from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramConfig, HashedNgramEncoder
-from agentic_rag_env.retrievers.vectors.huggingface import HuggingFaceEncoder
 from agentic_rag_env.retrievers.words import Tokenizer
 from agentic_rag_env.types import Passage
 
@@ -612,125 +609,3 @@ def test_what_is_not_whole_is_made_again(kept: Path, caplog: pytest.LogCaptureFi
         assert RETRIEVERS.build(name, corpus=CORPUS).search(QUERIES, 5) == expected
         assert "is damaged; it is made again" in caplog.text
         assert file.read_bytes() == before
-
-
-# Hugging Face encoders
-
-
-@pytest.fixture(scope="module", params=["bert", "qwen2"])
-def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random model of two layers, with a tokenizer of whole words (BERT) or of bytes (Qwen2)."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    if request.param == "bert":
-        vocabulary = {word: index for index, word in enumerate(["[UNK]", "query", "passage", ":", *WORDS])}
-        inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-        inner.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
-        model = transformers.BertModel(transformers.BertConfig(vocab_size=len(vocabulary), **sizes))
-    else:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        tokenizer = transformers.Qwen2Tokenizer({byte: index for index, byte in enumerate(alphabet)}, [])
-        model = transformers.Qwen2Model(
-            transformers.Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)
-        )
-    folder = str(tmp_path_factory.mktemp(request.param))
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_hugging_face_pooling(model_folder: str, pooling: str) -> None:
-    """Batched and padded equals the plain forward pass of each text alone."""
-    import torch
-    import transformers
-
-    encoder = build_encoder({"model": model_folder, "pooling": pooling, "batch_size": 2, "device": "cpu"})
-    texts = ["amber", "birch cedar delta ember fjord", "unknown words here", "grove haven"]
-    model, tokenizer = (
-        cls.from_pretrained(model_folder) for cls in (transformers.AutoModel, transformers.AutoTokenizer)
-    )
-    for prefix, rows in (("query: ", encoder.encode_queries(texts)), ("passage: ", encoder.encode_passages(texts))):
-        assert rows.dtype == np.float32
-        for text, row in zip(texts, rows, strict=True):
-            with torch.no_grad():
-                hidden = model.eval()(**tokenizer(prefix + text, return_tensors="pt")).last_hidden_state[0]
-            expected = (hidden.mean(0) if pooling == "mean" else hidden[0]).numpy()
-            np.testing.assert_allclose(row, expected / np.linalg.norm(expected), atol=2e-6)
-
-
-def test_hugging_face_in_half_precision(model_folder: str) -> None:
-    texts = ["amber birch", "cedar"]
-    exact, half = (
-        build_encoder({"model": model_folder, "dtype": dtype, "device": "cpu"}).encode_passages(texts)
-        for dtype in ("float32", "bfloat16")
-    )
-    assert half.dtype == np.float32
-    assert 1e-6 < np.abs(exact - half).max() < 0.05
-
-
-def test_hugging_face_length_limit_and_hostile_texts(model_folder: str) -> None:
-    encoder = build_encoder({"model": model_folder, "max_length": 4, "passage_prefix": "", "device": "cpu"})
-    long, short = encoder.encode_passages(["amber birch cedar delta " * 100, "amber birch cedar delta"])
-    np.testing.assert_allclose(long, short, atol=1e-6)
-    rows = encoder.encode_passages(["", "\ud800", "\x00", "x" * 100_000])
-    assert rows.shape == (4, 16)
-    # A text without a token has no features; among others it stays so.
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [0, 1, rows[2].any(), 1], atol=1e-6)
-
-
-def test_hugging_face_in_dense_search(model_folder: str) -> None:
-    dense = DenseRetriever(DenseConfig({"model": model_folder, "query_prefix": "", "passage_prefix": ""}), CORPUS)
-    texts = [CORPUS[row].contents for row in (5, 40, 17)]
-    together = dense.search(texts, 3)
-    assert [found[0].contents for found in together] == texts
-    assert all(found[0].score == pytest.approx(1, abs=1e-3) for found in together)
-    assert [[passage.id for passage in found] for found in together] == [
-        [passage.id for passage in dense.search([text], 3)[0]] for text in texts
-    ]
-    assert isinstance(build_encoder(model_folder), HuggingFaceEncoder)
-
-
-@pytest.mark.parametrize(
-    "setting", [{"pooling": "max"}, {"dtype": "int8"}, {"max_length": 0}, {"batch_size": 0}, {"poling": "mean"}]
-)
-def test_hugging_face_settings_out_of_range(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError):
-        build_encoder({"model": "some/model", **setting})
-
-
-def test_hugging_face_length_beyond_the_model(model_folder: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"max_length=100000, but .* has \d+ positions"):
-        build_encoder({"model": model_folder, "max_length": 100_000})
-
-
-@pytest.mark.parametrize("model_type", ["unheard_of", None])
-def test_hugging_face_folder_with_code_of_its_own(
-    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str | None
-) -> None:
-    """It is neither executed nor asked about, whether or not the library has its own code for such a model."""
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
-    settings_of = json.loads((folder / "config.json").read_text())
-    code = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
-    (folder / "config.json").write_text(
-        json.dumps({**settings_of, "auto_map": code, "model_type": model_type or settings_of["model_type"]})
-    )
-    (folder / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'executed')!r}).touch()")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is there to answer"))
-    if model_type is None:
-        build_encoder({"model": str(folder), "device": "cpu"})
-    else:
-        with pytest.raises(ConfigurationError, match="cannot be loaded"):
-            build_encoder({"model": str(folder), "device": "cpu"})
-    assert not (tmp_path / "executed").exists()
-
-
-def test_hugging_face_folder_that_holds_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="cannot be loaded; give a folder made by save_pretrained"):
-        build_encoder(str(tmp_path))
