@@ -8,6 +8,7 @@ from agentic_rag_env.retrievers.faulty import FaultyConfig, FaultyRetriever
 from agentic_rag_env.retrievers.http import HttpConfig, HttpRetriever
 from agentic_rag_env.retrievers.hybrid import HybridConfig, HybridRetriever
 from agentic_rag_env.retrievers.rerank import RerankConfig, RerankRetriever
+from agentic_rag_env.retrievers.sharded import ShardedConfig, ShardedRetriever
 from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
 from agentic_rag_env.retrievers.vectors.encoders import ENCODERS, Encoder, StoredEncoder
 from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramConfig, HashedNgramEncoder
@@ -36,6 +37,8 @@ __all__ = [
     "RerankConfig",
     "RerankRetriever",
     "Retriever",
+    "ShardedConfig",
+    "ShardedRetriever",
     "StaticConfig",
     "StaticRetriever",
     "StoredEncoder",

@@ -35,8 +35,8 @@ from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramConfig, H
 from agentic_rag_env.retrievers.words import Tokenizer
 from agentic_rag_env.types import Passage
 
-#: `rerank` needs a model, see `test_hybrid_rerank.py`.
-LOCAL = sorted(set(RETRIEVERS.names()) - {"http", "rerank"})
+#: `rerank` needs a model, see `test_hybrid_rerank.py`; `sharded` needs parts, see `test_sharded.py`.
+LOCAL = sorted(set(RETRIEVERS.names()) - {"http", "rerank", "sharded"})
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven"]
 
 

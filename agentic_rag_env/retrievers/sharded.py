@@ -1,0 +1,121 @@
+"""Searches a corpus that lies in parts on several machines: asks every part, and merges the results by score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from agentic_rag_env.errors import ConfigurationError, RetrieverError
+from agentic_rag_env.registry import RETRIEVERS
+from agentic_rag_env.retrievers.base import Retriever, checked_queries, hash_of
+from agentic_rag_env.types import Found, Passage
+
+#: Retrievers whose scores depend on the passages beside the one that is scored: word statistics, or ranks.
+_NOT_COMPARABLE = ("bm25", "hybrid")
+
+
+@dataclass
+class ShardedConfig:
+    """Which services or retrievers hold the parts.
+
+    Attributes:
+        shards: Two or more parts with different passages, in the order of the corpus. A part is the address of a
+            service (see `HttpConfig.url`), a mapping with `name` and settings, or a retriever. A mapping such as
+            `{name: http, url: [...]}` names equal services that stand in for each other.
+    """
+
+    shards: list[Any]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.shards, str) or not isinstance(self.shards, Sequence) or len(self.shards) < 2:
+            raise ConfigurationError(f"sharded needs shards, a list of two parts or more, got {self.shards!r}.")
+        for number, spec in enumerate(self.shards, 1):
+            name = spec.get("name") if isinstance(spec, Mapping) else spec
+            if name in _NOT_COMPARABLE:
+                raise ConfigurationError(
+                    f"sharded merges by score, but a score of {name} depends on the other passages of its part (part "
+                    f"{number}), so scores of two parts cannot be compared. Shard a dense index, or search one index."
+                )
+
+
+@RETRIEVERS.register("sharded", ShardedConfig)
+class ShardedRetriever:
+    """Asks all parts at once and merges their passages by score.
+
+    The result is the ranking of one index over the whole corpus if the score of a passage depends on nothing but query
+    and passage, as for exact dense search and rerankers. Equal scores are in the order of the parts. It is not for
+    services that score by BM25, whose scores depend on the word statistics of their part; such a service cannot be told
+    from others, so take care. Nor is it for services that score by distance; those are refused at the first search.
+    A passage that two parts hold, with one id and one text, is returned once.
+
+    Args:
+        config: The parts.
+        corpus: Ignored; each part has its own passages.
+
+    Raises:
+        ConfigurationError: There are fewer than two parts, or a part cannot be made or has no comparable scores.
+    """
+
+    def __init__(self, config: ShardedConfig, corpus: Sequence[Passage] | None = None) -> None:
+        self._shards: list[tuple[str, Retriever]] = []
+        for number, spec in enumerate(config.shards, 1):
+            is_address = isinstance(spec, str) and spec not in RETRIEVERS.names()
+            shard = RETRIEVERS.build({"name": "http", "url": spec} if is_address else spec, corpus=None)
+            if not isinstance(shard, Retriever):
+                raise ConfigurationError(f"sharded merges the results of retrievers, got {shard!r} as part {number}.")
+            urls = getattr(shard, "urls", None)
+            what = ", ".join(urls) if urls else type(shard).__name__
+            self._shards.append((f"part {number} of {len(config.shards)} ({what})", shard))
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Hash of all that results depend on; None if a part cannot tell what it is."""
+        parts = [getattr(shard, "fingerprint", None) for _, shard in self._shards]
+        return None if None in parts else hash_of(["sharded", *parts])
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
+        """See `Retriever.search`. A query fails if it fails in one of the parts; the error names the part."""
+        distinct = list(dict.fromkeys(checked_queries(queries, top_k)))
+        if not distinct:
+            return []
+        with ThreadPoolExecutor(len(self._shards)) as pool:
+            of_shards = list(pool.map(lambda named: _search(*named, distinct, top_k), self._shards))
+        merged = {
+            query: _merge(found, top_k) for query, found in zip(distinct, zip(*of_shards, strict=True), strict=True)
+        }
+        answers = (merged[query] for query in checked_queries(queries, top_k))
+        return [found if isinstance(found, RetrieverError) else list(found) for found in answers]
+
+
+def _search(name: str, shard: Retriever, queries: list[str], top_k: int) -> list[Found]:
+    """The results of one part; its errors name it."""
+    try:
+        return [_checked(name, found) for found in shard.search(queries, top_k)]
+    except RetrieverError as error:
+        raise RetrieverError(f"{name}: {error}") from error
+
+
+def _checked(name: str, found: Found) -> Found:
+    if isinstance(found, RetrieverError):
+        return RetrieverError(f"{name}: {found}")
+    scores = [passage.score for passage in found]
+    if scores != sorted(scores, reverse=True) or (len(scores) > 1 and not any(scores)):
+        raise RetrieverError(
+            f"its scores are {scores[:3]}, best first; sharded needs scores that are higher the better, not distances, "
+            "and needs them sent."
+        )
+    return found
+
+
+def _merge(of_shards: Sequence[Found], top_k: int) -> Found:
+    passages: dict[tuple[str, str], Passage] = {}
+    for found in of_shards:
+        if isinstance(found, RetrieverError):
+            return found
+        for passage in found:
+            known = passages.get(key := (passage.id, passage.contents))
+            if known is None or passage.score > known.score:
+                passages[key] = passage
+    return sorted(passages.values(), key=lambda passage: -passage.score)[:top_k]
