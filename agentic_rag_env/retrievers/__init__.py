@@ -7,6 +7,7 @@ from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever
 from agentic_rag_env.retrievers.faulty import FaultyConfig, FaultyRetriever
 from agentic_rag_env.retrievers.http import HttpConfig, HttpRetriever
 from agentic_rag_env.retrievers.hybrid import HybridConfig, HybridRetriever
+from agentic_rag_env.retrievers.lancedb import LanceDBConfig, LanceDBRetriever
 from agentic_rag_env.retrievers.rerank import RerankConfig, RerankRetriever
 from agentic_rag_env.retrievers.sharded import ShardedConfig, ShardedRetriever
 from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
@@ -34,6 +35,8 @@ __all__ = [
     "HuggingFaceEncoder",
     "HybridConfig",
     "HybridRetriever",
+    "LanceDBConfig",
+    "LanceDBRetriever",
     "RerankConfig",
     "RerankRetriever",
     "Retriever",

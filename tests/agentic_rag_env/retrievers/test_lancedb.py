@@ -1,0 +1,211 @@
+"""Search in LanceDB tables. What every retriever promises is tested in `test_retrievers.py`."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lancedb")
+
+import agentic_rag_env  # noqa: F401
+from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
+from agentic_rag_env.registry import RETRIEVERS
+from agentic_rag_env.retrievers.vectors import lance_tables
+from agentic_rag_env.retrievers.vectors.lance_tables import connect
+from agentic_rag_env.types import Passage
+
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven"]
+RNG = np.random.default_rng(0)
+CORPUS = [Passage(f"p{row}", " ".join(RNG.choice(WORDS, RNG.integers(1, 12)))) for row in range(300)]
+QUERIES = ["amber cedar", "fjord", "haven grove delta birch ember", "amber amber fjord", "zebra", "", "amber cedar"]
+
+
+def lance(place: Path | str | None, corpus: Any = CORPUS, **settings: Any) -> Any:
+    uri = None if place is None else str(place)
+    return RETRIEVERS.build({"name": "lancedb", "uri": uri, **settings}, corpus=corpus)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lance")
+    lance(folder)
+    return folder
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 300, 1000])
+def test_exact_search_ranks_like_dense(place: Path, top_k: int) -> None:
+    expected = RETRIEVERS.build("dense", corpus=CORPUS).search(QUERIES, top_k)
+    assert lance(place).search(QUERIES, top_k) == expected
+
+
+def bm25(text: str, query: str, texts: Sequence[str], k1: float = 1.2, b: float = 0.75) -> float:
+    """Okapi's sum over words of ln(1 + (N - df + 1/2) / (df + 1/2)) tf (k1 + 1) / (tf + k1 (1 - b + b l / avg l))."""
+    documents = [other.split() for other in texts]
+    average, words = sum(map(len, documents)) / len(documents), text.split()
+    score = 0.0
+    for word in set(query.split()):
+        frequency, count = sum(word in other for other in documents), words.count(word)
+        idf = np.log(1 + (len(texts) - frequency + 0.5) / (frequency + 0.5))
+        score += idf * count * (k1 + 1) / (count + k1 * (1 - b + b * len(words) / average))
+    return score
+
+
+@pytest.mark.parametrize("query", ["amber cedar", "fjord", "haven grove delta"])
+def test_words_are_scored_by_bm25(tmp_path: Path, query: str) -> None:
+    texts = [passage.contents for passage in CORPUS]
+    (found,) = lance(tmp_path, language=None, search="text").search([query], 10)
+    scores = [bm25(text, query, texts) for text in texts]
+    best = sorted(range(len(texts)), key=lambda row: (-round(scores[row], 4), row))[:10]
+    assert [passage.id for passage in found] == [f"p{row}" for row in best]
+    for passage in found:
+        assert passage.score == pytest.approx(scores[int(passage.id[1:])], rel=1e-4)
+
+
+def test_stems_and_stop_words(tmp_path: Path) -> None:
+    corpus = [Passage("a", "The runner is running"), Passage("b", "a library of ponies")]
+    found = lance(tmp_path / "en", corpus, search="text").search(["run", "PONY", "the", "running"], 3)
+    assert [[passage.id for passage in passages] for passages in found] == [["a"], ["b"], [], ["a"]]
+    plain = lance(tmp_path / "plain", corpus, search="text", language=None).search(["run", "the"], 3)
+    assert [[passage.id for passage in passages] for passages in plain] == [[], ["a"]]
+
+
+def test_hybrid_fuses_both_by_ranks(place: Path) -> None:
+    dense, text = (lance(place, search=search).search(["amber cedar"], 100)[0] for search in ("dense", "text"))
+    sums: dict[str, float] = {}
+    for found in (dense, text):
+        for rank, passage in enumerate(found, 1):
+            sums[passage.id] = sums.get(passage.id, 0.0) + 1 / (60 + rank)
+    (fused,) = lance(place, search="hybrid").search(["amber cedar"], 5)
+    assert [passage.score for passage in fused] == pytest.approx(sorted(sums.values(), reverse=True)[:5])
+    assert all(passage.score == pytest.approx(sums[passage.id]) for passage in fused)
+
+
+def test_ties_follow_the_corpus_however_many_there_are(tmp_path: Path) -> None:
+    corpus = [Passage(f"p{row}", "amber") for row in range(200)]
+    for search in ("dense", "text"):
+        (found,) = lance(tmp_path / search, corpus, search=search).search(["amber"], 3)
+        assert [passage.id for passage in found] == ["p0", "p1", "p2"]
+
+
+@pytest.mark.parametrize(
+    ("index", "kind"), [("IVF_FLAT", "IvfFlat"), ("IVF_PQ", "IvfPq"), ("IVF_HNSW_SQ", "IvfHnswSq")]
+)
+def test_an_index_with_all_lists_finds_nearly_all(tmp_path: Path, index: str, kind: str) -> None:
+    exact = lance(tmp_path / "exact").search(QUERIES[:4], 3)
+    retriever = lance(tmp_path / "index", index=index, nprobes=1000)
+    assert {found.index_type for found in retriever._table.list_indices()} == {"FTS", kind}
+    found = retriever.search(QUERIES[:4], 3)
+    shared = [len({p.id for p in a} & {p.id for p in b}) for a, b in zip(exact, found, strict=True)]
+    assert sum(shared) >= 6  # a rounding index over 300 texts of eight words loses some
+
+
+def test_a_table_opens_without_its_corpus_and_knows_its_encoder(tmp_path: Path) -> None:
+    made = lance(tmp_path, encoder={"name": "hashed_ngram", "dim": 64})
+    opened = lance(tmp_path, corpus=None)
+    assert opened.search(QUERIES, 5) == made.search(QUERIES, 5)
+    assert opened.fingerprint == made.fingerprint != lance(tmp_path, corpus=None, search="text").fingerprint
+    with pytest.raises(DataError, match=r"was made with the encoder .*'dim': 64"):
+        lance(tmp_path, corpus=None, encoder="hashed_ngram")
+    with pytest.raises(DataError, match=r"was made of the corpus .* but the corpus given is"):
+        lance(tmp_path, corpus=CORPUS[:10])
+
+
+def test_without_a_place_it_is_kept_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AGENTIC_RAG_CACHE", str(tmp_path))
+    first = lance(None)
+    monkeypatch.setattr(lance_tables, "make_table", lambda *_, **__: pytest.fail("made again"))
+    assert lance(None).search(QUERIES, 5) == first.search(QUERIES, 5)
+    assert lance(None).fingerprint == first.fingerprint
+
+
+def test_an_unfinished_table_is_made_again(tmp_path: Path) -> None:
+    expected = lance(tmp_path).search(QUERIES, 5)
+    connect(str(tmp_path), None).open_table("passages").delete("id = 'p7'")
+    assert lance(tmp_path).search(QUERIES, 5) == expected
+
+
+def test_a_table_that_others_made(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    rows = {"id": ["a", "b"], "contents": ["amber", "birch"], "vector": [[1.0, 0.0], [0.0, 1.0]]}
+    table = pa.table(rows).cast(
+        pa.schema([("id", pa.string()), ("contents", pa.string()), ("vector", pa.list_(pa.float32(), 2))])
+    )
+    database = connect(str(tmp_path), None)
+    database.create_table("passages", table)
+    database.create_table("ids", table.drop_columns("contents"))
+
+    class Encoder:
+        fingerprint = "mine"
+
+        def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
+            return np.array([[0.6, 0.8]] * len(queries), np.float32)
+
+        encode_passages = encode_queries
+
+        def fit(self, passages: Sequence[str]) -> None: ...
+
+        def settings(self) -> dict[str, Any]:
+            return {}
+
+        def state(self) -> dict[str, Any]:
+            return {}
+
+        def load_state(self, state: Any) -> None: ...
+
+    retriever = lance(tmp_path, corpus=None, encoder=Encoder())
+    assert retriever.search(["q"], 2) == [[Passage("b", "birch", 0.8), Passage("a", "amber", 0.6)]]
+    assert retriever.fingerprint is None
+    for settings, error, said in (
+        ({}, ConfigurationError, "does not say which encoder"),
+        ({"search": "text"}, DataError, "has no index over words"),
+        ({"table": "ids", "encoder": Encoder()}, DataError, "lacks the columns contents"),
+    ):
+        with pytest.raises(error, match=said):
+            lance(tmp_path, corpus=None, **settings)
+
+
+def test_damaged_notes(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    lance(tmp_path)
+    for text in ("{", "[]", '{"corpus": "x"}'):
+        connect(str(tmp_path), None).create_table("passages_facts", pa.table({"facts": [text]}), mode="overwrite")
+        with pytest.raises(DataError, match="'passages_facts' is damaged"):
+            lance(tmp_path, corpus=None)
+
+
+def test_a_search_that_fails(tmp_path: Path) -> None:
+    retriever = lance(tmp_path)
+    connect(str(tmp_path), None).drop_table("passages")
+    with pytest.raises(RetrieverError, match="cannot be searched"):
+        retriever.search(["amber"], 3)
+
+
+@pytest.mark.skipif("LANCEDB_URI" not in os.environ, reason="needs LANCEDB_URI=s3://<bucket>/<folder>")
+def test_object_storage() -> None:
+    """`moto_server` is such a storage: AWS_ENDPOINT=http://127.0.0.1:5000 AWS_ALLOW_HTTP=true and any keys."""
+    place = f"{os.environ['LANCEDB_URI']}/{uuid.uuid4().hex}"
+    made, expected = lance(place), RETRIEVERS.build("dense", corpus=CORPUS).search(QUERIES, 5)
+    assert made.search(QUERIES, 5) == lance(place, corpus=None).search(QUERIES, 5) == expected
+    assert lance(place, corpus=None, search="hybrid").search(["amber cedar"], 3)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"search": "words"}, "search must be one of"), ({"index": "FLAT"}, "index must be"), ({"nprobes": 0}, "nprobes")],
+)
+def test_settings_out_of_range(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        lance(None, **settings)
+
+
+def test_a_place_without_the_table_needs_a_corpus(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="retriever 'lancedb' searches a corpus, but got none"):
+        lance(tmp_path, corpus=None)
