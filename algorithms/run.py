@@ -44,7 +44,17 @@ def _composed(config: DictConfig) -> None:
     with clear_errors(run_dir), no_trace_of_refusals(run_dir, config):
         left = left_to_run(run_dir, config)
         if left is not None:
-            carry_out(run, run_config(left), run_dir)
+            settings = run_config(left)
+            if settings.preflight:
+                _plan(settings, run_dir)
+            else:
+                carry_out(run, settings, run_dir)
+
+
+def _plan(config: RunConfig, run_dir: Path) -> None:
+    from algorithms.training.preflight import preflight
+
+    preflight(config, run_dir)
 
 
 def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def make(folder: Path) -> None:
     for place, index in {"exact": None, "lists": "IVF_FLAT"}.items():
         start = time.perf_counter()
         make_table(connect(str(folder / place), None), "passages", store, encoder, index=index, language=None)
-        print(f"\nlancedb, {place}: made in {time.perf_counter() - start:.0f} s", end="")
+        print(f"\nlancedb, {place}: made in {time.perf_counter() - start:.0f} s", end="", flush=True)
 
 
 def test_lancedb_beside_ours(tmp_path: Path) -> None:

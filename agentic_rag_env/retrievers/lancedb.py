@@ -35,7 +35,7 @@ from agentic_rag_env.retrievers.vectors.lance_tables import (
 )
 from agentic_rag_env.retrievers.vectors.ranking import MARGIN, SCORE_DECIMALS
 from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
-from agentic_rag_env.types import Found, Passage
+from agentic_rag_env.types import Passage
 
 SEARCHES = ("dense", "text", "hybrid")
 #: Most words of a query for a search by words.
@@ -86,7 +86,7 @@ class _Row(NamedTuple):
 class _Part(NamedTuple):
     """One of the two searches of a hybrid one."""
 
-    search: Callable[[Sequence[str], int], list[Found]]
+    search: Callable[[Sequence[str], int], list[list[Passage]]]
 
 
 @RETRIEVERS.register("lancedb", LanceDBConfig)
@@ -134,25 +134,25 @@ class LanceDBRetriever:
         made = {key: value for key, value in self._facts.items() if key != "state"}
         return hash_of(["lancedb", self._config.search, self._config.nprobes, made])
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """See `Retriever.search`. A query that occurs more than once is searched once."""
         queries = checked_queries(queries, top_k)
         if self._config.search == "hybrid":
             return self._hybrid.search(queries, top_k)
         return (self._by_words if self._config.search == "text" else self._by_vectors)(queries, top_k)
 
-    def _by_words(self, queries: Sequence[str], top_k: int) -> list[Found]:
-        from lancedb.query import MatchQuery
+    def _by_words(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+        match: Any = import_lancedb().query.MatchQuery
 
         def propose(query: str, count: int) -> list[_Row]:
             words = " ".join(encodable(query).split()[:_MAX_WORDS])
-            search = self._table.search(MatchQuery(words, "contents"), query_type="fts")
+            search = self._table.search(match(words, "contents"), query_type="fts")
             return _rows(self._read(search.select(["id", "contents", "_score"]).limit(count)), "_score")
 
         ranked = {query: self._best(lambda count, query=query: propose(query, count), top_k) for query in set(queries)}  # type: ignore[misc]
         return [list(ranked[query]) for query in queries]
 
-    def _by_vectors(self, queries: Sequence[str], top_k: int) -> list[Found]:
+    def _by_vectors(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         distinct = list(dict.fromkeys(queries))
         if not distinct:
             return []

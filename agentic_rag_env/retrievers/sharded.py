@@ -81,7 +81,7 @@ class ShardedRetriever:
         if not distinct:
             return []
         with ThreadPoolExecutor(len(self._shards)) as pool:
-            of_shards = list(pool.map(lambda named: _search(*named, distinct, top_k), self._shards))
+            of_shards = list(pool.map(lambda shard: _search(shard[0], shard[1], distinct, top_k), self._shards))
         merged = {
             query: _merge(found, top_k) for query, found in zip(distinct, zip(*of_shards, strict=True), strict=True)
         }

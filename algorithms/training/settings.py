@@ -29,6 +29,7 @@ from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.config import WITHOUT_EFFECT, DemonstrationConfig, LearnerConfig
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training import presets
+from algorithms.training.hardware import HardwareConfig
 from algorithms.training.run_files import require_named
 
 
@@ -136,6 +137,7 @@ class RunConfig:
         probe_every: Training steps between probes on the questions of a check on the dev split; 0 for none.
         threads: CPU threads of each process; None leaves PyTorch's choice.
         allow: Addresses and files outside of the run directory that the settings saved in `resume` may name.
+        preflight: Write a plan of memory, disk, tokens and time to `preflight.json` instead of training.
     """
 
     algo: Any = MISSING
@@ -148,6 +150,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     demonstrations: DemonstrationsConfig = field(default_factory=DemonstrationsConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     seed: int = 0
     resume: str | None = field(default=None, metadata=WITHOUT_EFFECT)
     num_envs: int = 96
@@ -159,6 +162,7 @@ class RunConfig:
     probe_every: int = field(default=0, metadata=WITHOUT_EFFECT)
     threads: int | None = field(default=None, metadata=WITHOUT_EFFECT)
     allow: list[str] = field(default_factory=list, metadata=WITHOUT_EFFECT)
+    preflight: bool = field(default=False, metadata=WITHOUT_EFFECT)
 
     def __post_init__(self) -> None:
         check_settings(self, Allowed("in [0, 2**32)", lambda value: 0 <= value < 2**32), "seed")
@@ -304,8 +308,10 @@ def run_config(composed: DictConfig) -> RunConfig:
         "rollout": RolloutConfig,
         "evaluation": EvaluationConfig,
         "demonstrations": DemonstrationsConfig,
+        "hardware": HardwareConfig,
     }
-    settings.setdefault("demonstrations", {"num": None})  # the run is older than this setting
+    # The run may be older than these settings.
+    settings = {"demonstrations": {"num": None}, "hardware": vars(HardwareConfig()), "preflight": False, **settings}
     _check_names(RunConfig, "", settings)
     for name, section in sections.items():
         _check_names(section, f"{name}.", settings[name])
