@@ -64,6 +64,7 @@ def files(tmp_path):
         "gymnasium": ["env.id=AgenticRAG-v0"],
         "http": ["retriever.url=http://127.0.0.1:9/retrieve"],
         "rerank": ["retriever.model=no-such-folder"],
+        "sharded": ["retriever.shards=[http://127.0.0.1:9,http://127.0.0.1:8]"],
         "benchmark": [f"dataset.path={tmp_path / 'train.jsonl'}"],
         "mixture": [f"+dataset.sources.one={{name: benchmark, path: {tmp_path / 'train.jsonl'}}}"],
     }
