@@ -36,6 +36,8 @@ from agentic_rag_env.types import Question
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 
 NUM_CLIENTS, NUM_ENVS, TOP_K = 256, 64, 3
+#: Process of each running server, by its port.
+PROCESSES: dict[int, int] = {}
 SECONDS = float(os.environ.get("SERVER_SECONDS", 5))
 #: A server as most are written: each request is a search in one of the framework's threads.
 PLAIN = """
@@ -83,10 +85,17 @@ def server(kind: str, spec: dict[str, Any], corpus: Path) -> Iterator[int]:
         assert process.stdout
         found = re.search(r":(\d+)/retrieve", process.stdout.readline())
         assert found, "the server did not start"
+        PROCESSES[int(found[1])] = process.pid
         yield int(found[1])
     finally:
         process.terminate()
         process.communicate()
+
+
+def cpu_seconds(port: int) -> float:
+    """The processor time that a server has taken so far [s]."""
+    fields = Path(f"/proc/{PROCESSES[port]}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def load(port: int, texts: list[str], num_clients: int, seconds: float) -> tuple[float, np.ndarray]:
@@ -129,16 +138,24 @@ def texts(questions: list[Question]) -> list[str]:
 
 
 def test_many_clients_at_once(spec: dict[str, Any], store: CorpusStore, texts: list[str]) -> None:
-    rates = {}
+    """Queries per second of processor time decide.
+
+    The plain server searches in 40 threads. On a machine that others use as well, it so gets a larger share of the
+    cores, and answers more queries in a second of the clock although each costs more.
+    """
+    rates, per_cpu = {}, {}
     for kind in ("plain", "coalescing"):
         with server(kind, spec, store.path) as port:
             asyncio.run(load(port, texts, 8, 0.5))
+            before, start = cpu_seconds(port), time.perf_counter()
             rates[kind], latencies = asyncio.run(load(port, texts, NUM_CLIENTS, SECONDS))
+            per_cpu[kind] = len(latencies) / (cpu_seconds(port) - before)
+            share = (cpu_seconds(port) - before) / (time.perf_counter() - start)
         p50, p99 = np.percentile(latencies, [50, 99])
         print(f"\n{NUM_PASSAGES} passages, {NUM_CLIENTS} clients, {kind}: {rates[kind]:.1f} queries/s, ", end="")
-        print(f"p50 {p50:.0f} ms, p99 {p99:.0f} ms")
-    ratio = rates["coalescing"] / rates["plain"]
-    print(f"ratio {ratio:.1f}")
+        print(f"{per_cpu[kind]:.1f} per CPU second, {share:.2f} cores, p50 {p50:.0f} ms, p99 {p99:.0f} ms")
+    ratio = per_cpu["coalescing"] / per_cpu["plain"]
+    print(f"ratio {rates['coalescing'] / rates['plain']:.1f}, per CPU second {ratio:.1f}")
     assert ratio >= (10 if NUM_PASSAGES >= 1_000_000 else 1)
 
 

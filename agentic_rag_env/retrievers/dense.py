@@ -165,6 +165,10 @@ class DenseRetriever(CorpusRetriever):
             found[place] = best
         return found
 
+    def prepare(self) -> None:
+        """Load what the first search for many queries needs; a server does so before it listens."""
+        getattr(self._search, "prepare", lambda: None)()
+
     def _identity(self) -> dict[str, Any] | None:
         if not isinstance(self._encoder, StoredEncoder):
             return None

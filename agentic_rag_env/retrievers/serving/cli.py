@@ -19,6 +19,7 @@ import contextlib
 import inspect
 import json
 import math
+import os
 import re
 import signal
 import socket
@@ -118,6 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: Mapping[str, Any]) -> None:
+    # Read by torch and FAISS when they load. By default their threads spin while they wait for each other, and where
+    # other processes share the cores, each waits for the others' time slices: a batch then takes several times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The thread that searches gives way sooner than after 5 ms to the one that speaks HTTP.
     sys.setswitchinterval(0.0005)
     config = ServerConfig(**{field.name: options[field.name] for field in fields(ServerConfig)})
@@ -125,6 +129,8 @@ def _serve(options: Mapping[str, Any]) -> None:
     with listen_at(config) as listener:  # before anything slow is loaded
         corpus = _corpus(options["corpus"], options["dataset"])
         retriever = build_wrapped("agentic-rag-serve", spec, corpus)
+        if (prepare := getattr(retriever, "prepare", None)) is not None:
+            prepare()  # or the first large batch would wait for it
         try:
             fingerprint = fingerprint_of(retriever, spec, corpus)
         except ConfigurationError:

@@ -74,6 +74,10 @@ class FlatSearch(FaissSearch):
         products = self._products if len(queries) >= self.MANY else None
         return super().propose(queries, count) if products is None else products.propose(queries, count)
 
+    def prepare(self) -> None:
+        """Load torch now, which takes seconds, and not during the first search for many queries."""
+        _ = self._products
+
     @cached_property
     def _products(self) -> TorchSearch | None:
         return TorchSearch(vectors_of_flat(self._index), "cpu") if find_spec("torch") else None

@@ -323,6 +323,13 @@ def test_flat_torch_and_brute_force_agree(
     assert [name for name, _ in brute_force(QUERIES, 10, dtype)[0]] == [f"p{row}" for row in range(10)]
 
 
+def test_what_many_queries_need_is_loaded_beforehand(dense_folder: Path) -> None:
+    dense = RETRIEVERS.build({"name": "dense", "index": str(dense_folder), "encoder": CrcEncoder()}, corpus=None)
+    assert "_products" not in vars(dense._search), "a lone query needs no torch"
+    dense.prepare()
+    assert "_products" in vars(dense._search)
+
+
 @pytest.mark.parametrize("block_rows", [1, 7, 64, 599])
 def test_torch_in_blocks(dense_folder: Path, monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
     monkeypatch.setattr(torch_search, "CPU_BLOCK_ROWS", block_rows)
