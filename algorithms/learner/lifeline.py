@@ -128,14 +128,16 @@ class Lifeline:
     def _end(self, message: str) -> NoReturn:
         if self._claims():
             print(message, file=sys.stderr, flush=True)
+            time.sleep(2 * _POLL_S)  # the store may end with this process, and the others are to see that it has told
         os._exit(1)
 
     def _claims(self) -> bool:
         """Whether it is for this process to say what went wrong: nobody else has yet."""
         try:
             return self._store.add("told", 1) == 1
-        except (RuntimeError, OSError):
-            return True
+        except (RuntimeError, OSError):  # the store has ended: the first of those that are left says it
+            left = [other for other, (_, _, pid) in self._places.items() if _state(pid) not in ("", "Z", "X", "T")]
+            return self._rank < min(left, default=self._count)
 
     def _is_asked_to_end(self, wait_s: float) -> bool:
         """Wait a moment, and say whether SIGTERM has come meanwhile."""

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 from algorithms.run import main
 
-_OF_TORCH = ("[W", "[rank", "  ", "frame #", "Exception raised from")
+_OF_TORCH = ("[W", "[rank", "  ", "frame #", "Exception raised from", "<omitting")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["algorithms.run", "algorithms.training.summary", "small_runs", "rank_processes"])
 

@@ -143,7 +143,7 @@ DEATHS = {
     "before gradients are summed": (1, "algorithms.learner.ranks.sum_gradients", 2, signal.SIGKILL),
     "in the middle of a rollout": (2, "algorithms.training.batches.Sources.played", 2, signal.SIGKILL),
     "while a checkpoint is written": (0, "algorithms.training.checkpoint._sync", 2, signal.SIGKILL),
-    "while probes are asked": (0, "algorithms.rollout.generator.Generator.answer", 3, signal.SIGKILL),
+    "while probes are asked": (0, "algorithms.rollout.generator.Generator.answer", 1, signal.SIGKILL),
     "stopped before a sum": (1, "algorithms.learner.ranks.summed", 9, signal.SIGSTOP),
     "stopped, the one that writes": (0, "algorithms.training.trainer.write_check", 2, signal.SIGSTOP),
     "an error of one": (2, "algorithms.training.batches.Sources.played", 1, "the disk is gone"),
