@@ -214,8 +214,14 @@ def test_a_checkpoint_is_measured_as_the_run_measured_it(sft, tmp_path, capsys):
     assert [seed_of(row) for row in rows] == [1_000_000_000 + place for place in range(5)]
     assert {row["prompt"] for row in rows} == {"0 + 0 = ?\n"}
     # The checkpoint plays our own environment, too.
-    ours = ["env=agentic_rag", "dataset.num_questions=4", "dataset.num_passages=150", "rollout.max_tokens=512"]
-    assert len(rows_of_predictions(score(*ours, "evaluation.temperatures=[0]", "probes=[]"))) == 4
+    ours = [
+        "env=agentic_rag",
+        "probes=[]",
+        "dataset.num_questions=4",
+        "dataset.num_passages=150",
+        "rollout.max_tokens=512",
+    ]
+    assert len(rows_of_predictions(score(*ours, "evaluation.num_questions=3", "evaluation.temperatures=[0]"))) == 3
     for given, message in (
         ("dataset=jsonl", "env=gymnasium brings its own questions, so dataset=jsonl would have no effect"),
         ("dataset.num_questions=4", "so dataset.num_questions would have no effect; leave it out"),
