@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
+from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, did_you_mean
 from agentic_rag_env.terminal import print_line
 from agentic_rag_env.vector import brings_questions
 from algorithms.learner import ranks
@@ -265,8 +265,15 @@ def _with_nested(spec: Any) -> Any:
     if not isinstance(spec, Mapping):
         return spec
     return {
-        key: _NESTED[key.rpartition("_")[2]](**value)
-        if key.rpartition("_")[2] in _NESTED and isinstance(value, Mapping)
-        else value
+        key: _nested(key, value) if key.rpartition("_")[2] in _NESTED and isinstance(value, Mapping) else value
         for key, value in spec.items()
     }
+
+
+def _nested(key: str, settings: Mapping[str, Any]) -> Any:
+    kind = _NESTED[key.rpartition("_")[2]]
+    known = [each.name for each in dataclasses.fields(kind)]
+    for name in settings:
+        if name not in known:  # in a file of settings that was damaged or edited
+            raise ConfigurationError(f"{key} has no setting {name!r}.{did_you_mean(name, known)}")
+    return kind(**settings)
