@@ -48,14 +48,20 @@ def complete(config: RunConfig) -> RunConfig:
         ConfigurationError: As for `configure`.
     """
     default = RunConfig()
-    return configure(**{name: value for name, value in _fields(config) if value != getattr(default, name)})
+    given = {name: value for name, value in _fields(config) if value != getattr(default, name)}
+    # An environment that brings its questions leaves these parts out by itself.
+    return configure(**{name: value for name, value in given.items() if value is not None or name not in PARTS})
 
 
 def overrides_of(config: RunConfig) -> list[str]:
     """What complete settings choose, as overrides `name=value`: the parts, and settings that are not their defaults."""
-    names = {group: _only_names(getattr(config, group)) for group in PARTS}
+    names = {group: _only_names(spec) for group in PARTS if (spec := getattr(config, group)) and "name" in spec}
     settings = settings_with_effect(_plain(config))
-    changed = _changed(settings, _plain(configure(**names)))
+    try:
+        default = configure(**names)
+    except ConfigurationError:  # a part has settings without defaults, such as an address
+        default = RunConfig()
+    changed = _changed(settings, _plain(default))
     return [f"{name}={value}" for name, value in (*_leaves(names), *_leaves(changed))]
 
 
@@ -168,7 +174,9 @@ def _only_names(spec: Mapping[str, Any]) -> dict[str, Any]:
 def _changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     """The part of nested settings that differs from the default."""
     return {
-        name: _changed(value, default[name]) if isinstance(value, dict) and default.get(name) else value
+        name: _changed(value, default[name])
+        if isinstance(value, dict) and isinstance(default.get(name), dict)
+        else value
         for name, value in settings.items()
         if name not in default or value != default[name]
     }

@@ -710,9 +710,9 @@ def test_every_form_is_written_and_printed(written):
     out, printed = written
     assert {"comparison.md", "comparison.html", "comparison.json", "results-greedy.csv", "results-greedy.tex",
             "curves.csv", "tb", "figures"} <= {path.name for path in out.iterdir()}  # fmt: skip
-    images = {path.stem: path.read_bytes() for path in (out / "figures").iterdir()}
+    images = {path.name: path.read_bytes() for path in (out / "figures").iterdir()}
     assert {"scores-greedy", "differences-greedy", "curve-dev-exact_match-tokens", "profiles-T=1", "cost-tokens",
-            "curve-rollout-exact_match-seconds"} <= images.keys()  # fmt: skip
+            "curve-rollout-exact_match-seconds"} <= {Path(name).stem for name in images}  # fmt: skip
     begin = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
     for name, image in images.items():
         assert image.startswith(begin[Path(name).suffix]), name
