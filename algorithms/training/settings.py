@@ -176,6 +176,8 @@ class RunConfig:
             LOGGERS.build(logger)
         check_settings(self, FRACTION, "max_retriever_error_fraction")
         check_settings(self, or_none(COUNT), "threads", "keep_checkpoints")
+        if self.env == MISSING:  # only the defaults are read
+            return
         if brings_questions(self.env):
             self._refuse_parts()
         elif missing := [group for group in QUESTION_PARTS if getattr(self, group) is None]:
