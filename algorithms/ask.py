@@ -14,6 +14,7 @@ from agentic_rag_env.terminal import escape_what_streams_lack
 from algorithms.evaluate import find
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
+from algorithms.launch.processes import wait_passively
 from algorithms.training.schemas import register_schemas
 from algorithms.training.settings import RunConfig
 from algorithms.training.typed import ask_config
@@ -28,6 +29,7 @@ with clear_errors():  # of a plug-in
 def main() -> None:
     """Entry point; Hydra composes the configuration."""
     escape_what_streams_lack()
+    wait_passively()
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     with clear_errors():
         prepare("ask")

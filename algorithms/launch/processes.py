@@ -21,6 +21,14 @@ def are_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+def wait_passively() -> None:
+    """Let threads sleep while they wait for each other, as OpenMP reads it when torch is loaded.
+
+    Threads that spin instead take each other's time slices as soon as a machine has other work, too.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def start(read: Callable[[], None], work: _Work) -> None:
     """Begin a command.
 
@@ -28,6 +36,7 @@ def start(read: Callable[[], None], work: _Work) -> None:
         read: Reads the command line and calls `carry_out` with the work; only the first process does so.
         work: What is to be done. The other processes wait for its arguments.
     """
+    wait_passively()
     if not are_several():
         read()
         return

@@ -217,7 +217,7 @@ class EvaluateConfig:
         max_retriever_error_fraction: Share of the episodes that a failed search may end; past it the evaluation stops.
         probes: ARC probes, by name or as a mapping with `name` and settings; empty for none.
         cache_dir: Folder that keeps what a `.gguf` file is converted to.
-        threads: CPU threads; None leaves PyTorch's choice.
+        threads: CPU threads; None: one for a model below five million parameters, else PyTorch's choice.
         allow: Addresses and files outside of the run directory that the settings saved in it may name.
     """
 
@@ -248,7 +248,7 @@ class AskConfig:
         checkpoint: A run directory, a Hugging Face folder, a `.gguf` file, a bundled name or a hub id.
         question: A question in plain words; None: questions are typed one after the other.
         cache_dir: Folder that keeps what a `.gguf` file is converted to.
-        threads: CPU threads; None leaves PyTorch's choice.
+        threads: CPU threads; None: one for a model below five million parameters, else PyTorch's choice.
         allow: Addresses and files outside of the run directory that the settings saved in it may name.
     """
 

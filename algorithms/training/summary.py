@@ -32,7 +32,7 @@ from algorithms.training import checkpoint, evaluation
 from algorithms.training.arc_table import show_arc
 from algorithms.training.build import Environments
 from algorithms.training.checkpoint import checkpoint_name
-from algorithms.training.costs import spend, timed
+from algorithms.training.costs import speeds, spend, timed
 from algorithms.training.evaluation import Evaluated, mode_name
 from algorithms.training.evaluation_cache import place
 from algorithms.training.file_locks import exclusively
@@ -100,6 +100,7 @@ def summarize(
         ),
         "demonstrations": {},
         "costs": {name: round(cost, 3) for name, cost in sorted(costs.items())},
+        "speeds": {name: round(speed, 1) for name, speed in speeds(costs).items()},
         "teacher_share_of_training": _teacher_share(costs),
         "kl_estimator": None,
         "fingerprints": fingerprints(

@@ -25,7 +25,7 @@ from algorithms.training import checkpoint, evaluation
 from algorithms.training.agent_files import described
 from algorithms.training.batches import Sources, choose_source
 from algorithms.training.build import Environments, Networks, build_stages
-from algorithms.training.costs import cost_metrics, spend, timed
+from algorithms.training.costs import cost_metrics, speeds, spend, timed
 from algorithms.training.episode_figures import trajectory_metrics
 from algorithms.training.file_locks import make_cache
 from algorithms.training.presets import toy_settings
@@ -291,8 +291,8 @@ class Trainer:
         stage, step, replay = self.position.stage, self.position.stage_step, self.sources.replay
         progress = Progress(step, total_steps, len(replay), replay.is_full)
         source = choose_source(learner.algorithm, progress, seeding.rng(self.config.seed, stage, "source", step))
+        costs, before = self.position.costs, dict(self.position.costs)
         trajectories, metrics = self._draw(learner.algorithm, source)
-        costs = self.position.costs
         with timed(costs, "score_s") as scoring:
             batch = self._collate(trajectories)
             learner.score(batch)
@@ -308,6 +308,7 @@ class Trainer:
         if is_due(self.config.evaluation.every, step + 1, total_steps):
             self._save_sample(trajectories, batch, learner)
         metrics |= {f"train/{name}": value for name, value in figures.items()}
+        metrics |= {f"time/{name}": value for name, value in speeds(costs, before).items()}
         return metrics | scoring | updating
 
     def _save_sample(self, trajectories: Sequence[Trajectory], batch: Batch, learner: Learner) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from algorithms.learner import decoder
-from algorithms.learner.networks import backbone_hidden
+from algorithms.learner.networks import backbone_hidden, load_model
 
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True}),
@@ -81,6 +81,16 @@ def test_states_and_gradients_are_those_of_the_familys_own_pass(family):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_float64_stays_exact(tmp_path):
+    make("qwen2").save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="float64")
+    ids = torch.randint(50, (2, 13), generator=torch.Generator().manual_seed(1))
+    expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    states = backbone_hidden(model, ids, torch.ones_like(ids, dtype=torch.bool))
+    assert decoder.is_readable(model.base_model)
+    torch.testing.assert_close(states, expected, atol=1e-12, rtol=1e-12)
 
 
 def test_what_stands_in_the_place_of_a_projection_is_called():

@@ -7,7 +7,7 @@ import pytest
 
 from agentic_rag_env.types import Ending
 from algorithms.learner.types import RolloutStats, Trajectory, Turn
-from algorithms.training.costs import cost_metrics, spend, timed
+from algorithms.training.costs import cost_metrics, speeds, spend, timed
 from algorithms.training.episode_figures import episode_means, rollout_metrics, trajectory_metrics
 
 IDS = np.zeros(3, dtype=np.int64)
@@ -82,3 +82,11 @@ def test_costs_add_up_and_seconds_stand_under_time():
     assert first.keys() == second.keys() == {"time/dev_s"}
     assert costs["dev_s"] == first["time/dev_s"] + second["time/dev_s"] > 0
     assert cost_metrics(costs) == {"cost/episodes": 5.0, "cost/env_steps": 1.0}
+
+
+def test_speeds_are_those_of_the_phases_that_took_place():
+    before = {"rollout_s": 1.0, "sampled_tokens": 100.0, "score_s": 2.0, "update_s": 1.0, "trained_tokens": 50.0}
+    after = before | {"score_s": 4.0, "update_s": 1.5, "trained_tokens": 150.0}
+    assert speeds(after, before) == {"score_tokens_per_s": 50.0, "update_tokens_per_s": 200.0}
+    assert speeds(after) == {"rollout_tokens_per_s": 100.0, "score_tokens_per_s": 37.5, "update_tokens_per_s": 100.0}
+    assert speeds({}) == {}
