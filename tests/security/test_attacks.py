@@ -116,7 +116,9 @@ def canaries(tmp_path, listener, monkeypatch) -> Canaries:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     picture = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01"
     for module in (style, comparison_page):
-        monkeypatch.setattr(module, "render", lambda *_, **__: picture)  # which takes seconds
+        monkeypatch.setattr(
+            module, "render", lambda _, kinds, *rest, **more: dict.fromkeys(kinds, picture)
+        )  # it takes seconds
     made = Canaries(tmp_path, listener[0])
     made.calls = listener[1]
     made.calls.clear()
