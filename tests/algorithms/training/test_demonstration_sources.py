@@ -117,7 +117,7 @@ def test_the_expert_goes_by_what_it_sees(world):
     ],
 )
 def test_nothing_may_be_said_that_was_not_visible(text, honest):
-    dialogue = Dialogue(0, Question("q", "Which lake has the home?", ("x",)), ["a"], ["Ada lives in Riverton."])
+    dialogue = Dialogue(0, Question("q", "Which lake has the home?", ("x",)), "", ["a"], ["Ada lives in Riverton."])
     assert is_honest(text, dialogue) is honest
 
 
