@@ -15,9 +15,9 @@ from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
 from algorithms.launch.hydra_launcher import register_launcher
 from algorithms.launch.processes import carry_out, start
-from algorithms.launch.protocol import with_protocol
 from algorithms.launch.run_guard import drop_settings_of_others, left_to_run, no_trace_of_refusals
 from algorithms.training.from_python import run
+from algorithms.training.protocol import with_protocol
 from algorithms.training.schemas import by_group, register_schemas
 from algorithms.training.settings import RunConfig
 from algorithms.training.typed import run_config

@@ -39,7 +39,7 @@ KNOW_HYDRA = {
     "algorithms.launch.command_line",
     "algorithms.launch.hydra_launcher",
     "algorithms.launch.run_guard",
-    "algorithms.launch.protocol",
+    "algorithms.training.protocol",
     *(f"algorithms.{name}" for name in algorithms.COMMANDS),
 }
 

@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
+from algorithms.training.protocol import with_protocol
 from algorithms.training.schemas import register_schemas
 from algorithms.training.settings import RunConfig, settings_with_effect
 from algorithms.training.typed import run_config
@@ -38,7 +39,8 @@ def configure(**values: Any) -> RunConfig:
     Raises:
         ConfigurationError: A name or a setting is unknown, or a value can't work; the message suggests what to write.
     """
-    return run_config(composed_values(values))
+    said = [name for name, _ in _leaves(_plain(values))]
+    return run_config(with_protocol(composed_values(values), said))
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -109,7 +111,7 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_module("conf", version_base="1.3"):
             return compose(config_name, list(overrides), return_hydra_config=True)
-    except (ConfigCompositionException, MissingConfigException) as error:
+    except (ConfigCompositionException, MissingConfigException, ValueError) as error:  # the last for `dataset=null`
         if (message := explanation(error)) is None:
             message = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise ConfigurationError(message) from error

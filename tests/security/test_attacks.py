@@ -43,7 +43,6 @@ from algorithms.analysis.comparison import page as comparison_page
 from algorithms.analysis.comparison import style
 from algorithms.assets import ASSETS
 from algorithms.launch.clear_errors import clear_errors
-from algorithms.launch.protocol import with_protocol
 from algorithms.learner.config import DemonstrationsConfig
 from algorithms.learner.networks import load_model, load_tokenizer
 from algorithms.rollout.tokenization import encode_prompts
@@ -53,6 +52,7 @@ from algorithms.training.compose import composed
 from algorithms.training.demonstrations.file import File
 from algorithms.training.kept_files import read_kept
 from algorithms.training.loggers.jsonl import truncate_metrics
+from algorithms.training.protocol import with_protocol
 from algorithms.training.run_files import read_settings, require_named
 from algorithms.training.settings import EvaluateConfig
 from algorithms.training.typed import evaluate_config

@@ -10,9 +10,9 @@ import pytest
 from small_runs import DGPO_STEPS, KD_STEPS
 
 from agentic_rag_env.errors import ConfigurationError, DataError
-from algorithms.launch.protocol import with_protocol
 from algorithms.training.agent_files import AGENT_FILE, read_agent
-from algorithms.training.compose import composed
+from algorithms.training.compose import composed, configure
+from algorithms.training.protocol import with_protocol
 from algorithms.training.schemas import register_schemas
 
 register_schemas()
@@ -163,6 +163,15 @@ def test_a_run_takes_over_the_protocol_of_its_policy_and_says_so(tmp_path, capsy
     assert "was trained with env.prompt=Search: {question}" in out
     assert "rollout.max_new_tokens=20" in out
     assert "which counts here too (not env.prompt=bare" in out
+
+
+def test_a_run_from_python_takes_it_over_too(tmp_path, capsys):
+    config = configure(algo="ppo", model={"policy": str(folder(tmp_path / "m"))}, env={"max_turns": 3})
+    assert config.env == SOUND["env"] | {"max_turns": 3}
+    assert (config.rollout.max_new_tokens, config.rollout.max_tokens) == (20, 300)
+    assert "was trained with env.prompt=Search: {question}" in capsys.readouterr().out
+    own = configure(algo="ppo", model={"policy": str(tmp_path / "m")}, env="agentic_rag")
+    assert own.env["prompt"] == "bare", "an environment chosen by name is the user's own as a whole"
 
 
 def test_the_command_line_counts_before_it_and_a_line_says_so(tmp_path, capsys):

@@ -26,7 +26,7 @@ def with_protocol(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     Args:
         config: A composed configuration.
-        overrides: The command line.
+        overrides: What the user said: the command line, or the names of the settings that a program gave.
 
     Raises:
         ConfigurationError: Policy and teacher were trained in different protocols, and the command line does not say
