@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from agentic_rag_env.terminal import escape_what_streams_lack
 from algorithms.launch.clear_errors import clear_errors
@@ -47,7 +48,8 @@ def _composed(config: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     with clear_errors(run_dir), no_trace_of_refusals(run_dir, config):
         drop_settings_of_others(config)
-        left = left_to_run(run_dir, with_protocol(config, HydraConfig.get().overrides.task))
+        said: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
+        left = left_to_run(run_dir, with_protocol(config, said))
         if left is not None:
             settings = run_config(left)
             if settings.preflight:

@@ -163,7 +163,7 @@ def drop_settings_of_others(given: DictConfig) -> None:
     Raises:
         ConfigurationError: The part has no such setting; in a multirun, no part of the group has one.
     """
-    overrides = list(HydraConfig.get().overrides.task)
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
     forced = [each for each in overrides if _FORCED.match(each)]
     sure = [by_group(each) for each in overrides if each not in forced]
     for override in forced if given.resume is None else ():
