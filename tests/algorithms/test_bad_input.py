@@ -363,7 +363,7 @@ def test_a_bug_shows_where_it_is(tmp_path):
         run = command(f"hydra.run.dir={tmp_path / 'run'}")
     assert run.code == 1
     assert "Traceback (most recent call last)" in run.err
-    assert run.err.count("run(run_config(") == 1
+    assert run.err.count("carry_out(run, settings") == 1
     assert "ZeroDivisionError: a bug" in run.err
 
 
