@@ -360,6 +360,8 @@ class Trainer:
         return metrics | clock
 
     def _save(self, learner: Learner) -> None:
+        action_ends = self.environments.envs("train").metadata["action_ends"]
+
         def save() -> None:
             checkpoint.save(
                 self.run_dir,
@@ -373,18 +375,13 @@ class Trainer:
                     "replay": self.sources.replay.state_dict(),
                     "settings": self._settings(),
                 },
-                agent=self._agent(),
+                agent=described(self.config, self.networks.precision, self.networks.vocab_size, action_ends),
                 keep_last=self.config.keep_checkpoints,
                 keep_steps=[*self.position.stage_starts, *self.position.best_steps()],
             )
 
         with timed(self.position.costs, "checkpoint_s"):
             ranks.decided(save)
-
-    def _agent(self) -> dict[str, Any]:
-        """The content of `agent.json`."""
-        action_ends = self.environments.envs("train").metadata["action_ends"]
-        return described(self.config, self.networks.precision, self.networks.vocab_size, action_ends)
 
 
 def _hand_over(algorithm: Algorithm) -> float | None:
