@@ -127,7 +127,7 @@ class Killed(BaseException):
     """Stands for a process that is gone: nothing may be cleaned up."""
 
 
-@pytest.mark.parametrize("function", ["_write_manifest", "_sync", "_put_in_place", "_prune"])
+@pytest.mark.parametrize("function", ["_write_manifest", "sync_all", "_put_in_place", "_prune"])
 @pytest.mark.parametrize("existing", [1, 2])
 def test_a_kill_at_any_stage_leaves_a_complete_checkpoint(tmp_path, monkeypatch, function, existing):
     save(tmp_path, existing, seed=existing)
