@@ -57,9 +57,9 @@ class TensorBoard(Logger):
         self._file.flush()
 
     def results(self, metrics: Mapping[str, float], step: int) -> None:
-        """Show the final figures. Those of the probes stand under `eval/arc/`, behind all learning curves."""
+        """Show the final figures; those of the probes stand under `arc/`."""
         for name, value in metrics.items():
-            self._file.scalar(f"eval/{name}" if name.startswith("arc/") else name, value, step)
+            self._file.scalar(name, value, step)
 
     def close(self) -> None:
         """Close the file."""

@@ -127,7 +127,7 @@ def test_hyperparameters_are_what_the_overrides_chose(tmp_path):
     assert {column.name for column in columns.hparam_infos} == shown.keys()
     assert columns.metric_infos[0].name.tag == "eval/all/exact_match"
     assert [(event.step, event.value) for event in content.Scalars("eval/tiny/exact_match")] == [(7, 0.5)]
-    assert [(event.step, event.value) for event in content.Scalars("eval/arc/reading/hit")] == [(7, 0.25)]
+    assert [(event.step, event.value) for event in content.Scalars("arc/reading/hit")] == [(7, 0.25)]
     (command,) = content.Tensors("run/command/text_summary")
     assert command.tensor_proto.string_val == [b"    python -m algorithms.run algo=dgpo"]
     (text,) = content.Tensors("run/settings/text_summary")
