@@ -53,8 +53,8 @@ class SeededEpisodes(Sequence[Question]):
     Their texts are empty: nothing but `reset` knows the task.
 
     Args:
-        name: Of the environment.
-        seeds: Of the episodes.
+        name: The name of the environment.
+        seeds: The seeds of the episodes, in the order of the questions.
     """
 
     def __init__(self, name: str, seeds: range) -> None:
@@ -83,8 +83,8 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
     Args:
         env_id: As registered with Gymnasium.
         num_envs: N, at least 1.
-        seeds: Of the episodes that can be asked for by `question_index`.
-        kwargs: For the environment's constructor.
+        seeds: Seeds of the episodes that can be asked for by `question_index`.
+        kwargs: What the environment's constructor is given.
 
     Raises:
         ConfigurationError: The environment can't be made, or does not say where an action ends.
@@ -122,7 +122,7 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
         """Begin episodes.
 
         Args:
-            seed: Of the draw of episodes; None leaves it as it is.
+            seed: The seed of the draw of episodes; None leaves it as it is.
             options: `reset_mask` and `question_index`, as `AgenticRAGVectorEnv.reset` takes them.
 
         Returns:
@@ -262,7 +262,7 @@ class GymnasiumConfig(BringsQuestions):
 
     Attributes:
         id: As registered with Gymnasium. The module that registers it is a plug-in.
-        kwargs: For the environment's constructor.
+        kwargs: What the environment's constructor is given.
         split_argument: The constructor's argument that is told the split, "train", "dev" or "test"; None: there is no
             such argument, and the seeds alone tell the splits apart.
         num_train, num_dev, num_test: Episodes of each split.

@@ -59,7 +59,6 @@ def main() -> None:
 
 
 def _read() -> None:
-    escape_what_streams_lack()
     with clear_errors():
         prepare("evaluate")
     _main()

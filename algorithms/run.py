@@ -35,7 +35,6 @@ def main() -> None:
 
 
 def _read() -> None:
-    escape_what_streams_lack()
     sys.argv[1:] = map(by_group, sys.argv[1:])
     with clear_errors():
         prepare("config")

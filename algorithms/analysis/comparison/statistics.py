@@ -216,7 +216,7 @@ def performance_profile(scores: np.ndarray, thresholds: np.ndarray, resamples: i
     Args:
         scores: [seeds, groups of questions].
         thresholds: [n].
-        resamples: Of the seeds, for each group on its own.
+        resamples: Number of resamples of the seeds, for each group on its own.
 
     Returns:
         [3, n]: the share and its bounds; the bounds are NaN with one seed.
