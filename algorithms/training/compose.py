@@ -39,7 +39,7 @@ def configure(**values: Any) -> RunConfig:
     Raises:
         ConfigurationError: A name or a setting is unknown, or a value can't work; the message suggests what to write.
     """
-    said = [name for name, _ in _leaves(_plain(values))]
+    said = [name for name, _ in _leaves(plain_data(values))]
     return run_config(with_protocol(composed_values(values), said))
 
 
@@ -58,12 +58,12 @@ def complete(config: RunConfig) -> RunConfig:
 def overrides_of(config: RunConfig) -> list[str]:
     """What complete settings choose, as overrides `name=value`: the parts, and settings that are not their defaults."""
     names = {group: _only_names(spec) for group in PARTS if (spec := getattr(config, group)) and "name" in spec}
-    settings = settings_with_effect(_plain(config))
+    settings = settings_with_effect(plain_data(config))
     try:
         default = configure(**names)
     except ConfigurationError:  # a part has settings without defaults, such as an address
         default = RunConfig()
-    changed = _changed(settings, _plain(default))
+    changed = _changed(settings, plain_data(default))
     return [f"{name}={value}" for name, value in (*_leaves(names), *_leaves(changed))]
 
 
@@ -74,7 +74,7 @@ def composed_values(values: Mapping[str, Any]) -> DictConfig:
     choices: list[str] = []
     given: dict[str, Any] = {}
     for group, value in values.items():
-        value = _plain(value)
+        value = plain_data(value)
         is_group = group in (*PARTS, "model") or (group not in known and isinstance(value, str))
         if group in (*PARTS, "model") and not isinstance(value, (str, dict)):
             raise ConfigurationError(
@@ -151,14 +151,14 @@ def _without_names(spec: Mapping[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def _plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     """A value as plain data: mappings, lists, numbers and strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dict(_fields(value)))
+        return plain_data(dict(_fields(value)))
     if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): plain_data(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain_data(each) for each in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,15 @@ def train(config: RunConfig, run_dir: str | Path) -> RunResult:
     run_dir, config = Path(run_dir).expanduser(), compose.complete(config)
     if config.resume is not None:
         raise ConfigurationError("resume is for the command line; to go on, call train with the run's own directory.")
-    settings = asdict(config)
+    settings = compose.plain_data(config)
     run_directory.hold(run_dir)
     try:
         run_directory.remove_leftovers(run_dir)
         if not run_directory.begun(run_dir):
-            write_settings(run_dir, _lists(settings))
+            write_settings(run_dir, settings)
             write_whole(run_dir / OVERRIDES_FILE, yaml.safe_dump(compose.overrides_of(config)).encode())
         else:
-            run_directory.require_same(run_dir, _lists(settings))
+            run_directory.require_same(run_dir, settings)
         if not run_directory.complete(run_dir):
             run(config, run_dir)
     finally:
@@ -139,10 +139,3 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     trainer = Trainer(config, run_dir)
     trainer.train()
     return finish(trainer)
-
-
-def _lists(settings: Any) -> Any:
-    """Settings with lists in place of tuples, as files hold them."""
-    if isinstance(settings, dict):
-        return {name: _lists(value) for name, value in settings.items()}
-    return [_lists(value) for value in settings] if isinstance(settings, (list, tuple)) else settings
