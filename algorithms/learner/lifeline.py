@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +28,8 @@ _STOPPED_S = 3.0
 _SILENT_S = 120.0
 #: How long a process may take to say why it fails, and how long others wait for it.
 _GRACE_S = 6.0
+#: States of a process that has ended, as `_state` gives them.
+_GONE = ("", "Z", "X")
 _ADVICE = "Checkpoints are kept: go on with resume=<run directory>, on any number of processes."
 
 
@@ -50,8 +53,9 @@ class Lifeline:
         self._beats = dict.fromkeys(others, (b"0", 0))
         self._stopped = dict.fromkeys(others, 0)
         self._asked_to_end = _on_sigterm()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._listen)]
+        for thread in self._threads:
+            thread.start()
 
     @staticmethod
     def _connect() -> dist.Store:
@@ -63,16 +67,18 @@ class Lifeline:
     def cut(self) -> None:
         """Stop watching: all work is done."""
         self._cut.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def fail(self) -> None:
         """Return in the process that fails first, so that it can say why; end every other one."""
-        if not self._claims():
-            os._exit(1)
         self._telling.set()
+        if not self._claims():
+            self._leave(1)
+        self._wait_for_later_ones()
 
     def lost(self) -> None:
         """Wait for the thread to end this process after a collective operation has failed; return if it doesn't."""
@@ -84,30 +90,46 @@ class Lifeline:
             is_asked = self._is_asked_to_end(_POLL_S)
             if self._telling.is_set():
                 time.sleep(_GRACE_S)
-                os._exit(1)
+                self._leave(1)
             try:
                 self._look()
-            except (RuntimeError, OSError):  # the store's process has ended: the launcher, or the first process
+            except (RuntimeError, OSError):  # the store's process has ended: the first one, or the launcher
+                if 0 in self._places and self._state_of(0) in _GONE:
+                    self._end_for(0, "has ended without a word")
                 if not self._cut.is_set():
-                    self._end("The launcher of these processes, or the first one of them, has ended; so all end.")
+                    self._end(f"The launcher of these processes has ended, so all of them end. {_ADVICE}")
             if is_asked:
                 self._end_as_asked()
+
+    def _listen(self) -> None:
+        """End this process when another one has told. The store answers here alone: it may be in a stopped process."""
+        store = self._connect()
+        while not self._cut.is_set() and not self._telling.is_set():
+            try:
+                store.wait(["told"], timedelta(seconds=_POLL_S))
+            except dist.DistStoreError:  # nobody has, so far
+                continue
+            except (RuntimeError, OSError):  # the store has ended; the other thread says so
+                return
+            if not self._telling.is_set():
+                self._leave(1)
 
     def _look(self) -> None:
         """Look after every other process once."""
         self._polls += 1
         self._store.set(f"beat/{self._rank}", str(self._polls))
-        for other, (world, _, pid) in self._places.items():
-            state = _state(pid) if world is not None and world == _world() else "?"
+        for other, (_, _, pid) in self._places.items():
+            state = self._state_of(other)
             self._stopped[other] = self._stopped[other] + 1 if state == "T" else 0
-            if state in ("", "Z", "X"):
+            if state in _GONE:
                 self._end_for(other, "has ended without a word")
             if self._stopped[other] * _POLL_S > _STOPPED_S:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
                 self._end_for(other, "was stopped, and is ended")
             beat, since = self._beats[other]
-            if self._polls % 10 == 0 and (now := self._store.get(f"beat/{other}")) != beat:
+            asks = self._polls % 10 == 0 and not any(self._stopped.values())
+            if asks and (now := self._store.get(f"beat/{other}")) != beat:
                 self._beats[other] = now, self._polls
             elif (self._polls - since) * _POLL_S > _SILENT_S:
                 self._end_for(other, f"has given no sign of life for {_SILENT_S:.0f} s")
@@ -123,21 +145,44 @@ class Lifeline:
             with suppress(RuntimeError, OSError):
                 self._look()
             time.sleep(_POLL_S / 4)
-        os._exit(128 + signal.SIGTERM)
+        self._leave(128 + signal.SIGTERM)
 
     def _end(self, message: str) -> NoReturn:
+        self._telling.set()
         if self._claims():
             print(message, file=sys.stderr, flush=True)
-            time.sleep(2 * _POLL_S)  # the store may end with this process, and the others are to see that it has told
-        os._exit(1)
+        self._leave(1)
+
+    def _leave(self, code: int) -> NoReturn:
+        self._wait_for_later_ones()
+        os._exit(code)
+
+    def _wait_for_later_ones(self) -> None:
+        """Let processes end from the last to the first.
+
+        So each of them can still see that another one has told: in the store, which may end with the first process, or
+        because that one still runs.
+        """
+        for _ in range(round(_GRACE_S / _POLL_S)):
+            if not any(other > self._rank for other in self._left()):
+                break
+            time.sleep(_POLL_S)
 
     def _claims(self) -> bool:
         """Whether it is for this process to say what went wrong: nobody else has yet."""
         try:
             return self._store.add("told", 1) == 1
         except (RuntimeError, OSError):  # the store has ended: the first of those that are left says it
-            left = [other for other, (_, _, pid) in self._places.items() if _state(pid) not in ("", "Z", "X", "T")]
-            return self._rank < min(left, default=self._count)
+            return self._rank < min(self._left(), default=self._count)
+
+    def _left(self) -> list[int]:
+        """The other processes that still run; those of other machines count as running."""
+        return [other for other in self._places if self._state_of(other) not in (*_GONE, "T")]
+
+    def _state_of(self, other: int) -> str:
+        """The letter of a process's state (see `_state`), or "?" for one of another machine."""
+        world, _, pid = self._places[other]
+        return _state(pid) if world is not None and world == _world() else "?"
 
     def _is_asked_to_end(self, wait_s: float) -> bool:
         """Wait a moment, and say whether SIGTERM has come meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -78,10 +79,10 @@ def test_shares_and_decisions_of_three_processes(tmp_path):
         assert each["led"] == [[2, 4, 6, 8], [3, 6, 9, 12]]
 
 
-def die(folder: Path, how: str) -> None:
-    """The last of three processes ends while the others wait in a collective operation, or compute."""
+def die(folder: Path, who: int, how: str) -> None:
+    """One of three processes ends while the others wait in a collective operation, or compute."""
     ranks.join()
-    if ranks.rank() == 2:
+    if ranks.rank() == who:
         time.sleep(0.5)
         (folder / "died").write_text(str(time.time()))
         if how == "raises":
@@ -91,28 +92,23 @@ def die(folder: Path, how: str) -> None:
                 ranks.fail()
                 raise SystemExit(f"OSError: {error}") from error
         os.kill(os.getpid(), getattr(signal, how))
-    if ranks.rank() == 1:
+    if ranks.rank() == (who + 2) % 3:
         time.sleep(60)
     ranks.summed(torch.ones(3))
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("SIGKILL", "Process 2 of 3"),
-        ("SIGSTOP", "Process 2 of 3"),
-        ("raises", "OSError: the disk is gone"),
-    ],
-)
-def test_all_end_with_one_message(tmp_path, how, message):
-    processes = start(3, tmp_path, die, tmp_path, how)
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP", "raises"])
+@pytest.mark.parametrize("who", [0, 2])
+def test_all_end_with_one_message(tmp_path, who, how):
+    processes = start(3, tmp_path, die, tmp_path, who, how)
     join(processes, 60)
-    assert time.time() - float((tmp_path / "died").read_text()) < 10
+    assert time.time() - float((tmp_path / "died").read_text()) < 30  # 3 to 10 where nothing else runs
     assert all(process.exitcode for process in processes)
     assert len(told(tmp_path)) == 1, told(tmp_path)
-    assert told(tmp_path)[0].startswith(message)
-    if how != "raises":
-        assert "resume=" in told(tmp_path)[0]
+    if how == "raises":
+        assert told(tmp_path) == ["OSError: the disk is gone"]
+    else:
+        assert re.match(rf"Process {who} of 3 .*resume=", told(tmp_path)[0])
 
 
 def be_asked_to_end(folder: Path) -> None:
@@ -131,6 +127,6 @@ def test_sigterm_ends_a_process_inside_a_collective_operation(tmp_path):
         assert all(process.is_alive() for process in processes)
     for process in processes:
         os.kill(process.pid, signal.SIGTERM)
-    assert join(processes, 10) < 10
+    join(processes, 30)
     assert 128 + signal.SIGTERM in [process.exitcode for process in processes]
     assert len(told(tmp_path)) <= 1
