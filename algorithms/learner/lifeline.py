@@ -30,6 +30,8 @@ _SILENT_S = 120.0
 _GRACE_S = 6.0
 #: States of a process that has ended, as `_state` gives them.
 _GONE = ("", "Z", "X")
+#: Longer than any run.
+_PATIENCE = timedelta(days=365)
 _ADVICE = "Checkpoints are kept: go on with resume=<run directory>, on any number of processes."
 
 
@@ -67,6 +69,7 @@ class Lifeline:
     def cut(self) -> None:
         """Stop watching: all work is done."""
         self._cut.set()
+        self._store.set("news", "all work is done")
         for thread in self._threads:
             thread.join()
         if threading.current_thread() is threading.main_thread():
@@ -104,15 +107,13 @@ class Lifeline:
     def _listen(self) -> None:
         """End this process when another one has told. The store answers here alone: it may be in a stopped process."""
         store = self._connect()
-        while not self._cut.is_set() and not self._telling.is_set():
-            try:
-                store.wait(["told"], timedelta(seconds=_POLL_S))
-            except dist.DistStoreError:  # nobody has, so far
-                continue
-            except (RuntimeError, OSError):  # the store has ended; the other thread says so
-                return
-            if not self._telling.is_set():
-                self._leave(1)
+        try:
+            store.wait(["news"], _PATIENCE)
+            has_told = store.add("told", 0) > 0
+        except (RuntimeError, OSError):  # the store has ended; the other thread says so
+            return
+        if has_told and not self._telling.is_set():
+            self._leave(1)
 
     def _look(self) -> None:
         """Look after every other process once."""
@@ -171,7 +172,9 @@ class Lifeline:
     def _claims(self) -> bool:
         """Whether it is for this process to say what went wrong: nobody else has yet."""
         try:
-            return self._store.add("told", 1) == 1
+            is_first = self._store.add("told", 1) == 1
+            self._store.set("news", "one has told")
+            return is_first
         except (RuntimeError, OSError):  # the store has ended: the first of those that are left says it
             return self._rank < min(self._left(), default=self._count)
 
