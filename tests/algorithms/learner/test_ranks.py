@@ -66,7 +66,7 @@ def test_shares_and_decisions_of_three_processes(tmp_path):
     processes = start(3, tmp_path, share_some_work, tmp_path)
     join(processes, 120)
     assert [process.exitcode for process in processes] == [0, 0, 0], told(tmp_path)
-    assert not [line for file in tmp_path.glob("stderr-*") for line in file.read_text().splitlines() if "socket" in line]
+    assert "socket" not in "".join(file.read_text() for file in tmp_path.glob("stderr-*"))
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert [each["own"] for each in found] == [[0, 3, 6], [1, 4], [2, 5]]
     assert [each["first"] for each in found] == [True, False, False]
