@@ -1,5 +1,8 @@
 """The exceptions a user may want to catch; each also inherits the standard exception it specializes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AgenticRAGError(Exception):
     """Base class of every error raised on purpose by this project."""
@@ -23,3 +26,19 @@ class RetrieverError(AgenticRAGError, RuntimeError):
 
 class ResetNeededError(AgenticRAGError, RuntimeError):
     """`step` was called before `reset`, or after the episode had ended."""
+
+
+@contextmanager
+def required_library(message: str) -> Iterator[None]:
+    """Import libraries that not every installation has; the imports stand in the block.
+
+    Args:
+        message: Says who needs the libraries, and how to install them.
+
+    Raises:
+        ConfigurationError: A library is missing; the error says `message`.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigurationError(message) from error

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import required_library
 
 #: Most bytes of a reply, decompressed; a service that sends more is broken or means harm.
 MAX_REPLY_BYTES = 2**28
@@ -29,11 +29,12 @@ class ServiceError(Exception):
     Args:
         message: What happened.
         status: Status of the last reply; None where there was none.
+        is_final: Whether another try would have the same outcome.
     """
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None, is_final: bool = True) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.is_final = status, is_final
 
 
 class Reply(NamedTuple):
@@ -98,7 +99,8 @@ class HttpClient:
         seed: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        require_httpx(f"asking {urls[0]}")
+        with required_library(f"asking {urls[0]} needs the library httpx: pip install httpx."):
+            import httpx  # noqa: F401
         self.urls = list(urls)
         self._timeout_s, self._max_retries, self._backoff_s, self._skip_s = timeout_s, max_retries, backoff_s, skip_s
         self._proxies = {url: proxy_for(url, proxy) for url in self.urls}
@@ -116,18 +118,21 @@ class HttpClient:
         Raises:
             ServiceError: No server gave a reply of status 200.
         """
-        for attempt in range(1, self._max_retries + 2):
+        attempt = 1
+        while True:
             for url in self._servers():
-                answer = self._ask("POST", url, payload)
-                if answer.status == 200:
+                try:
+                    reply = self._ask("POST", url, attempt, payload)
                     self._skipped_until[url] = 0.0
-                    return Reply(answer.body, self._asked(url, attempt))
-                if answer.is_final:
-                    raise answer.error(self._asked(url, attempt))
-                self._skipped_until[url] = time.monotonic() + self._skip_s
-            if attempt <= self._max_retries:
-                time.sleep(self._backoff_s * 2 ** (attempt - 1) * (1 + self._chance.random() / 2))
-        raise answer.error(self._asked(url, attempt))
+                    return reply
+                except ServiceError as error:
+                    if error.is_final:
+                        raise
+                    self._skipped_until[url], failure = time.monotonic() + self._skip_s, error
+            if attempt > self._max_retries:
+                raise failure
+            time.sleep(self._backoff_s * 2 ** (attempt - 1) * (1 + self._chance.random() / 2))
+            attempt += 1
 
     def get(self, url: str, path: str) -> Reply:
         """Ask one of the servers once for the content at a path beside its address.
@@ -135,10 +140,7 @@ class HttpClient:
         Raises:
             ServiceError: The server gave no reply of status 200.
         """
-        answer = self._ask("GET", url, path=path)
-        if answer.status != 200:
-            raise answer.error(self._asked(url, 1))
-        return Reply(answer.body, self._asked(url, 1))
+        return self._ask("GET", url, path=path)
 
     def close(self) -> None:
         """Close the open connections; the next request opens new ones."""
@@ -153,9 +155,12 @@ class HttpClient:
         self._turn = (first + 1) % len(self.urls)
         return sorted(self.urls[first:] + self.urls[:first], key=lambda url: max(self._skipped_until[url], now))
 
-    def _ask(self, method: str, url: str, payload: Mapping[str, Any] | None = None, path: str = "") -> _Answer:
+    def _ask(
+        self, method: str, url: str, attempt: int = 1, payload: Mapping[str, Any] | None = None, path: str = ""
+    ) -> Reply:
         import httpx
 
+        asked = self._asked(url, attempt)
         deadline = time.monotonic() + self._timeout_s
         body = bytearray()
         try:
@@ -167,10 +172,15 @@ class HttpClient:
                         raise httpx.ReadTimeout(f"the reply took longer than {self._timeout_s} s")
                     if len(body) > MAX_REPLY_BYTES:
                         raise ServiceError(f"{url} sends more than {MAX_REPLY_BYTES} bytes; ask for less at once.")
-                return _Answer(response.status_code, bytes(body))
+                status = response.status_code
         except httpx.RequestError as error:
             problem = f"{type(error).__name__}: {error}. Is the service running and reachable from here?"
-            return _Answer(None, b"", problem)
+            raise ServiceError(f"{asked}: {problem}", is_final=False) from error
+        if status != 200:
+            said = body[:200].decode("utf-8", errors="replace")
+            is_final = status < 500 and status not in _PASSING_STATUSES
+            raise ServiceError(f"{asked}: status {status}: {said}", status, is_final)
+        return Reply(bytes(body), asked)
 
     def _connected(self) -> Any:
         # A forked worker must not share a socket with its parent: replies would get mixed up.
@@ -205,44 +215,6 @@ class HttpClient:
         tries = f"{attempt} {'try' if attempt == 1 else 'tries'}"
         others = f" by each of {len(self.urls)} servers" if len(self.urls) > 1 else ""
         return f"{url}{through} failed after {tries}{others}"
-
-
-class _Answer(NamedTuple):
-    """The outcome of one request.
-
-    Attributes:
-        status: Status of the reply; None: there was none.
-        body: Body of the reply.
-        problem: Why there was no reply.
-    """
-
-    status: int | None
-    body: bytes
-    problem: str = ""
-
-    @property
-    def is_final(self) -> bool:
-        """Whether another try would have the same outcome."""
-        return self.status is not None and self.status < 500 and self.status not in _PASSING_STATUSES
-
-    def error(self, asked: str) -> ServiceError:
-        problem = self.problem or f"status {self.status}: {self.body[:200].decode('utf-8', errors='replace')}"
-        return ServiceError(f"{asked}: {problem}", self.status)
-
-
-def require_httpx(user: str) -> None:
-    """Refuse to go on without the library `httpx`.
-
-    Args:
-        user: The part that needs it, for the error.
-
-    Raises:
-        ConfigurationError: `httpx` is missing.
-    """
-    try:
-        import httpx  # noqa: F401
-    except ImportError as error:
-        raise ConfigurationError(f"{user} needs the library httpx: pip install httpx.") from error
 
 
 def proxy_for(url: str, proxy: str | None) -> str | None:

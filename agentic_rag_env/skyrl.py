@@ -16,7 +16,7 @@ from typing import Any
 
 import gymnasium
 
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import ConfigurationError, DataError, required_library
 from agentic_rag_env.files import read_rows
 from agentic_rag_env.lifted import SEEDS_OF_A_SPLIT
 from agentic_rag_env.settings import check_value, one_of
@@ -73,7 +73,9 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         action_ends: Sequence[str] | None = None,
     ) -> None:
         check_value("env_class", env_class, one_of(ACTION_ENDS))
-        self._make = _maker()
+        with required_library("SkyRL-v0 needs the library skyrl-gym: pip install 'agentic-rag-env[skyrl]'."):
+            import skyrl_gym
+        self._make: Any = skyrl_gym.make
         self._name = env_class
         self._config = SimpleNamespace(**{**_DEFAULTS.get(env_class, {}), **(config or {})})
         self.metadata = {"render_modes": [], "action_ends": list(action_ends or ACTION_ENDS[env_class])}
@@ -105,16 +107,6 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         """Close the environment of the present task."""
         if self._env is not None:
             self._env.close()
-
-
-def _maker() -> Any:
-    try:
-        import skyrl_gym
-    except ImportError as error:
-        raise ConfigurationError(
-            "SkyRL-v0 needs the library skyrl-gym: pip install 'agentic-rag-env[skyrl]'."
-        ) from error
-    return skyrl_gym.make
 
 
 @lru_cache(maxsize=8)  # for the many environments of a run, which share their tasks

@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from typing import Any, TextIO
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import required_library
 
 
 def printable(text: str, encoding: str | None = None) -> str:
@@ -54,8 +54,6 @@ def rich_console(command: str) -> Any:
     Raises:
         ConfigurationError: `rich` is missing.
     """
-    try:
+    with required_library(f"{command} needs the library rich: pip install rich."):
         from rich.console import Console
-    except ImportError as error:
-        raise ConfigurationError(f"{command} needs the library rich: pip install rich.") from error
     return Console(highlight=False, markup=False, soft_wrap=True)

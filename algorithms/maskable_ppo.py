@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, required_library
 from agentic_rag_env.files import written_whole
 from agentic_rag_env.settings import COUNT, FRACTION, above, at_least, check_settings
 from algorithms.learner.algorithm import ALGORITHMS
@@ -184,12 +184,8 @@ def _library() -> tuple[Any, Any, Any]:
     Raises:
         ConfigurationError: They are not installed.
     """
-    try:
+    with required_library('algo=maskable_ppo needs the library sb3-contrib: pip install "agentic-rag-env[sb3]".'):
         from sb3_contrib import MaskablePPO as Learner
         from stable_baselines3.common.logger import Logger
         from stable_baselines3.common.vec_env import DummyVecEnv
-    except ImportError as error:
-        raise ConfigurationError(
-            f'algo=maskable_ppo needs sb3-contrib ({error}): pip install "agentic-rag-env[sb3]".'
-        ) from error
     return Learner, DummyVecEnv, Logger

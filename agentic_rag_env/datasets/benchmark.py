@@ -12,7 +12,7 @@ from agentic_rag_env.corpus import read_corpus
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.datasets.rows import collect, file_stem, read_questions
 from agentic_rag_env.datasets.selection import sample, share
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import ConfigurationError, DataError, required_library
 from agentic_rag_env.registry import DATASETS
 from agentic_rag_env.settings import check_settings, check_value, one_of
 from agentic_rag_env.types import Question
@@ -136,13 +136,11 @@ def _source(config: BenchmarkConfig, published: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=16)
 def _hub_questions(repository: str, subset: str | None, split: str, name: str) -> tuple[Question, ...]:
-    try:
+    with required_library(
+        f"{repository} is on the hub, and reading it needs the library datasets: pip install 'agentic-rag-env[hub]'; "
+        "or give dataset.path=<folder> with files that you have."
+    ):
         from datasets import load_dataset
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{repository} is on the hub, and reading it needs the library datasets: pip install "
-            "'agentic-rag-env[hub]'; or give dataset.path=<folder> with files that you have."
-        ) from error
     place = f"{repository}{f' ({subset})' if subset else ''}, split {split}"
     try:
         table = load_dataset(repository, subset, split=split)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentic_rag_env.errors import AgenticRAGError
-from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, ServiceError, require_httpx
+from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, ServiceError
 from agentic_rag_env.probes.material import Prompt, cut
 from agentic_rag_env.settings import COUNT, Allowed, above, at_least, check_settings, one_of
 
@@ -87,7 +87,6 @@ class Endpoint:
     """
 
     def __init__(self, config: EndpointConfig) -> None:
-        require_httpx("An endpoint")
         self.config = config
         self.costs: dict[str, float] = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0}
         self._lock = threading.Lock()
@@ -108,8 +107,7 @@ class Endpoint:
         Raises:
             EndpointError: The endpoint failed in every try, or its reply has no text.
         """
-        with ThreadPoolExecutor(self.config.num_parallel) as pool:
-            return list(pool.map(self._continue, prompts))
+        return self._texts([self._request(prompt) for prompt in prompts])
 
     def chat(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
         """The next message of each conversation, cut like the continuation of a prompt; `config.api` must be "chat".
@@ -121,16 +119,15 @@ class Endpoint:
             EndpointError: The endpoint failed in every try, or its reply has no text.
         """
         assert self.config.api == "chat"
-        payloads = [{**self._common(), "messages": list(messages)} for messages in conversations]
-        with ThreadPoolExecutor(self.config.num_parallel) as pool:
-            return list(pool.map(self._text, payloads))
+        return self._texts([{**self._common(), "messages": list(messages)} for messages in conversations])
 
     def close(self) -> None:
         """Close the open connections."""
         self._client.close()
 
-    def _continue(self, prompt: str) -> str:
-        return self._text(self._request(prompt))
+    def _texts(self, payloads: Sequence[Mapping[str, Any]]) -> list[str]:
+        with ThreadPoolExecutor(self.config.num_parallel) as pool:
+            return list(pool.map(self._text, payloads))
 
     def _text(self, payload: Mapping[str, Any]) -> str:
         started = time.perf_counter()
@@ -163,8 +160,8 @@ class Endpoint:
         return {"model": config.model, "max_tokens": config.max_tokens, "temperature": config.temperature}
 
     def _request(self, prompt: str) -> dict[str, Any]:
-        config, common = self.config, self._common()
-        if config.api == "completions":
+        common = self._common()
+        if self.config.api == "completions":
             return {**common, "prompt": str(prompt)}
         message = prompt.message if isinstance(prompt, Prompt) else str(prompt)
         messages = [{"role": "user", "content": message}]

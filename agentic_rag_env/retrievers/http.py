@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from agentic_rag_env.errors import ConfigurationError, RetrieverError
-from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, Reply, ServiceError, require_httpx
+from agentic_rag_env.errors import ConfigurationError, RetrieverError, required_library
+from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, Reply, ServiceError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import checked_queries, encodable
 from agentic_rag_env.settings import COUNT, above, at_least, check_settings
@@ -76,7 +76,6 @@ class HttpRetriever:
     """
 
     def __init__(self, config: HttpConfig, corpus: Sequence[Passage] | None = None) -> None:
-        require_httpx("retriever 'http'")
         self.config = config
         self.urls = _addresses(config)
         self._client = HttpClient(
@@ -148,17 +147,12 @@ class HttpRetriever:
         return _read_reply(reply, num_queries, top_k)
 
     def _ask_fingerprint(self, url: str) -> str:
+        told: Any = None
         try:
-            reply = self._client.get(url, "health")
+            told = self._client.get(url, "health").json()
         except ServiceError as error:
-            if error.status is None:
+            if error.status is None:  # it did not answer at all
                 raise _retriever_error(error) from error
-            told: Any = None
-        else:
-            try:
-                told = reply.json()
-            except ServiceError:
-                told = None
         fingerprint = told.get("fingerprint") if isinstance(told, dict) else None
         if not isinstance(fingerprint, str):
             raise ConfigurationError(
@@ -208,8 +202,8 @@ def _addresses(config: HttpConfig) -> list[str]:
 
 
 def _complete(given: Any) -> str:
-    import httpx
-
+    with required_library("retriever 'http' needs the library httpx: pip install httpx."):
+        import httpx
     try:
         url = httpx.URL(given)
     except (httpx.InvalidURL, TypeError) as error:

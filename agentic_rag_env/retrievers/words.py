@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, required_library
 from agentic_rag_env.registry import did_you_mean
 
 TOKENIZERS = ("words", "bigrams")
@@ -94,12 +94,10 @@ def _stemmer(language: str | None) -> Any:
     """A new stemmer at each call, because two threads must not share one, and none can be copied."""
     if language is None:
         return None
-    try:
+    with required_library(
+        f"bm25 stemmer={language!r} needs the library PyStemmer: pip install PyStemmer; stemmer=null does without."
+    ):
         import Stemmer
-    except ImportError as error:
-        raise ConfigurationError(
-            f"bm25 stemmer={language!r} needs the library PyStemmer: pip install PyStemmer; stemmer=null does without."
-        ) from error
     try:
         return Stemmer.Stemmer(language)
     except KeyError:

@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from agentic_rag_env.retrievers.serving.metrics import missing_library
+from agentic_rag_env.errors import required_library
+from agentic_rag_env.retrievers.serving.metrics import MISSING
 from agentic_rag_env.retrievers.serving.service import RequestError, Service
 
 
@@ -21,13 +22,11 @@ def make_app(service: Service, timeout_s: float) -> Any:
     Raises:
         ConfigurationError: The library `starlette` is missing.
     """
-    try:
+    with required_library(MISSING):
         from starlette.applications import Starlette
         from starlette.requests import ClientDisconnect, Request
         from starlette.responses import Response
         from starlette.routing import Route
-    except ImportError as error:
-        raise missing_library(error) from error
 
     def json_response(status: int, body: bytes) -> Response:
         # The rest of a body that came too slowly is not waited for.

@@ -29,11 +29,11 @@ from dataclasses import fields
 from typing import Any
 
 from agentic_rag_env.corpus import open_corpus
-from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
+from agentic_rag_env.errors import AgenticRAGError, ConfigurationError, required_library
 from agentic_rag_env.registry import DATASETS
 from agentic_rag_env.retrievers.base import Retriever, build_wrapped, fingerprint_of
 from agentic_rag_env.retrievers.serving.app import make_app, patient_protocol
-from agentic_rag_env.retrievers.serving.metrics import missing_library
+from agentic_rag_env.retrievers.serving.metrics import MISSING
 from agentic_rag_env.retrievers.serving.service import ServerConfig, Service
 from agentic_rag_env.terminal import escape_what_streams_lack, print_line
 from agentic_rag_env.types import Passage
@@ -52,10 +52,8 @@ def make_server(retriever: Retriever, config: ServerConfig, fingerprint: str | N
     Raises:
         ConfigurationError: A library is missing.
     """
-    try:
+    with required_library(MISSING):
         import uvicorn
-    except ImportError as error:
-        raise missing_library(error) from error
     settings = uvicorn.Config(
         make_app(Service(retriever, config, fingerprint), config.timeout_s),
         http=patient_protocol(config.timeout_s),

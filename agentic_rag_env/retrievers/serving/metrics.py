@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import required_library
 
+#: The error where a library of the server is missing.
+MISSING = "agentic-rag-serve needs uvicorn, starlette and prometheus-client: pip install 'agentic-rag-env[serve]'."
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _QUERIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -23,10 +25,8 @@ class ServerMetrics:
     """
 
     def __init__(self, num_waiting: Callable[[], int], stats: Callable[[], Mapping[str, int]]) -> None:
-        try:
+        with required_library(MISSING):
             import prometheus_client as prometheus
-        except ImportError as error:
-            raise missing_library(error) from error
         # A registry of its own: the global one would add what else the process counts, another server's figures too.
         self._registry = prometheus.CollectorRegistry()
         common: dict[str, Any] = {"namespace": "agentic_rag", "registry": self._registry}
@@ -81,8 +81,3 @@ class _RetrieverStats:
 
         for name, value in self._stats().items():
             yield CounterMetricFamily(f"agentic_rag_{name}", "Counted by the retriever.", value=value)
-
-
-def missing_library(error: ImportError) -> ConfigurationError:
-    """The error for a server whose libraries are not installed."""
-    return ConfigurationError(f"agentic-rag-serve needs {error.name}: pip install 'agentic-rag-env[serve]'.")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import ConfigurationError, DataError, required_library
 from agentic_rag_env.retrievers.vectors.ranking import SCORE_DECIMALS, Candidates
 from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 
@@ -131,10 +131,8 @@ def import_faiss(user: str) -> Any:
     Raises:
         ConfigurationError: FAISS is missing, or only remains of it are left.
     """
-    try:
+    with required_library(f"{user!r} needs the library faiss. {_HOW_TO_INSTALL} {_WITHOUT}"):
         import faiss
-    except ImportError as error:
-        raise ConfigurationError(f"{user!r} needs the library faiss. {_HOW_TO_INSTALL} {_WITHOUT}") from error
     if not hasattr(faiss, "IndexFlatIP"):  # a folder without its files, which Python imports as a namespace
         raise ConfigurationError(f"{user!r} needs the library faiss, which is damaged. {_HOW_TO_INSTALL} {_WITHOUT}")
     return faiss

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from agentic_rag_env.corpus import Texts, fingerprint
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import DataError, required_library
 from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, first_not_finite
 from agentic_rag_env.types import Passage
 
@@ -29,12 +29,8 @@ def import_lancedb() -> Any:
     Raises:
         ConfigurationError: It is missing.
     """
-    try:
+    with required_library("retriever 'lancedb' needs the library lancedb: pip install 'agentic-rag-env[lancedb]'."):
         import lancedb
-    except ImportError as error:
-        raise ConfigurationError(
-            "retriever 'lancedb' needs the library lancedb: pip install 'agentic-rag-env[lancedb]'."
-        ) from error
     return lancedb
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, required_library
 from agentic_rag_env.retrievers.vectors.ranking import SCORE_DECIMALS, Candidates
 
 #: Rows of a block: on a CPU its scores for some hundred queries fit into the cache, on a GPU those for 512 take half a
@@ -29,12 +29,8 @@ class TorchSearch:
     """
 
     def __init__(self, vectors: NDArray[np.floating], devices: str | None = None, dtype: str | None = None) -> None:
-        try:
+        with required_library("dense backend=torch needs torch: pip install torch; backend=faiss does without."):
             import torch
-        except ImportError as error:
-            raise ConfigurationError(
-                "dense backend=torch needs torch: pip install torch; backend=faiss does without."
-            ) from error
         self._vectors = vectors
         self.num_rows, self.dim = vectors.shape
         self._dtype = getattr(torch, dtype or str(vectors.dtype))

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, required_library
 
 
 class Pretrained(NamedTuple):
@@ -41,11 +41,9 @@ def load_pretrained(
     Raises:
         ConfigurationError: torch or transformers is missing, or the model cannot be loaded.
     """
-    try:
+    with required_library(without_libraries):
         import torch
         import transformers
-    except ImportError as error:
-        raise ConfigurationError(without_libraries) from error
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     try:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import required_library
 from algorithms.analysis.comparison.methods import Method
 
 #: The palette of Okabe and Ito without black and yellow, which vanish on one of the two backgrounds; plus a grey.
@@ -91,13 +91,10 @@ def render(drawing: Drawing, kinds: Sequence[str], theme: Theme, with_legend: bo
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    try:
+    with required_library('Drawing needs the library matplotlib: pip install "agentic-rag-env[compare]".'):
         import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
-    except ImportError as error:
-        message = 'matplotlib is missing; install it by: pip install "agentic-rag-env[compare]"'
-        raise ConfigurationError(message) from error
     # The same figures give the same file: no random ids, no date.
     settings: Any = {"svg.hashsalt": drawing.name, "svg.fonttype": "none", "pdf.fonttype": 42,
                      "font.size": 9, "font.family": "sans-serif"}  # fmt: skip
