@@ -12,9 +12,9 @@ from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.episode import Episode, FinalTurn, Found, Rules, StepResult, search
 from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.registry import DATASETS, RETRIEVERS, REWARDS
+from agentic_rag_env.registry import DATASETS, REWARDS
 from agentic_rag_env.resets import check_options, question_number
-from agentic_rag_env.retrievers.base import Retriever
+from agentic_rag_env.retrievers.base import Retriever, build_wrapped
 from agentic_rag_env.rewards import Reward
 from agentic_rag_env.settings import COUNT, check_value, one_of, or_none
 from agentic_rag_env.spaces import FreeText
@@ -148,7 +148,7 @@ class AgenticRAGEnv(gymnasium.Env[str, str]):
         check_value("top_k", top_k, COUNT)
         check_value("render_mode", render_mode, or_none(one_of(self.metadata["render_modes"])))
         self.dataset = _build_dataset(dataset)
-        self.retriever = _build_retriever(retriever, self.dataset)
+        self.retriever = build_wrapped("the environment", retriever, self.dataset.corpus)
         self.top_k = top_k
         self.render_mode = render_mode
         self.action_space = FreeText()
@@ -236,12 +236,3 @@ def _build_dataset(spec: Any) -> QuestionSet:
         if not isinstance(question, Question):
             raise ConfigurationError(f"dataset must be an iterable of Question, got {question!r} in it.")
     return QuestionSet("questions", questions)
-
-
-def _build_retriever(spec: Any, dataset: QuestionSet) -> Retriever:
-    retriever = RETRIEVERS.build(spec, corpus=dataset.corpus)
-    if not isinstance(retriever, Retriever):
-        raise ConfigurationError(
-            f"retriever must be a name, a mapping or an object with search(queries, top_k), got {retriever!r}."
-        )
-    return retriever

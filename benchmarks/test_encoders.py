@@ -21,7 +21,7 @@ from agentic_rag_env.corpus import read_corpus
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
-from agentic_rag_env.retrievers.indexing.cli import progress
+from agentic_rag_env.retrievers.indexing.progress import progress
 
 NUM_QUESTIONS, TOP_K = 300, 3
 NUM_PASSAGES = int(os.environ.get("QA_PASSAGES", 4000))

@@ -23,7 +23,7 @@ from agentic_rag_env.datasets.tiny import TinyConfig, tiny
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
-from agentic_rag_env.retrievers.indexing.cli import progress
+from agentic_rag_env.retrievers.indexing.progress import progress
 from agentic_rag_env.types import Question
 
 NUM_PASSAGES = int(os.environ.get("RETRIEVAL_PASSAGES", 20_000))

@@ -6,16 +6,16 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from agentic_rag_env.corpus import fingerprint
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.settings import COUNT, check_value
-from agentic_rag_env.types import Passage
+from agentic_rag_env.types import Found, Passage
 
 #: Number of passages from which on an index that is made in memory is kept in the cache folder.
 KEPT_FROM = 5000
@@ -63,10 +63,11 @@ class CorpusRetriever(ABC):
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """See `Retriever.search`. A query that occurs more than once is searched once."""
-        queries = checked_queries(queries, top_k)
-        distinct = list(dict.fromkeys(queries))
-        ranked = dict(zip(distinct, self.rank(distinct, top_k) if distinct else [], strict=True))
-        return [[self._passage(row, score) for row, score in ranked[query]] for query in queries]
+
+        def found(distinct: list[str]) -> list[list[Passage]]:
+            return [[self._passage(row, score) for row, score in best] for best in self.rank(distinct, top_k)]
+
+        return search_once(queries, top_k, found)
 
     @abstractmethod
     def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
@@ -107,6 +108,26 @@ def checked_queries(queries: Sequence[str], top_k: int) -> list[str]:
         raise ConfigurationError(f"search takes a list of queries, got one string; pass [{queries[:40]!r}].")
     check_value("top_k", top_k, COUNT)
     return [query[:MAX_QUERY_CHARS] for query in queries]
+
+
+def search_once(queries: Sequence[str], top_k: int, search: Callable[[list[str]], Sequence[Found]]) -> list[Any]:
+    """Search a query that occurs more than once only once; each occurrence gets a list of its own.
+
+    Args:
+        queries: The queries of `Retriever.search`, which are checked.
+        top_k: Its other argument, which is checked.
+        search: Finds the results of distinct queries, at least one.
+
+    Returns:
+        For each query its passages, or its `RetrieverError`.
+
+    Raises:
+        ConfigurationError: `checked_queries` raises it.
+    """
+    queries = checked_queries(queries, top_k)
+    distinct = list(dict.fromkeys(queries))
+    found = dict(zip(distinct, search(distinct) if distinct else (), strict=True))
+    return [result if isinstance(result := found[query], RetrieverError) else list(result) for query in queries]
 
 
 def require_corpus(name: str, corpus: Sequence[Passage] | None) -> Sequence[Passage]:
@@ -168,7 +189,12 @@ def fingerprint_of(retriever: Any, spec: Any, corpus: Sequence[Passage] | None) 
 
 
 def build_wrapped(wrapper: str, spec: Any, corpus: Sequence[Passage] | None) -> Retriever:
-    """Make the retriever behind another one.
+    """Make the retriever that another part searches with.
+
+    Args:
+        wrapper: The other part, for the error.
+        spec: A name, a mapping or a retriever.
+        corpus: The passages for a retriever that searches a corpus.
 
     Raises:
         ConfigurationError: The object is no retriever.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class BM25Retriever(CorpusRetriever):
         self._tokenizer.words(())  # reports a missing stemmer or list of stop words before anything is opened
         self._config, self._given = config, corpus
         manifest = None if config.index is None else read_manifest(config.index, "bm25")
-        self.corpus = corpus_of_index("bm25", config, corpus, manifest)
+        self.corpus = corpus_of_index("bm25", config.corpus, corpus, manifest)
         if config.index is None or manifest is None:
             self._on_disk, (self._index, self._vocabulary) = self._made()
             return
@@ -216,7 +217,8 @@ def index_texts(
     found: dict[str, int] = {}
     word_ids: list[Any] = []
     unspaced = []
-    for span in _spans(texts):
+    remaining = iter(texts)
+    while span := list(islice(remaining, _SPAN)):
         word_ids += [
             np.array([found.setdefault(word, len(found)) for word in words], np.int32)
             for words in tokenizer.words(span)
@@ -267,17 +269,6 @@ def _load(folder: Path) -> tuple[Any, Any]:
         name: np.asarray(part) if isinstance(part, np.memmap) else part for name, part in index.scores.items()
     }
     return index, words
-
-
-def _spans(texts: Iterable[str]) -> Iterable[list[str]]:
-    span: list[str] = []
-    for text in texts:
-        span.append(text)
-        if len(span) == _SPAN:
-            yield span
-            span = []
-    if span:
-        yield span
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

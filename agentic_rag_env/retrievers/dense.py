@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_rag_env.cache_folder import kept
+from agentic_rag_env.cache_folder import kept, sampled_blocks
 from agentic_rag_env.corpus import Texts
 from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
@@ -139,7 +139,7 @@ class DenseRetriever(CorpusRetriever):
             raise DataError(f"{config.index}: there is no such index; build one with agentic-rag-index dense.")
         if self._index_path is not None and self._index_path.is_dir():
             self._manifest = read_manifest(self._index_path, "dense")
-        self.corpus = corpus_of_index("dense", config, corpus, self._manifest)
+        self.corpus = corpus_of_index("dense", config.corpus, corpus, self._manifest)
         self._encoder = self._make_encoder()
         self._search = self._in_memory() if self._index_path is None else self._on_disk(self._index_path)
         self._check_sizes()
@@ -283,18 +283,9 @@ def _stored_vectors(path: Path) -> NDArray[np.floating]:
     return vectors_of_flat(index)
 
 
-def _hash_of_blocks(file: Path, num_blocks: int = 256, block_bytes: int = 4096) -> str:
-    """Hash of the size of a file and of blocks spread evenly over it, its end included.
-
-    This is fast even for a file of 60 GB. A file of other embeddings differs in nearly every block.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        blocks = []
-        for number in range(num_blocks):
-            opened.seek(max(0, size - block_bytes) * number // (num_blocks - 1))
-            blocks.append(opened.read(block_bytes).hex())
-    return hash_of([size, blocks])
+def _hash_of_blocks(file: Path) -> str:
+    """Hash of the size of a file and of `sampled_blocks`; a file of other embeddings differs in nearly every block."""
+    return hash_of([file.stat().st_size, [block.hex() for block in sampled_blocks(file)]])
 
 
 RETRIEVERS.replace("torch_exact", "'dense' with backend=torch")

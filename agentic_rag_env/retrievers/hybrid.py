@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever, checked_queries, hash_of
+from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever, build_wrapped, hash_of, search_once
 from agentic_rag_env.settings import COUNT, check_settings
 from agentic_rag_env.types import Found, Passage
 
@@ -54,10 +54,7 @@ class HybridRetriever:
 
     def __init__(self, config: HybridConfig, corpus: Sequence[Passage] | None = None) -> None:
         self._config = config
-        self._parts: list[Retriever] = [RETRIEVERS.build(spec, corpus=corpus) for spec in config.retrievers]
-        for part in self._parts:
-            if not isinstance(part, Retriever):
-                raise ConfigurationError(f"hybrid joins retrievers, got {part!r}.")
+        self._parts = [build_wrapped("hybrid", spec, corpus) for spec in config.retrievers]
         self._corpus = _common_corpus(self._parts)
 
     @property
@@ -69,11 +66,8 @@ class HybridRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. A query fails if it fails for one of the retrievers."""
-        queries = checked_queries(queries, top_k)
-        distinct = list(dict.fromkeys(queries))
         fuse = self._fuse_passages if self._corpus is None else self._fuse_rows
-        fused = dict(zip(distinct, fuse(distinct, top_k) if distinct else [], strict=True))
-        return [result if isinstance(result := fused[query], RetrieverError) else list(result) for query in queries]
+        return search_once(queries, top_k, lambda distinct: fuse(distinct, top_k))
 
     def _fuse_rows(self, queries: list[str], top_k: int) -> list[Found]:
         corpus, depth = self._corpus, max(top_k, self._config.depth)

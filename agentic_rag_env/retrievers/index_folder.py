@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from agentic_rag_env.corpus import CorpusStore, fingerprint, open_corpus
 from agentic_rag_env.errors import DataError
@@ -19,13 +19,6 @@ MANIFEST = "manifest.json"
 ENCODER_STATE = "encoder.json"
 #: The FAISS file of a dense index, and the vectors that it was built from.
 FAISS_FILE, VECTORS_FILE = "index.faiss", "vectors/vectors.npy"
-
-
-class IndexSettings(Protocol):
-    """The settings that all retrievers which may open an index have in common."""
-
-    index: str | None
-    corpus: str | None
 
 
 def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
@@ -52,13 +45,13 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
 
 
 def corpus_of_index(
-    name: str, config: IndexSettings, corpus: Sequence[Passage] | None, manifest: Mapping[str, Any] | None
+    name: str, file: str | None, corpus: Sequence[Passage] | None, manifest: Mapping[str, Any] | None
 ) -> Sequence[Passage]:
     """The passages that a retriever searches.
 
     Args:
         name: The retriever, for errors.
-        config: Settings of the retriever; a file named there comes first.
+        file: The file of passages that the retriever's settings name; it comes first.
         corpus: Passages of the dataset; they come second.
         manifest: Manifest of the index; the store named there comes last.
 
@@ -66,18 +59,18 @@ def corpus_of_index(
         ConfigurationError: There is no corpus, or it is empty.
         DataError: The corpus is not the one that the index was built from, or it cannot be opened.
     """
-    if config.corpus is not None:
-        corpus = open_corpus(config.corpus)
+    if file is not None:
+        corpus = open_corpus(file)
     if manifest is None:
         return require_corpus(name, corpus)
     built_from = manifest["corpus"]
     if corpus is None:
-        file = Path(manifest["folder"]) / built_from["path"]
-        if not file.exists():
+        store = Path(manifest["folder"]) / built_from["path"]
+        if not store.exists():
             raise DataError(
-                f"{manifest['folder']}: its corpus is not at {file} any more; give retriever {name!r} a corpus=<file>."
+                f"{manifest['folder']}: its corpus is not at {store} any more; give retriever {name!r} a corpus=<file>."
             )
-        corpus = CorpusStore(file)
+        corpus = CorpusStore(store)
     if (found := fingerprint(corpus)) != built_from["fingerprint"]:
         raise DataError(
             f"{manifest['folder']}: was built from the corpus {built_from['fingerprint']} with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,12 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import (
     OUTSIDE,
     Retriever,
-    checked_queries,
     encodable,
     hash_of,
     require_corpus,
+    search_once,
 )
-from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder, first_not_finite
+from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder, first_not_finite, stored
 from agentic_rag_env.retrievers.vectors.lance_tables import (
     INDEXES,
     connect,
@@ -136,10 +137,10 @@ class LanceDBRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """See `Retriever.search`. A query that occurs more than once is searched once."""
-        queries = checked_queries(queries, top_k)
         if self._config.search == "hybrid":
             return self._hybrid.search(queries, top_k)
-        return (self._by_words if self._config.search == "text" else self._by_vectors)(queries, top_k)
+        find = self._by_words if self._config.search == "text" else self._by_vectors
+        return search_once(queries, top_k, lambda distinct: find(distinct, top_k))
 
     def _by_words(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         match: Any = import_lancedb().query.MatchQuery
@@ -149,17 +150,13 @@ class LanceDBRetriever:
             search = self._table.search(match(words, "contents"), query_type="fts")
             return _rows(self._read(search.select(["id", "contents", "_score"]).limit(count)), "_score")
 
-        ranked = {query: self._best(lambda count, query=query: propose(query, count), top_k) for query in set(queries)}  # type: ignore[misc]
-        return [list(ranked[query]) for query in queries]
+        return [self._best(partial(propose, query), top_k) for query in queries]
 
     def _by_vectors(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
-        distinct = list(dict.fromkeys(queries))
-        if not distinct:
-            return []
         assert self._encoder is not None
-        vectors = np.ascontiguousarray(self._encoder.encode_queries(distinct), np.float32)
+        vectors = np.ascontiguousarray(self._encoder.encode_queries(queries), np.float32)
         if (bad := first_not_finite(vectors)) is not None:
-            raise RetrieverError(f"the encoder gives NaN or infinity for the query {distinct[bad][:80]!r}.")
+            raise RetrieverError(f"the encoder gives NaN or infinity for the query {queries[bad][:80]!r}.")
 
         def propose(vector: NDArray[np.float32], count: int) -> list[_Row]:
             search = self._table.search(vector, vector_column_name="vector").distance_type("dot")
@@ -168,11 +165,7 @@ class LanceDBRetriever:
             found = self._read(search.select(["id", "contents", "vector", "_distance"]).limit(count))
             return _rows(found, "_distance", vector)
 
-        ranked = {
-            query: self._best(lambda count, vector=vector: propose(vector, count), top_k) if vector.any() else []  # type: ignore[misc]
-            for query, vector in zip(distinct, vectors, strict=True)
-        }
-        return [list(ranked[query]) for query in queries]
+        return [self._best(partial(propose, vector), top_k) if vector.any() else [] for vector in vectors]
 
     def _best(self, propose: Callable[[int], list[_Row]], top_k: int) -> list[Passage]:
         """The best of the proposed rows. More are asked for while one that was not proposed could score as high."""
@@ -195,7 +188,7 @@ class LanceDBRetriever:
         """The encoder that is asked for; None: that of the table."""
         if self._config.encoder is None and self._config.uri is not None and self._given is None:
             return None
-        return _stored(build_encoder(self._config.encoder or "hashed_ngram"))
+        return stored(build_encoder(self._config.encoder or "hashed_ngram"), "be kept in a table")
 
     def _in_cache(self) -> str:
         """The folder of the cache that holds the table of the corpus."""
@@ -230,7 +223,7 @@ class LanceDBRetriever:
                 raise ConfigurationError(f"{self._place} does not say which encoder made its vectors; give encoder=...")
             return
         asked = self._config.encoder is not None and self._encoder
-        self._encoder = asked or _stored(build_encoder(facts["encoder"]))
+        self._encoder = asked or stored(build_encoder(facts["encoder"]), "be kept in a table")
         self._encoder.load_state(facts["state"])
         if self._encoder.fingerprint != facts["encoder_fingerprint"]:
             raise DataError(
@@ -252,9 +245,3 @@ def _rows(found: Any, column: str, query: NDArray[np.float32] | None = None) -> 
         _Row(place, score, Passage(str(name), contents, score))
         for place, score, (name, contents) in zip(places, np.round(scores, SCORE_DECIMALS).tolist(), texts, strict=True)
     ]
-
-
-def _stored(encoder: Any) -> StoredEncoder:
-    if not isinstance(encoder, StoredEncoder):
-        raise ConfigurationError(f"encoder {type(encoder).__name__} cannot be kept in a table (see StoredEncoder).")
-    return encoder

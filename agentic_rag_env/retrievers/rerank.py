@@ -8,7 +8,7 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import Retriever, checked_queries, encodable, hash_of
+from agentic_rag_env.retrievers.base import build_wrapped, encodable, hash_of, search_once
 from agentic_rag_env.retrievers.vectors.encoders import DTYPES
 from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
 from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
@@ -63,7 +63,7 @@ class RerankRetriever:
 
     def __init__(self, config: RerankConfig, corpus: Sequence[Passage] | None = None) -> None:
         self.config = config
-        self._retriever: Retriever = RETRIEVERS.build(config.retriever, corpus=corpus)
+        self._retriever = build_wrapped("rerank", config.retriever, corpus)
         loaded = load_pretrained(
             "AutoModelForSequenceClassification",
             config.model,
@@ -90,26 +90,25 @@ class RerankRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. All pairs of all queries are scored in common batches."""
-        queries = checked_queries(queries, top_k)
-        if not queries:
-            return []
-        distinct = list(dict.fromkeys(queries))
-        found: list[Found] = list(self._retriever.search(distinct, max(top_k, self.config.depth)))
+        return search_once(queries, top_k, lambda distinct: self._ranked(distinct, top_k))
+
+    def _ranked(self, queries: list[str], top_k: int) -> list[Found]:
+        found: list[Found] = list(self._retriever.search(queries, max(top_k, self.config.depth)))
         pairs = [
             (encodable(query), passage.contents)
-            for query, passages in zip(distinct, found, strict=True)
+            for query, passages in zip(queries, found, strict=True)
             if not isinstance(passages, RetrieverError)
             for passage in passages
         ]
         scores = iter(self._score(pairs))
-        ranked: dict[str, Found] = {}
-        for query, passages in zip(distinct, found, strict=True):
+        ranked: list[Found] = []
+        for passages in found:
             if isinstance(passages, RetrieverError):
-                ranked[query] = passages
+                ranked.append(passages)
                 continue
             scored = [replace(passage, score=next(scores)) for passage in passages]
-            ranked[query] = sorted(scored, key=lambda passage: -passage.score)[:top_k]
-        return [result if isinstance(result := ranked[query], RetrieverError) else list(result) for query in queries]
+            ranked.append(sorted(scored, key=lambda passage: -passage.score)[:top_k])
+        return ranked
 
     def _score(self, pairs: list[tuple[str, str]]) -> list[float]:
         import torch

@@ -9,7 +9,7 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import Retriever, checked_queries, hash_of
+from agentic_rag_env.retrievers.base import Retriever, build_wrapped, hash_of, search_once
 from agentic_rag_env.types import Found, Passage
 
 #: Retrievers whose scores depend on the passages beside the one that is scored: word statistics, or ranks.
@@ -62,9 +62,8 @@ class ShardedRetriever:
         self._shards: list[tuple[str, Retriever]] = []
         for number, spec in enumerate(config.shards, 1):
             is_address = isinstance(spec, str) and spec not in RETRIEVERS.names()
-            shard = RETRIEVERS.build({"name": "http", "url": spec} if is_address else spec, corpus=None)
-            if not isinstance(shard, Retriever):
-                raise ConfigurationError(f"sharded merges the results of retrievers, got {shard!r} as part {number}.")
+            of_shard = {"name": "http", "url": spec} if is_address else spec
+            shard = build_wrapped(f"part {number} of sharded", of_shard, corpus=None)
             urls = getattr(shard, "urls", None)
             what = ", ".join(urls) if urls else type(shard).__name__
             self._shards.append((f"part {number} of {len(config.shards)} ({what})", shard))
@@ -77,16 +76,12 @@ class ShardedRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. A query fails if it fails in one of the parts; the error names the part."""
-        distinct = list(dict.fromkeys(checked_queries(queries, top_k)))
-        if not distinct:
-            return []
+        return search_once(queries, top_k, lambda distinct: self._merged(distinct, top_k))
+
+    def _merged(self, queries: list[str], top_k: int) -> list[Found]:
         with ThreadPoolExecutor(len(self._shards)) as pool:
-            of_shards = list(pool.map(lambda shard: _search(shard[0], shard[1], distinct, top_k), self._shards))
-        merged = {
-            query: _merge(found, top_k) for query, found in zip(distinct, zip(*of_shards, strict=True), strict=True)
-        }
-        answers = (merged[query] for query in checked_queries(queries, top_k))
-        return [found if isinstance(found, RetrieverError) else list(found) for found in answers]
+            of_shards = list(pool.map(lambda shard: _search(shard[0], shard[1], queries, top_k), self._shards))
+        return [_merge(found, top_k) for found in zip(*of_shards, strict=True)]
 
 
 def _search(name: str, shard: Retriever, queries: list[str], top_k: int) -> list[Found]:

@@ -10,8 +10,10 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, required_library
 from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.settings import Allowed, check_settings, one_of, or_none
 
 TOKENIZERS = ("words", "bigrams")
+_LANGUAGE = Allowed("a name such as english", lambda value: isinstance(value, str))
 _WORD = re.compile(r"\w+")
 #: Runs of Chinese characters and Japanese kana, which are written without blanks between words.
 _UNSPACED = re.compile(
@@ -32,12 +34,8 @@ class Tokenizer:
     stopwords: str | None = None
 
     def __post_init__(self) -> None:
-        if self.tokenizer not in TOKENIZERS:
-            hint = did_you_mean(str(self.tokenizer), TOKENIZERS)
-            raise ConfigurationError(f"bm25 has no tokenizer {self.tokenizer!r}.{hint}")
-        for name in ("stemmer", "stopwords"):
-            if not isinstance(value := getattr(self, name), str | None):
-                raise ConfigurationError(f"bm25 {name} must be a name such as english, or null, got {value!r}.")
+        check_settings(self, one_of(TOKENIZERS), "tokenizer")
+        check_settings(self, or_none(_LANGUAGE), "stemmer", "stopwords")
 
     def words(self, texts: Iterable[str]) -> list[list[str]]:
         """The words of each text that count, in their order; each distinct word of all texts is stemmed once.

@@ -67,12 +67,9 @@ class TokenIds(View[np.ndarray, np.ndarray]):
         max_observation_tokens: int = 512,
     ) -> None:
         super().__init__(env)
-        for name, value in (
-            ("vocab_size", vocab_size),
-            ("max_action_tokens", max_action_tokens),
-            ("max_observation_tokens", max_observation_tokens),
-        ):
-            check_value(name, value, COUNT)
+        check_value("vocab_size", vocab_size, COUNT)
+        check_value("max_action_tokens", max_action_tokens, COUNT)
+        check_value("max_observation_tokens", max_observation_tokens, COUNT)
         self.tokenizer = tokenizer
         self.no_token = vocab_size
         self.action_space = spaces.MultiDiscrete([vocab_size + 1] * max_action_tokens)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agentic_rag_env.cache_folder import digest_of
 from agentic_rag_env.corpus import CorpusStore, Texts, open_corpus
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import remove_partial, sync_all, written_whole
 from agentic_rag_env.retrievers.bm25 import BM25_FOLDER, BM25Config, index_texts, save_index
 from agentic_rag_env.retrievers.index_folder import (
@@ -29,18 +29,12 @@ from agentic_rag_env.retrievers.index_folder import (
     write_json,
 )
 from agentic_rag_env.retrievers.indexing.faiss_builder import build_index, default_index, measure_recall
-from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder, first_not_finite
+from agentic_rag_env.retrievers.indexing.progress import Phase, silent
+from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder, first_not_finite, stored
 from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
-
-#: Announces a phase by its name and number of items (None: unknown). It yields a function that counts finished items.
-Phase: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 
 #: The file that says which corpus and encoder the vectors in an index folder belong to.
 _ENCODING = "encoding.json"
-
-
-def _silent(name: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
-    return nullcontext(lambda count: None)
 
 
 @dataclass
@@ -74,7 +68,7 @@ class DenseIndexConfig:
 
 
 def build_dense(
-    corpus: str | Path, folder: str | Path, config: DenseIndexConfig, phase: Phase = _silent
+    corpus: str | Path, folder: str | Path, config: DenseIndexConfig, phase: Phase = silent
 ) -> dict[str, Any]:
     """Encode a corpus and index the vectors by FAISS.
 
@@ -125,7 +119,7 @@ def build_dense(
         return manifest
 
 
-def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase: Phase = _silent) -> dict[str, Any]:
+def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase: Phase = silent) -> dict[str, Any]:
     """Index a corpus by its words.
 
     The folder then holds `manifest.json`, `bm25/` and, if the corpus was no store, `corpus.arrow`. Building takes
@@ -228,12 +222,7 @@ def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 def _fitted_encoder(store: CorpusStore, folder: Path, spec: Any, phase: Phase) -> StoredEncoder:
     """The encoder, with what it learns from the corpus; it learns that only once."""
-    encoder = build_encoder(spec)
-    if not isinstance(encoder, StoredEncoder):
-        raise ConfigurationError(
-            f"encoder {type(encoder).__name__} cannot build an index on disk: it lacks fingerprint, settings, state or "
-            "load_state (see StoredEncoder)."
-        )
+    encoder = stored(build_encoder(spec), "build an index on disk")
     file = folder / ENCODER_STATE
     known = {"corpus": store.fingerprint, "settings": encoder.settings()}
     saved = read_json(file) if file.exists() else {}

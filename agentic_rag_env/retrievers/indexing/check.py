@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from agentic_rag_env.cache_folder import digest_of
 from agentic_rag_env.corpus import CorpusStore, check_corpus
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.retrievers.index_folder import MANIFEST, VECTORS_FILE, read_json
-
-#: See `builder.Phase`.
-Phase: TypeAlias = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
+from agentic_rag_env.retrievers.indexing.progress import Phase
 
 
 def check(path: str | Path, phase: Phase) -> str:

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Any
 
 from agentic_rag_env.corpus import open_corpus
@@ -26,10 +23,8 @@ from agentic_rag_env.registry import name_or_mapping
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
 from agentic_rag_env.retrievers.indexing.check import check
+from agentic_rag_env.retrievers.indexing.progress import progress
 from agentic_rag_env.terminal import escape_what_streams_lack, print_line
-
-#: Seconds between two lines of progress where there is no terminal.
-_LINE_EVERY_S = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,47 +81,6 @@ def _report(folder: str, manifest: dict[str, Any]) -> None:
     shown = {**manifest["index"], **manifest.get("recall", {})}
     print(f"{folder}: {manifest['corpus']['num_passages']} passages, {manifest['kind']}, ", end="")
     print(", ".join(f"{name} {value}" for name, value in shown.items()))
-
-
-@contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show the progress of some work and the time left: in a terminal by a bar, elsewhere by a line now and then.
-
-    Args:
-        description: What is done.
-        total: Number of items; None: unknown.
-
-    Yields:
-        A function to call with the number of further items done.
-    """
-    if not sys.stdout.isatty() or find_spec("rich") is None:
-        print(description + ("" if total is None else f" ({total})"), flush=True)
-        yield _lines(description, total)
-        return
-    from rich import progress as bars
-
-    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
-    left = (bars.TextColumn("left:"), bars.TimeRemainingColumn())
-    with bars.Progress(bars.TextColumn("{task.description}"), *columns, *left) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda count: bar.advance(task, count)
-
-
-def _lines(description: str, total: int | None) -> Callable[[int], None]:
-    start = last = time.monotonic()
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal last, done
-        done += count
-        now = time.monotonic()
-        if now - last < _LINE_EVERY_S:
-            return
-        last = now
-        left = "" if total is None else f" of {total}, {(now - start) * (total - done) / done:.0f} s left"
-        print(f"{description}: {done}{left}", flush=True)
-
-    return advance
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.retrievers.indexing.progress import Phase
 from agentic_rag_env.retrievers.vectors.encoders import Encoder
 from agentic_rag_env.retrievers.vectors.faiss_search import FaissSearch, import_faiss, set_parameter
 from agentic_rag_env.retrievers.vectors.ranking import nearest
@@ -45,7 +46,7 @@ def build_index(
     factory: str,
     seed: int,
     threads: int | None,
-    phase: Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]],
+    phase: Phase,
 ) -> Any:
     """Train a FAISS index of inner products and fill it.
 
@@ -91,7 +92,7 @@ def measure_recall(
     texts: Sequence[str],
     encoder: Encoder,
     seed: int,
-    phase: Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]],
+    phase: Phase,
 ) -> dict[str, float]:
     """The share of the truly nearest passages that an index finds as it stands.
 

@@ -70,6 +70,24 @@ def build_encoder(spec: Any) -> Encoder:
     return ENCODERS.build(spec)
 
 
+def stored(encoder: Encoder, purpose: str) -> StoredEncoder:
+    """The encoder, if what it has learned can be kept.
+
+    Args:
+        encoder: Any encoder.
+        purpose: What it is to do, for the error.
+
+    Raises:
+        ConfigurationError: It is no `StoredEncoder`.
+    """
+    if not isinstance(encoder, StoredEncoder):
+        raise ConfigurationError(
+            f"encoder {type(encoder).__name__} cannot {purpose}: it lacks fingerprint, settings, state or load_state "
+            "(see StoredEncoder)."
+        )
+    return encoder
+
+
 def encoder_of_index(manifest: Mapping[str, Any], given: Any) -> Encoder:
     """The encoder that an index was built with.
 
@@ -82,12 +100,8 @@ def encoder_of_index(manifest: Mapping[str, Any], given: Any) -> Encoder:
         DataError: The encoder is not the one that the index was built with.
     """
     built_with = manifest["encoder"]
-    encoder = build_encoder(built_with["settings"] if given is None else given)
-    if not isinstance(encoder, StoredEncoder):
-        raise ConfigurationError(
-            f"encoder {type(encoder).__name__} cannot be compared with that of the index {manifest['folder']}: it "
-            "lacks a fingerprint (see StoredEncoder)."
-        )
+    asked = build_encoder(built_with["settings"] if given is None else given)
+    encoder = stored(asked, f"be compared with that of the index {manifest['folder']}")
     encoder.load_state(read_json(Path(manifest["folder"]) / ENCODER_STATE)["state"])
     if encoder.fingerprint != built_with["fingerprint"]:
         raise DataError(

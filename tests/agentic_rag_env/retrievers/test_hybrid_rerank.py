@@ -103,7 +103,7 @@ def test_repeated_queries_are_searched_once() -> None:
     ("settings", "message"),
     [
         ({"retrievers": ["bm25"]}, "hybrid needs two or more retrievers, got"),
-        ({"retrievers": ["bm25", 5]}, "hybrid joins retrievers, got 5"),
+        ({"retrievers": ["bm25", 5]}, "hybrid needs a retriever: .* got 5"),
         ({"depth": 0}, "depth must be an integer of at least 1, got 0"),
         ({"rank_constant": 0}, "rank_constant must be an integer of at least 1, got 0"),
     ],

@@ -182,9 +182,9 @@ def test_recall_is_measured_and_not_assumed(store: CorpusStore) -> None:
     empty = faiss.IndexFlatIP(16)
     empty.add(np.zeros_like(vectors))
     from agentic_rag_env.corpus import Texts
-    from agentic_rag_env.retrievers.indexing.builder import _silent
+    from agentic_rag_env.retrievers.indexing.progress import silent
 
-    report = faiss_builder.measure_recall(empty, vectors, Texts(store), CrcEncoder(), 0, _silent)
+    report = faiss_builder.measure_recall(empty, vectors, Texts(store), CrcEncoder(), 0, silent)
     assert report["recall@3"] < 0.1
 
 
