@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,11 +12,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from agentic_rag_env.errors import DataError
 
-#: Most bytes of a line of JSON: a gzip file of some hundred KiB could hold one that fills the memory.
+#: Most bytes of a line of JSON: a compressed file of some hundred KiB could hold one that fills the memory.
 MAX_LINE = 2**26
 _MAX_NAME = 120
 #: Names that stand for devices on Windows, with any ending.
@@ -86,11 +87,9 @@ def file_name(text: str, also: str = "") -> str:
     """
     name = re.sub(rf"[^\w.+{re.escape(also)}-]", "_", text, flags=re.ASCII).lstrip("-.")[:_MAX_NAME].rstrip(".")
     name = f"_{name}" if _OF_WINDOWS.match(name) else name
-    return (
-        name
-        if name and name == text
-        else f"{name or 'run'}-{hashlib.sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:8]}"
-    )
+    if name and name == text:
+        return name
+    return f"{name or 'run'}-{hashlib.sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:8]}"
 
 
 def sha256(path: Path) -> str:
@@ -99,26 +98,41 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a text file, unpacked if its name ends in `.gz`.
+def lines_of(path: Path, most_bytes: int = MAX_LINE) -> Iterator[str]:
+    """The lines of a text file in UTF-8, unpacked if its name ends in `.gz` or `.zst`.
+
+    Args:
+        path: The file; a byte order mark at its beginning is left out.
+        most_bytes: Most bytes of a line.
 
     Raises:
-        DataError: The file is damaged, is no text, or has a line of more than `MAX_LINE` bytes.
+        DataError: The file is damaged, is no text, or has a longer line.
+        OSError: The file cannot be read.
     """
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            while line := file.readline(MAX_LINE + 1):
+        with _opened(path) as file:
+            while line := file.readline(most_bytes + 1):
                 number += 1
-                if len(line) > MAX_LINE:
-                    raise DataError(f"{path}, line {number}: has more than {MAX_LINE} bytes.")
-                yield line.decode("utf-8")
+                if len(line) > most_bytes:
+                    raise DataError(f"{path}, line {number}: has more than {most_bytes} bytes.")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         if not number and path.suffix == ".gz" and path.stat().st_size == 0:
             raise EOFError("it is empty")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is not a whole gzip file ({error}).") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {number}: is no text in UTF-8 ({error}).") from error
+        raise DataError(f"{path}, line {number}: not UTF-8 at byte {error.start}: {error.reason}.") from error
+
+
+def _opened(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"))
+    return path.open("rb")
 
 
 def read_rows(path: Path, make: Callable[[dict[str, Any]], _Made]) -> Iterator[_Made]:

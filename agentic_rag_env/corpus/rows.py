@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from agentic_rag_env.errors import DataError
+from agentic_rag_env.files import lines_of
 from agentic_rag_env.types import Passage
 
 #: Most bytes of a line. A longer line is no passage, and even a small compressed file can hold one that fills memory.
@@ -96,30 +93,23 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number, from 1, and the object of each line of a file of JSON objects; blank lines are skipped.
 
     Args:
-        path: A file in UTF-8; it is decompressed if its name ends in `.gz` or `.zst`.
+        path: A file that `agentic_rag_env.files.lines_of` reads.
 
     Raises:
         DataError: The file cannot be read, or a line is too long, not UTF-8, not JSON or not an object.
     """
     file_version(path)
     try:
-        with _opened(Path(path).expanduser()) as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
-                if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"{path}, line {number}: has more than {MAX_LINE_BYTES} bytes.")
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    yield number, _parse_line(line, path, number)
-    except (OSError, EOFError, zlib.error) as error:
+        for number, line in enumerate(lines_of(Path(path).expanduser(), MAX_LINE_BYTES), 1):
+            if line.strip():
+                yield number, _parse_line(line, path, number)
+    except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}.") from error
 
 
-def _parse_line(line: bytes, path: str | Path, number: int) -> dict[str, Any]:
+def _parse_line(line: str, path: str | Path, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {number}: not UTF-8 at byte {error.start}: {error.reason}.") from error
+        row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: invalid JSON: {error}.") from error
     if not isinstance(row, dict):
@@ -166,16 +156,6 @@ def checked_text(value: Any, where: str) -> str:
 def quoted_contents(title: str, text: str) -> str:
     """A title and a text in the form of the Search-R1 corpora; a line break in the title becomes a blank."""
     return f'"{" ".join(title.split())}"\n{text}'
-
-
-def _opened(file: Path) -> IO[bytes]:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if file.suffix == ".zst":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.CompressedInputStream(str(file), "zstd"))
-    return file.open("rb")
 
 
 def _batches(file: Path) -> Iterator[Any]:
