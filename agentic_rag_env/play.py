@@ -16,9 +16,8 @@ from typing import Any
 from agentic_rag_env.actions import CLOSING_TAGS, Malformed, parse_action
 from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.episode import FINAL_TURNS
-from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.registry import name_or_mapping
-from agentic_rag_env.terminal import escape_what_streams_lack, print_line, printable, rich_console
+from agentic_rag_env.terminal import print_line, printable, rich_console, run_command
 from agentic_rag_env.types import StepInfo
 
 HELP = """\
@@ -38,20 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 where a setting can't work.
     """
-    escape_what_streams_lack()
-    options = _parser().parse_args(arguments)
-    try:
-        console = rich_console("Playing in a terminal")
-        env = AgenticRAGEnv(
-            dataset=options.dataset,
-            retriever=options.retriever,
-            max_turns=options.max_turns,
-            top_k=options.top_k,
-            final_turn=options.final_turn,
-        )
-    except AgenticRAGError as error:
-        print_line(str(error), sys.stderr)
-        return 2
+    return run_command(lambda: _play(_parser().parse_args(arguments)))
+
+
+def _play(options: argparse.Namespace) -> None:
+    console = rich_console("Playing in a terminal")
+    env = AgenticRAGEnv(
+        dataset=options.dataset,
+        retriever=options.retriever,
+        max_turns=options.max_turns,
+        top_k=options.top_k,
+        final_turn=options.final_turn,
+    )
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="backslashreplace")  # the game goes on whatever is typed or piped in
     with contextlib.suppress(ImportError):
@@ -66,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (EOFError, KeyboardInterrupt):
         _show(console, "\n")
     _show(console, score_line(finished) + "\n", "bold")
-    return 0
 
 
 def play_episode(

@@ -15,6 +15,7 @@ A value outside raises a ConfigurationError that names the setting, the range an
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -112,6 +113,16 @@ def likely_name(given: str, names: Iterable[str]) -> str:
     """A hint at what a misspelt name was to be, with a blank before it; empty if nothing comes close."""
     close = difflib.get_close_matches(given, sorted(names), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def meanings_of(config: type) -> dict[str, str]:
+    """What the docstrings of a dataclass of settings and of its bases say of each setting, as one line."""
+    found: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        section = (base.__doc__ or "").partition("Attributes:\n")[2]
+        for names, text in re.findall(r"^ {4,8}(\w+(?:, \w+)*): ((?:.+\n?)(?: {9,}.+\n?)*)", section, re.MULTILINE):
+            found.update(dict.fromkeys(names.split(", "), " ".join(text.split())))
+    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import sys
 import unicodedata
+from collections.abc import Callable
 from typing import Any, TextIO
 
-from agentic_rag_env.errors import required_library
+from agentic_rag_env.errors import AgenticRAGError, required_library
 
 
 def printable(text: str, encoding: str | None = None) -> str:
@@ -43,6 +45,30 @@ def print_line(text: str, file: TextIO | None = None) -> None:
     """Print a line of text by strangers, such as an error that quotes them, at once; by default to stdout."""
     file = file or sys.stdout
     print(printable(text, file.encoding), file=file, flush=True)
+
+
+def run_command(work: Callable[[], int | None]) -> int:
+    """Carry out a command: the streams escape what they lack, and a user's mistake becomes a line on stderr.
+
+    Args:
+        work: Reads the command line, does what it asks for, and returns the exit status; None stands for 0.
+
+    Returns:
+        The exit status; 2 after a mistake.
+    """
+    escape_what_streams_lack()
+    try:
+        return work() or 0
+    except AgenticRAGError as error:
+        print_line(str(error), sys.stderr)
+        return 2
+
+
+def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of command lines whose help shows a description line by line, as a module's docstring has it."""
+    return argparse.ArgumentParser(
+        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def rich_console(command: str) -> Any:

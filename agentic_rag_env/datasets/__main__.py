@@ -21,8 +21,7 @@ from agentic_rag_env.datasets.check import (
     coverages,
     overlaps,
 )
-from agentic_rag_env.errors import AgenticRAGError
-from agentic_rag_env.terminal import escape_what_streams_lack, print_line, printable, rich_console
+from agentic_rag_env.terminal import command_parser, printable, rich_console, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,16 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 where a file has errors, or 2 where the corpus can't be read.
     """
-    escape_what_streams_lack()
-    options = _parser().parse_args(arguments)
-    try:
-        console = rich_console("Checking datasets")
-        reports = [check_file(path) for path in options.files]
-        between = overlaps(reports)
-        covered = coverages(reports, read_corpus(options.corpus)) if options.corpus else []
-    except AgenticRAGError as error:
-        print_line(str(error), sys.stderr)
-        return 2
+    return run_command(lambda: _check(_parser().parse_args(arguments)))
+
+
+def _check(options: argparse.Namespace) -> int:
+    console = rich_console("Checking datasets")
+    reports = [check_file(path) for path in options.files]
+    between = overlaps(reports)
+    covered = coverages(reports, read_corpus(options.corpus)) if options.corpus else []
     for report, coverage in zip(reports, covered, strict=False):
         _add_missing_gold(report, coverage)
     console.print(_table(reports, covered, console.encoding))
@@ -105,11 +102,7 @@ def _print_findings(console: Any, title: str, findings: Sequence[Finding]) -> No
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m agentic_rag_env.datasets",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m agentic_rag_env.datasets", __doc__)
     check = parser.add_subparsers(required=True, metavar="check").add_parser(
         "check", help="report what is wrong with files of questions; exit status 1 if there are errors"
     )

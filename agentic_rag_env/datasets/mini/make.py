@@ -21,9 +21,9 @@ from agentic_rag_env.corpus import read_corpus
 from agentic_rag_env.datasets.mini import ENDING, FOLDER
 from agentic_rag_env.datasets.mini.recipe import STEMMED_BM25, Miniature, draw, is_yes_no
 from agentic_rag_env.datasets.rows import read_questions
-from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.files import written_whole
 from agentic_rag_env.registry import RETRIEVERS
+from agentic_rag_env.terminal import command_parser, run_command
 from agentic_rag_env.types import Passage, Question
 
 #: Number of passages in each set, and the level of the compression.
@@ -51,14 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 where the sources can't be used.
     """
-    options = _parser().parse_args(arguments)
-    try:
-        rows = [row for name, source in SOURCES.items() for row in _make(name, source, options.sources, options.out)]
-    except AgenticRAGError as error:
-        print(error, file=sys.stderr)
-        return 2
-    _print(rows)
-    return 0
+    return run_command(lambda: _make_all(_parser().parse_args(arguments)))
+
+
+def _make_all(options: argparse.Namespace) -> None:
+    _print([row for name, source in SOURCES.items() for row in _make(name, source, options.sources, options.out)])
 
 
 def _make(name: str, source: Source, sources: Path, out: Path) -> list[dict[str, str]]:
@@ -149,11 +146,7 @@ def _print(rows: Sequence[dict[str, str]]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m agentic_rag_env.datasets.mini.make",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m agentic_rag_env.datasets.mini.make", __doc__)
     parser.add_argument("sources", type=Path, help="folder with the benchmarks")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write into; default: that of the package")
     return parser

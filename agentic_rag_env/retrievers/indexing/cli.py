@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentic_rag_env.corpus import open_corpus
-from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.registry import name_or_mapping
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
 from agentic_rag_env.retrievers.indexing.check import check
 from agentic_rag_env.retrievers.indexing.progress import progress
-from agentic_rag_env.terminal import escape_what_streams_lack, print_line
+from agentic_rag_env.terminal import command_parser, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,17 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 where a setting or a file can't work.
     """
-    escape_what_streams_lack()
-    options = _parser().parse_args(arguments)
     try:
-        options.build(options)
-    except AgenticRAGError as error:
-        print_line(str(error), sys.stderr)
-        return 2
+        return run_command(lambda: _build(_parser().parse_args(arguments)))
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
-    return 0
+
+
+def _build(options: argparse.Namespace) -> None:
+    options.build(options)
 
 
 def _build_store(options: argparse.Namespace) -> None:
@@ -84,9 +81,7 @@ def _report(folder: str, manifest: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="agentic-rag-index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("agentic-rag-index", __doc__)
     kinds = parser.add_subparsers(required=True, metavar="store | bm25 | dense | check")
     store = kinds.add_parser("store", help="write a store of passages")
     store.add_argument("corpus", help="file of passages")

@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import json
 import math
 import os
-import re
 import signal
 import socket
 import sys
@@ -29,13 +27,14 @@ from dataclasses import fields
 from typing import Any
 
 from agentic_rag_env.corpus import open_corpus
-from agentic_rag_env.errors import AgenticRAGError, ConfigurationError, required_library
+from agentic_rag_env.errors import ConfigurationError, required_library
 from agentic_rag_env.registry import DATASETS
 from agentic_rag_env.retrievers.base import Retriever, build_wrapped, fingerprint_of
 from agentic_rag_env.retrievers.serving.app import make_app, patient_protocol
 from agentic_rag_env.retrievers.serving.metrics import MISSING
 from agentic_rag_env.retrievers.serving.service import ServerConfig, Service
-from agentic_rag_env.terminal import escape_what_streams_lack, print_line
+from agentic_rag_env.settings import meanings_of
+from agentic_rag_env.terminal import command_parser, run_command
 from agentic_rag_env.types import Passage
 
 
@@ -102,21 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 after SIGTERM or Ctrl-C, 2 where a setting can't work.
     """
-    escape_what_streams_lack()
-    options = vars(_parser().parse_intermixed_args(arguments))
-    # uvicorn raises the signals that stopped it once more when it is done.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        _serve(options)
-    except AgenticRAGError as error:
-        print_line(f"agentic-rag-serve: {error}", sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        pass
+    with contextlib.suppress(KeyboardInterrupt):
+        return run_command(lambda: _serve(vars(_parser().parse_intermixed_args(arguments))))
     return 0
 
 
 def _serve(options: Mapping[str, Any]) -> None:
+    # uvicorn raises the signals that stopped it once more when it is done.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # Read by torch and FAISS when they load. By default their threads spin while they wait for each other, and where
     # other processes share the cores, each waits for the others' time slices: a batch then takes several times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -187,9 +179,7 @@ def _value(text: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="agentic-rag-serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("agentic-rag-serve", __doc__)
     parser.add_argument("retriever", help="registered name: bm25, dense, cached, ...")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the retriever")
     source = parser.add_mutually_exclusive_group()
@@ -199,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--dataset", type=_value, help="search the corpus of a dataset: a name, or a JSON object with 'name'"
     )
-    meanings = _meanings(ServerConfig)
+    meanings = meanings_of(ServerConfig)
     for setting in fields(ServerConfig):
         parser.add_argument(
             f"--{setting.name.replace('_', '-')}",
@@ -209,13 +199,6 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{meanings[setting.name]} (default: %(default)s)",
         )
     return parser
-
-
-def _meanings(config: type) -> dict[str, str]:
-    """The text in a dataclass's docstring about each attribute."""
-    _, _, section = str(inspect.getdoc(config)).partition("Attributes:\n")
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: " ".join(meaning.split()) for name, meaning in entries}
 
 
 if __name__ == "__main__":

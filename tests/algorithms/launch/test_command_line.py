@@ -7,8 +7,8 @@ import sys
 import pytest
 from small_runs import command
 
+from agentic_rag_env.settings import meanings_of
 from algorithms import ask
-from algorithms.launch.command_line import attributes_of
 from algorithms.taid import TAIDConfig
 
 
@@ -29,7 +29,7 @@ def test_a_setting_that_no_job_of_a_multirun_has_is_refused(tmp_path):
 
 
 def test_what_a_setting_means_is_read_from_the_docstrings_of_its_class_and_bases():
-    meanings = attributes_of(TAIDConfig)
+    meanings = meanings_of(TAIDConfig)
     assert meanings["epochs"] == "Passes over the demonstrations."
     assert (
         meanings["t_start"]
