@@ -13,7 +13,7 @@ from agentic_rag_env.actions import Answer, parse_action
 from agentic_rag_env.answers import holds_answer
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.probes.figures import Figures, share
+from agentic_rag_env.probes.figures import Figures
 from agentic_rag_env.probes.gold import Gold
 from agentic_rag_env.probes.material import (
     DIRECTLY,
@@ -96,7 +96,7 @@ class Counterfactual:
     def __call__(self, material: Material) -> Figures:
         """See the class."""
         changes = change(material)
-        figures: Figures = {"left_out": share(_left_out(material, changes), seed=material.seed)}
+        figures: Figures = {"left_out": material.share(_left_out(material, changes))}
         changes = changes[: self.config.num_questions]
         if not changes:
             return figures
@@ -104,14 +104,13 @@ class Counterfactual:
         questions = [replace(material.questions[one.number], golden_answers=(one.answer,)) for one in changes]
         episodes = _play(material, questions, Overlaid(_retriever(material), passages))
         old = [material.questions[one.number].golden_answers for one in changes]
-        reads = [bool(episode[-1]["correct"]) for episode in episodes]
+        reads = _correct(episodes)
         remembers = [_remembers(episode, golden) for episode, golden in zip(episodes, old, strict=True)]
         neither = [not (read or remembered) for read, remembered in zip(reads, remembers, strict=True)]
-        seed = material.seed
         figures |= {
-            "reads": share(reads, "high", seed=seed),
-            "remembers": share(remembers, "low", seed=seed),
-            "neither": share(neither, seed=seed),
+            "reads": material.share(reads, "high"),
+            "remembers": material.share(remembers, "low"),
+            "neither": material.share(neither),
         }
         return figures | _own_exact_match(material, [one.number for one in changes])
 
@@ -139,8 +138,8 @@ class Shuffled:
 
     def __call__(self, material: Material) -> Figures:
         """See the class."""
-        questions, seed = list(material.questions[: self.config.num_questions]), material.seed
-        episodes = _play(material, questions, Misplaced(_retriever(material), questions, seed))
+        questions = list(material.questions[: self.config.num_questions])
+        episodes = _play(material, questions, Misplaced(_retriever(material), questions, material.seed))
         prompts = [Prompt(render_prompt(material.prompt, question.text), "", DIRECTLY) for question in questions]
         answers = [parse_action(cut(DIRECTLY + (text or ""))) for text in generated(material.generate, prompts)]
         closed = [
@@ -148,8 +147,8 @@ class Shuffled:
             for action, question in zip(answers, questions, strict=True)
         ]
         figures: Figures = {
-            "exact_match": share([bool(episode[-1]["correct"]) for episode in episodes], seed=seed),
-            "closed_book_exact_match": share(closed, seed=seed),
+            "exact_match": material.share(_correct(episodes)),
+            "closed_book_exact_match": material.share(closed),
         }
         return figures | _own_exact_match(material, range(len(questions)))
 
@@ -299,8 +298,12 @@ def _left_out(material: Material, changes: Sequence[Changed]) -> np.ndarray:
 def _own_exact_match(material: Material, numbers: Sequence[int]) -> Figures:
     if material.episodes is None:
         return {}
-    own = [bool(material.episodes[number][-1]["correct"]) for number in numbers]
-    return {"own_exact_match": share(own, "high", seed=material.seed)}
+    own = [material.episodes[number] for number in numbers]
+    return {"own_exact_match": material.share(_correct(own), "high")}
+
+
+def _correct(episodes: Sequence[Sequence[StepInfo]]) -> list[bool]:
+    return [bool(episode[-1]["correct"]) for episode in episodes]
 
 
 def _retriever(material: Material) -> Retriever:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from agentic_rag_env.actions import THINK_CLOSE, THINK_OPEN, Answer, Search, parse_action
 from agentic_rag_env.answers import exact_match, f1_score, holds_answer, normalize_answer
-from agentic_rag_env.probes.figures import Best, Figures, figure, share
+from agentic_rag_env.probes.figures import Best, Figures
 from agentic_rag_env.probes.material import DIRECTLY, Material, of_search
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.settings import COUNT, check_settings, or_none
@@ -85,13 +85,12 @@ class SourceReferencing:
         figures = _without_gold(material)
         if not material.readable:
             return figures
-        texts, seed = material.direct_answers, material.seed
-        matches = _exact_matches(material, material.readable, texts)
-        figures["exact_match"] = share(matches, "high", seed=seed)
-        figures["f1"] = share(_f1_scores(material, material.readable, texts), "high", seed=seed)
+        texts = material.direct_answers
+        figures["exact_match"] = material.share(_scores(exact_match, material, material.readable, texts), "high")
+        figures["f1"] = material.share(_scores(f1_score, material, material.readable, texts), "high")
         failed = [text is not None and _answer(text) is None for text in texts]
-        figures["format_failures"] = share(failed, "low", seed=seed)
-        figures |= _too_long(texts, seed)
+        figures["format_failures"] = material.share(failed, "low")
+        figures |= _too_long(material, texts)
         distractors = self._distractors(material)
         if distractors:
             figures |= self._among_distractors(material, distractors)
@@ -108,11 +107,11 @@ class SourceReferencing:
         return distractors
 
     def _among_distractors(self, material: Material, distractors: dict[int, list[Passage]]) -> Figures:
-        numbers, seed = list(distractors), material.seed
+        numbers = list(distractors)
         gold = [material.gold[number].passages for number in numbers]
 
         def matches(shown: Sequence[Sequence[Passage]]) -> np.ndarray:
-            return np.array(_exact_matches(material, numbers, material.read(shown, numbers, DIRECTLY)))
+            return _scores(exact_match, material, numbers, material.read(shown, numbers, DIRECTLY))
 
         alone, by_place = matches(gold), []
         beside = [others[: self.config.num_distractors] for others in distractors.values()]
@@ -123,10 +122,10 @@ class SourceReferencing:
             by_place.append(matches(shown))
         means = np.mean(by_place, axis=0)
         return {
-            "alone_exact_match": share(alone, "high", seed=seed),
-            **{f"position_{place}_exact_match": share(of, "high", seed=seed) for place, of in enumerate(by_place, 1)},
-            "distractors_exact_match": share(means, "high", seed=seed),
-            "distractors_effect": figure(means - alone, "high", seed=seed),
+            "alone_exact_match": material.share(alone, "high"),
+            **{f"position_{place}_exact_match": material.share(of, "high") for place, of in enumerate(by_place, 1)},
+            "distractors_exact_match": material.share(means, "high"),
+            "distractors_effect": material.figure(means - alone, "high"),
         }
 
 
@@ -153,25 +152,25 @@ def thinking(material: Material) -> Figures:
         material: The material, which needs `generate`.
     """
     figures = _without_gold(material)
-    numbers, seed = material.readable, material.seed
+    numbers = material.readable
     if not numbers:
         return figures
     written = material.read(material.evidence, numbers, THINK_OPEN)
     # Nothing is left of a thought that is never closed, and nothing is no action.
     texts = [text and text.partition(THINK_CLOSE)[2] for text in written]
-    matches = np.array(_exact_matches(material, numbers, texts))
-    direct = _exact_matches(material, numbers, material.direct_answers)
+    matches = _scores(exact_match, material, numbers, texts)
+    direct = _scores(exact_match, material, numbers, material.direct_answers)
     answered = np.array([_answer(text) is not None for text in texts])
     searched = np.array([isinstance(parse_action(text or ""), Search) for text in texts])
     read = np.array([text is not None for text in texts])
-    figures["exact_match"] = share(matches, "high", seed=seed)
-    figures["f1"] = share(_f1_scores(material, numbers, texts), "high", seed=seed)
-    figures["gain"] = figure(matches - direct, "high", seed=seed)
-    figures["format_failures"] = share(read & ~answered & ~searched, "low", seed=seed)
-    figures |= _too_long(texts, seed)
-    figures["searched"] = share(searched, seed=seed)
+    figures["exact_match"] = material.share(matches, "high")
+    figures["f1"] = material.share(_scores(f1_score, material, numbers, texts), "high")
+    figures["gain"] = material.figure(matches - direct, "high")
+    figures["format_failures"] = material.share(read & ~answered & ~searched, "low")
+    figures |= _too_long(material, texts)
+    figures["searched"] = material.share(searched)
     if answered.any():
-        figures["exact_match_well_formed"] = share(matches[answered], "high", seed=seed)
+        figures["exact_match_well_formed"] = material.share(matches[answered], "high")
     return figures
 
 
@@ -195,18 +194,18 @@ def _without_evidence(material: Material, distractors: dict[int, list[Passage]])
         "abstained": (abstained, None),
         "malformed": (malformed, "low"),
     }
-    figures = {name: share(values, best, seed=material.seed) for name, (values, best) in found.items()}
-    return {f"absent_{name}": figure for name, figure in (figures | _too_long(texts, material.seed)).items()}
+    figures = {name: material.share(values, best) for name, (values, best) in found.items()}
+    return {f"absent_{name}": figure for name, figure in (figures | _too_long(material, texts)).items()}
 
 
-def _too_long(texts: Sequence[str | None], seed: int) -> Figures:
+def _too_long(material: Material, texts: Sequence[str | None]) -> Figures:
     """The share of prompts that were too long for the model, if there are any; they are no failure of the model."""
     unread = [text is None for text in texts]
-    return {"too_long": share(unread, seed=seed)} if any(unread) else {}
+    return {"too_long": material.share(unread)} if any(unread) else {}
 
 
 def _without_gold(material: Material) -> Figures:
-    return {"without_gold": share([not gold.passages for gold in material.gold], seed=material.seed)}
+    return {"without_gold": material.share([not gold.passages for gold in material.gold])}
 
 
 def _answer(text: str | None) -> str | None:
@@ -214,15 +213,12 @@ def _answer(text: str | None) -> str | None:
     return action.text if isinstance(action, Answer) else None
 
 
-def _exact_matches(material: Material, numbers: Sequence[int], texts: Sequence[str | None]) -> list[float]:
-    return [
-        exact_match(_answer(text), material.questions[number].golden_answers)
-        for number, text in zip(numbers, texts, strict=True)
-    ]
-
-
-def _f1_scores(material: Material, numbers: Sequence[int], texts: Sequence[str | None]) -> list[float]:
-    return [
-        f1_score(_answer(text), material.questions[number].golden_answers)
-        for number, text in zip(numbers, texts, strict=True)
-    ]
+def _scores(
+    score: Callable[[str | None, tuple[str, ...]], float],
+    material: Material,
+    numbers: Sequence[int],
+    texts: Sequence[str | None],
+) -> np.ndarray:
+    """Scores [n] of the answers in texts to the questions with these numbers."""
+    golden = [material.questions[number].golden_answers for number in numbers]
+    return np.array([score(_answer(text), answers) for text, answers in zip(texts, golden, strict=True)])

@@ -8,11 +8,11 @@ import numpy as np
 
 from agentic_rag_env.answers import holds_answer, normalize_answer
 from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.probes.figures import Best, Figures, figure, share
+from agentic_rag_env.probes.figures import Best, Figures
 from agentic_rag_env.probes.gold import titles
 from agentic_rag_env.probes.material import EpisodeInfos, Material, executed_searches, of_search
 from agentic_rag_env.registry import PROBES
-from agentic_rag_env.types import Passage
+from agentic_rag_env.types import Passage, Question
 
 
 @PROBES.register("query_rewriting")
@@ -38,24 +38,20 @@ def query_rewriting(material: Material) -> Figures:
     Args:
         material: The material, which needs `episodes`.
     """
-    episodes, seed = _episodes(material), material.seed
+    episodes = _episodes(material)
     rounds = [[info["passages"][: material.top_k] for info in executed_searches(episode)] for episode in episodes]
     answers = [question.golden_answers for question in material.questions]
     hits = [[_hits(found, golden) for found in of_episode] for of_episode, golden in zip(rounds, answers, strict=True)]
     first = np.array([any(of_episode[:1]) for of_episode in hits], dtype=float)
     figures = {
-        "hit_first_round": share(first, "high", seed=seed),
-        "hit_any_round": share([any(of_episode) for of_episode in hits], "high", seed=seed),
-        "query_copied": share(
-            [_copied(episode, question.text) for episode, question in zip(episodes, material.questions, strict=True)],
-            "low",
-            seed=seed,
-        ),
+        "hit_first_round": material.share(first, "high"),
+        "hit_any_round": material.share([any(of_episode) for of_episode in hits], "high"),
+        "query_copied": material.share(list(map(_copied, episodes, material.questions)), "low"),
     }
     if verbatim := {n: _hits(found[: material.top_k], answers[n]) for n, found in material.found_verbatim.items()}:
         hits_verbatim = np.array(list(verbatim.values()), dtype=float)
-        figures["hit_verbatim"] = share(hits_verbatim, seed=seed)
-        figures["gain_over_verbatim"] = figure(first[list(verbatim)] - hits_verbatim, "high", seed=seed)
+        figures["hit_verbatim"] = material.share(hits_verbatim)
+        figures["gain_over_verbatim"] = material.figure(first[list(verbatim)] - hits_verbatim, "high")
     return figures | _recalls(material, rounds)
 
 
@@ -89,14 +85,14 @@ def search_behaviour(material: Material) -> Figures:
     Args:
         material: The material, which needs `episodes`.
     """
-    episodes, seed = _episodes(material), material.seed
+    episodes = _episodes(material)
     counts = np.array([_num_searches(episode) for episode in episodes])
     malformed = [sum(info["action"] == "malformed" for info in episode) for episode in episodes]
-    figures = {"num_searches": figure(counts, seed=seed)}
-    figures |= {f"searches_{j}": share(counts == j, seed=seed) for j in range(int(counts.max()) + 1)}
-    figures["malformed_fraction"] = share(malformed, "low", weights=[len(episode) for episode in episodes], seed=seed)
-    figures["repeated_query"] = share([_repeats(episode) for episode in episodes], "low", seed=seed)
-    figures["unanswered"] = share([episode[-1]["action"] != "answer" for episode in episodes], "low", seed=seed)
+    figures = {"num_searches": material.figure(counts)}
+    figures |= {f"searches_{j}": material.share(counts == j) for j in range(int(counts.max()) + 1)}
+    figures["malformed_fraction"] = material.share(malformed, "low", weights=list(map(len, episodes)))
+    figures["repeated_query"] = material.share([_repeats(episode) for episode in episodes], "low")
+    figures["unanswered"] = material.share([episode[-1]["action"] != "answer" for episode in episodes], "low")
     return figures | _stopping(material, episodes)
 
 
@@ -127,24 +123,23 @@ def _stopping(material: Material, episodes: list[EpisodeInfos]) -> Figures:
     if rows:
         *of_shares, extra_searches = zip(*rows, strict=True)
         for (name, best), values in zip(_STOPPING, of_shares, strict=True):
-            figures[name] = share(values, best, seed=material.seed)
-        figures["extra_searches"] = figure(extra_searches, seed=material.seed)
-    figures["without_gold"] = share([not gold.pieces for gold in material.gold], seed=material.seed)
+            figures[name] = material.share(values, best)
+        figures["extra_searches"] = material.figure(extra_searches)
+    figures["without_gold"] = material.share([not gold.pieces for gold in material.gold])
     return figures
 
 
 def _recalls(material: Material, rounds: list[list[tuple[Passage, ...]]]) -> Figures:
-    by_title, by_id, unknown = [], [], []
+    by_title, by_id = [], []
     for gold, of_episode in zip(material.gold, rounds, strict=True):
         passages = [passage for found in of_episode for passage in found]
         if gold.titles:
             by_title.append(gold.share(len(gold.titles & titles(passages)), len(gold.titles)))
         if gold.ids:
             by_id.append(gold.share(len(gold.ids & {passage.id for passage in passages}), len(gold.ids)))
-        unknown.append(not gold.pieces)
     recalls = {"title_recall": by_title, "passage_recall": by_id}
-    figures = {name: share(values, "high", seed=material.seed) for name, values in recalls.items() if values}
-    return figures | {"without_gold": share(unknown, seed=material.seed)}
+    figures = {name: material.share(values, "high") for name, values in recalls.items() if values}
+    return figures | {"without_gold": material.share([not gold.pieces for gold in material.gold])}
 
 
 def _episodes(material: Material) -> list[EpisodeInfos]:
@@ -174,9 +169,9 @@ def _hits(passages: Iterable[Passage], golden_answers: Iterable[str]) -> bool:
     return any(holds_answer(passage.contents, golden_answers) for passage in passages)
 
 
-def _copied(episode: EpisodeInfos, question: str) -> bool:
+def _copied(episode: EpisodeInfos, question: Question) -> bool:
     first = next(executed_searches(episode), None)
-    return first is not None and normalize_answer(first["query"] or "") == normalize_answer(question)
+    return first is not None and normalize_answer(first["query"] or "") == normalize_answer(question.text)
 
 
 def _repeats(episode: EpisodeInfos) -> bool:
