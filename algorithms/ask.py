@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from agentic_rag_env.terminal import escape_what_streams_lack
+from agentic_rag_env.terminal import escape_what_streams_lack, printable, rich_console
 from algorithms.evaluate import find
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
@@ -131,14 +131,9 @@ def _typed() -> Iterator[str]:
 
 
 def _print(text: str, kind: str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from agentic_rag_env.env import printable
-
-    console = Console(highlight=False, soft_wrap=True)
+    console = rich_console("Asking")
     style = {"note": "dim", "action": "cyan", "observation": "dim", "answer": "bold"}[kind]
-    console.print(Text(printable(text, console.encoding), style=style), end="")
+    console.print(printable(text, console.encoding), style=style, end="")
 
 
 def _quoted(argument: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.files import file_name, read_rows, sha256
 from agentic_rag_env.terminal import printable
-from algorithms.training.run_files import CONFIG_FILE, read_metrics, read_overrides, read_summary, read_yaml
+from algorithms.training.run_files import CONFIG_FILE, flat, read_metrics, read_overrides, read_summary, read_yaml
 
 ALL = "all"
 
@@ -150,14 +150,6 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
             )
         found |= {folder.resolve(): _read(folder) for folder in marks}
     return [found[path] for path in sorted(found)]
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `{"optimizer.learning_rate": 0.001}`."""
-    leaves: dict[str, Any] = {}
-    for key, value in nested.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def groups(runs: Sequence[Run]) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
@@ -118,8 +119,7 @@ def _progress(attempt: Attempt) -> str:
         parts.append(f"step {step}")
     if exact_match is not None:
         parts.append(f"exact match {exact_match:.3f}")
-    seconds = round(time.monotonic() - attempt.started)
-    return "  ".join([*parts, f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"])
+    return "  ".join([*parts, str(timedelta(seconds=round(time.monotonic() - attempt.started)))])
 
 
 def _reason(attempt: Attempt) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -16,6 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
 from algorithms.training.protocol import with_protocol
+from algorithms.training.run_files import plain_data
 from algorithms.training.schemas import register_schemas
 from algorithms.training.settings import RunConfig, settings_with_effect
 from algorithms.training.typed import run_config
@@ -50,7 +50,7 @@ def complete(config: RunConfig) -> RunConfig:
         ConfigurationError: As for `configure`.
     """
     default = RunConfig()
-    given = {name: value for name, value in _fields(config) if value != getattr(default, name)}
+    given = {name: value for name, value in vars(config).items() if value != getattr(default, name)}
     # An environment that brings its questions leaves these parts out by itself.
     return configure(**{name: value for name, value in given.items() if value is not None or name not in PARTS})
 
@@ -149,21 +149,6 @@ def _without_names(spec: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(start := rest.get("warm_start"), (str, Mapping)):
         rest["warm_start"] = {} if isinstance(start, str) else _without_names(start)
     return rest
-
-
-def plain_data(value: Any) -> Any:
-    """A value as plain data: mappings, lists, numbers and strings."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain_data(dict(_fields(value)))
-    if isinstance(value, Mapping):
-        return {str(name): plain_data(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_data(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _fields(config: Any) -> list[tuple[str, Any]]:
-    return [(setting.name, getattr(config, setting.name)) for setting in dataclasses.fields(config)]
 
 
 def _only_names(spec: Mapping[str, Any]) -> dict[str, Any]:

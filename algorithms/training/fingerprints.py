@@ -16,6 +16,7 @@ import agentic_rag_env
 from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import AgenticRAGError
+from agentic_rag_env.files import sha256
 from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS
 from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.types import Question
@@ -83,7 +84,7 @@ def of_playing(settings: Mapping[str, Any], model_folder: str, tokenizer: Any, d
     folder = Path(model_folder)
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
         if file.suffix in (".safetensors", ".bin") or file.name in _MODEL_SETTINGS:
-            digest.update(_of_file(file))
+            digest.update(bytes.fromhex(sha256(file)))
     digest.update(model_folder.encode() if not folder.is_dir() else b"")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     splitting = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
@@ -100,7 +101,7 @@ def of_code() -> str | None:
         if (file := getattr(module, "__file__", None)) is None:
             return None
         files.add(Path(file))
-    return hash_of([versions(), *(_of_file(file).hex() for file in sorted(files))])
+    return hash_of([versions(), *map(sha256, sorted(files))])
 
 
 def versions() -> dict[str, str | None]:
@@ -122,8 +123,3 @@ def _registering_modules() -> Iterator[Any]:
     for name, module in list(sys.modules.items()):
         if name in origins or name.startswith(packages):
             yield module
-
-
-def _of_file(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()

@@ -13,12 +13,7 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import write_whole
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm
 from algorithms.training import compose, run_directory
-from algorithms.training.run_files import (
-    OVERRIDES_FILE,
-    read_metrics,
-    read_summary,
-    write_settings,
-)
+from algorithms.training.run_files import OVERRIDES_FILE, plain_data, read_metrics, read_summary, write_settings
 from algorithms.training.settings import RunConfig
 
 
@@ -75,7 +70,7 @@ def train(config: RunConfig, run_dir: str | Path) -> RunResult:
     run_dir, config = Path(run_dir).expanduser(), compose.complete(config)
     if config.resume is not None:
         raise ConfigurationError("resume is for the command line; to go on, call train with the run's own directory.")
-    settings = compose.plain_data(config)
+    settings = plain_data(config)
     run_directory.hold(run_dir)
     try:
         run_directory.remove_leftovers(run_dir)

@@ -34,7 +34,8 @@ def model_card(name: str, agent: Agent | None, settings: Mapping[str, Any], summ
     if isinstance(policy, str) and isinstance(algorithm, str):
         base = policy if is_on_hub else Path(policy).name
         lines += [f"Trained with {_code(algorithm)} from {_code(base)}, whose licence applies to these weights."]
-        lines += [f"Data: {_code(_at(settings, 'dataset', 'name'))}. Passages from: {_retriever(settings)}.", ""]
+        dataset, retriever = (_code(_at(settings, part, "name")) for part in ("dataset", "retriever"))
+        lines += [f"Data: {dataset}. Passages from: {retriever}.", ""]
     lines += ["```bash", f"python -m algorithms.ask checkpoint={shlex.quote(name)}"]
     lines += [f"python -m algorithms.evaluate checkpoint={shlex.quote(name)}", "```", ""]
     lines += _protocol(agent) if agent else []
@@ -85,10 +86,6 @@ def _with_interval(figures: Mapping[str, Any], score: str) -> str:
         return f"{value:.3f}"
     low, high = map(float, interval)
     return f"{value:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _retriever(settings: Mapping[str, Any]) -> str:
-    return _code(_at(settings, "retriever", "name"))
 
 
 def _at(data: Any, *keys: str) -> Any:

@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +276,25 @@ def _checksum(summary: Mapping[str, Any]) -> str:
 
 
 # --- plain data ------------------------------------------------------------------------------------------------------
+
+
+def plain_data(value: Any) -> Any:
+    """A value as plain data: mappings, lists, numbers and strings."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {setting.name: getattr(value, setting.name) for setting in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain_data(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `{"optimizer.learning_rate": 0.001}`."""
+    leaves: dict[str, Any] = {}
+    for key, value in nested.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
 
 
 def _leaves(nested: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -96,8 +97,11 @@ class RunLogger:
         self.close()
 
 
-class SilentLogger:
+class SilentLogger(RunLogger):
     """The logger of a process that writes nothing, beside the one that does."""
+
+    def __init__(self) -> None:
+        """Open nothing."""
 
     def write(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
         """See `RunLogger`."""
@@ -108,11 +112,8 @@ class SilentLogger:
     def message(self, text: str) -> None:
         """See `RunLogger`."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    def close(self) -> None:
+        """See `RunLogger`."""
 
 
 def open_loggers(run_dir: Path, specs: Sequence[Any], start_step: int) -> list[Logger]:
@@ -244,5 +245,4 @@ class _ProgressLine:
 
 
 def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    return str(timedelta(seconds=round(seconds)))

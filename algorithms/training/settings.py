@@ -200,7 +200,29 @@ class RunConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class CheckpointConfig:
+    """What the commands that use a checkpoint have in common.
+
+    Attributes:
+        checkpoint: A run directory, a Hugging Face folder, a `.gguf` file, a bundled name or a hub id.
+        cache_dir: Folder that keeps what a `.gguf` file is converted to.
+        threads: CPU threads; None: one for a model below five million parameters, else PyTorch's choice.
+        allow: Addresses and files outside of the run directory that the settings saved in it may name.
+    """
+
+    checkpoint: str = MISSING
+    env: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    retriever: dict[str, Any] = field(default_factory=dict)
+    rollout: dict[str, Any] = field(default_factory=dict)
+    learner: dict[str, Any] = field(default_factory=dict)
+    cache_dir: str = "~/.cache/agentic_rag_env"
+    threads: int | None = None
+    allow: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EvaluateConfig(CheckpointConfig):
     """Settings of `algorithms.evaluate`.
 
     `env`, `dataset`, `retriever`, `reward`, `rollout`, `evaluation` and `num_envs` are those of the run that the
@@ -211,57 +233,31 @@ class EvaluateConfig:
     chooses the split of the questions, also where the environment brings them.
 
     Attributes:
-        checkpoint: A run directory, a Hugging Face folder, a `.gguf` file, a bundled name or a hub id.
         evaluation: How the model is measured, see `ScoringConfig`.
         num_envs: Episodes played at once; None: as in the run.
         max_retriever_error_fraction: Share of the episodes that a failed search may end; past it the evaluation stops.
         probes: ARC probes, by name or as a mapping with `name` and settings; empty for none.
-        cache_dir: Folder that keeps what a `.gguf` file is converted to.
-        threads: CPU threads; None: one for a model below five million parameters, else PyTorch's choice.
-        allow: Addresses and files outside of the run directory that the settings saved in it may name.
     """
 
-    checkpoint: str = MISSING
-    env: dict[str, Any] = field(default_factory=dict)
-    dataset: dict[str, Any] = field(default_factory=dict)
-    retriever: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
-    rollout: dict[str, Any] = field(default_factory=dict)
-    learner: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     num_envs: int | None = None
     max_retriever_error_fraction: float = 0.2
     probes: list[Any] = field(default_factory=lambda: list(DEFAULT_PROBES))
-    cache_dir: str = "~/.cache/agentic_rag_env"
-    threads: int | None = None
-    allow: list[str] = field(default_factory=list)
 
 
 @dataclass
-class AskConfig:
+class AskConfig(CheckpointConfig):
     """Settings of `algorithms.ask`.
 
     `env`, `dataset`, `retriever`, `rollout` and `learner` are as in `EvaluateConfig`, with two exceptions. The model
     decodes greedily. The precision "auto" is float32 on a CPU, which writes a single episode faster.
 
     Attributes:
-        checkpoint: A run directory, a Hugging Face folder, a `.gguf` file, a bundled name or a hub id.
         question: A question in plain words; None: questions are typed one after the other.
-        cache_dir: Folder that keeps what a `.gguf` file is converted to.
-        threads: CPU threads; None: one for a model below five million parameters, else PyTorch's choice.
-        allow: Addresses and files outside of the run directory that the settings saved in it may name.
     """
 
-    checkpoint: str = MISSING
     question: str | None = None
-    env: dict[str, Any] = field(default_factory=dict)
-    dataset: dict[str, Any] = field(default_factory=dict)
-    retriever: dict[str, Any] = field(default_factory=dict)
-    rollout: dict[str, Any] = field(default_factory=dict)
-    learner: dict[str, Any] = field(default_factory=dict)
-    cache_dir: str = "~/.cache/agentic_rag_env"
-    threads: int | None = None
-    allow: list[str] = field(default_factory=list)
 
 
 def settings_without_effect(section: type = RunConfig, prefix: str = "") -> frozenset[str]:

@@ -6,7 +6,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,56 +28,12 @@ from algorithms.training.build import Environments, Networks, build_stages
 from algorithms.training.costs import cost_metrics, speeds, spend, timed
 from algorithms.training.episode_figures import trajectory_metrics
 from algorithms.training.file_locks import make_cache
+from algorithms.training.position import Position
 from algorithms.training.presets import toy_settings
 from algorithms.training.run_files import CONFIG_FILE, differences
 from algorithms.training.run_logger import RunLogger, SilentLogger
 from algorithms.training.settings import RunConfig, settings_with_effect
 from algorithms.training.trajectory_samples import is_due, token_figures, write_check, write_sample
-
-
-@dataclass
-class Position:
-    """Where a run stands. A resumed run needs this, the weights and the learner's state.
-
-    Attributes:
-        stage: Index of the stage being trained.
-        stage_step: Steps done in it.
-        stage_starts: Step of the whole run at which each stage so far began.
-        dev_exact_match: Exact match at the last check on the dev split in this stage; None before the first.
-        best_checks: Step of the whole run and exact match of the best check on the dev split, for each stage so far;
-            None before the first check.
-        costs: Seconds and tokens so far, by name.
-    """
-
-    stage: int = 0
-    stage_step: int = 0
-    stage_starts: list[int] = field(default_factory=lambda: [0])
-    dev_exact_match: float | None = None
-    best_checks: list[tuple[int, float] | None] = field(default_factory=lambda: [None])
-    costs: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def step(self) -> int:
-        """Training steps of the whole run."""
-        return self.stage_starts[-1] + self.stage_step
-
-    def next_stage(self) -> None:
-        """Go to the beginning of the next stage."""
-        self.stage_starts.append(self.step)
-        self.stage += 1
-        self.stage_step = 0
-        self.dev_exact_match = None
-        self.best_checks.append(None)
-
-    def note_check(self, exact_match: float) -> None:
-        """Record a check on the dev split that was made at the present step."""
-        self.dev_exact_match, best = exact_match, self.best_checks[-1]
-        if best is None or exact_match > best[1]:
-            self.best_checks[-1] = self.step, exact_match
-
-    def best_steps(self) -> list[int]:
-        """The steps of the best checks."""
-        return [check[0] for check in self.best_checks if check is not None]
 
 
 class Trainer:
@@ -198,7 +154,7 @@ class Trainer:
                 self.position.next_stage()
         self.networks.release_teacher()
 
-    def _logger(self, total: int) -> RunLogger | SilentLogger:
+    def _logger(self, total: int) -> RunLogger:
         if not ranks.is_first():
             return SilentLogger()
         return RunLogger(
@@ -211,7 +167,7 @@ class Trainer:
             checks_at_end=self._checks_at_end(),
         )
 
-    def _train_stage(self, algorithm: Algorithm, logger: RunLogger | SilentLogger) -> None:
+    def _train_stage(self, algorithm: Algorithm, logger: RunLogger) -> None:
         total = self.num_steps(algorithm)
         if total == 0:
             return
@@ -344,7 +300,7 @@ class Trainer:
         learner.algorithm.after_validation(loss)
         return {"train/validation_loss": loss}
 
-    def _check_on_dev(self, logger: RunLogger | SilentLogger, probes: Sequence[Any]) -> dict[str, float]:
+    def _check_on_dev(self, logger: RunLogger, probes: Sequence[Any]) -> dict[str, float]:
         """Measure greedy figures and probes on a few questions of the dev split, and keep some of the transcripts."""
         envs, tokenizer = self.environments.envs("dev"), self.networks.tokenizer
         count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))

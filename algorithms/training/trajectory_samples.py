@@ -14,7 +14,7 @@ from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch, Trajectory
 from algorithms.rollout.trajectory_files import transcript, write_trajectories
 from algorithms.training.episode_figures import dev_metrics
-from algorithms.training.run_logger import RunLogger, SilentLogger
+from algorithms.training.run_logger import RunLogger
 
 NUM_SAVED = 8
 _NUM_CHECKED = 16
@@ -57,7 +57,7 @@ def write_check(
     trajectories: Sequence[Trajectory],
     dataset: QuestionSet,
     tokenizer: Any,
-    logger: RunLogger | SilentLogger,
+    logger: RunLogger,
 ) -> dict[str, float]:
     """Keep a check on the dev split: first trajectories in a file, and one transcript in the log, each time another.
 

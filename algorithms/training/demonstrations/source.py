@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from algorithms.training.build import Networks
 
 #: Sources of demonstrations by their names in `algo.demonstrations.source`; plug-ins may register more.
 DEMONSTRATION_SOURCES = Registry("demonstrations")
+
+#: A trajectory for each item; for each, why the source itself would drop it, or None; and the costs.
+Played: TypeAlias = tuple[list[Trajectory], list[str | None], RolloutStats]
 
 
 class Source(ABC):
@@ -52,14 +55,8 @@ class Source(ABC):
         return None
 
     @abstractmethod
-    def play(
-        self, items: Sequence[int], seed: tuple[int, ...]
-    ) -> tuple[list[Trajectory], list[str | None], RolloutStats]:
-        """Play some of the items.
-
-        Returns:
-            A trajectory for each item; for each, why the source itself would drop it, or None; and the costs.
-        """
+    def play(self, items: Sequence[int], seed: tuple[int, ...]) -> Played:
+        """Play some of the items."""
 
 
 @dataclass
@@ -97,15 +94,11 @@ class Authored(Source):
         """Return a reason to drop an episode that has ended, or None."""
         return dialogue.dropped
 
-    def play(
-        self, items: Sequence[int], seed: tuple[int, ...]
-    ) -> tuple[list[Trajectory], list[str | None], RolloutStats]:
+    def play(self, items: Sequence[int], seed: tuple[int, ...]) -> Played:
         """See `Source`. The first process plays alone, because an author may be a server that bills, or keep notes."""
         return ranks.decided(lambda: self._play(items, seed))
 
-    def _play(
-        self, items: Sequence[int], seed: tuple[int, ...]
-    ) -> tuple[list[Trajectory], list[str | None], RolloutStats]:
+    def _play(self, items: Sequence[int], seed: tuple[int, ...]) -> Played:
         indices = [self.question_index(item) for item in items]
         questions = [self.envs.dataset[index] for index in indices]
         dialogues = [Dialogue(item, question) for item, question in zip(items, questions, strict=True)]

@@ -8,9 +8,8 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.config import DemonstrationsConfig
-from algorithms.learner.types import RolloutStats, Trajectory
 from algorithms.rollout.player import Player
-from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Source
+from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Played, Source
 
 
 @DEMONSTRATION_SOURCES.register("teacher", DemonstrationsConfig)
@@ -31,9 +30,7 @@ class Teacher(Source):
     def _player(self) -> Player:
         return self.networks.player(self.networks.teacher(), self.envs)
 
-    def play(
-        self, items: Sequence[int], seed: tuple[int, ...]
-    ) -> tuple[list[Trajectory], list[str | None], RolloutStats]:
+    def play(self, items: Sequence[int], seed: tuple[int, ...]) -> Played:
         """See `Source`."""
         played, stats = self._player.rollout(items, seed=seed, source="teacher")
         return played, [None] * len(played), stats

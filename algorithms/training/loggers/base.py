@@ -56,14 +56,6 @@ class Logger(ABC):
         """Write out everything."""
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to `{"optimizer.learning_rate": 0.001}`."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def without_surrogates(text: str) -> str:
     r"""Write halves of surrogate pairs, which no file can hold, as `\udc80`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from algorithms.training.event_files import EventFile
-from algorithms.training.loggers.base import LOGGERS, Logger, flatten, without_surrogates
-from algorithms.training.run_files import read_overrides
+from algorithms.training.loggers.base import LOGGERS, Logger, without_surrogates
+from algorithms.training.run_files import flat, plain_data, read_overrides
 
 FOLDER = "tb"
 
@@ -35,7 +35,7 @@ class TensorBoard(Logger):
 
     def begin(self, settings: Mapping[str, Any], command: str) -> None:
         """Lay out the curves, and show the command and the settings."""
-        plain = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
+        plain = yaml.safe_dump(plain_data(settings), sort_keys=False, allow_unicode=True)
         self._file.text("run/command", without_surrogates(command), self._start_step)
         self._file.text("run/settings", without_surrogates(plain), self._start_step)
         self._file.layout()
@@ -75,7 +75,7 @@ def chosen_settings(settings: Mapping[str, Any], overrides: list[str]) -> dict[s
     """
     from algorithms.training.settings import settings_without_effect  # which knows the loggers
 
-    known = flatten(settings)
+    known = flat(settings)
     chosen: dict[str, Any] = {name: known[name] for name in ("algo.name", "seed") if name in known}
     for override in overrides:
         name, _, value = override.lstrip("+~").partition("=")
@@ -86,11 +86,3 @@ def chosen_settings(settings: Mapping[str, Any], overrides: list[str]) -> dict[s
             name = f"{name}.name"
         chosen[name] = known.get(name, value)
     return {name: without_surrogates(each) if isinstance(each, str) else each for name, each in chosen.items()}
-
-
-def _plain(settings: Any) -> Any:
-    if isinstance(settings, Mapping):
-        return {str(name): _plain(value) for name, value in settings.items()}
-    if isinstance(settings, (list, tuple)):
-        return [_plain(value) for value in settings]
-    return settings if isinstance(settings, (bool, int, float, type(None))) else str(settings)
