@@ -82,4 +82,4 @@ def rich_console(command: str) -> Any:
     """
     with required_library(f"{command} needs the library rich: pip install rich."):
         from rich.console import Console
-    return Console(highlight=False, markup=False, soft_wrap=True)
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-import algorithms.launch.run_guard  # noqa: F401  # names the jobs of a multirun
+import algorithms.launch.resolvers  # noqa: F401  # names the jobs of a multirun
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.terminal import escape_what_streams_lack, printable
 from algorithms.launch.clear_errors import clear_errors

@@ -38,6 +38,7 @@ KNOW_HYDRA = {
     "algorithms.launch.clear_errors",
     "algorithms.launch.command_line",
     "algorithms.launch.hydra_launcher",
+    "algorithms.launch.resolvers",
     "algorithms.launch.run_guard",
     "algorithms.training.protocol",
     *(f"algorithms.{name}" for name in algorithms.COMMANDS),

@@ -21,6 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
+from agentic_rag_env.settings import COUNT, check_value, or_none
 from algorithms.launch import job_pool
 from algorithms.launch.job_display import JobDisplay
 from algorithms.launch.processes import are_several
@@ -255,10 +256,8 @@ def make_slots(num_slots: int | None, gpus: int | None, gpus_per_job: int = 1) -
     Raises:
         ConfigurationError: A number is out of range.
     """
-    if num_slots is not None and num_slots < 1:
-        raise ConfigurationError(f"hydra.launcher.num_slots must be at least 1, or null; got {num_slots}.")
-    if gpus_per_job < 1:
-        raise ConfigurationError(f"hydra.launcher.gpus_per_job must be at least 1; got {gpus_per_job}.")
+    check_value("hydra.launcher.num_slots", num_slots, or_none(COUNT))
+    check_value("hydra.launcher.gpus_per_job", gpus_per_job, COUNT)
     visible = _visible_gpus() if gpus != 0 else []
     if gpus is not None and not 0 <= gpus <= len(visible):
         raise ConfigurationError(f"hydra.launcher.gpus must be from 0 to {len(visible)}, or null; got {gpus}.")

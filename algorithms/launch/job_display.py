@@ -32,7 +32,7 @@ class JobDisplay:
     """
 
     def __init__(self, missing: Sequence[Job], total: int, sweep_dir: Path) -> None:
-        self._console = Console()
+        self._console = Console(emoji=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True) if sys.stdout.isatty() else None
         self._total, self._done, self._failed = total, total - len(missing), 0
         self._missing = {job.name for job in missing}

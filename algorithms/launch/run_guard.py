@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,26 +15,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+import algorithms.launch.resolvers  # noqa: F401  # which the configuration calls
 from agentic_rag_env.errors import ConfigurationError, DataError, UnknownNameError
-from agentic_rag_env.files import file_name
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, did_you_mean
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.training import file_locks
 from algorithms.training.compose import PARTS, composed
-from algorithms.training.run_directory import (
-    begun,
-    complete,
-    hold,
-    release,
-    remove_leftovers,
-    require_same,
-)
-from algorithms.training.run_files import (
-    CONFIG_FILE,
-    read_settings,
-    require_named,
-    write_settings,
-)
+from algorithms.training.run_directory import begun, complete, hold, release, remove_leftovers, require_same
+from algorithms.training.run_files import CONFIG_FILE, read_settings, require_named, write_settings
 from algorithms.training.schemas import by_group
 from algorithms.training.settings import settings_without_effect
 from algorithms.training.typed import plain
@@ -42,24 +30,6 @@ from algorithms.training.typed import plain
 #: A setting of a part, added whether the part has it or not.
 _FORCED = re.compile(rf"\+\+(?:{'|'.join(PARTS)})\.[\w.]+=")
 _OF_HYDRA = {".hydra", "config.yaml", "hydra.yaml", "overrides.yaml", "lock"}
-
-
-def job_name(overrides: Sequence[str]) -> str:
-    """Name of a job's directory: its overrides, in an order that does not depend on how they were given."""
-    pairs = [override.lstrip("+").rpartition("@")[2].partition("=") for override in overrides]
-    compared = sorted(("." in key, key, value) for key, _, value in pairs if key not in settings_without_effect())
-    return file_name("+".join(f"{key}-{value}" for _, key, value in compared) or "defaults")
-
-
-def _hydra_folder(resume: str | None, run_dir: str) -> str | None:
-    """The folder in which Hydra writes a run's configuration; none if the run has begun and Hydra wrote it then."""
-    return ".hydra" if resume is None and not begun(Path(run_dir)) else None
-
-
-# Registered here and not where a command begins: a launcher may compose the configuration in another process.
-OmegaConf.register_new_resolver("first_given", lambda first, second: second if first is None else first, replace=True)
-OmegaConf.register_new_resolver("hydra_folder", _hydra_folder, replace=True)
-OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
 
 class KeepRuns(Callback):
@@ -70,7 +40,8 @@ class KeepRuns(Callback):
         run_dir = Path(config.hydra.run.dir)
         if config.get("resume") is not None:
             if not (run_dir / CONFIG_FILE).is_file():
-                _refuse(_no_run(run_dir))
+                missing = f"{run_dir / CONFIG_FILE} is missing"
+                _refuse(f"{run_dir} is no run directory: {missing}. Give a folder that a run printed.")
         elif begun(run_dir):
             _refuse(f"{run_dir} holds a run. Go on with it by resume={run_dir}, or choose another hydra.run.dir.")
         _hold(run_dir)
@@ -95,10 +66,6 @@ def _hold(run_dir: Path) -> None:
     except (ConfigurationError, OSError) as error:
         # Hydra turns any other exception of a callback into a warning and goes on.
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-
-
-def _no_run(run_dir: Path) -> str:
-    return f"{run_dir} is no run directory: {run_dir / CONFIG_FILE} is missing. Give a folder that a run printed."
 
 
 def _refuse(message: str) -> NoReturn:
@@ -205,11 +172,11 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
     for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+~").partition("=")[0].rpartition("@")[2]
         was, wanted = (_comparable(OmegaConf.select(config, key)) for config in (saved, given))
+        section, _, name = key.rpartition(".")
+        known = OmegaConf.select(saved, section) if section else saved
         if key in settings_without_effect():
             OmegaConf.update(saved, key, wanted)
-        elif was is None and _is_unknown(saved, key):
-            section, _, name = key.rpartition(".")
-            known = OmegaConf.select(saved, section) if section else saved
+        elif was is None and not (OmegaConf.is_dict(known) and name in known):
             raise ConfigurationError(f"The run in {run_dir} has no setting {key}.{did_you_mean(name, known or ())}")
         elif was != wanted:
             raise ConfigurationError(
@@ -222,12 +189,6 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
         print(f"cache_dir={given.cache_dir} is used: {saved.get('cache_dir')} is no cache of these commands.")
         saved.cache_dir = given.cache_dir
     return saved
-
-
-def _is_unknown(config: DictConfig, key: str) -> bool:
-    section, _, name = key.rpartition(".")
-    place = OmegaConf.select(config, section) if section else config
-    return not OmegaConf.is_dict(place) or name not in place
 
 
 def settings_of(given: DictConfig) -> dict[str, Any]:

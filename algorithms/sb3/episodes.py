@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, SupportsInt, cast
+from typing import Any, SupportsInt, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,15 +15,8 @@ from agentic_rag_env.vector import AgenticRAGVectorEnv
 from agentic_rag_env.wrappers import DiscreteActions
 from algorithms.learner.types import Trajectory, Turn
 from algorithms.rollout.tokenization import encode_plain, encode_prompts
+from algorithms.sb3.learner import OutsideLearner
 from algorithms.training.build import RunEnvs
-
-
-class Player(Protocol):
-    """Chooses the actions."""
-
-    def log_probs(self, observation: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Log-probabilities of the actions, [actions] nats; minus infinity where the mask [actions] is False."""
-        ...
 
 
 class Record:
@@ -73,7 +66,7 @@ class RecordedView(DiscreteActions):
     def __init__(
         self,
         *settings: Any,
-        player: Player,
+        player: OutsideLearner,
         begin: Callable[[str], Record | None],
         keep: Callable[[Trajectory], None],
         **more: Any,
@@ -136,7 +129,7 @@ class Sample:
 def play(
     view: DiscreteActions,
     index: int,
-    player: Player,
+    player: OutsideLearner,
     temperature: float,
     rng: np.random.Generator,
     tokenizer: PreTrainedTokenizerBase,

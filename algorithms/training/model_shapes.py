@@ -37,6 +37,24 @@ KNOWN = {
 }
 
 
+def _config_of(place: str) -> Any:
+    """The content of a model's config.json, from its folder, the list above or the hub."""
+    folder = Path(place).expanduser()
+    try:
+        if folder.is_dir():
+            return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if known := next((config for part, config in KNOWN.items() if part in place.lower()), None):
+            return known
+        from transformers.utils import cached_file
+
+        from algorithms.learner.model_folders import require_model
+
+        require_model(place)
+        return json.loads(Path(str(cached_file(place, "config.json"))).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConfigurationError(f"{place}: config.json cannot be read ({error}).") from error
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a decoder-only model.
@@ -98,29 +116,7 @@ def shape_of(place: str) -> Shape:
     Raises:
         ConfigurationError: There is no such file, it is damaged, or its family is not known here.
     """
-    folder = Path(place).expanduser()
-    if not folder.is_dir():
-        known = next((config for part, config in KNOWN.items() if part in place.lower()), None)
-        return _shape(place, known if known is not None else _from_hub(place))
-    try:
-        return _shape(place, json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{place}: config.json cannot be read ({error}).") from error
-
-
-def _from_hub(place: str) -> Any:
-    from transformers.utils import cached_file
-
-    from algorithms.learner.model_folders import require_model
-
-    require_model(place)
-    try:
-        return json.loads(Path(str(cached_file(place, "config.json"))).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{place}: config.json cannot be read ({error}).") from error
-
-
-def _shape(place: str, config: Any) -> Shape:
+    config = _config_of(place)
     if not isinstance(config, Mapping) or (kind := config.get("model_type")) not in _FAMILIES:
         found = config.get("model_type") if isinstance(config, Mapping) else config
         raise ConfigurationError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,10 @@ class _Stage:
         self.tokens = min(_TOKENS, config.rollout.max_tokens)
         self.written = min(_WRITTEN, self.tokens // 4)
         self.rows = -(-config.num_envs // self.count)
-        self.num_demonstrations = getattr(stage.config, "num_demonstrations", 0) if self.from_demonstrations else 0
-
-    @property
-    def from_demonstrations(self) -> bool:
-        return isinstance(self.stage.config, DemonstrationConfig) and "teacher" in self.stage.trains_on
+        self.num_demonstrations, self.demonstrator = 0, None
+        if isinstance(stage.config, DemonstrationConfig) and "teacher" in stage.trains_on:
+            self.num_demonstrations = stage.config.num_demonstrations
+            self.demonstrator = teacher if stage.config.demonstrations.source == "teacher" else None
 
     def teacher_bytes(self, teacher: Shape | None) -> int:
         return 0 if teacher is None else teacher.parameters * (2 if self.on_gpu else 4)
@@ -102,18 +101,14 @@ class _Stage:
         cache = self.rows * self.config.rollout.max_tokens * shape.kv_bytes(2 if self.half else 4)
         return {"key-value cache": cache, "sampling": self.rows * shape.vocab * _SAMPLING}
 
-    def memory(self, teacher: Shape | None) -> dict[str, dict[str, int]]:
+    def memory(self) -> dict[str, dict[str, int]]:
         """Bytes of everything, by phase."""
-        held = self.held()
+        held, teacher = self.held(), self.demonstrator
         phases = {name: {**held, **parts} for name, parts in self.phases().items()}
-        if self.plays_teacher and teacher is not None:
+        if teacher is not None:
             asked = {"weights of policy and critic": 4 * self.policy.parameters, "teacher": self.teacher_bytes(teacher)}
             phases = {"demonstrations": asked | self._playing(teacher), **phases}
         return phases
-
-    @property
-    def plays_teacher(self) -> bool:
-        return self.from_demonstrations and self.stage.config.demonstrations.source == "teacher"  # type: ignore[attr-defined]
 
     # Time
 
@@ -130,23 +125,24 @@ class _Stage:
         steps = episodes / self.count * self.written / rows
         return self.forward_s(shape, episodes) + steps * max(self.device.decode_s, read / self.device.bandwidth)
 
-    def time(self, teacher: Shape | None) -> dict[str, Any]:
+    def time(self) -> dict[str, Any]:
         """Steps, and seconds by phase."""
         config, element = self.stage.config, 2 if self.half else 4
         steps = self.stage.num_steps(self.num_demonstrations)
         phases: dict[str, float] = {}
         if "policy" in self.stage.trains_on:
             phases["rollout"] = self.play_s(self.policy, element, config.batch_size)
-        scored = [shape for shape in (self.teacher, self.reference and self.policy) if isinstance(shape, Shape)]
-        scored += [self.policy] if Role.CRITIC in self.stage.roles and self.critic else []
+        scored = [self.teacher] if self.teacher else []
+        scored += [self.policy] * (bool(self.reference) + bool(self.critic))
         phases["score"] = sum(self.forward_s(shape, config.batch_size) for shape in scored)
         passes = 4 if self.config.learner.gradient_checkpointing else 3
         trained = 2 if self.critic else 1
         phases["update"] = passes * trained * config.num_epochs * self.forward_s(self.policy, config.batch_size)
         total = steps * sum(phases.values())
-        if self.plays_teacher and teacher is not None:
-            phases["demonstrations, once"] = self.play_s(teacher, 2 if self.on_gpu else 4, self.num_demonstrations)
-            total += phases["demonstrations, once"]
+        if self.demonstrator is not None:
+            played = self.play_s(self.demonstrator, 2 if self.on_gpu else 4, self.num_demonstrations)
+            phases["demonstrations, once"] = played
+            total += played
         return {"steps": steps, "seconds of a step": {k: round(v, 2) for k, v in phases.items()}, "hours": total / 3600}
 
 
@@ -164,11 +160,14 @@ def plan(config: RunConfig) -> dict[str, Any]:
         ConfigurationError: The shape of a model cannot be read, or the algorithm trains no language model.
     """
     policy = shape_of(resolve_model(config.model.policy, config.cache_dir))
-    teacher = config.model.teacher and shape_of(resolve_model(config.model.teacher, config.cache_dir))
-    device = device_of(config.hardware)
-    stages = build_stages(config.algo)
-    made = [_Stage(stage, config, policy, teacher or None, device) for stage in stages]
-    memory = {one.stage.name: one.memory(teacher or None) for one in made}
+    teacher = shape_of(resolve_model(config.model.teacher, config.cache_dir)) if config.model.teacher else None
+    device, stages = device_of(config.hardware), build_stages(config.algo)
+
+    def planned(settings: RunConfig) -> list[_Stage]:
+        return [_Stage(stage, settings, policy, teacher, device) for stage in stages]
+
+    made = planned(config)
+    memory = _memory(made)
     needs, (where, phase) = _peak(memory)
     allowed = device.memory * _FILL
     found: dict[str, Any] = {
@@ -179,7 +178,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "fits": needs <= allowed,
         "peak": {"GiB": round(needs / GIB, 2), "stage": where, "phase": phase, "allowed GiB": round(allowed / GIB, 2)},
         "memory of each device, GiB": _in_gib(memory),
-        "time": {one.stage.name: one.time(teacher or None) for one in made},
+        "time": {one.stage.name: one.time() for one in made},
         "disk": _disk(config, made),
     }
     found["hours"] = round(sum(stage["hours"] for stage in found["time"].values()), 3)
@@ -189,7 +188,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     )
     if not found["fits"]:
         found["reason"] = _reason(memory, found)
-        found["change"] = _change(config, policy, teacher or None, device, stages, allowed)
+        found["change"] = _change(config, planned, allowed)
     return found
 
 
@@ -210,6 +209,10 @@ def preflight(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     if not found["fits"]:
         raise ConfigurationError(f"{found['reason']} {found['change']}")
     return found
+
+
+def _memory(made: list[_Stage]) -> dict[str, dict[str, dict[str, int]]]:
+    return {one.stage.name: one.memory() for one in made}
 
 
 def _peak(memory: dict[str, dict[str, dict[str, int]]]) -> tuple[int, tuple[str, str]]:
@@ -266,20 +269,12 @@ def _changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(config, learner=learner, num_envs=settings.get("num_envs", config.num_envs))
 
 
-def _change(
-    config: RunConfig,
-    policy: Shape,
-    teacher: Shape | None,
-    device: Device,
-    stages: list[Algorithm],
-    allowed: float,
-) -> str:
+def _change(config: RunConfig, planned: Callable[[RunConfig], list[_Stage]], allowed: float) -> str:
     """The smallest change with which the run fits, in words."""
     words, needs = "", 0
     for settings in _changes(config):
-        changed = _changed(config, settings)
         words = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
-        needs, _ = _peak({s.name: _Stage(s, changed, policy, teacher, device).memory(teacher) for s in stages})
+        needs, _ = _peak(_memory(planned(_changed(config, settings))))
         if needs <= allowed:
             return f"It would fit, with {needs / GIB:.1f} GiB, with {words}."
     return (

@@ -60,7 +60,7 @@ class RunLogger:
         self._loggers = open_loggers(Path(run_dir), loggers, start_step)
         for logger in self._loggers:
             logger.begin(settings or {}, command)
-        self._progress = _ProgressLine(total_steps, start_step, console or Console(), checks_at_end)
+        self._progress = _ProgressLine(total_steps, start_step, console or Console(emoji=False), checks_at_end)
 
     def write(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
         """Record the metrics of one step.

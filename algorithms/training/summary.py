@@ -153,7 +153,7 @@ def _commit() -> str | None:
 
 def console() -> Console:
     """The terminal. It is 120 characters wide if the output goes to a file."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 120, emoji=False)
 
 
 def results_table(evaluated: Sequence[Evaluated]) -> Table:

@@ -44,3 +44,8 @@ def test_without_rich_a_command_says_what_it_needs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(ConfigurationError, match=r"^Playing in a terminal needs the library rich: pip install rich"):
         rich_console("Playing in a terminal")
+
+
+def test_codes_of_emojis_stay_as_strangers_wrote_them(capsys: pytest.CaptureFixture[str]) -> None:
+    rich_console("A test").print("the answer :dog: [bold]", end="")
+    assert capsys.readouterr().out == "the answer :dog: [bold]"

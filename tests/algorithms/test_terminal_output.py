@@ -21,7 +21,7 @@ from algorithms.analysis.comparison.table_formats import Table
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.learner.types import Trajectory, Turn
 from algorithms.training.evaluation import Evaluated
-from algorithms.training.summary import results_table, show_episode
+from algorithms.training.summary import console, results_table, show_episode
 
 HOSTILE = "\x1b[2J\x1b]0;x\x07[red][/]"
 
@@ -74,6 +74,11 @@ def test_errors_and_warnings(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit), clear_errors():
         raise RetrieverError(f"status 500: {HOSTILE}")
     assert capsys.readouterr().err == "RetrieverError: status 500: \\x1b[2J\\x1b]0;x\\x07[red][/]\n"
+
+
+def test_codes_of_emojis_stay_as_strangers_wrote_them(capsys: pytest.CaptureFixture[str]):
+    console().print("run :dog:", markup=False)
+    assert capsys.readouterr().out == "run :dog:\n"
 
 
 COMMANDS = [

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -50,11 +49,11 @@ class Finding:
 
     Attributes:
         text: What differs, with all values and the methods that have them.
-        refuses: Whether the comparison makes no sense.
+        refuses: Whether the comparison makes no sense; otherwise it asks for caution.
     """
 
     text: str
-    refuses: bool
+    refuses: bool = False
 
 
 def check(methods: Sequence[Method]) -> list[Finding]:
@@ -67,29 +66,27 @@ def check(methods: Sequence[Method]) -> list[Finding]:
         for name in dict.fromkeys(name for _, run in runs for name in run.settings):
             for prefix, meaning in table.items():
                 concerned = trained if prefix == "model.policy" else runs
-                if name.startswith(prefix) and len(values := _values(concerned, _setting(name))) > 1:
+                if not name.startswith(prefix):
+                    continue
+                values = _values((method, run.settings.get(name, "absent")) for method, run in concerned)
+                if len(values) > 1:
                     same = _same_data(runs, _TOLD_BY_DATA.get(prefix, ()))
                     told = "the fingerprints of the data agree, although" if same else f"{meaning}:"
                     findings.append(Finding(f"{told} {name} is {_told(values)}.", refuses and not same))
-    for text, value in (
-        ("modes of decoding that were evaluated are", lambda run: ", ".join(run.modes)),
-        ("test questions in all are", lambda run: run.figures(run.modes[0])[ALL]["n"]),
-    ):
-        if len(values := _values(runs, value)) > 1:
+    modes = _values((method, ", ".join(run.modes)) for method, run in runs)
+    counts = _values((method, run.figures(run.modes[0])[ALL]["n"]) for method, run in runs)
+    for text, values in (("modes of decoding that were evaluated are", modes), ("test questions in all are", counts)):
+        if len(values) > 1:
             findings.append(Finding(f"{text} {_told(values)}.", True))
     findings += _data(runs) + _questions(runs) + _seeds(methods) + _references(runs) + _failures(runs) + _versions(runs)
     return [*findings, *_without_language(methods), *_budgets(methods)]
 
 
-def _setting(name: str) -> Callable[[Run], Any]:
-    return lambda run: run.settings.get(name, "absent")
-
-
-def _values(runs: Sequence[tuple[Method, Run]], value: Callable[[Run], Any]) -> dict[str, list[str]]:
+def _values(of_methods: Iterable[tuple[Method, Any]]) -> dict[str, list[str]]:
     """Each value with the labels of the methods that have it."""
     found: dict[str, list[str]] = {}
-    for method, run in runs:
-        labels = found.setdefault(str(value(run)), [])
+    for method, value in of_methods:
+        labels = found.setdefault(str(value), [])
         if method.label not in labels:
             labels.append(method.label)
     return found
@@ -102,19 +99,15 @@ def _told(values: dict[str, list[str]]) -> str:
 def _same_data(runs: Sequence[tuple[Method, Run]], names: Sequence[str]) -> bool:
     """Whether all runs say that some data are the same; data that no run has (training questions) count as same."""
     known = all(run.fingerprints.get("retriever") for _, run in runs)
-    return bool(names) and known and all(len(_values(runs, _fingerprint(name))) == 1 for name in names)
-
-
-def _fingerprint(name: str) -> Callable[[Run], str | None]:
-    return lambda run: run.fingerprints.get(name)
+    return bool(names) and known and all(len({run.fingerprints.get(name) for _, run in runs}) == 1 for name in names)
 
 
 def _data(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
     """Compare the data themselves; they may differ although all settings agree, if a file was replaced."""
     findings = []
     for name, meaning in _DATA.items():
-        known = [(method, run) for method, run in runs if run.fingerprints.get(name)]
-        if len(values := _values(known, _fingerprint(name))) > 1:
+        values = _values((method, known) for method, run in runs if (known := run.fingerprints.get(name)))
+        if len(values) > 1:
             findings.append(Finding(f"{meaning}: the fingerprint is {_told(values)}.", True))
     unknown = dict.fromkeys(method.label for method, run in runs if not run.fingerprints.get("retriever"))
     if unknown:
@@ -122,7 +115,7 @@ def _data(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
             f"what was searched is not known of {', '.join(unknown)}: the retriever did not tell its fingerprint, so "
             "whether all have searched the same is not checked."
         )
-        findings.append(Finding(text, False))
+        findings.append(Finding(text))
     return findings
 
 
@@ -134,8 +127,7 @@ def _questions(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
         known = [(method, run) for method, run in evaluated if mode in run.outcomes]
         for _, run in evaluated:
             if mode not in run.outcomes:
-                text = f"{run.path} has no predictions of {mode}; it is left out of paired tests."
-                findings.append(Finding(text, False))
+                findings.append(Finding(f"{run.path} has no predictions of {mode}; it is left out of paired tests."))
         for method, run in known[1:]:
             first_method, first = known[0]
             if differ := len(run.outcomes[mode].keys() ^ first.outcomes[mode].keys()):
@@ -158,7 +150,7 @@ def _seeds(methods: Sequence[Method]) -> list[Finding]:
     numbers = {method.label: len(method.runs) for method in methods}
     if len(set(numbers.values())) > 1:
         told = ", ".join(f"{label} {count}" for label, count in numbers.items())
-        findings.append(Finding(f"numbers of seeds differ: {told}.", False))
+        findings.append(Finding(f"numbers of seeds differ: {told}."))
     return findings
 
 
@@ -166,15 +158,11 @@ def _references(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
     """The raw policy and the teacher were not trained, so their figures must be the same in all runs."""
     findings = []
     for model, mode in product(("raw", "teacher"), runs[0][1].modes):
-        scored = partial(_untrained_score, model=model, mode=mode)
-        values = _values([(method, run) for method, run in runs if run.figures(mode, model)], scored)
+        scored = ((method, run.figures(mode, model)) for method, run in runs)
+        values = _values((method, f"{figures[ALL]['exact_match']:.4f}") for method, figures in scored if figures)
         if len(values) > 1:
-            findings.append(Finding(f"the untrained model {model!r}, {mode}, has exact match {_told(values)}.", False))
+            findings.append(Finding(f"the untrained model {model!r}, {mode}, has exact match {_told(values)}."))
     return findings
-
-
-def _untrained_score(run: Run, model: str, mode: str) -> str:
-    return f"{run.figures(mode, model)[ALL]['exact_match']:.4f}"
 
 
 def _failures(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
@@ -182,11 +170,9 @@ def _failures(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
     for method, run in runs:
         errors = sum(run.figures(mode)[ALL].get("retriever_errors", 0) for mode in run.modes)
         if errors:
-            findings.append(
-                Finding(f"{errors} test episodes of {method.label} ({run.path}) ended by a failed search.", False)
-            )
+            findings.append(Finding(f"{errors} test episodes of {method.label} ({run.path}) ended by a failed search."))
         if run.summary.get("teacher_in_memory_during_policy_evaluation"):
-            findings.append(Finding(f"{run.path}: a teacher was in memory while the policy was evaluated.", False))
+            findings.append(Finding(f"{run.path}: a teacher was in memory while the policy was evaluated."))
     return findings
 
 
@@ -194,13 +180,10 @@ def _versions(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
     findings = []
     for part in ("versions", "machine"):
         for name in sorted({name for _, run in runs for name in run.summary.get(part, {})}):
-            if len(values := _values(runs, partial(_summary_entry, part=part, name=name))) > 1:
-                findings.append(Finding(f"{part}: {name} is {_told(values)}.", False))
+            values = _values((method, run.summary.get(part, {}).get(name)) for method, run in runs)
+            if len(values) > 1:
+                findings.append(Finding(f"{part}: {name} is {_told(values)}."))
     return findings
-
-
-def _summary_entry(run: Run, part: str, name: str) -> Any:
-    return run.summary.get(part, {}).get(name)
 
 
 def _without_language(methods: Sequence[Method]) -> list[Finding]:
@@ -215,7 +198,7 @@ def _without_language(methods: Sequence[Method]) -> list[Finding]:
         f"no language model: {', '.join(found)} took its steps without writing a token, from a list of actions that "
         "the others don't have; read its score as a yardstick."
     )
-    return [Finding(text, False)] if found else []
+    return [Finding(text)] if found else []
 
 
 def _budgets(methods: Sequence[Method]) -> list[Finding]:
@@ -230,4 +213,4 @@ def _budgets(methods: Sequence[Method]) -> list[Finding]:
         if used and max(used.values()) > _BUDGET_FACTOR * min(used.values()):
             least, most = min(used, key=used.__getitem__), max(used, key=used.__getitem__)
             told.append(f"{meaning} from {used[least]:,.0f} ({least}) to {used[most]:,.0f} ({most})")
-    return [Finding(f"budgets differ: {'; '.join(told)}; see the table of costs.", False)] if told else []
+    return [Finding(f"budgets differ: {'; '.join(told)}; see the table of costs.")] if told else []

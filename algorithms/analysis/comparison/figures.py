@@ -54,20 +54,14 @@ def differences(labels: Sequence[str], pairs: Sequence[Pair], mode: str) -> Draw
     def draw(axes: Any, theme: Theme) -> None:
         matrix = np.array([[cells.get((row, column), (np.nan, ""))[0] for column in labels] for row in labels])
         bound = max(1.0, float(np.nanmax(np.abs(matrix)))) if cells else 1.0
-        axes.grid(visible=False)
         image = axes.imshow(matrix, cmap="PuOr_r", vmin=-bound, vmax=bound)
+        _frame(axes, labels, labels)
         for at, row in enumerate(labels):
             for across, column in enumerate(labels):
                 if (row, column) in cells:
                     value, sign = cells[row, column]
-                    ink = "#FFFFFF" if _is_dark(image.to_rgba(value)) else "#222222"
-                    weight = "bold" if sign == "*" else "normal"
                     text = f"{value:+.0f}{sign}" if round(value) else f"0{sign}"
-                    axes.text(across, at, text, ha="center", va="center", color=ink, fontsize=8, fontweight=weight)
-        axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(labels)), labels)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+                    _write_cell(axes, image, at, across, text, bold=sign == "*")
 
     side = 1.5 + 0.42 * len(labels)
     title = (
@@ -167,17 +161,12 @@ def probed(panel: Panel) -> Drawing | None:
     behind = np.array([[panel.behind(model, each) for model in panel.models] for each in columns], dtype=float)
 
     def draw(axes: Any, theme: Theme) -> None:
-        axes.grid(visible=False)
         image = axes.imshow(behind, cmap="Oranges", vmin=0, vmax=1, aspect="auto")
+        _frame(axes, [f"{probe}: {metric}".replace("_", " ") for probe, metric in columns], panel.models)
         for row, column in enumerate(columns):
             for across, model in enumerate(panel.models):
                 if (found := panel.estimates.get((model, column))) is not None:
-                    ink = "#FFFFFF" if _is_dark(image.to_rgba(behind[row, across])) else "#222222"
-                    axes.text(across, row, f"{found.value:.2f}", ha="center", va="center", color=ink, fontsize=8)
-        axes.set_xticks(range(len(panel.models)), panel.models, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(columns)), [f"{probe}: {metric}".replace("_", " ") for probe, metric in columns])
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+                    _write_cell(axes, image, row, across, f"{found.value:.2f}")
 
     title = "What the probes measured, as shares. The darker, the further behind the teacher"
     size = (3.4 + 0.5 * len(panel.models), 1.5 + 0.26 * len(columns))
@@ -212,6 +201,21 @@ def by_setting(lines: Sequence[Line], words: str, mode: str, shown: Mapping[str,
 
     title = f"Exact match by {words}, {in_words(mode)}"
     return Drawing(f"setting-{mode}", title, draw, described=title, legend=shown)
+
+
+def _frame(axes: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Name the rows and columns of an image, and take away what is drawn around it."""
+    axes.grid(visible=False)
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), rows)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _write_cell(axes: Any, image: Any, row: int, column: int, text: str, bold: bool = False) -> None:
+    ink = "#FFFFFF" if _is_dark(image.to_rgba(image.get_array()[row, column])) else "#222222"
+    weight = "bold" if bold else "normal"
+    axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8, fontweight=weight)
 
 
 def _is_dark(color: Sequence[float]) -> bool:

@@ -15,6 +15,7 @@ from rich.console import Console
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import file_name, write_whole
 from agentic_rag_env.registry import did_you_mean
+from agentic_rag_env.settings import COUNT, check_settings
 from agentic_rag_env.terminal import printable
 from algorithms.analysis.comparison import arc_panel, checks, curves, figures, pairwise, stability, style, tables
 from algorithms.analysis.comparison.checks import Finding
@@ -54,8 +55,7 @@ class Options:
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        if self.resamples < 1:
-            raise ConfigurationError(f"resamples must be at least 1, got {self.resamples}.")
+        check_settings(self, COUNT, "resamples")
 
 
 @dataclass
@@ -91,7 +91,7 @@ def compare(folders: Sequence[Path], out: Path, options: Options, terminal: Cons
     Raises:
         ConfigurationError: There is nothing to compare, the runs are not comparable, or `out` is not a comparison.
     """
-    terminal = terminal or Console(width=None if Console().is_terminal else 160)
+    terminal = terminal or Console(width=None if Console().is_terminal else 160, emoji=False)
     _check_out(out)
     found = study(folders, options)
     _check_study(out, found.runs)
@@ -129,14 +129,14 @@ def study(folders: Sequence[Path], options: Options) -> Comparison:
         told = "\n".join(f"  - {reason}" for reason in reasons)
         raise ConfigurationError(f"these runs are not comparable:\n{told}\nGive runs that agree, or --force to go on.")
     if left_out := [f"{run.name} seed {run.seed} ({run.missing})" for run in runs if run.missing]:
-        findings.append(Finding(f"{len(left_out)} of {len(runs)} runs are left out: {'; '.join(left_out)}.", False))
-    findings += [Finding(f"{run.path} repeats another run's seed and figures; counted once.", False) for run in copies]
+        findings.append(Finding(f"{len(left_out)} of {len(runs)} runs are left out: {'; '.join(left_out)}."))
+    findings += [Finding(f"{run.path} repeats another run's seed and figures; counted once.") for run in copies]
     modes = [mode for mode in counted[0].modes if all(mode in run.modes for run in counted)]
     if not modes:
         raise ConfigurationError("No mode of decoding was evaluated in all of these runs, so there is nothing to show.")
     methods.sort(key=lambda method: -method.means(modes[0], ALL, "exact_match").mean())
     if (power := pairwise.told_power(methods, modes[0])) is not None:
-        findings.append(Finding(power, False))
+        findings.append(Finding(power))
     return Comparison(runs, methods, findings, _sections(runs, methods, modes, options))
 
 

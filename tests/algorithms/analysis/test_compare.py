@@ -821,7 +821,7 @@ def test_the_command_line(tmp_path, capsys):
     for given, expected in (
         (["--against", "dgp0"], "Did you mean 'dgpo'?"),
         (["--x", "algo.num_demonstration"], "Did you mean 'algo.num_demonstrations'?"),
-        (["--resamples", "0"], "resamples must be at least 1"),
+        (["--resamples", "0"], "resamples must be an integer of at least 1, got 0"),
     ):
         with pytest.raises(SystemExit):
             command.main([str(tmp_path / "runs"), "--out", str(out), *given])

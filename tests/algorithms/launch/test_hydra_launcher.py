@@ -26,7 +26,7 @@ from agentic_rag_env.files import file_name
 from algorithms.launch import job_pool
 from algorithms.launch.hydra_launcher import _path_flag, make_slots
 from algorithms.launch.job_pool import Job, Launcher, Slot
-from algorithms.launch.run_guard import job_name
+from algorithms.launch.resolvers import job_name
 from algorithms.training import demonstrations, file_locks
 
 # --- jobs and slots --------------------------------------------------------------------------------------------------
@@ -177,13 +177,16 @@ def test_more_gpus_than_there_are_cannot_be_given_to_a_job(machine):
     machine(2, 4)
     with pytest.raises(ConfigurationError, match="gpus_per_job=3 needs more GPUs than the 2 here"):
         make_slots(None, None, 3)
-    with pytest.raises(ConfigurationError, match="gpus_per_job must be at least 1; got 0"):
+    with pytest.raises(ConfigurationError, match="gpus_per_job must be an integer of at least 1, got 0"):
         make_slots(None, None, 0)
 
 
 @pytest.mark.parametrize(
     ("num_slots", "gpus", "message"),
-    [(0, None, "num_slots must be at least 1, or null; got 0"), (None, 3, "gpus must be from 0 to 2, or null; got 3")],
+    [
+        (0, None, "num_slots must be an integer of at least 1, or None, got 0"),
+        (None, 3, "gpus must be from 0 to 2, or null; got 3"),
+    ],
 )
 def test_a_machine_that_cannot_be_divided_so(machine, num_slots, gpus, message):
     machine(2, 4)
