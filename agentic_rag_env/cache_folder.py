@@ -73,6 +73,15 @@ def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
     return folder
 
 
+def kept_or_none(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path | None:
+    """An entry of the cache folder as `kept` returns it; None, with a warning, if the folder cannot be written."""
+    try:
+        return kept(kind, key, make, what)
+    except OSError as error:
+        _logger.warning("This is made in memory, since it cannot be kept: %s (%s).", what, error)
+        return None
+
+
 def key_of_file(file: Path) -> str:
     """Hash that changes with the contents of a file, wherever a small one lies.
 

@@ -7,9 +7,12 @@ import io
 import sys
 import unicodedata
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, TextIO
 
 from agentic_rag_env.errors import AgenticRAGError, required_library
+from agentic_rag_env.registry import name_or_mapping
+from agentic_rag_env.settings import meanings_of
 
 
 def printable(text: str, encoding: str | None = None) -> str:
@@ -69,6 +72,27 @@ def command_parser(name: str, description: str | None) -> argparse.ArgumentParse
     return argparse.ArgumentParser(
         prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def add_settings(parser: argparse.ArgumentParser, config: type, *names: str) -> None:
+    """Add an option to a parser for each setting of a dataclass, with its meaning and its default.
+
+    Args:
+        parser: The parser.
+        config: The dataclass, whose docstring says what each setting means.
+        *names: Settings to add; none: all.
+    """
+    types: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "Any": name_or_mapping}
+    meanings = meanings_of(config)
+    for setting in fields(config):
+        if setting.name in (names or meanings):
+            parser.add_argument(
+                f"--{setting.name.replace('_', '-')}",
+                type=types.get(str(setting.type).partition(" ")[0], str),
+                default=setting.default,
+                metavar=setting.name.rpartition("_")[2].upper(),
+                help=f"{meanings[setting.name].replace('%', '%%')} (default: %(default)s)",
+            )
 
 
 def rich_console(command: str) -> Any:

@@ -20,7 +20,6 @@ from algorithms.launch.run_guard import drop_settings_of_others, left_to_run, no
 from algorithms.training.from_python import run
 from algorithms.training.protocol import with_protocol
 from algorithms.training.schemas import by_group, register_schemas
-from algorithms.training.settings import RunConfig
 from algorithms.training.typed import run_config
 
 with clear_errors():  # of a plug-in
@@ -52,15 +51,11 @@ def _composed(config: DictConfig) -> None:
         if left is not None:
             settings = run_config(left)
             if settings.preflight:
-                _plan(settings, run_dir)
+                from algorithms.training.preflight import preflight  # which loads torch
+
+                preflight(settings, run_dir)
             else:
                 carry_out(run, settings, run_dir)
-
-
-def _plan(config: RunConfig, run_dir: Path) -> None:
-    from algorithms.training.preflight import preflight
-
-    preflight(config, run_dir)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -73,30 +73,14 @@ class FileReport:
         return sum(finding.is_error for finding in self.findings)
 
 
-class _Findings:
-    """Gathers findings of the same kind under the first example of each."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[bool, str, str], list[str]] = {}
-
-    def add(self, is_error: bool, what: str, example: str, advice: str) -> None:
-        self._found.setdefault((is_error, what, advice), []).append(example)
-
-    def listed(self) -> list[Finding]:
-        found = [
-            Finding(is_error, len(examples), what, examples[0], advice)
-            for (is_error, what, advice), examples in self._found.items()
-        ]
-        return sorted(found, key=lambda finding: not finding.is_error)
-
-
 def check_file(path: str | Path) -> FileReport:
     """Read every row of a file of questions and look at it.
 
     Args:
         path: A file that a dataset can read: JSON lines (plain, `.gz` or `.zst`), `.parquet` or `.arrow`.
     """
-    report, found = FileReport(str(path)), _Findings()
+    report = FileReport(str(path))
+    found: list[Finding] = []
     name, stem = dataset_name(path), file_stem(path)
     place_of_id: dict[str, str] = {}
     asked: dict[str, tuple[str, Question]] = {}
@@ -106,59 +90,70 @@ def check_file(path: str | Path) -> FileReport:
             report.formats[format_of(row)] += 1
             place = where.rpartition(", ")[2]
             if is_passage(row):
-                found.add(True, "passage and no question", place, "Give a file of passages with --corpus.")
+                found.append(_error("passage and no question", place, "Give a file of passages with --corpus."))
                 continue
             try:
                 question = question_in(row, where, name, stem)
             except DataError as error:
-                _add_malformed(found, str(error), where, place)
+                found.append(_malformed(str(error), where, place))
                 continue
             if is_exploded(question.golden_answers):
-                found.add(
-                    True,
-                    "answer exploded into single characters",
-                    _quoted(question, question.golden_answers, place),
-                    "A run leaves them out, as the answer can't be restored; take the file from its publisher instead.",
-                )
+                advice = "A run leaves them out, as the answer can't be restored; take its publisher's file instead."
+                quoted = _quoted(question, question.golden_answers, place)
+                found.append(_error("answer exploded into single characters", quoted, advice))
                 continue
             report.questions.append(question)
             if has_lists_in_text(row):
                 advice = "A run takes the members of the list as the answers; write them as a list to be sure."
-                found.add(
-                    False, "list of answers written as text", _quoted(question, question.golden_answers, place), advice
-                )
-            _look_at_answers(found, question, place)
-            _look_at_question(found, question, place, place_of_id, asked)
+                quoted = _quoted(question, question.golden_answers, place)
+                found.append(_warning("list of answers written as text", quoted, advice))
+            found += _look_at_answers(question, place)
+            found += _look_at_question(question, place, place_of_id, asked)
     except DataError as error:
-        found.add(True, "broken off: the rest of the file can't be read", str(error), "Fetch or write the file anew.")
+        what = "broken off: the rest of the file can't be read"
+        found.append(_error(what, str(error), "Fetch or write the file anew."))
     else:
         if not report.questions and not report.formats["passages"]:
             advice = "A row needs question and golden_answers (FlashRAG), or prompt and reward_model (Search-R1)."
-            found.add(True, "no row that is a question", f"{report.num_rows} rows", advice)
-    report.findings = found.listed()
+            found.append(_error("no row that is a question", f"{report.num_rows} rows", advice))
+    report.findings = _gathered(found)
     return report
 
 
-def _add_malformed(found: _Findings, message: str, where: str, place: str) -> None:
+def _error(what: str, example: str, advice: str) -> Finding:
+    return Finding(True, 1, what, example, advice)
+
+
+def _warning(what: str, example: str, advice: str) -> Finding:
+    return Finding(False, 1, what, example, advice)
+
+
+def _gathered(found: Sequence[Finding]) -> list[Finding]:
+    """Findings of the same kind as one, with the first example; errors come first."""
+    counts = Counter((one.is_error, one.what, one.advice) for one in found)
+    firsts = {(one.is_error, one.what, one.advice): one for one in reversed(found)}
+    gathered = [firsts[kind]._replace(number=count) for kind, count in counts.items()]
+    return sorted(gathered, key=lambda finding: not finding.is_error)
+
+
+def _malformed(message: str, where: str, place: str) -> Finding:
     # Place and indices are left out, so that rows with the same fault count together.
     fault = re.sub(r"\[\d+\]", "[...]", message.removeprefix(where).lstrip(",: "))
     what = fault.partition("; ")[0].rstrip(".")
-    found.add(True, what, place, "The file is refused as it is; mend these rows or remove them.")
+    return _error(what, place, "The file is refused as it is; mend these rows or remove them.")
 
 
-def _look_at_answers(found: _Findings, question: Question, place: str) -> None:
+def _look_at_answers(question: Question, place: str) -> Iterator[Finding]:
     answers = question.golden_answers
     empty = [answer for answer in answers if not normalize_answer(answer)]
     if empty:
-        found.add(
-            False,
+        yield _warning(
             f"{'every answer' if len(empty) == len(answers) else 'an answer among others'} is empty once normalized",
             _quoted(question, empty, place),
             "Only the same articles or punctuation marks match it, in published scorers any of them; spell it out.",
         )
     if min(_num_words(answer) for answer in answers) > LONG_ANSWER:
-        found.add(
-            False,
+        yield _warning(
             f"no answer of {LONG_ANSWER} words or fewer",
             _quoted(question, answers, place),
             "Hardly ever matched exactly; add a short answer, or use F1 as the reward.",
@@ -166,22 +161,16 @@ def _look_at_answers(found: _Findings, question: Question, place: str) -> None:
 
 
 def _look_at_question(
-    found: _Findings,
-    question: Question,
-    place: str,
-    place_of_id: dict[str, str],
-    asked: dict[str, tuple[str, Question]],
-) -> None:
+    question: Question, place: str, place_of_id: dict[str, str], asked: dict[str, tuple[str, Question]]
+) -> Iterator[Finding]:
     if (first := place_of_id.setdefault(question.id, place)) != place:
-        found.add(
-            True,
+        yield _error(
             "id used before",
             f"{place}: {question.id!r}, also at {first}",
             "The file is refused as it is; number the rows anew, or drop the ids: the line number will do.",
         )
     if not ends_with_question_mark(question.text):
-        found.add(
-            False,
+        yield _warning(
             "no question mark at the end",
             f"{place}: {question.text!r}",
             "No harm where the environment writes the prompt: it adds one.",
@@ -189,8 +178,7 @@ def _look_at_question(
     first, other = asked.setdefault(normalize_answer(question.text), (place, question))
     if other is not question:
         same = set(map(normalize_answer, other.golden_answers)) & set(map(normalize_answer, question.golden_answers))
-        found.add(
-            False,
+        yield _warning(
             "question asked before" if same else "question asked before, with none of the same answers",
             f"{place}: {question.text!r}, also at {first}",
             "It counts twice; remove one." if same else "At most one is right; merge the answers or remove one.",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_rag_env.cache_folder import kept
+from agentic_rag_env.cache_folder import kept_or_none
 from agentic_rag_env.corpus import Texts
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.registry import RETRIEVERS
@@ -150,12 +150,8 @@ class BM25Retriever(CorpusRetriever):
             save_index(*index_texts(texts, config), folder / BM25_FOLDER)
 
         key = hash_of([self.fingerprint_of_corpus, config.of_index(), version("bm25s")])
-        try:
-            folder = kept("bm25", key, make, f"the BM25 index of {len(texts):,} passages")
-        except OSError as error:
-            _logger.warning("The BM25 index is made in memory, since it cannot be kept: %s.", error)
-            return False, index_texts(texts, config)
-        return True, _load(folder / BM25_FOLDER)
+        folder = kept_or_none("bm25", key, make, f"the BM25 index of {len(texts):,} passages")
+        return (False, index_texts(texts, config)) if folder is None else (True, _load(folder / BM25_FOLDER))
 
     def _best(self, words: list[str], top_k: int) -> Ranking:
         by_count: dict[int, list[int]] = defaultdict(list)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_rag_env.cache_folder import kept, sampled_blocks
+from agentic_rag_env.cache_folder import kept_or_none, sampled_blocks
 from agentic_rag_env.corpus import Texts
 from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
@@ -49,8 +48,6 @@ from agentic_rag_env.types import Passage
 
 BACKENDS = ("auto", "faiss", "torch")
 _KEPT_VECTORS = "vectors.npy"
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -228,10 +225,8 @@ class DenseRetriever(CorpusRetriever):
             write_json(folder / ENCODER_STATE, {"state": encoder.state()})
 
         key = hash_of([self.fingerprint_of_corpus, encoder.fingerprint, getattr(encoder, "precision", "float32")])
-        try:
-            folder = kept("vectors", key, make, f"the vectors of {len(self.corpus):,} passages")
-        except OSError as error:
-            _logger.warning("The vectors are made in memory, since they cannot be kept: %s.", error)
+        folder = kept_or_none("vectors", key, make, f"the vectors of {len(self.corpus):,} passages")
+        if folder is None:
             return None
         encoder.load_state(read_json(folder / ENCODER_STATE)["state"])
         return np.load(folder / _KEPT_VECTORS, mmap_mode="r")

@@ -15,7 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
 from algorithms.training.protocol import with_protocol
-from algorithms.training.run_files import plain_data
+from algorithms.training.run_files import flat, plain_data
 from algorithms.training.schemas import register_schemas
 from algorithms.training.settings import RunConfig, settings_with_effect
 from algorithms.training.typed import run_config
@@ -39,8 +39,7 @@ def configure(**values: Any) -> RunConfig:
     Raises:
         ConfigurationError: A name or a setting is unknown, or a value can't work; the message suggests what to write.
     """
-    said = [name for name, _ in _leaves(plain_data(values))]
-    return run_config(with_protocol(composed_values(values), said))
+    return run_config(with_protocol(composed_values(values), list(_said(plain_data(values)))))
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -64,7 +63,7 @@ def overrides_of(config: RunConfig) -> list[str]:
     except ConfigurationError:  # a part has settings without defaults, such as an address
         default = RunConfig()
     changed = _changed(settings, plain_data(default))
-    return [f"{name}={value}" for name, value in (*_leaves(names), *_leaves(changed))]
+    return [f"{name}={value}" for name, value in (_said(names) | _said(changed)).items()]
 
 
 def composed_values(values: Mapping[str, Any]) -> DictConfig:
@@ -169,9 +168,6 @@ def _changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[st
     }
 
 
-def _leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield (prefix.rstrip(".") if name == "name" else f"{prefix}{name}"), value
+def _said(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names that a command line has for them: that of a part is its group."""
+    return {name.removesuffix(".name"): value for name, value in flat(nested).items()}

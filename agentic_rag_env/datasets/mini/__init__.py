@@ -13,8 +13,8 @@ from agentic_rag_env.corpus import read_corpus
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.datasets.rows import read_questions
 from agentic_rag_env.datasets.selection import sample
-from agentic_rag_env.errors import ConfigurationError
-from agentic_rag_env.registry import DATASETS, did_you_mean
+from agentic_rag_env.registry import DATASETS
+from agentic_rag_env.settings import check_settings, one_of
 from agentic_rag_env.types import Question
 
 #: Where the files are: a folder for each set, which holds `corpus` and a file for each split.
@@ -38,8 +38,7 @@ class MiniConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ConfigurationError(f"There is no split {self.split!r}.{did_you_mean(self.split, SPLITS)}")
+        check_settings(self, one_of(SPLITS), "split")
 
 
 @DATASETS.register("nq_mini", MiniConfig)

@@ -42,7 +42,7 @@ class DenseIndexConfig:
     """What a dense index is made of.
 
     Attributes:
-        encoder: The encoder, in a form that `build_encoder` accepts.
+        encoder: A registered name, the folder or hub id of a model, or a mapping with `name` or `model` and settings.
         index: A FAISS factory string (`Flat`, `IVF4096,Flat`, `IVF4096,PQ64`, `HNSW32`, `SQfp16`, ...), or `auto`: see
             `default_index`.
         dtype: Precision of the vectors on disk, `float32` or `float16` (half the size; the usual choice from a million

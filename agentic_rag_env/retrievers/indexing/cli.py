@@ -15,15 +15,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from agentic_rag_env.corpus import open_corpus
-from agentic_rag_env.registry import name_or_mapping
 from agentic_rag_env.retrievers.bm25 import BM25Config
 from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
 from agentic_rag_env.retrievers.indexing.check import check
 from agentic_rag_env.retrievers.indexing.progress import progress
-from agentic_rag_env.terminal import command_parser, run_command
+from agentic_rag_env.terminal import add_settings, command_parser, run_command
+
+#: The settings of BM25 that decide an index.
+_OF_BM25 = ("k1", "b", "stemmer", "stopwords", "tokenizer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,20 +56,12 @@ def _build_store(options: argparse.Namespace) -> None:
 
 
 def _build_bm25(options: argparse.Namespace) -> None:
-    settings = {name: getattr(options, name) for name in ("k1", "b", "stemmer", "stopwords", "tokenizer")}
-    config = BM25Config(**settings)
+    config = BM25Config(**{name: getattr(options, name) for name in _OF_BM25})
     _report(options.folder, build_bm25(options.corpus, options.folder, config, progress))
 
 
 def _build_dense(options: argparse.Namespace) -> None:
-    config = DenseIndexConfig(
-        encoder=options.encoder,
-        index=options.index,
-        dtype=options.dtype,
-        shard_size=options.shard_size,
-        seed=options.seed,
-        threads=options.threads,
-    )
+    config = DenseIndexConfig(**{setting.name: getattr(options, setting.name) for setting in fields(DenseIndexConfig)})
     _report(options.folder, build_dense(options.corpus, options.folder, config, progress))
 
 
@@ -95,22 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     for kind in (bm25, dense):
         kind.add_argument("corpus", help="store or file of passages")
         kind.add_argument("folder", help="folder of the index")
-        kind.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    bm25.add_argument("--k1", type=float, default=BM25Config.k1, help="saturation of the term frequency")
-    bm25.add_argument("--b", type=float, default=BM25Config.b, help="strength of the length normalization")
-    bm25.add_argument("--stemmer", help="language of the Snowball stemmer, such as english (needs PyStemmer)")
-    bm25.add_argument("--stopwords", help="list of words that do not count, such as english")
-    tokenizer_help = "words, or bigrams for Chinese and Japanese, which have no blanks between words"
-    bm25.add_argument("--tokenizer", default=BM25Config.tokenizer, help=tokenizer_help)
+    add_settings(bm25, BM25Config, *_OF_BM25)
     bm25.set_defaults(build=_build_bm25)
-    defaults = DenseIndexConfig()
-    encoder_help = "registered name, folder or hub id of a model, or a JSON object with 'name' or 'model' and settings"
-    dense.add_argument("--encoder", type=name_or_mapping, default=defaults.encoder, help=encoder_help)
-    dense.add_argument("--index", default=defaults.index, help="FAISS factory string, or auto: by the corpus size")
-    dense.add_argument("--dtype", default=defaults.dtype, help="of the vectors on disk: float32 or float16")
-    dense.add_argument("--shard-size", type=int, default=defaults.shard_size, help="passages between two savings")
-    dense.add_argument("--seed", type=int, default=defaults.seed, help="of training vectors and recall queries")
-    dense.add_argument("--threads", type=int, help="for building the index: all, but one for HNSW")
+    add_settings(dense, DenseIndexConfig)
     dense.set_defaults(build=_build_dense)
     return parser
 

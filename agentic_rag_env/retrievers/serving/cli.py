@@ -33,8 +33,7 @@ from agentic_rag_env.retrievers.base import Retriever, build_wrapped, fingerprin
 from agentic_rag_env.retrievers.serving.app import make_app, patient_protocol
 from agentic_rag_env.retrievers.serving.metrics import MISSING
 from agentic_rag_env.retrievers.serving.service import ServerConfig, Service
-from agentic_rag_env.settings import meanings_of
-from agentic_rag_env.terminal import command_parser, run_command
+from agentic_rag_env.terminal import add_settings, command_parser, run_command
 from agentic_rag_env.types import Passage
 
 
@@ -189,15 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--dataset", type=_value, help="search the corpus of a dataset: a name, or a JSON object with 'name'"
     )
-    meanings = meanings_of(ServerConfig)
-    for setting in fields(ServerConfig):
-        parser.add_argument(
-            f"--{setting.name.replace('_', '-')}",
-            type={"int": int, "float": float}.get(str(setting.type), str),
-            default=setting.default,
-            metavar=setting.name.rpartition("_")[2].upper(),
-            help=f"{meanings[setting.name]} (default: %(default)s)",
-        )
+    add_settings(parser, ServerConfig)
     return parser
 
 

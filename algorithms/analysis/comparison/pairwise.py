@@ -117,8 +117,8 @@ def significance(pairs: Sequence[Pair], mode: str) -> Table:
 def letters(labels: Sequence[str], pairs: Sequence[Pair]) -> dict[str, str]:
     """Make the compact display of all pairs: methods that share a letter are not told apart.
 
-    The method (Piepho, "An algorithm for a letter-based representation of all-pairwise comparisons",
-    2004). Pairs that were not compared count as not told apart.
+    The method is that of Piepho, "An algorithm for a letter-based representation of all-pairwise comparisons", 2004.
+    Pairs that were not compared count as not told apart.
 
     Args:
         labels: Labels of the methods; the first gets the first letter.

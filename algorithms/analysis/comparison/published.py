@@ -8,7 +8,13 @@ from collections.abc import Sequence
 DATASETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wiki", "musique", "bamboogle")
 AVERAGE = "avg"
 
-_NAMES = {"raw": "Student-0.5B", "teacher": "Teacher-3B", "sft_ppo": "SFT→PPO", "sft": "SeqKD"}
+_NAMES = {
+    "raw": "Student-0.5B",
+    "teacher": "Teacher-3B",
+    "sft_ppo": "SFT→PPO",
+    "sft": "SeqKD",
+    "distillm": "DistiLLM",
+}
 _ROWS: dict[str, tuple[float | None, ...]] = {
     "raw": (0.004, 0.006, 0.007, 0.007, 0.015, 0.000, 0.000, 0.006),
     "teacher": (0.365, 0.569, 0.393, 0.340, 0.368, 0.135, 0.298, 0.353),
@@ -46,7 +52,7 @@ _ALIASES = {
 
 def published_name(method: str) -> str:
     """The paper's name of a method."""
-    return _NAMES.get(method, {"distillm": "DistiLLM"}.get(method, method.upper() if method in _ROWS else method))
+    return _NAMES.get(method, method.upper() if method in _ROWS else method)
 
 
 def matching_dataset(group: str) -> str | None:

@@ -102,9 +102,8 @@ def compare(folders: Sequence[Path], out: Path, options: Options, terminal: Cons
         if table.printed:
             terminal.print(table.rich())
     write(found, out)
-    for what, where in (("page", out / "comparison.html"), ("curves", out / "tb")):
-        command = f"tensorboard --logdir {where}" if what == "curves" else str(where)
-        terminal.print(f"{what + ':':8} {command}", soft_wrap=True, markup=False, highlight=False)
+    for line in (f"page:    {out / 'comparison.html'}", f"curves:  tensorboard --logdir {out / 'tb'}"):
+        terminal.print(line, soft_wrap=True, markup=False, highlight=False)
     return found
 
 

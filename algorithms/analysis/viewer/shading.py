@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +26,6 @@ _UNLIKELY = 5.0
 _UNFINISHED = "�"
 
 
-def splitter(run: Run) -> Split:
-    """Make a splitter with the tokenizer of a run.
-
-    Raises:
-        ConfigurationError: The tokenizer can't be loaded.
-    """
-    decode = _decoder(_tokenizer_place(run))
-    return lambda turn: split(turn, decode)
-
-
 def no_split(turn: Turn) -> None:
     """Split nothing; used without a tokenizer."""
 
@@ -45,7 +36,7 @@ def splitters(gallery: Gallery) -> tuple[list[Split], list[str]]:
     problems = []
     for run in gallery.runs:
         try:
-            made.append(splitter(run))
+            made.append(partial(split, decode=_decoder(_tokenizer_place(run))))
         except (AgenticRAGError, OSError) as error:
             made.append(no_split)
             problems.append(f"No colours per token for {run.path}: {error}")

@@ -177,10 +177,8 @@ def _next(items: Sequence[Item], number: int, command: str) -> int | None:
         "m": lambda episode: episode.num_malformed > 0,
     }
     if command.startswith("/"):
-        test: Callable[[Episode], bool] | None = lambda episode: episode.holds(command[1:])  # noqa: E731
-    else:
-        test = wanted.get(command)
-    if test is None:
+        wanted[command] = lambda episode: episode.holds(command[1:])
+    if (test := wanted.get(command)) is None:
         return None
     later = range(number + 1, len(items))
     return next((at for at in later if any(episode and test(episode) for episode in items[at].episodes)), None)

@@ -20,6 +20,9 @@ class Logger(ABC):
     it raises later ends the run.
     """
 
+    def __init__(self, config: Any = None) -> None:  # noqa: B027
+        """Take the settings."""
+
     def open(self, run_dir: Path, start_step: int) -> None:  # noqa: B027  # does nothing by default
         """Get ready; called at the start of the training, at every resume, and once more for the final figures.
 

@@ -23,9 +23,6 @@ class JsonLinesConfig:
 class JsonLines(Logger):
     """Writes `metrics.jsonl`."""
 
-    def __init__(self, config: JsonLinesConfig | None = None) -> None:
-        pass
-
     def open(self, run_dir: Path, start_step: int) -> None:
         """Remove the lines after a step, and go on behind the others."""
         path = run_dir / "metrics.jsonl"

@@ -25,9 +25,6 @@ class TensorBoardConfig:
 class TensorBoard(Logger):
     """Writes event files; `tensorboard --logdir` of a run, of a multirun or of many of them shows them."""
 
-    def __init__(self, config: TensorBoardConfig | None = None) -> None:
-        pass
-
     def open(self, run_dir: Path, start_step: int) -> None:
         """Begin another event file."""
         self._run_dir, self._start_step = run_dir, start_step
