@@ -11,46 +11,32 @@ The published tables do not define prompts, passages and matching. So call figur
 Importing this package registers the built-in probes.
 """
 
-from agentic_rag_env.answers import holds_answer
+# These files register the built-in probes.
+from agentic_rag_env.probes import grounding, reading, searching  # noqa: F401
 from agentic_rag_env.probes.endpoints import Endpoint, EndpointConfig, EndpointError
-from agentic_rag_env.probes.figures import Best, Figure, Figures, figure, interval, macro_interval, share
-from agentic_rag_env.probes.gold import Gold, find_gold
-from agentic_rag_env.probes.grounding import Counterfactual, GroundingConfig, Shuffled
-from agentic_rag_env.probes.material import Generate, Material, Probe, Prompt, of_search, play, run_probes
-from agentic_rag_env.probes.reading import SourceReferencing, SourceReferencingConfig, thinking
-from agentic_rag_env.probes.searching import query_rewriting, search_behaviour
+from agentic_rag_env.probes.figures import Figure, Figures, figure, interval, macro_interval, share
+from agentic_rag_env.probes.gold import find_gold
+from agentic_rag_env.probes.material import Generate, Material, Prompt, of_search, play, run_probes
 
 #: The probes that are run by default.
 DEFAULT_PROBES = ("source_referencing", "thinking", "query_rewriting", "search_behaviour")
 
 __all__ = [
     "DEFAULT_PROBES",
-    "Best",
-    "Counterfactual",
     "Endpoint",
     "EndpointConfig",
     "EndpointError",
     "Figure",
     "Figures",
     "Generate",
-    "Gold",
-    "GroundingConfig",
     "Material",
-    "Probe",
     "Prompt",
-    "Shuffled",
-    "SourceReferencing",
-    "SourceReferencingConfig",
     "figure",
     "find_gold",
-    "holds_answer",
     "interval",
     "macro_interval",
     "of_search",
     "play",
-    "query_rewriting",
     "run_probes",
-    "search_behaviour",
     "share",
-    "thinking",
 ]

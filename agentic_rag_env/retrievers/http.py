@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -221,7 +221,8 @@ def _passage(item: Any) -> Passage:
     Raises:
         ValueError: The item has neither form.
     """
-    document, score = (item.get("document"), item.get("score")) if _is_scored(item) else (item, None)
+    is_scored = isinstance(item, dict) and "document" in item
+    document, score = (item.get("document"), item.get("score")) if is_scored else (item, None)
     contents = document.get("contents") if isinstance(document, dict) else None
     if not isinstance(contents, str):
         raise ValueError(f"a document has no text 'contents': {str(item)[:200]}")
@@ -236,14 +237,7 @@ def _passage(item: Any) -> Passage:
 def _score(given: Any) -> float:
     if given is None:
         return 0.0
-    if not isinstance(given, bool) and isinstance(given, (int, float)):
-        try:
-            if math.isfinite(score := float(given)):
-                return score
-        except OverflowError:  # an integer beyond every float
-            pass
-    raise ValueError(f"a document's score is no finite number: {str(given)[:200]}")
-
-
-def _is_scored(item: Any) -> bool:
-    return isinstance(item, dict) and "document" in item
+    is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if not is_number or not abs(given) <= sys.float_info.max:  # nor is it NaN, or an integer beyond every float
+        raise ValueError(f"a document's score is no finite number: {str(given)[:200]}")
+    return float(given)

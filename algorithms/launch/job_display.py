@@ -50,13 +50,13 @@ class JobDisplay:
             self._live.stop()
 
     def begun(self, attempt: Attempt) -> None:
-        """See `jobs.Watcher`."""
+        """See `job_pool.Watcher`."""
         if not self._live:
             what = "started" if attempt.process else "still running"
             self._say(f"{self._count()} {what}  {attempt.job.label}  ({attempt.slot.label})")
 
     def ended(self, attempt: Attempt, complete: bool) -> None:
-        """See `jobs.Watcher`."""
+        """See `job_pool.Watcher`."""
         if attempt.job.name not in self._missing:
             return
         self._missing.remove(attempt.job.name)
@@ -66,7 +66,7 @@ class JobDisplay:
         self._say(f"{self._count()} {how}  {attempt.job.label}  {_progress(attempt)}")
 
     def watch(self, running: Sequence[Attempt]) -> None:
-        """See `jobs.Watcher`."""
+        """See `job_pool.Watcher`."""
         now = time.monotonic()
         if now < self._next:
             return

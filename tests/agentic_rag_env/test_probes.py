@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from agentic_rag_env.answers import holds_answer
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.datasets.tiny import TinyConfig, make_world, tiny
 from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError, UnknownNameError
@@ -27,7 +28,6 @@ from agentic_rag_env.probes import (
     Prompt,
     figure,
     find_gold,
-    holds_answer,
     interval,
     macro_interval,
     play,

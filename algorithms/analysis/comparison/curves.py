@@ -35,15 +35,8 @@ WORDS = {
     "dev/malformed_fraction": "share of malformed turns, dev split",
     "rollout/malformed_fraction": "share of malformed turns, rollouts",
 }
-#: Their axes.
-CURVES = {
-    "dev/exact_match": tuple(AXES),
-    "rollout/exact_match": tuple(AXES),
-    "dev/num_searches": ("steps",),
-    "rollout/num_searches": ("steps",),
-    "dev/malformed_fraction": ("steps",),
-    "rollout/malformed_fraction": ("steps",),
-}
+#: Their axes: scores are drawn against every cost, the others against steps alone.
+CURVES = {metric: tuple(AXES) if metric.endswith("exact_match") else ("steps",) for metric in WORDS}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from algorithms.analysis.runs import ALL, Run
 
 REFERENCES = ("raw", "teacher")
 _LETTERS, _MACRO = "letters", "mean of groups"
+#: Figures over all questions behind the scores, with their styles.
+_REST = (("f1", ".3f"), ("num_searches", ".2f"), ("malformed_fraction", ".1%"))
 
 
 def results(
@@ -39,20 +41,19 @@ def results(
     parts = groups[1:]
     columns = ["method", "seeds", groups[0], *([_LETTERS] if letters else []), *parts,
                *([_MACRO] if parts else []), "F1", "searches", "malformed"]  # fmt: skip
-    rows: list[list[Cell]] = [_result_row(method, mode, groups) for method in methods]
-    trained = len(rows)
-    rows += [_reference_row(model, figures, groups) for model, figures in reference_figures(methods, mode).items()]
     datasets = published.shown_datasets(parts) if parts else _only_dataset(methods)
-    if letters:
-        for row in rows:
-            row.insert(3, letters.get(str(row[0]), NOTHING))
-    sections = [trained, len(rows)]
-    if datasets or with_paper:
-        columns.append("paper's average")
-        for row in rows:
-            row.append(_published(_base(methods, str(row[0]))))
-        if datasets:
-            rows += _paper_rows(columns, datasets)
+    with_paper = with_paper or bool(datasets)
+    columns += ["paper's average"] if with_paper else []
+
+    def row(label: str, base: str, seeds: str, figures: Sequence[Cell]) -> list[Cell]:
+        letter = [letters.get(label, NOTHING)] if letters else []
+        return [label, seeds, figures[0], *letter, *figures[1:], *([_published(base)] if with_paper else [])]
+
+    rows = [row(each.label, each.base, str(len(each.runs)), _figures(each, mode, groups)) for each in methods]
+    for model, figures in reference_figures(methods, mode).items():
+        rows.append(row(model, model, NOTHING, _reference_figures(figures, groups)))
+    trained, sections = len(methods), [len(methods), len(rows)]
+    rows += _paper_rows(columns, datasets) if datasets else []
     table = Table(
         f"results-{mode}", f"Exact match, {mode}", columns, rows, _results_note(methods, mode, groups), sections
     )
@@ -169,15 +170,11 @@ def score_tables(methods: Sequence[Method], mode: str, groups: Sequence[str]) ->
     }
 
 
-def _result_row(method: Method, mode: str, groups: Sequence[str]) -> list[Cell]:
-    row: list[Cell] = [method.label, str(len(method.runs))]
-    row += [Number.of(method.exact_match(mode, group)) for group in groups]
+def _figures(method: Method, mode: str, groups: Sequence[str]) -> list[Cell]:
+    cells: list[Cell] = [Number.of(method.exact_match(mode, group)) for group in groups]
     if groups[1:]:
-        row.append(Number.of(method.macro_exact_match(mode, groups[1:])))
-    return [*row, *(_mean(method.means(mode, ALL, figure), style) for figure, style in _REST)]
-
-
-_REST = (("f1", ".3f"), ("num_searches", ".2f"), ("malformed_fraction", ".1%"))
+        cells.append(Number.of(method.macro_exact_match(mode, groups[1:])))
+    return [*cells, *(_mean(method.means(mode, ALL, figure), style) for figure, style in _REST)]
 
 
 def reference_figures(methods: Sequence[Method], mode: str) -> dict[str, Mapping[str, Any]]:
@@ -187,11 +184,11 @@ def reference_figures(methods: Sequence[Method], mode: str) -> dict[str, Mapping
     return {model: figures for model, figures in found.items() if figures}
 
 
-def _reference_row(model: str, figures: Mapping[str, Any], groups: Sequence[str]) -> list[Cell]:
-    row: list[Cell] = [model, NOTHING, *(Number.of(_untrained(figures, [group])) for group in groups)]
+def _reference_figures(figures: Mapping[str, Any], groups: Sequence[str]) -> list[Cell]:
+    cells: list[Cell] = [Number.of(_untrained(figures, [group])) for group in groups]
     if groups[1:]:
-        row.append(Number.of(_untrained(figures, groups[1:])))
-    return [*row, *(Number(figures[ALL].get(figure), style=style) for figure, style in _REST)]
+        cells.append(Number.of(_untrained(figures, groups[1:])))
+    return [*cells, *(Number(figures[ALL].get(figure), style=style) for figure, style in _REST)]
 
 
 def _untrained(figures: Mapping[str, Any], groups: Sequence[str]) -> Estimate:
@@ -219,10 +216,6 @@ def _results_note(methods: Sequence[Method], mode: str, groups: Sequence[str]) -
 def _only_dataset(methods: Sequence[Method]) -> dict[str, str]:
     name = published.matching_dataset(str(methods[0].runs[0].settings.get("dataset.name")))
     return {ALL: name} if name else {}
-
-
-def _base(methods: Sequence[Method], label: str) -> str:
-    return next((method.base for method in methods if method.label == label), label)
 
 
 def _published(base: str) -> Number:

@@ -55,9 +55,7 @@ def _varying_settings(methods: Sequence[Method]) -> list[str]:
     every = [run.settings for method in methods for run in method.runs]
     names = dict.fromkeys(name for settings in every for name in settings)
     differ = [name for name in names if len({repr(settings.get(name)) for settings in every}) > 1]
-    return [name for name in differ if name not in ("resume", "cache_dir")] + ["algo.name"] * (
-        "algo.name" not in differ
-    )
+    return list(dict.fromkeys([*(name for name in differ if name not in ("resume", "cache_dir")), "algo.name"]))
 
 
 def _name(label: str) -> str:

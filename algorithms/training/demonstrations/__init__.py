@@ -11,19 +11,9 @@ Each turn goes through the environments of the run, which alone decide observati
 source is a class with the decorator `DEMONSTRATION_SOURCES.register(name, DemonstrationsConfig)`.
 """
 
-# Importing a source registers it.
-from algorithms.training.demonstrations import endpoint, expert, file, teacher
+# Each of these files registers its source.
+from algorithms.training.demonstrations import endpoint, expert, file, teacher  # noqa: F401
 from algorithms.training.demonstrations.collection import Demonstrations, cached, collect, reason_to_drop
 from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES
 
-__all__ = [
-    "DEMONSTRATION_SOURCES",
-    "Demonstrations",
-    "cached",
-    "collect",
-    "endpoint",
-    "expert",
-    "file",
-    "reason_to_drop",
-    "teacher",
-]
+__all__ = ["DEMONSTRATION_SOURCES", "Demonstrations", "cached", "collect", "reason_to_drop"]
