@@ -30,6 +30,7 @@ from algorithms.training.episode_figures import trajectory_metrics
 from algorithms.training.file_locks import make_cache
 from algorithms.training.position import Position
 from algorithms.training.presets import toy_settings
+from algorithms.training.rehearsal import rehearse
 from algorithms.training.run_files import CONFIG_FILE, differences
 from algorithms.training.run_logger import RunLogger, SilentLogger
 from algorithms.training.settings import RunConfig, settings_with_effect
@@ -73,6 +74,7 @@ class Trainer:
                         "evaluation.every=0 switches them off; give the number of steps between them."
                     )
         for stage in self.stages:
+            rehearse(stage)
             _warn_of_critic_alone(stage)
         for split in ("train", "dev", "test"):
             self.environments.dataset(split)
