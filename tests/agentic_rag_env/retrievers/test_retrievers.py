@@ -357,7 +357,7 @@ def test_bm25_of_other_words_is_another_retriever() -> None:
 def test_bm25_words_that_are_not_to_be_had(setting: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         BM25Retriever(BM25Config(**setting), BOOKS)
-    with pytest.raises(ConfigurationError, match="must be a name such as english, or null, got True"):
+    with pytest.raises(ConfigurationError, match="must be a name such as english, or None, got True"):
         BM25Config(**dict.fromkeys(setting, True))  # type: ignore[arg-type]
 
 
