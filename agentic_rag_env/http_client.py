@@ -9,11 +9,13 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from agentic_rag_env.errors import required_library
+from agentic_rag_env.settings import above, at_least, check_settings
 
 #: Most bytes of a reply, decompressed; a service that sends more is broken or means harm.
 MAX_REPLY_BYTES = 2**28
@@ -65,6 +67,30 @@ class Reply(NamedTuple):
         return ServiceError(f"{self.asked}: {problem}", 200)
 
 
+@dataclass(kw_only=True)
+class ClientConfig:
+    """How a service is asked.
+
+    Attributes:
+        timeout_s: Longest wait for a connection, for the next piece of a reply, and for the whole reply [seconds].
+        max_retries: How often a request is repeated where that may help; each time all servers are asked until one
+            answers.
+        backoff_s: Pause before the first repetition [seconds]. Each further pause is twice as long. Up to half is
+            added by chance, so that many clients do not come back at once.
+        proxy: `environment`: the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide. An address:
+            that proxy is used. None: no proxy is used. Addresses of this machine are never asked through a proxy.
+    """
+
+    timeout_s: float = 10.0
+    max_retries: int = 3
+    backoff_s: float = 0.5
+    proxy: str | None = ENVIRONMENT
+
+    def __post_init__(self) -> None:
+        check_settings(self, above(0), "timeout_s")
+        check_settings(self, at_least(0), "max_retries", "backoff_s")
+
+
 class HttpClient:
     """Asks one service, or several equal ones, over connections that stay open.
 
@@ -73,13 +99,8 @@ class HttpClient:
 
     Args:
         urls: One or more servers with the same contents, which take turns and stand in for each other.
-        timeout_s: Longest wait for a connection, for the next piece of a reply, and for the whole reply [seconds].
-        max_retries: How often a request is repeated; each time all servers are asked until one answers.
-        backoff_s: Pause before the first repetition [seconds]. Each further pause is twice as long. Up to half is
-            added by chance, so that many clients do not come back at once.
+        config: How they are asked.
         skip_s: Time for which a server that failed is asked only if all others fail too [seconds].
-        proxy: `environment`: the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide. An address:
-            that proxy is used. None: no proxy is used. Addresses of this machine are never asked through a proxy.
         seed: Seed of the pauses; None: another one for every client.
         headers: Headers sent with every request.
 
@@ -90,20 +111,16 @@ class HttpClient:
     def __init__(
         self,
         urls: Sequence[str],
+        config: ClientConfig,
         *,
-        timeout_s: float,
-        max_retries: int,
-        backoff_s: float,
         skip_s: float = 30.0,
-        proxy: str | None = ENVIRONMENT,
         seed: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         with required_library(f"asking {urls[0]} needs the library httpx: pip install httpx."):
             import httpx  # noqa: F401
-        self.urls = list(urls)
-        self._timeout_s, self._max_retries, self._backoff_s, self._skip_s = timeout_s, max_retries, backoff_s, skip_s
-        self._proxies = {url: proxy_for(url, proxy) for url in self.urls}
+        self.urls, self._config, self._skip_s = list(urls), config, skip_s
+        self._proxies = {url: proxy_for(url, config.proxy) for url in self.urls}
         self._headers = dict(headers or {})
         self._skipped_until = dict.fromkeys(self.urls, 0.0)
         self._turn = 0
@@ -129,9 +146,9 @@ class HttpClient:
                     if error.is_final:
                         raise
                     self._skipped_until[url], failure = time.monotonic() + self._skip_s, error
-            if attempt > self._max_retries:
+            if attempt > self._config.max_retries:
                 raise failure
-            time.sleep(self._backoff_s * 2 ** (attempt - 1) * (1 + self._chance.random() / 2))
+            time.sleep(self._config.backoff_s * 2 ** (attempt - 1) * (1 + self._chance.random() / 2))
             attempt += 1
 
     def get(self, url: str, path: str) -> Reply:
@@ -161,7 +178,7 @@ class HttpClient:
         import httpx
 
         asked = self._asked(url, attempt)
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._config.timeout_s
         body = bytearray()
         try:
             with self._connected().stream(method, httpx.URL(url).join(path), json=payload) as response:
@@ -169,7 +186,7 @@ class HttpClient:
                     body += chunk
                     # httpx bounds the wait for each piece only: a reply that trickles would never time out.
                     if time.monotonic() > deadline:
-                        raise httpx.ReadTimeout(f"the reply took longer than {self._timeout_s} s")
+                        raise httpx.ReadTimeout(f"the reply took longer than {self._config.timeout_s} s")
                     if len(body) > MAX_REPLY_BYTES:
                         raise ServiceError(f"{url} sends more than {MAX_REPLY_BYTES} bytes; ask for less at once.")
                 status = response.status_code
@@ -206,7 +223,7 @@ class HttpClient:
                     raise ServiceError(f"{url} cannot be asked through the proxy {_shown(proxy)}: {error}.") from error
         # Given a transport of ours, httpx itself reads no variable for proxies.
         return httpx.Client(
-            timeout=self._timeout_s, headers=self._headers, transport=httpx.HTTPTransport(), mounts=mounts
+            timeout=self._config.timeout_s, headers=self._headers, transport=httpx.HTTPTransport(), mounts=mounts
         )
 
     def _asked(self, url: str, attempt: int) -> str:
@@ -222,7 +239,7 @@ def proxy_for(url: str, proxy: str | None) -> str | None:
 
     Args:
         url: The address.
-        proxy: See `HttpClient`.
+        proxy: See `ClientConfig`.
     """
     parts = urlsplit(url)
     if proxy is None or _is_loopback(parts.hostname or ""):

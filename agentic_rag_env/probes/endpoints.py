@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from agentic_rag_env.errors import AgenticRAGError
-from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, ServiceError
+from agentic_rag_env.http_client import ClientConfig, HttpClient, ServiceError
 from agentic_rag_env.probes.material import Prompt, cut
-from agentic_rag_env.settings import COUNT, Allowed, above, at_least, check_settings, one_of
+from agentic_rag_env.settings import COUNT, Allowed, at_least, check_settings, one_of
 
 APIS = ("completions", "chat")
 _URL = Allowed(
@@ -31,7 +31,7 @@ class EndpointError(AgenticRAGError, RuntimeError):
 
 
 @dataclass
-class EndpointConfig:
+class EndpointConfig(ClientConfig):
     """Where the model is, and how it is asked.
 
     Attributes:
@@ -42,11 +42,7 @@ class EndpointConfig:
         max_tokens: Most tokens of a reply.
         temperature: Sampling temperature; 0 is greedy.
         num_parallel: Number of requests under way at once.
-        timeout_s: Longest wait for a connection and for a reply [seconds].
-        max_retries: How often a request is repeated where that may help; see `HttpClient`.
-        backoff_s: Pause before the first repetition; each further pause is twice as long [seconds].
         api_key_variable: Name of the environment variable that holds the key; without the variable no key is sent.
-        proxy: See `HttpClient`.
     """
 
     url: str
@@ -55,18 +51,15 @@ class EndpointConfig:
     max_tokens: int = 256
     temperature: float = 0.0
     num_parallel: int = 8
-    timeout_s: float = 60.0
-    max_retries: int = 3
-    backoff_s: float = 0.5
     api_key_variable: str = "OPENAI_API_KEY"
-    proxy: str | None = ENVIRONMENT
+    timeout_s: float = field(default=60.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_settings(self, one_of(APIS), "api")
         check_settings(self, _URL, "url")
         check_settings(self, COUNT, "max_tokens", "num_parallel")
-        check_settings(self, above(0), "timeout_s")
-        check_settings(self, at_least(0), "temperature", "max_retries", "backoff_s")
+        check_settings(self, at_least(0), "temperature")
 
 
 class Endpoint:
@@ -94,10 +87,7 @@ class Endpoint:
         path = "completions" if config.api == "completions" else "chat/completions"
         self._client = HttpClient(
             [f"{config.url.rstrip('/')}/{path}"],
-            timeout_s=config.timeout_s,
-            max_retries=config.max_retries,
-            backoff_s=config.backoff_s,
-            proxy=config.proxy,
+            config,
             headers={"Authorization": f"Bearer {key}"} if key else None,
         )
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError, required_library
-from agentic_rag_env.http_client import ENVIRONMENT, HttpClient, Reply, ServiceError
+from agentic_rag_env.http_client import ClientConfig, HttpClient, Reply, ServiceError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import checked_queries, encodable
-from agentic_rag_env.settings import COUNT, above, at_least, check_settings
+from agentic_rag_env.settings import COUNT, at_least, check_settings
 from agentic_rag_env.types import Found, Passage
 
 _TOO_LARGE, _OTHER_FIELDS = 413, 422
@@ -22,39 +22,29 @@ _NUM_PARALLEL = 8
 
 
 @dataclass
-class HttpConfig:
-    """Where the service is and how long to wait for it.
+class HttpConfig(ClientConfig):
+    """Where the service is and how it is asked.
 
     Attributes:
         url: Address of the service, such as `http://127.0.0.1:8000/retrieve`; without a path, `/retrieve` is added. A
             list of addresses names servers with the same contents, which take turns and stand in for each other.
-        timeout_s: Longest wait for a connection, for the next piece of a reply, and for the whole reply [seconds].
-        max_retries: How often a request is repeated where that may help; each time all servers are asked until one
-            answers, see `HttpClient`.
-        backoff_s: Pause before the first repetition; each further pause is twice as long [seconds].
         max_batch: Most queries of one request; longer batches are split. A request that the server finds too large
             (status 413) is halved as well.
         skip_s: Time for which a server that failed is asked only if all others fail too [seconds].
         seed: Seed of the pauses; None: another one for every client.
         one_query_per_request: Whether to send each query by itself, as `{"query": "..."}`, for services that take no
             list of `queries`. Several requests are under way at once; if one fails, only its query has failed.
-        proxy: `environment`: the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide. An address:
-            that proxy is used. None: no proxy is used. Addresses of this machine are never asked through a proxy.
     """
 
     url: Any
-    timeout_s: float = 10.0
-    max_retries: int = 3
-    backoff_s: float = 0.5
     max_batch: int = 512
     skip_s: float = 30.0
     seed: int | None = None
     one_query_per_request: bool = False
-    proxy: str | None = ENVIRONMENT
 
     def __post_init__(self) -> None:
-        check_settings(self, above(0), "timeout_s")
-        check_settings(self, at_least(0), "max_retries", "backoff_s", "skip_s")
+        super().__post_init__()
+        check_settings(self, at_least(0), "skip_s")
         check_settings(self, COUNT, "max_batch")
 
 
@@ -65,7 +55,7 @@ class HttpRetriever:
     The passages of a reply are taken to be best first, since a service may score by similarity or by distance.
 
     Args:
-        config: Where the service is and how long to wait for it.
+        config: Where the service is and how it is asked.
         corpus: Ignored; the service has its own.
 
     Raises:
@@ -78,15 +68,7 @@ class HttpRetriever:
     def __init__(self, config: HttpConfig, corpus: Sequence[Passage] | None = None) -> None:
         self.config = config
         self.urls = _addresses(config)
-        self._client = HttpClient(
-            self.urls,
-            timeout_s=config.timeout_s,
-            max_retries=config.max_retries,
-            backoff_s=config.backoff_s,
-            skip_s=config.skip_s,
-            proxy=config.proxy,
-            seed=config.seed,
-        )
+        self._client = HttpClient(self.urls, config, skip_s=config.skip_s, seed=config.seed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Open connections cannot be copied. A copy of the object opens its own, in this process or another.
