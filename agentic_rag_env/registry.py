@@ -49,6 +49,11 @@ class Entry(NamedTuple):
     factory: Callable[..., Any]
     config: type | None
 
+    @property
+    def settings(self) -> dict[str, dataclasses.Field[Any]]:
+        """The settings by name; empty if there are none."""
+        return {field.name: field for field in dataclasses.fields(self.config)} if self.config else {}
+
 
 class Registry:
     """Maps names to parts of one kind.
@@ -158,15 +163,13 @@ class Registry:
         return entry.factory(self._make_config(name, entry.config, settings), **context)
 
     def _make_config(self, name: str, config: type, settings: Mapping[str, Any]) -> Any:
-        fields = {field.name: field for field in dataclasses.fields(config)}
+        known = self.get(name).settings
         for given in settings:
-            if given not in fields:
-                raise ConfigurationError(
-                    f"{self.group} {name!r} has no setting {given!r}.{did_you_mean(given, fields)}"
-                )
+            if given not in known:
+                raise ConfigurationError(f"{self.group} {name!r} has no setting {given!r}.{did_you_mean(given, known)}")
         required = {
             field.name
-            for field in fields.values()
+            for field in known.values()
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         }
         if missing := sorted(required - set(settings)):

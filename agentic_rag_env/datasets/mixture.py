@@ -96,8 +96,7 @@ def _build(spec: Any, config: MixtureConfig) -> QuestionSet:
 
 
 def _has_path(name: Any) -> bool:
-    settings = DATASETS.get(name).config if name in DATASETS.names() else None
-    return settings is not None and any(setting.name == "path" for setting in dataclasses.fields(settings))
+    return name in DATASETS.names() and "path" in DATASETS.get(name).settings
 
 
 def _weights(config: MixtureConfig, names: Sequence[str]) -> dict[str, float]:

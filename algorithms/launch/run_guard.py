@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,8 +150,7 @@ def drop_settings_of_others(given: DictConfig) -> None:
 def _settings_of(group: str) -> set[str]:
     """Names of the settings that any part of a group has."""
     (registry,) = (each for each in (ALGORITHMS, ENVS, DATASETS, RETRIEVERS, REWARDS) if each.group == group)
-    configs = (registry.get(name).config for name in registry.names())
-    return {setting.name for config in configs if config for setting in dataclasses.fields(config)}
+    return {setting for name in registry.names() for setting in registry.get(name).settings}
 
 
 def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:

@@ -190,12 +190,11 @@ def _part(group: str, settings: Any, withheld: dict[str, Any]) -> dict[str, Any]
     if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
         raise ValueError(f"{group} must be settings with a name, got {settings!r}")
     registry, name = _PARTS[group], settings["name"]
-    config = registry.get(name).config if name in registry.names() else None
-    defaults = {setting.name: setting.default for setting in fields(config)} if config else {}
+    known = registry.get(name).settings if name in registry.names() else {}
     taken = {}
     for setting, value in settings.items():
         key = f"{group}.{setting}"
-        if key in _HARMLESS or _names_nothing(value) or (setting in defaults and value == defaults[setting]):
+        if key in _HARMLESS or _names_nothing(value) or (setting in known and value == known[setting].default):
             taken[setting] = value
         else:
             withheld[key] = value

@@ -13,7 +13,6 @@ those of a run (`rollout`, `learner`, `evaluation`, ...). Four of them depend on
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,28 +49,25 @@ def _chosen(settings: Mapping[str, Any], algorithm: str, env: str) -> dict[str, 
     if of_algorithm := _of_algorithm(settings, algorithm):
         chosen["algo"] = of_algorithm
     of_env = settings.get("env", {})
-    if of_env.keys() <= _names(ENVS.get(env).config):
+    if of_env.keys() <= ENVS.get(env).settings.keys():
         chosen["env"] = dict(of_env)
     return chosen
 
 
 def _of_algorithm(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Collect the settings of an algorithm and of its default warm starts."""
-    config = ALGORITHMS.get(name).config
+    algorithm = ALGORITHMS.get(name)
+    config = algorithm.config
     kinds = {DemonstrationConfig: "imitation", PolicyGradientConfig: "policy_gradient"}
     chosen: dict[str, Any] = {}
     for kind, key in kinds.items():
         if config is not None and issubclass(config, kind):
-            chosen |= {name: value for name, value in settings.get(key, {}).items() if name in _names(config)}
+            chosen |= {name: value for name, value in settings.get(key, {}).items() if name in algorithm.settings}
     if config is not None and issubclass(config, CriticConfig) and "critic" in settings:
         chosen["critic_optimizer"] = settings["critic"]
     if config is not None and issubclass(config, AlgorithmConfig) and (start := config().warm_start):
         chosen["warm_start"] = _of_algorithm(settings, start["name"])
     return chosen
-
-
-def _names(config: type | None) -> set[str]:
-    return {setting.name for setting in dataclasses.fields(config)} if config else set()
 
 
 def toy_settings(config: Any, stages: Sequence[Any], num_parameters: int) -> str | None:
