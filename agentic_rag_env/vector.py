@@ -60,12 +60,7 @@ class AgenticRAGVectorEnv(VectorEnv[_Batch, Sequence[str | None], np.ndarray]):
         parts = AgenticRAGEnv(**settings)
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(mode)
-        self.metadata = {
-            "render_modes": ["ansi"],
-            "render_fps": 4,
-            "autoreset_mode": self.autoreset_mode,
-            "action_ends": AgenticRAGEnv.metadata["action_ends"],
-        }
+        self.metadata = {**AgenticRAGEnv.metadata, "render_modes": ["ansi"], "autoreset_mode": self.autoreset_mode}
         self.render_mode = parts.render_mode
         self.dataset = parts.dataset
         self.retriever = parts.retriever

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -96,6 +96,12 @@ class CorpusRetriever(ABC):
 def hash_of(data: Any) -> str:
     """Hash of plain data, the same in every process: 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def hash_with(retrievers: Iterable[Retriever], *settings: Any) -> str | None:
+    """Hash of some settings and of the retrievers behind; None if one of these cannot tell what it is."""
+    behind = [getattr(retriever, "fingerprint", None) for retriever in retrievers]
+    return None if None in behind else hash_of([*settings, *behind])
 
 
 def checked_queries(queries: Sequence[str], top_k: int) -> list[str]:

@@ -14,6 +14,9 @@ from agentic_rag_env.retrievers.base import build_wrapped, checked_queries, fing
 from agentic_rag_env.settings import FRACTION, Allowed, at_least, check_settings, check_value
 from agentic_rag_env.types import Found, Passage
 
+#: What can go wrong with a query; a share of the queries belongs to each.
+_FAULTS = ("error", "timeout", "empty", "slow")
+
 
 @dataclass
 class FaultyConfig:
@@ -39,7 +42,7 @@ class FaultyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        fractions = ("error_fraction", "timeout_fraction", "empty_fraction", "slow_fraction")
+        fractions = [f"{fault}_fraction" for fault in _FAULTS]
         check_settings(self, FRACTION, *fractions)
         total = round(sum(getattr(self, name) for name in fractions), 9)
         check_value("the sum of the fractions", total, Allowed("at most 1", lambda value: value <= 1))
@@ -62,12 +65,7 @@ class FaultyRetriever:
     """
 
     def __init__(self, config: FaultyConfig, corpus: Sequence[Passage] | None = None) -> None:
-        self._fractions = {
-            "error": config.error_fraction,
-            "timeout": config.timeout_fraction,
-            "empty": config.empty_fraction,
-            "slow": config.slow_fraction,
-        }
+        self._fractions = {fault: getattr(config, f"{fault}_fraction") for fault in _FAULTS}
         self._config = config
         self._corpus = corpus
         self._retriever = build_wrapped("faulty", config.retriever, corpus)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever, build_wrapped, hash_of, search_once
+from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever, build_wrapped, hash_with, search_once
 from agentic_rag_env.settings import COUNT, check_settings
 from agentic_rag_env.types import Found, Passage
 
@@ -60,9 +60,7 @@ class HybridRetriever:
     @property
     def fingerprint(self) -> str | None:
         """Hash of all that results depend on; None if a part cannot tell what it is."""
-        parts = [getattr(part, "fingerprint", None) for part in self._parts]
-        settings = ["hybrid", self._config.rank_constant, self._config.depth]
-        return None if None in parts else hash_of([*settings, *parts])
+        return hash_with(self._parts, "hybrid", self._config.rank_constant, self._config.depth)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. A query fails if it fails for one of the retrievers."""

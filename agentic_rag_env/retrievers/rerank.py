@@ -8,7 +8,7 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import build_wrapped, encodable, hash_of, search_once
+from agentic_rag_env.retrievers.base import build_wrapped, encodable, hash_with, search_once
 from agentic_rag_env.retrievers.vectors.encoders import DTYPES
 from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
 from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
@@ -84,9 +84,8 @@ class RerankRetriever:
     @property
     def fingerprint(self) -> str | None:
         """Hash of all that results depend on; None if the retriever behind cannot tell what it is."""
-        behind = getattr(self._retriever, "fingerprint", None)
-        settings = ["rerank", self._weights_hash, self.config.depth, self.config.max_length]
-        return None if behind is None else hash_of([*settings, behind])
+        settings = "rerank", self._weights_hash, self.config.depth, self.config.max_length
+        return hash_with([self._retriever], *settings)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. All pairs of all queries are scored in common batches."""

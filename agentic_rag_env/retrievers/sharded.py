@@ -9,7 +9,7 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import Retriever, build_wrapped, hash_of, search_once
+from agentic_rag_env.retrievers.base import Retriever, build_wrapped, hash_with, search_once
 from agentic_rag_env.types import Found, Passage
 
 #: Retrievers whose scores depend on the passages beside the one that is scored: word statistics, or ranks.
@@ -71,8 +71,7 @@ class ShardedRetriever:
     @property
     def fingerprint(self) -> str | None:
         """Hash of all that results depend on; None if a part cannot tell what it is."""
-        parts = [getattr(shard, "fingerprint", None) for _, shard in self._shards]
-        return None if None in parts else hash_of(["sharded", *parts])
+        return hash_with([shard for _, shard in self._shards], "sharded")
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. A query fails if it fails in one of the parts; the error names the part."""
