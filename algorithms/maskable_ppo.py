@@ -92,16 +92,19 @@ class MaskablePPO(OutsideLearner):
 
     def train(self, make_view: Callable[[], DiscreteActions], config: RunConfig, report: Report) -> None:
         """See `OutsideLearner.train`."""
-        library, vec_env, logger = _library()
+        with required_library('algo=maskable_ppo needs the library sb3-contrib: pip install "agentic-rag-env[sb3]".'):
+            from sb3_contrib import MaskablePPO as Library
+            from stable_baselines3.common.logger import Logger
+            from stable_baselines3.common.vec_env import DummyVecEnv
         num_turns, size = config.num_envs * self.config.turns_per_update, self.config.batch_size
         if num_turns % size == 1:
             raise ConfigurationError(
                 f"{num_turns} turns per update (num_envs times turns_per_update) in batches of {size} leave a batch of "
                 "one, whose advantages have no spread; choose another algo.batch_size."
             )
-        envs = vec_env([make_view] * config.num_envs)
-        self.model = self._make_model(library, envs, config.seed)
-        self.model.set_logger(logger(None, []))
+        envs = DummyVecEnv([make_view] * config.num_envs)
+        self.model = self._make_model(Library, envs, config.seed)
+        self.model.set_logger(Logger(None, []))
         total = self.num_updates(config)
         for update in range(total):
             left = 1 - update / total
@@ -176,16 +179,3 @@ class MaskablePPO(OutsideLearner):
             "time/rollout_s": played_until - started,
             "time/update_s": time.perf_counter() - played_until,
         }
-
-
-def _library() -> tuple[Any, Any, Any]:
-    """Import the learner, the vector environment and the logger of the two libraries.
-
-    Raises:
-        ConfigurationError: They are not installed.
-    """
-    with required_library('algo=maskable_ppo needs the library sb3-contrib: pip install "agentic-rag-env[sb3]".'):
-        from sb3_contrib import MaskablePPO as Learner
-        from stable_baselines3.common.logger import Logger
-        from stable_baselines3.common.vec_env import DummyVecEnv
-    return Learner, DummyVecEnv, Logger

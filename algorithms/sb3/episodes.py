@@ -59,26 +59,18 @@ class RecordedView(DiscreteActions):
     Args:
         *settings, **more: See `DiscreteActions`.
         player: Chooses the actions; it is asked again for their log-probabilities in episodes that are kept.
-        begin: Called at the beginning of each episode; returns None if the episode is not wanted.
-        keep: Called with each wanted episode that has ended.
+        sample: Says which episodes are wanted, and gets those that have ended.
     """
 
-    def __init__(
-        self,
-        *settings: Any,
-        player: OutsideLearner,
-        begin: Callable[[str], Record | None],
-        keep: Callable[[Trajectory], None],
-        **more: Any,
-    ) -> None:
+    def __init__(self, *settings: Any, player: OutsideLearner, sample: Sample, **more: Any) -> None:
         super().__init__(*settings, **more)
-        self._player, self._begin, self._keep = player, begin, keep
+        self._player, self._sample = player, sample
         self._record: Record | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, StepInfo]:  # type: ignore[override]
         """See `DiscreteActions.reset`."""
         self._seen, info = super().reset(seed=seed, options=options)
-        self._record = self._begin(self.reply)
+        self._record = self._sample.begin(self.reply)
         return self._seen, info
 
     def step(self, action: SupportsInt) -> tuple[np.ndarray, float, bool, bool, StepInfo]:  # type: ignore[override]
@@ -90,7 +82,7 @@ class RecordedView(DiscreteActions):
         self._seen, reward, terminated, truncated, info = super().step(action)
         self._record.add(text, log_prob, self.reply, reward, terminated, truncated, info)
         if terminated or truncated:
-            self._keep(self._record.trajectory())
+            self._sample.keep(self._record.trajectory())
         return self._seen, reward, terminated, truncated, info
 
 
@@ -109,14 +101,14 @@ class Sample:
         self._begun = 0
 
     def begin(self, prompt: str) -> Record | None:
-        """See `RecordedView`."""
+        """Record an episode that begins; None if it is not wanted."""
         if self._begun >= self._size or not self._wanted():
             return None
         self._begun += 1
         return Record(self._tokenizer, prompt, self._begun - 1)
 
     def keep(self, trajectory: Trajectory) -> None:
-        """See `RecordedView`. An episode that ends after its update is left out."""
+        """Keep an episode that has ended; one that ends after its update is left out."""
         if self._wanted():
             self._kept.append(trajectory)
 

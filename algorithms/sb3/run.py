@@ -59,8 +59,7 @@ class OutsideRun:
             self.learner.max_candidates,
             **self.words,
             player=self.learner,
-            begin=self.sample.begin,
-            keep=self.sample.keep,
+            sample=self.sample,
         )
 
     def train(self) -> None:
