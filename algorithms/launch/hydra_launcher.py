@@ -108,7 +108,7 @@ class SlotsLauncher(Launcher):
             self._say_how_to_go_on(planned, f"{len(failed)} of {len(planned)} runs failed.")
             raise SystemExit(1)
         print(f"all {len(planned)} runs are done: python -m algorithms.compare {self._sweep_dir}")
-        return [_done(overrides) for overrides in job_overrides]
+        return [JobReturn(overrides, status=JobStatus.COMPLETED) for overrides in job_overrides]
 
     @property
     def _lock_file(self) -> Path:
@@ -301,12 +301,6 @@ def _is_method(override: str) -> bool:
 
 def _quoted(path: Path) -> str:
     return QuotedString(str(path), Quote.single).with_quotes()
-
-
-def _done(overrides: Sequence[str]) -> JobReturn:
-    done = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
-    done.return_value = None
-    return done
 
 
 def _bear_second_name() -> None:

@@ -251,14 +251,11 @@ def _group(question: Question, dataset: QuestionSet) -> str:
 
 def _scores(trajectories: Sequence[Trajectory], dataset: QuestionSet) -> dict[str, np.ndarray]:
     """Compute each of `SCORES` for every episode, [n]."""
-    infos = [trajectory.turns[-1].info for trajectory in trajectories]
-    golden = [question.golden_answers for question in dataset[: len(trajectories)]]
-    columns = (
-        [float(trajectory.correct) for trajectory in trajectories],
-        [info["f1"] for info in infos],
-        [sub_exact_match(info["answer"], answers) for info, answers in zip(infos, golden, strict=True)],
-    )
-    return {name: np.array(column) for name, column in zip(SCORES, columns, strict=True)}
+    rows = []
+    for trajectory, question in zip(trajectories, dataset, strict=False):
+        info = trajectory.turns[-1].info
+        rows.append((trajectory.correct, info["f1"], sub_exact_match(info["answer"], question.golden_answers)))
+    return dict(zip(SCORES, np.array(rows, dtype=float).T, strict=True))
 
 
 def _figures(trajectories: Sequence[Trajectory], scores: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:

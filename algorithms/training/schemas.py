@@ -21,14 +21,7 @@ from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, Regist
 from agentic_rag_env.vector import brings_questions
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.training import presets
-from algorithms.training.settings import (
-    DEFAULT_PARTS,
-    QUESTION_PARTS,
-    AskConfig,
-    EvaluateConfig,
-    ModelConfig,
-    RunConfig,
-)
+from algorithms.training.settings import QUESTION_PARTS, AskConfig, EvaluateConfig, ModelConfig, RunConfig
 
 
 def import_zoo() -> None:
@@ -46,14 +39,9 @@ def register_schemas() -> None:
     import_zoo()
     store = ConfigStore.instance()
     store.store("run_schema", RunConfig)
-    evaluate_schema = OmegaConf.structured(EvaluateConfig)
-    for group in ("rollout", "learner", "evaluation", *DEFAULT_PARTS):
-        OmegaConf.set_struct(evaluate_schema[group], False)  # single settings that change those of the checkpoint
-    store.store("evaluate_schema", evaluate_schema)
-    ask_schema = OmegaConf.structured(AskConfig)
-    for group in ("env", "dataset", "retriever", "rollout", "learner"):
-        OmegaConf.set_struct(ask_schema[group], False)
-    store.store("ask_schema", ask_schema)
+    # Their sections are mappings, for single settings that change those of the checkpoint.
+    store.store("evaluate_schema", _with_free_mappings(EvaluateConfig))
+    store.store("ask_schema", _with_free_mappings(AskConfig))
     store.store("model", ModelConfig, group="schema/model")
     for name, settings in presets.options().items():
         store.store(name, settings, group="schema/preset", package="_global_")

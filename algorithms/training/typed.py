@@ -117,21 +117,15 @@ def run_config(composed: DictConfig) -> RunConfig:
         ConfigurationError: A value can't work, is missing or unknown.
     """
     settings = plain(composed)
-    sections = {
-        "model": ModelConfig,
-        "learner": LearnerConfig,
-        "rollout": RolloutConfig,
-        "evaluation": EvaluationConfig,
-        "demonstrations": DemonstrationsConfig,
-        "hardware": HardwareConfig,
-    }
     # The run may be older than these settings.
     settings = {"demonstrations": {"num": None}, "hardware": vars(HardwareConfig()), "preflight": False, **settings}
     settings.setdefault("logger", RunConfig().logger)
     _check_names(RunConfig, "", settings)
-    for name, section in sections.items():
-        _check_names(section, f"{name}.", settings[name])
-        settings[name] = section(**settings[name])
+    for setting in dataclasses.fields(RunConfig):
+        name, section = setting.name, setting.default_factory
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            _check_names(section, f"{name}.", settings[name])
+            settings[name] = section(**settings[name])
     if (count := settings["demonstrations"].num) is not None:
         settings["algo"] = _with_demonstrations(settings["algo"], count)
         settings["demonstrations"] = DemonstrationsConfig()
