@@ -14,8 +14,7 @@ from agentic_rag_env.actions import ANSWER_OPEN, CLOSING_TAGS
 from agentic_rag_env.answers import holds_answer, normalize_answer
 from agentic_rag_env.episode import search
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
-from agentic_rag_env.probes import figures
-from agentic_rag_env.probes.figures import Best, Figure, Figures
+from agentic_rag_env.probes.figures import Best, Figure, Figures, figure, share
 from agentic_rag_env.probes.gold import Gold, find_gold
 from agentic_rag_env.prompts import format_passages, information_block, render_prompt
 from agentic_rag_env.registry import PROBES
@@ -199,11 +198,11 @@ class Material:
 
     def figure(self, values: Any, best: Best = None, weights: Any = None) -> Figure:
         """See `figures.figure`; the seed is that of the material."""
-        return figures.figure(values, best, weights=weights, seed=self.seed)
+        return figure(values, best, weights=weights, seed=self.seed)
 
     def share(self, values: Any, best: Best = None, weights: Any = None) -> Figure:
         """See `figures.share`; the seed is that of the material."""
-        return figures.share(values, best, weights=weights, seed=self.seed)
+        return share(values, best, weights=weights, seed=self.seed)
 
     def draw(self, *key: int) -> np.random.Generator:
         """A generator that depends on the seed and on the key of the draw, and on nothing else."""

@@ -445,7 +445,8 @@ def test_same_bits_in_every_process() -> None:
     script = (
         "import hashlib\n"
         "from agentic_rag_env.types import Passage\n"
-        "from agentic_rag_env.retrievers import *\n"
+        "from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever\n"
+        "from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever\n"
         "corpus = [Passage(str(i), f'word{i % 7} other{i % 3} third{i}') for i in range(50)]\n"
         "for retriever in (DenseRetriever(DenseConfig(), corpus), BM25Retriever(BM25Config(), corpus)):\n"
         "    print(hashlib.sha256(repr(retriever.search(['word1 other2', 'third4'], 10)).encode()).hexdigest())\n"
