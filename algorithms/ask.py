@@ -68,8 +68,6 @@ def ask(config: RunConfig, questions: Iterator[str] | Sequence[str], show: Calla
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.learner.precision == "auto" and not torch.cuda.is_available():
-        config.learner.precision = "float32"  # token by token, a cast costs more than it saves
     networks = Networks(config)
     corpus = DATASETS.build(config.dataset).corpus
     retriever = RETRIEVERS.build(config.retriever, corpus=corpus)

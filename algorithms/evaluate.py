@@ -193,6 +193,7 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
         },
         "fingerprints": fingerprints(envs, result.num_questions),
         "precision": networks.precision,
+        "precision_reason": networks.precision_reason,
         "config": asdict(config),
         **provenance(networks.device),
     }

@@ -173,6 +173,11 @@ class PolicyGradientConfig(AlgorithmConfig):
         clip_range_high: How far above 1 the policy ratio earns something. A value above `clip_range` lets rare tokens
             grow faster ("clip higher", arXiv:2503.14476).
         entropy_coef: Weight of the entropy bonus.
+        importance_sampling_cap: Truncated importance sampling (Ionides, 2008; for rollouts by another engine or
+            precision, Yao et al., 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"). Each
+            token's advantage is multiplied by min(p_learner / p_sampled, cap), where p_learner is the probability that
+            the training pass gives the token before the update, and also the denominator of the policy ratio. The cap
+            there is 2. It costs one more forward pass. None: p_learner is taken to be p_sampled.
     """
 
     batch_size: int = 96
@@ -190,6 +195,7 @@ class PolicyGradientConfig(AlgorithmConfig):
     clip_range: float = 0.2
     clip_range_high: float | None = None
     entropy_coef: float = 0.001
+    importance_sampling_cap: float | None = None
 
     @property
     def clip_ranges(self) -> tuple[float, float]:
@@ -199,7 +205,7 @@ class PolicyGradientConfig(AlgorithmConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_settings(self, above(0), "steps", "clip_range")
-        check_settings(self, or_none(above(0)), "kl_clip", "clip_range_high")
+        check_settings(self, or_none(above(0)), "kl_clip", "clip_range_high", "importance_sampling_cap")
         check_settings(self, one_of(ANCHORS), "anchor")
         check_settings(self, at_least(0), "kl_coef", "entropy_coef")
 
@@ -233,8 +239,9 @@ class LearnerConfig:
     Attributes:
         precision: Precision of the computation, rollouts included: "float32", "bfloat16" (autocast) or "auto". "auto"
             is bfloat16 on a GPU, and on a CPU with matrix units for it (AMX) if the model has at least ten million
-            parameters; else float32. Weights and optimizer are float32. "float64" is for proofs: everything from the
-            rollout to the optimizer is float64, so that the order of sums hardly shows.
+            parameters; else float32. Weights and optimizer are float32. Rollouts under bfloat16 read a copy of the
+            linear layers, which takes half of their memory and is refreshed after every update. "float64" is for
+            proofs: everything from the rollout to the optimizer is float64, so that the order of sums hardly shows.
         micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
         chunk_tokens: Model-written tokens that go through the LM head at once. A chunk of logits takes this times the
             vocabulary times 4 bytes, and about four chunks exist at the peak.

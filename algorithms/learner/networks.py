@@ -111,7 +111,7 @@ def declared_vocab_size(path: str | Path) -> int:
     return _load(AutoConfig.from_pretrained, path, trust_remote_code=False).get_text_config().vocab_size
 
 
-def decided_precision(precision: str, model: PreTrainedModel) -> str:
+def decided_precision(precision: str, model: PreTrainedModel) -> tuple[str, str]:
     """Find the precision that a setting stands for: "auto" is the faster one on the model's device.
 
     Args:
@@ -119,15 +119,18 @@ def decided_precision(precision: str, model: PreTrainedModel) -> str:
         model: The model on its device.
 
     Returns:
-        "float32", "bfloat16" or "float64".
+        "float32", "bfloat16" or "float64"; and the reason, for people.
     """
     if precision != "auto":
-        return precision
-    if model.device.type == "cpu":
+        return precision, f"learner.precision={precision}"
+    if model.device.type != "cpu":
+        return "bfloat16", "auto, on a GPU"
+    if not torch.cpu._is_amx_tile_supported():
+        return "float32", "auto: this processor has no matrix units for bfloat16 (AMX)"
+    if model.num_parameters() < _MIN_BFLOAT16_PARAMETERS:
         # Casting the weights of a small network costs more than its matrix products save.
-        pays = torch.cpu._is_amx_tile_supported() and model.num_parameters() >= _MIN_BFLOAT16_PARAMETERS
-        return "bfloat16" if pays else "float32"
-    return "bfloat16"
+        return "float32", f"auto: bfloat16 pays from {_MIN_BFLOAT16_PARAMETERS:,} parameters on"
+    return "bfloat16", "auto: this processor has matrix units for it (AMX)"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -137,8 +140,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
         device: Where the networks are.
         precision: "float32", "bfloat16", or "auto": bfloat16 on a GPU.
     """
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(device, precision))
+
+
+def computes_in_bfloat16(device: torch.device, precision: str) -> bool:
+    """Whether `autocast` casts to bfloat16; the arguments are the same."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
 
 
 def freeze(model: Network) -> Network:

@@ -243,6 +243,17 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str, clip: 
     return estimate if clip is None else estimate.clamp(-clip, clip)
 
 
+def truncated_importance(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights min(p / p_sampled, cap) (Ionides, "Truncated Importance Sampling", 2008).
+
+    Args:
+        logprobs: [...] nats, of the policy that the expectation is about.
+        sampled_logprobs: [...] nats, of the same tokens under the policy that sampled.
+        cap: The largest weight. It bounds the variance, and makes an estimate biased where it applies.
+    """
+    return (logprobs - sampled_logprobs).exp().clamp(max=cap)
+
+
 def clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None = None
 ) -> Tensor:

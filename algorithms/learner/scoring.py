@@ -136,6 +136,7 @@ def gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Ten
         sequence_ids=sequence_ids[rows],
         correct=micro.correct[rows],
         old_logprobs=micro.old_logprobs[rows, columns + 1],
+        sampled_logprobs=pick(micro.sampled_logprobs),
         old_values=pick(micro.values),
         advantages=pick(micro.advantages),
         returns=pick(micro.returns),

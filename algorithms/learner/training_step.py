@@ -7,6 +7,7 @@ of logits exists at a time, and never a [B, T, V] tensor.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,12 +22,16 @@ from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import ops, ranks
 from algorithms.learner.algorithm import NEEDS, Algorithm, Role
 from algorithms.learner.config import LearnerConfig, PolicyGradientConfig
+from algorithms.learner.figures import Figures
 from algorithms.learner.networks import Critic
 from algorithms.learner.optimizer import Optimizer
 from algorithms.learner.scoring import Scorer, gather_tokens, slice_tokens
 from algorithms.learner.types import Batch, Tokens
 
 _Losses = dict[str, Tensor]
+
+#: Mean distance, in nats, between the log-probabilities of sampling and of training from which the former are replaced.
+_MAX_LOGPROB_GAP = 5e-3
 
 
 class Learner:
@@ -76,21 +81,31 @@ class Learner:
         self._check_settings()
         self.shared_critic = critic is not None and critic.shared
         self.step, self.total_steps = 0, total_steps
+        settings: Any = algorithm.config
+        self.importance_cap = settings.importance_sampling_cap if isinstance(settings, PolicyGradientConfig) else None
+        self.rescores = self.importance_cap is not None
         self.policy_optimizer = Optimizer("policy", policy.parameters(), algorithm.config.optimizer, total_steps)
         self.critic_optimizer: Optimizer | None = None
         if critic is not None:
-            settings: Any = algorithm.config
             self.critic_optimizer = Optimizer("critic", critic.parameters(), settings.critic_optimizer, total_steps)
         if config.gradient_checkpointing:
             for network in self._trained():
                 _enable_checkpointing(network)
 
-    def score(self, batch: Batch) -> None:
+    def score(self, batch: Batch, *, fresh: bool = True) -> None:
         """Fill in the values, log-probabilities and divergences of a batch, each only if the algorithm needs it.
 
         Divergences are from the policy as it is now. On fresh rollouts this is the policy that sampled.
+
+        Args:
+            batch: The batch. If `rescores`, its `old_logprobs` become those that the policy has here, and
+                `sampled_logprobs` keeps those of the rollout.
+            fresh: Whether the policy as it is now has sampled the batch.
         """
         needs, policy = self.algorithm.needs, self.policy
+        if fresh and self.rescores:
+            batch.sampled_logprobs = batch.old_logprobs
+            batch.old_logprobs = self.scorer.logprobs(policy, batch)
         if "values" in needs:
             batch.values = self.scorer.values(self.critic, batch)
         for name, network in (("ref", self.reference), ("teacher", self.teacher)):
@@ -122,7 +137,9 @@ class Learner:
                 policy are left out.
 
         Returns:
-            Figures by name, without prefix. Losses are means over minibatches; figures of tokens are means over tokens.
+            Figures by name, without the prefix `train/`. Losses are means over minibatches; figures of tokens are means
+            over tokens. `rollout/logprob_gap_mean` and `_max` are how far the log-probabilities of sampling are from
+            those here, before the first step on the batch, over the tokens of the first minibatch [nats].
 
         Raises:
             FloatingPointError: A loss or a gradient is not finite; the weights are those before that minibatch.
@@ -133,8 +150,12 @@ class Learner:
         batch.token_rewards = self.algorithm.shape_rewards(batch)
         if (estimate := self.algorithm.estimate_advantages(batch)) is not None:
             batch.advantages, batch.returns = estimate
+            if self.importance_cap is not None and batch.sampled_logprobs is not None:
+                batch.advantages = batch.advantages * ops.truncated_importance(
+                    batch.old_logprobs, batch.sampled_logprobs, self.importance_cap
+                )
         self._zero_grad()
-        figures = _Figures(fresh)
+        figures = Figures(fresh)
         trains_policy = self.critic is None or self.step >= config.critic_warmup_steps
         with _checkpointing(self._trained() if self.config.gradient_checkpointing else []):
             for _ in range(config.num_epochs):
@@ -143,16 +164,30 @@ class Learner:
         metrics = {**figures.means(), "learning_rate": self.policy_optimizer.learning_rate(self.step)}
         if batch.values is not None and batch.returns is not None:
             metrics["explained_variance"] = ops.explained_variance(batch.values, batch.returns, batch.response_mask)
+        self._mind_gap(metrics.get("rollout/logprob_gap_mean", 0.0))
         metrics.update(self.algorithm.step_metrics(batch))
         self.algorithm.after_step({**metrics, "progress": self.step / self.total_steps})
         self.step += 1
         return metrics
+
+    def _mind_gap(self, gap: float) -> None:
+        """Replace the log-probabilities of sampling from the next batch on, if they are not those of this policy."""
+        if gap > _MAX_LOGPROB_GAP and not self.rescores:
+            self.rescores = True
+            warnings.warn(
+                f"The log-probabilities of sampled tokens differ from those of the training pass by {gap:.2g} nats on "
+                f"average (at most {_MAX_LOGPROB_GAP:g} are put up with). From the next step on, the old "
+                "log-probabilities are computed by the training pass, at the price of one more forward pass. "
+                "learner.precision=float32 makes the gap small; algo.importance_sampling_cap=2 corrects for it.",
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """State that a later `update` depends on, beside the networks' weights."""
         critic = None if self.critic_optimizer is None else self.critic_optimizer.state_dict()
         return {
             "step": self.step,
+            "rescores": self.rescores,
             "policy_optimizer": self.policy_optimizer.state_dict(),
             "critic_optimizer": critic,
             "algorithm": self.algorithm.state_dict(),
@@ -163,6 +198,7 @@ class Learner:
         if (state["critic_optimizer"] is None) != (self.critic_optimizer is None):
             raise ConfigurationError("The saved state and this run must both have a critic or both have none.")
         self.step = state["step"]
+        self.rescores |= state.get("rescores", False)  # earlier versions saved none
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
         if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
@@ -170,7 +206,7 @@ class Learner:
 
     # --- one minibatch -----------------------------------------------------------------------------------------------
 
-    def _step_minibatch(self, batch: Batch, rows: Tensor, trains_policy: bool, figures: _Figures) -> None:
+    def _step_minibatch(self, batch: Batch, rows: Tensor, trains_policy: bool, figures: Figures) -> None:
         """Accumulate the gradients of a minibatch's micro-batches, critic first, and step."""
         minibatch = batch.select(rows)
         num_tokens = minibatch.response_mask.sum(dim=1).to(minibatch.old_logprobs.dtype)
@@ -213,7 +249,7 @@ class Learner:
         weights: Tensor,
         backward: Callable[..., _Losses],
         names: Sequence[str],
-        figures: _Figures,
+        figures: Figures,
     ) -> _Losses:
         """Run a backward pass per micro-batch, and return the losses of the whole minibatch by these names."""
         totals = {name: weights.new_zeros(()) for name in names}
@@ -226,7 +262,7 @@ class Learner:
         return totals
 
     def _critic_backward(
-        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: _Figures
+        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: Figures
     ) -> _Losses:
         tokens.values = self.scorer.values_at(self.critic, micro, *at)
         loss = (self.algorithm.value_loss(tokens) * weights).sum()
@@ -234,7 +270,7 @@ class Learner:
         return {"value_loss": loss.detach()}
 
     def _policy_backward(
-        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: _Figures
+        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: Figures
     ) -> _Losses:
         """Run the backbone once, the head forward and backward chunk by chunk, then the backbone backward."""
         hidden = self.scorer.hidden(self.policy, micro, *at)
@@ -284,7 +320,7 @@ class Learner:
                 tokens.teacher_logits = self.scorer.logits(self.teacher, teacher_hidden)
 
     @torch.no_grad()
-    def _measure(self, tokens: Tokens, figures: _Figures) -> None:
+    def _measure(self, tokens: Tokens, figures: Figures) -> None:
         """Figures over tokens. Those that compare with the sampling policy need it to be this policy."""
         assert tokens.logprobs is not None
         assert tokens.entropy is not None
@@ -293,7 +329,8 @@ class Learner:
             return
         difference = tokens.logprobs - tokens.old_logprobs
         if figures.first_minibatch:
-            figures.add("sampler_drift", difference.abs())
+            sampled = tokens.old_logprobs if tokens.sampled_logprobs is None else tokens.sampled_logprobs
+            figures.add_with_largest("rollout/logprob_gap", (tokens.logprobs - sampled).abs())
         figures.add("approx_kl", ops.kl_estimate(tokens.old_logprobs, tokens.logprobs, "k3"))
         if isinstance(config := self.algorithm.config, PolicyGradientConfig):
             ratio, (low, high) = difference.exp(), config.clip_ranges
@@ -330,40 +367,6 @@ class Learner:
                 f"The batch holds token id {int(written.max())}, written by a model, but the vocabulary shared by all"
                 f" networks has {self.scorer.vocab_size} entries; check that all have the same tokenizer."
             )
-
-
-class _Figures:
-    """Means of figures over one update. Everything stays on the device until the end.
-
-    Args:
-        fresh: See `Learner.update`.
-    """
-
-    def __init__(self, fresh: bool) -> None:
-        self.fresh = fresh
-        self.first_minibatch = True
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        """Count each entry of `values`, of this process's share of the tokens, as one."""
-        self._sums[name] = self._sums.get(name, 0) + values.detach().sum()
-        self._counts[name] = self._counts.get(name, 0) + values.numel()
-
-    def add_whole(self, name: str, value: Tensor) -> None:
-        """Count a figure of the whole minibatch, which every process knows, once."""
-        if ranks.rank() == 0:
-            self.add(name, value)
-
-    def means(self) -> dict[str, float]:
-        """Means over what all processes have counted."""
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        for own in ranks.gathered({name: (float(total), self._counts[name]) for name, total in self._sums.items()}):
-            for name, (total, count) in own.items():
-                sums[name] = sums.get(name, 0.0) + total
-                counts[name] = counts.get(name, 0) + count
-        return {name: total / counts[name] for name, total in sums.items()}
 
 
 def _enable_checkpointing(network: nn.Module) -> None:

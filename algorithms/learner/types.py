@@ -92,10 +92,12 @@ class Batch:
         input_ids: [B, T] int64.
         attention_mask: [B, T] bool, False on padding; never inferred from ids.
         response_mask: [B, T] bool, True where the acting model wrote.
-        old_logprobs: [B, T] float32, nats, of the policy that sampled; 0 elsewhere.
+        old_logprobs: [B, T] float32, nats, of the policy that sampled; 0 elsewhere. As sampled, unless the learner has
+            scored them anew (see `Learner.score`).
         rewards: [B] float32, episode return.
         correct: [B] bool, exact match.
         group_ids: [B] int64, same number for the same prompt instance.
+        sampled_logprobs: [B, T] float32, nats, as sampled, where `old_logprobs` were scored anew; else None.
         values: [B, T] float32, critic's value before token t; None unless "values" is needed.
         ref_logprobs: [B, T] float32, nats; None unless "ref_logprobs" is needed.
         ref_kl: [B, T] float32, nats, KL(sampling policy || reference) over the vocabulary; None unless needed.
@@ -115,6 +117,7 @@ class Batch:
     rewards: Tensor
     correct: Tensor
     group_ids: Tensor
+    sampled_logprobs: OnDemand = None
     values: OnDemand = None
     ref_logprobs: OnDemand = None
     ref_kl: OnDemand = None
@@ -156,6 +159,7 @@ class Tokens:
         sequence_ids: [n] int64, row of the trajectory in the batch.
         correct: [n] bool, whether the trajectory's answer matches exactly.
         old_logprobs: [n] float32, nats, from the policy that sampled.
+        sampled_logprobs: [n] float32, nats, see `Batch`.
         logprobs: [n] float32, nats, from the policy being trained; carries gradient.
         values: [n] float32, the critic's values now; carries gradient; only in `value_loss`.
         old_values: [n] float32, the critic's values before the update.
@@ -169,6 +173,7 @@ class Tokens:
     sequence_ids: Tensor
     correct: Tensor
     old_logprobs: Tensor
+    sampled_logprobs: OnDemand = None
     logprobs: OnDemand = None
     values: OnDemand = None
     old_values: OnDemand = None

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.config import working_dtype
-from algorithms.learner.networks import autocast, lm_logits, logit_width, pad_id
+from algorithms.learner.networks import autocast, computes_in_bfloat16, lm_logits, logit_width, pad_id
+from algorithms.rollout.bfloat16_copy import Bfloat16Copy, bfloat16_copy
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.kv_cache import EpisodeCache, check_cache
 from algorithms.rollout.sampling import ActionEnd, sample
@@ -160,8 +161,12 @@ class CachedEngine:
     def set_weights(self, model: PreTrainedModel) -> None:
         """See `Engine`."""
         assert not self._open
-        self.model = model
-        self._backbone: Any = model.base_model
+        self.model = self._reads = model
+        self._copy: Bfloat16Copy | None = None
+        if computes_in_bfloat16(model.device, self.precision):
+            self._copy = bfloat16_copy(model)
+            self._reads = self._copy.model
+        self._backbone: Any = self._reads.base_model
 
     def open(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
         """See `Engine`."""
@@ -193,15 +198,15 @@ class CachedEngine:
         if not self._open:
             self._forget()
             return []
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self._reads.training
+        self._reads.eval()
         try:
             with torch.inference_mode(), autocast(self.model.device, self.precision):
                 self._read_pending()
                 while self._num_running > self._num_open // 2:
                     self._decode()
         finally:
-            self.model.train(was_training)
+            self._reads.train(was_training)
         return [self._action(row) for row in self._row_at[self._num_running : self._num_open].tolist()]
 
     def _action(self, row: int) -> Action:
@@ -265,7 +270,7 @@ class CachedEngine:
     def _sample(self, rows: np.ndarray, hidden: Tensor) -> None:
         """Draw a token for each of these running rows, and set those aside whose action it ends."""
         counts = self._counts[rows]
-        logits = lm_logits(self.model, hidden, self.vocab_size)
+        logits = lm_logits(self._reads, hidden, self.vocab_size)
         ids, logprobs = sample(logits, self._tensor(self._uniforms[rows, counts]), self.config)
         tokens = ids.cpu().numpy()
         self._ids[rows, counts] = tokens

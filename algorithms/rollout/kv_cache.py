@@ -35,7 +35,7 @@ class EpisodeCache(Cache):
         super().__init__(layers=self._layers)  # type: ignore[arg-type]
         self.num_rows = num_rows
         self.rows = slice(0, num_rows)
-        self.columns = torch.zeros(0, dtype=torch.long)
+        self.places = torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 0, dtype=torch.long)
         self.length = 0
 
     def forward(
@@ -62,7 +62,7 @@ class EpisodeCache(Cache):
             [n, W, d] hidden states in the model's dtype, meaningless on padding; or [m, d] at the positions.
         """
         self.rows = slice(first_row, first_row + len(input_ids))
-        self.columns = positions
+        self.places = torch.arange(len(input_ids), device=positions.device)[:, None], positions
         self.length = int(positions.max()) + 1 if length is None else length
         hidden_from = torch.arange(self.length, device=positions.device) > positions[:, :, None]
         mask = torch.zeros(hidden_from.shape, dtype=backbone.dtype, device=positions.device)
@@ -123,9 +123,9 @@ class _Layer:
         """Write at the columns that the cache names, and return the used columns of the rows."""
         if cache.length > self.keys.shape[2]:
             self.keys, self.values = (_grow(stored, cache.length) for stored in (self.keys, self.values))
-        columns = cache.columns[:, None, :, None]
+        # Not by `scatter_`, which on a CPU copies all of a bfloat16 tensor to write one column of it.
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            stored[cache.rows].scatter_(2, columns.expand_as(states), states.to(stored.dtype))
+            stored[cache.rows].transpose(1, 2)[cache.places] = states.transpose(1, 2).to(stored.dtype)
         return self.keys[cache.rows, :, : cache.length], self.values[cache.rows, :, : cache.length]
 
 

@@ -158,6 +158,7 @@ class Networks:
             policy's.
         policy: The network being trained, float32, or float64 if that is the precision.
         precision: Precision of the computation, "float32", "bfloat16" or "float64".
+        precision_reason: Why it is that one, for people.
         vocab_size: Ids that policy and teacher have in common, and that both wrote in the runs that they come from.
     """
 
@@ -171,7 +172,7 @@ class Networks:
         require_rows(self.tokenizer, logit_width(self.policy), policy)
         if teacher is not None:
             require_rows(self.teacher_tokenizer, declared_vocab_size(self.place(teacher)), teacher)
-        self.precision = decided_precision(config.learner.precision, self.policy)
+        self.precision, self.precision_reason = decided_precision(config.learner.precision, self.policy)
         if config.threads is None and self.policy.num_parameters() < _MIN_THREADED_PARAMETERS:
             torch.set_num_threads(1)
         self._agents = [agent for name in (policy, teacher) if name and (agent := read_agent(self.place(name)))]

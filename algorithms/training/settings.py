@@ -250,8 +250,7 @@ class EvaluateConfig(CheckpointConfig):
 class AskConfig(CheckpointConfig):
     """Settings of `algorithms.ask`.
 
-    `env`, `dataset`, `retriever`, `rollout` and `learner` are as in `EvaluateConfig`, with two exceptions. The model
-    decodes greedily. The precision "auto" is float32 on a CPU, which writes a single episode faster.
+    `env`, `dataset`, `retriever`, `rollout` and `learner` are as in `EvaluateConfig`, but the model decodes greedily.
 
     Attributes:
         question: A question in plain words; None: questions are typed one after the other.

@@ -270,6 +270,7 @@ def _summary(trainer: Trainer, evaluated: Sequence[Evaluated]) -> dict[str, Any]
         demonstrations={name: found.counts() for name, found in demonstrations.items()},
         kl_estimator=trained_by.kl_estimator if isinstance(trained_by, PolicyGradientConfig) else None,
         precision=trainer.networks.precision,
+        precision_reason=trainer.networks.precision_reason,
     )
 
 

@@ -148,7 +148,8 @@ class Trainer:
             stages = ", then ".join(f"{stage.name} ({self.num_steps(stage)} steps)" for stage in self.stages)
             logger.message(f"training: {stages}; written to {self.run_dir}")
             processes = f", {ranks.count()} processes" if ranks.count() > 1 else ""
-            logger.message(f"computing in {self.networks.precision} on {self.networks.device}{processes}")
+            chosen = f"{self.networks.precision} ({self.networks.precision_reason})"
+            logger.message(f"computing in {chosen} on {self.networks.device}{processes}")
             if self._resume_from is not None:
                 logger.message(f"resuming after step {self.position.step} of {total}")
             while self.position.stage < len(self.stages):
@@ -251,21 +252,22 @@ class Trainer:
         source = choose_source(learner.algorithm, progress, seeding.rng(self.config.seed, stage, "source", step))
         costs, before = self.position.costs, dict(self.position.costs)
         trajectories, metrics = self._draw(learner.algorithm, source)
-        with timed(costs, "score_s") as scoring:
-            batch = self._collate(trajectories)
-            learner.score(batch)
-        draw = seeding.rng(self.config.seed, "minibatches", self.position.step)
         # Sampling at another temperature than that of the losses is sampling from another policy.
         as_trained = learner.algorithm.sampling_temperature in (None, self.config.rollout.temperature)
+        fresh = source == "policy" and as_trained
+        with timed(costs, "score_s") as scoring:
+            batch = self._collate(trajectories)
+            learner.score(batch, fresh=fresh)
+        draw = seeding.rng(self.config.seed, "minibatches", self.position.step)
         with timed(costs, "update_s") as updating:
-            figures = learner.update(batch, draw, fresh=source == "policy" and as_trained)
+            figures = learner.update(batch, draw, fresh=fresh)
         tokens = float(batch.attention_mask.sum())
         spend(costs, **{f"{source}_batches": 1}, trained_tokens=tokens)
         if learner.teacher is not None:
             spend(costs, teacher_scored_tokens=tokens)
         if is_due(self.config.evaluation.every, step + 1, total_steps):
             self._save_sample(trajectories, batch, learner)
-        metrics |= {f"train/{name}": value for name, value in figures.items()}
+        metrics |= {name if "/" in name else f"train/{name}": value for name, value in figures.items()}
         metrics |= {f"time/{name}": value for name, value in speeds(costs, before).items()}
         return metrics | scoring | updating
 

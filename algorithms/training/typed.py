@@ -44,7 +44,6 @@ def ask_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> Run
     assert isinstance(evaluation, dict)
     settings: Any = {**evaluation, **given, "num_envs": 1, "probes": []}
     settings["rollout"] = {"temperature": 0.0, **given["rollout"]}
-    settings["learner"] = {"precision": LearnerConfig.precision, **given["learner"]}
     config = evaluate_config(settings, model, of_run)
     if brings_questions(config.env):
         raise ConfigurationError(

@@ -155,20 +155,20 @@ def test_logits_are_cut_before_anything_else_and_float32():
 
 
 @pytest.mark.parametrize(
-    ("setting", "amx", "num_parameters", "decided"),
+    ("setting", "amx", "num_parameters", "decided", "why"),
     [
-        ("auto", True, 135_000_000, "bfloat16"),
-        ("auto", True, 200_000, "float32"),  # casting costs more than it saves
-        ("auto", False, 135_000_000, "float32"),
-        ("float32", True, 135_000_000, "float32"),
-        ("bfloat16", False, 200_000, "bfloat16"),
+        ("auto", True, 135_000_000, "bfloat16", "auto: this processor has matrix units for it (AMX)"),
+        ("auto", True, 200_000, "float32", "auto: bfloat16 pays from 10,000,000 parameters on"),
+        ("auto", False, 135_000_000, "float32", "auto: this processor has no matrix units for bfloat16 (AMX)"),
+        ("float32", True, 135_000_000, "float32", "learner.precision=float32"),
+        ("bfloat16", False, 200_000, "bfloat16", "learner.precision=bfloat16"),
     ],
 )
-def test_what_precision_a_machine_computes_in(monkeypatch, setting, amx, num_parameters, decided):
+def test_what_precision_a_machine_computes_in_and_why(monkeypatch, setting, amx, num_parameters, decided, why):
     model = make_policy("whole")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(model, "num_parameters", lambda: num_parameters)
-    assert decided_precision(setting, model) == decided
+    assert decided_precision(setting, model) == (decided, why)
 
 
 def test_families_that_cap_or_scale_logits_are_refused_by_name():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -256,21 +258,83 @@ def test_ratio_is_one_at_the_sampling_policy():
     metrics = learner.update(batch, np.random.default_rng(0))
     assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6)
     assert metrics["clip_fraction"] == 0.0
-    assert metrics["sampler_drift"] < 1e-6
+    assert metrics["rollout/logprob_gap_max"] < 1e-6
     assert abs(metrics["approx_kl"]) < 1e-6
     with torch.no_grad():
         log_q = full_logits(make_model(0), batch).log_softmax(-1)[batch.response_mask]
     assert metrics["entropy"] == pytest.approx(float(-(log_q.exp() * log_q).sum(-1).mean()), abs=1e-5)
 
 
-def test_drift_is_that_of_the_first_minibatch_alone():
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_gap_to_the_sampler_is_that_before_the_first_step(cap):
+    """With a cap the learner scores the old log-probabilities; the gap is still that of the sampled ones."""
     batch = make_batch()
-    learner = make_learner(make_ppo(optimizer=sgd_free(0.1)))
+    learner = make_learner(make_ppo(optimizer=sgd_free(0.1), importance_sampling_cap=cap))
     with torch.no_grad():
-        expected = (naive_logprobs(make_model(0), batch) - batch.old_logprobs)[batch.response_mask].abs().mean()
+        expected = (naive_logprobs(make_model(0), batch) - batch.old_logprobs)[batch.response_mask].abs()
     learner.algorithm.config.num_epochs = 3
     learner.score(batch)
-    assert learner.update(batch, np.random.default_rng(0))["sampler_drift"] == pytest.approx(float(expected), abs=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        metrics = learner.update(batch, np.random.default_rng(0))
+    assert metrics["rollout/logprob_gap_mean"] == pytest.approx(float(expected.mean()), abs=1e-5)
+    assert metrics["rollout/logprob_gap_max"] == pytest.approx(float(expected.max()), abs=1e-5)
+
+
+def test_past_a_gap_the_learner_scores_old_logprobs_from_the_next_batch_on():
+    def doctored(learner, gap):
+        """A fresh batch of the policy as it is, whose sampler was `gap` off at every token."""
+        batch = make_batch()
+        exact = torch.where(batch.response_mask, naive_logprobs(learner.policy, batch).detach(), 0.0)
+        batch.old_logprobs = exact - gap * batch.response_mask
+        return batch, exact
+
+    learner = make_learner(make_ppo())
+    for gap in (0.004, 0.006):  # on both sides of 5e-3
+        batch, _ = doctored(learner, gap)
+        learner.score(batch)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert learner.update(batch, np.random.default_rng(0))["ratio"] == pytest.approx(math.exp(gap), abs=2e-3)
+        assert len(said) == (gap > 0.005), [str(one.message) for one in said]
+    assert "differ from those of the training pass by 0.006 nats" in str(said[0].message)
+
+    resumed = make_learner(make_ppo(), policy=learner.policy)
+    resumed.load_state_dict(learner.state_dict())
+    for one in (learner, resumed):
+        batch, exact = doctored(one, 0.3)
+        one.score(batch)
+        torch.testing.assert_close(batch.old_logprobs, exact, atol=1e-5, rtol=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            metrics = one.update(batch, np.random.default_rng(0))
+        assert metrics["rollout/logprob_gap_mean"] == pytest.approx(0.3, abs=1e-4)
+        assert metrics["ratio"] == pytest.approx(1.0, abs=2e-3)
+
+    stored, _ = doctored(learner, 0.3)
+    before = stored.old_logprobs.clone()
+    learner.score(stored, fresh=False)
+    assert torch.equal(stored.old_logprobs, before), "another policy sampled it, so this one can't know"
+
+
+def test_truncated_importance_weighs_advantages_by_hand():
+    """A sampler of twice, half and a tenth of the policy's probability gives weights of 1/2, 2 and the cap, 2."""
+    factors = torch.tensor([0.5, 2.0, 10.0])
+    batch, cap = on_policy_batch(), 2.0
+    exact = batch.old_logprobs.clone()
+    column = torch.arange(batch.input_ids.shape[1]) % 3
+    batch.old_logprobs = torch.where(batch.response_mask, exact - factors.log()[column], 0.0)
+    plain = on_policy_batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for one, setting in ((plain, None), (batch, cap)):
+            learner = make_learner(make_ppo(importance_sampling_cap=setting))
+            learner.score(one)
+            learner.update(one, np.random.default_rng(0))
+    weights = torch.tensor([0.5, 2.0, 2.0])[column]
+    torch.testing.assert_close(batch.advantages, plain.advantages * weights * batch.response_mask, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batch.returns, plain.returns, atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch.old_logprobs, exact, atol=1e-5, rtol=0)
 
 
 def test_zero_advantages_give_no_policy_gradient():
