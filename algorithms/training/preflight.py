@@ -2,7 +2,8 @@
 
 All figures are arithmetic. Nothing is loaded, downloaded or trained. What it counts, for P parameters of a trained
 network: weights 4 P bytes, AdamW 8 P, gradients 4 P, and while AdamW steps another 4 P; frozen networks 4 P, a teacher
-on a GPU 2 P. Under bfloat16 the matrices of the computing network exist a second time, 2 bytes each.
+on a GPU 2 P. Under bfloat16 the matrices of the computing network exist a second time, 2 bytes each, and those of a
+policy that plays once more, from the first rollout on.
 """
 
 from __future__ import annotations
@@ -67,7 +68,13 @@ class _Stage:
             "optimizer": 8 * trained,
             "reference": 4 * self.reference,
             "teacher": self.teacher_bytes(self.teacher),
+            "bfloat16 copy for rollouts": self.cast if "policy" in self.stage.trains_on else 0,
         }
+
+    @property
+    def cast(self) -> int:
+        """Bytes of the policy's linear layers in bfloat16; 0 under float32."""
+        return 2 * (self.policy.matrices + self.policy.embedding) if self.half else 0
 
     def activations(self) -> int:
         """Bytes kept for the backward pass of a micro-batch, in the layers."""
@@ -81,7 +88,6 @@ class _Stage:
     def phases(self) -> dict[str, dict[str, int]]:
         """Bytes of each phase beside what is held."""
         learner, policy = self.config.learner, self.policy
-        cast = 2 * (policy.matrices + policy.embedding) if self.half else 0
         chunk = _CHUNKS * learner.chunk_tokens * policy.vocab * 4
         gradients = {"gradients": 4 * (policy.parameters + self.critic)}
         found = {
@@ -89,12 +95,12 @@ class _Stage:
                 **gradients,
                 "activations": self.activations(),
                 "logits": chunk,
-                "bfloat16 copies": cast,
+                "bfloat16 copies": self.cast,
             },
             "optimizer step": {**gradients, "temporaries": 4 * policy.parameters},
         }
         if "policy" in self.stage.trains_on:
-            found["rollout"] = self._playing(policy) | {"bfloat16 copies": cast}
+            found["rollout"] = self._playing(policy)
         return found
 
     def _playing(self, shape: Shape) -> dict[str, int]:

@@ -18,13 +18,15 @@ from algorithms.rollout.trajectory_files import pack, read_trajectories, unpack,
 
 ROOT = Path(__file__).parents[2] / "algorithms"
 #: Where float32 may stand: what decides the dtype, defaults of arguments that a run always gives, numbers that are
-#: none of the run's dtype (shares of true and false, a text's log-probabilities of zero, half precision).
+#: none of the run's dtype (what autocast casts, shares of true and false, a text's log-probabilities of zero, half
+#: precision).
 ALLOWED = {
     "learner/config.py": 2,
     "learner/ops.py": 1,
     "learner/credit.py": 1,
-    "learner/networks.py": 2,
+    "learner/networks.py": 3,
     "learner/scoring.py": 1,
+    "rollout/bfloat16_copy.py": 1,
     "rollout/engine.py": 1,
     "rollout/trajectory_files.py": 1,
     "training/demonstrations/source.py": 1,
