@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 #: The files here that are commands. Every other file is an algorithm.
-COMMANDS = frozenset({"run", "evaluate", "compare", "show", "ask", "export"})
+COMMANDS = frozenset({"run", "evaluate", "compare", "show", "ask", "export", "merge"})
 #: The packages of the extra `train`. Without a check, a missing one would show as an unexplained import error.
 _NEEDED = ("hydra", "jinja2", "safetensors", "tensorboard", "tokenizers", "torch", "transformers")
 

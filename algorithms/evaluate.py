@@ -18,6 +18,7 @@ from agentic_rag_env.terminal import escape_what_streams_lack, printable
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.launch.command_line import prepare
 from algorithms.launch.processes import carry_out, start
+from algorithms.learner.adapter_folders import ADAPTER_FILE
 from algorithms.sb3.learner import is_outside_learner
 from algorithms.training.agent_files import Agent, read_agent, tell_overruled
 from algorithms.training.model_names import newest_checkpoint, resolve_model
@@ -99,12 +100,13 @@ def find(name: str | None, cache_dir: str = RunConfig.cache_dir, given: Mapping[
                 "own run; see summary.json there, or train again with other dataset=... or evaluation=... settings."
             )
         return _with_agent(Found(str(newest_checkpoint(path)), settings, run_dir=path), given)
-    if path.exists() and path.suffix != ".gguf" and not (path / "config.json").is_file():
+    is_model = any((path / name).is_file() for name in ("config.json", ADAPTER_FILE))
+    if path.exists() and path.suffix != ".gguf" and not is_model:
         listed = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "a file"
         raise ConfigurationError(
-            f"checkpoint={name} is neither a run directory ({CONFIG_FILE} is missing) nor a Hugging Face model "
-            f"(config.json is missing); found: {listed or 'nothing'}. Give the folder that a run printed, a folder "
-            "written by save_pretrained, or a hub id."
+            f"checkpoint={name} is neither a run directory ({CONFIG_FILE} is missing) nor a Hugging Face model or "
+            f"adapter (config.json and {ADAPTER_FILE} are missing); found: {listed or 'nothing'}. Give the folder that "
+            "a run printed, a folder written by save_pretrained, or a hub id."
         )
     run_dir = path.absolute().parent.parent
     of_run = path.exists() and path.absolute().parent.name == "checkpoints" and (run_dir / CONFIG_FILE).is_file()

@@ -13,6 +13,7 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.terminal import print_line
 from algorithms.evaluate import Found, find
 from algorithms.launch.clear_errors import clear_errors
+from algorithms.learner.adapter_folders import find_adapter
 from algorithms.training.agent_files import AGENT_FILE, shareable
 from algorithms.training.model_card import model_card
 from algorithms.training.run_files import read_summary
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def export(run: str, out: Path) -> None:
     """Write weights, tokenizer, `agent.json` and a model card, as any program of the Hugging Face world reads them.
 
+    An adapter is merged into its base model.
+
     Args:
         run: A run directory, which stands for its newest checkpoint, or the folder of a checkpoint.
         out: A folder that does not exist yet, or is empty.
@@ -41,13 +44,27 @@ def export(run: str, out: Path) -> None:
     found = find(run)
     if found.agent is None and found.run_dir is None:
         raise ConfigurationError(f"{run} comes from no run and has no {AGENT_FILE}; give what a run printed.")
+    write(found, out)
+
+
+def write(found: Found, out: Path, base: str | None = None) -> None:
+    """Write what was found as a plain Hugging Face folder, whole or not at all.
+
+    Args:
+        found: A checkpoint, or another model folder.
+        out: A folder that does not exist yet, or is empty.
+        base: Folder or hub id of the model that an adapter belongs to; None: the one that it names.
+
+    Raises:
+        ConfigurationError: `out` holds something, or the model can't be loaded.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"{out} holds something already; name a folder that does not exist.")
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(found, partial, out.absolute().name)
+        _fill(partial, found, base, out.absolute().name)
         if out.exists():
             out.rmdir()
         partial.rename(out.absolute())
@@ -55,16 +72,18 @@ def export(run: str, out: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(found: Found, folder: Path, name: str) -> None:
+def _fill(folder: Path, found: Found, base: str | None, name: str) -> None:
     # Imported here, so that --help and the report of a typo need not wait for torch.
     from algorithms.learner.networks import load_model, load_tokenizer, no_progress_bars
 
     with no_progress_bars():
-        load_model(found.model, dtype="auto").save_pretrained(folder)
-        load_tokenizer(found.model).save_pretrained(folder)
+        load_model(found.model, dtype="auto", base=base).save_pretrained(folder)
+        load_tokenizer(found.model, base=base).save_pretrained(folder)
     if found.agent is not None:
         (folder / AGENT_FILE).write_text(json.dumps(shareable(Path(found.model)), indent=1) + "\n", encoding="utf-8")
-    settings = found.settings if found.run_dir is not None else {}
+    adapter = find_adapter(found.model, base)
+    known = {} if adapter is None else {"model": {"policy": adapter.base}}
+    settings = found.settings if found.run_dir is not None else known
     card = model_card(name, found.agent, settings, _measured(found))
     (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
 

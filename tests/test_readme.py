@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -156,6 +157,19 @@ def test_parts_written_from_the_map_alone_run_by_name(tmp_path):
     told = f"{rows[-1]['dev/exact_match']:.3f} at step 2 of actor_critic\n"
     assert (tmp_path / "run" / "best.txt").read_text() == told
     assert not (tmp_path / "run" / "tb").exists()
+
+
+def test_adapters_are_trained_and_merged_as_on_the_map(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "algorithms" / "README.md").read_text(encoding="utf-8")
+    lines = page.partition("## LoRA")[2].partition("```bash\n")[2].partition("```")[0].splitlines()
+    for line, more in zip(lines, ([*SMALL, "cache_dir=cache"], ["probes=[]", "threads=1"], []), strict=True):
+        _, _, module, *arguments = shlex.split(line, comments=True)
+        monkeypatch.setattr(sys, "argv", [module, *arguments, *more])
+        importlib.import_module(module).main()
+    assert (tmp_path / "runs" / "lora" / "checkpoints" / "000003" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "my-agent" / "model.safetensors").is_file()
 
 
 def test_the_map_names_what_is_there():

@@ -15,6 +15,8 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 #: Conditions that a demonstration may have to meet.
 FILTERS = ("correct", "well_formed", "length")
 CRITICS = ("separate", "shared")
+#: The target of adapters that stands for every linear layer but the LM head.
+ALL_LINEAR = "all-linear"
 #: Whom a KL penalty may pull towards, and what the names of its figures in `NEEDS` and `Batch` begin with.
 ANCHORS = {"reference": "ref", "teacher": "teacher"}
 
@@ -230,6 +232,28 @@ class CriticConfig(AlgorithmConfig):
         super().__post_init__()
         check_settings(self, at_least(0), "critic_warmup_steps")
         check_settings(self, above(0), "value_clip_range")
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685): the policy's weights stay as they are, and matrices beside them learn.
+
+    Policy, critic and reference share the weights. Without dropout, what is sampled is what is trained on.
+
+    Attributes:
+        rank: Width of the adapters; None: there are none, and all weights are trained.
+        alpha: What an adapter adds to its layer is multiplied by `alpha / rank`.
+        targets: Names of the linear layers that get an adapter, such as `q_proj`; "all-linear": all but the LM head.
+    """
+
+    rank: int | None = None
+    alpha: float = 32.0
+    targets: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+
+    def __post_init__(self) -> None:
+        check_settings(self, or_none(COUNT), "rank")
+        check_settings(self, above(0), "alpha")
+        check_settings(self, Allowed("a list of one or more names", lambda value: len(value) > 0), "targets")
 
 
 @dataclass(kw_only=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from pathlib import Path
 
 from agentic_rag_env.errors import ConfigurationError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_ADAPTER = "adapter_config.json"
 _HUB_TIMEOUT_S = 10.0
 
 
@@ -26,8 +26,7 @@ def require_model(path: str | Path) -> None:
     """Make sure that there is a model, in a folder or on the hub.
 
     Raises:
-        ConfigurationError: There is no such folder, or it holds an adapter. Or the hub does not know the name or can't
-            be reached.
+        ConfigurationError: There is no such folder. Or the hub does not know the name or can't be reached.
     """
     folder = as_folder(path)
     if folder is None:
@@ -37,12 +36,33 @@ def require_model(path: str | Path) -> None:
         close = difflib.get_close_matches(folder.name, near, n=1)
         hint = f" Did you mean {str(folder.parent / close[0])!r}?" if close else ""
         raise ConfigurationError(f"There is no folder {str(path)!r}.{hint}")
-    elif (folder / _ADAPTER).is_file():
-        raise ConfigurationError(
-            f"{str(path)!r} holds an adapter ({_ADAPTER}), which would be left out. Merge it into its base model "
-            "(merge_and_unload of peft, then save_pretrained) and give the folder that this writes; or remove "
-            f"{_ADAPTER} if the weights there are merged already."
-        )
+
+
+def file_on_hub(name: str, file: str) -> Path | None:
+    """Find a file of a model on the hub, or of its copy in the hub's cache; None if it has none.
+
+    Raises:
+        ConfigurationError: The hub does not know the name; or it can't be reached, and there is no copy of the model.
+    """
+    from transformers.utils import cached_file
+
+    _require_on_hub(name)
+    missing_is_none = {
+        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
+    }
+    try:
+        found = cached_file(name, file, **missing_is_none)
+    except Exception as error:  # several libraries take part, each with errors of its own
+        raise ConfigurationError(f"Cannot load {name!r}. {hint_for(name, error)}") from error
+    return None if found is None else Path(found)
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a folder, or a model on the hub, holds a tokenizer."""
+    folder = as_folder(path)
+    if folder is None:
+        return any(file_on_hub(str(path), name) for name in _TOKENIZER_FILES)
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def require_tokenizer(path: str | Path) -> None:
@@ -51,7 +71,7 @@ def require_tokenizer(path: str | Path) -> None:
     Raises:
         ConfigurationError: It does not.
     """
-    if (folder := as_folder(path)) and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if as_folder(path) and not has_tokenizer(path):
         raise ConfigurationError(
             f"{str(path)!r} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there. Copy these files "
             "from the model that the weights come from, or save them there with tokenizer.save_pretrained."
@@ -99,12 +119,13 @@ def hint_for(path: str | Path, error: Exception) -> str:
     )
 
 
+@functools.cache  # which keeps no errors
 def _require_on_hub(name: str) -> None:
     """Ask the hub once and report its answer. The loaders by themselves would try for most of a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
             return
         print(f"{name} is no folder here; asking the Hugging Face hub for it.", flush=True)
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)

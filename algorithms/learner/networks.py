@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +21,12 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner import decoder, ops
+from algorithms.learner import adapters, decoder, ops
+from algorithms.learner.adapter_folders import Adapter, find_adapter, whole_model
 from algorithms.learner.config import working_dtype
 from algorithms.learner.model_folders import (
     as_folder,
+    has_tokenizer,
     hint_for,
     refuse_pickles,
     require_config,
@@ -39,16 +40,19 @@ Network = TypeVar("Network", bound=nn.Module)
 _MIN_BFLOAT16_PARAMETERS = 10_000_000
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, *, base: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder or of a model on the Hugging Face hub.
 
     Args:
-        path: A folder, or a hub id such as `Qwen/Qwen2.5-0.5B`.
+        path: A folder, or a hub id such as `Qwen/Qwen2.5-0.5B`. An adapter without a tokenizer takes its base model's.
+        base: Folder or hub id of the model that an adapter belongs to; None: the one that it names.
 
     Raises:
         ConfigurationError: The folder holds no tokenizer, or the hub id cannot be loaded.
     """
     require_model(path)
+    if not has_tokenizer(path):
+        path = whole_model(path, base)
     require_tokenizer(path)
     # For some model types AutoTokenizer replaces the splitting rules of tokenizer.json by the family's own,
     # even where the folder declares that the file is complete.
@@ -59,20 +63,28 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = "float32"
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "float32",
+    base: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model in evaluation mode.
+    """Load a causal language model in evaluation mode. An adapter comes merged into its base model.
 
     Args:
         path: A folder written by `save_pretrained`, or a hub id such as `Qwen/Qwen2.5-0.5B`.
         device: Where the weights go.
-        dtype: Type of the weights, such as `torch.bfloat16` or its name; "auto" keeps that of the files.
+        dtype: Type of the weights, such as `torch.bfloat16` or its name; "auto" keeps that of the files, and is float32
+            for an adapter.
+        base: Folder or hub id of the model that an adapter belongs to; None: the one that it names.
 
     Raises:
         ConfigurationError: The folder is no model, the hub id cannot be loaded, or the model's family cannot be
             trained here (see `check_lm_head`).
     """
     require_model(path)
+    if (adapter := find_adapter(path, base)) is not None:
+        return _load_merged(adapter, device, dtype)
     require_config(path)
     refuse_pickles(path)
     # Weights of another shape are let through here, so that the error below can name them.
@@ -97,6 +109,13 @@ def load_model(
     return model
 
 
+def _load_merged(adapter: Adapter, device: torch.device | str, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Merge in full precision, and round the sum once."""
+    wide = "float64" if dtype in ("float64", torch.float64) else "float32"
+    merged: Any = adapters.merge(load_model(adapter.base, device=device, dtype=wide), adapter)
+    return merged if dtype == "auto" else merged.to(getattr(torch, str(dtype).rpartition(".")[2]))
+
+
 def declared_vocab_size(path: str | Path) -> int:
     """Read the width of a model's logits from its configuration, without loading weights.
 
@@ -107,6 +126,7 @@ def declared_vocab_size(path: str | Path) -> int:
         ConfigurationError: The path is no model, or can't be loaded.
     """
     require_model(path)
+    path = whole_model(path)
     require_config(path)
     return _load(AutoConfig.from_pretrained, path, trust_remote_code=False).get_text_config().vocab_size
 
@@ -290,8 +310,11 @@ def check_lm_head(model: PreTrainedModel) -> None:
     input_ids = (torch.arange(6, device=model.device) * 7919 % width)[None]
     attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
     own = ops.at_least_float32(model(input_ids=input_ids).logits[0]).log_softmax(dim=-1)
-    ours = lm_logits(model, backbone_hidden(model, input_ids, attention_mask)[0], width).log_softmax(dim=-1)
-    tolerance = 0.05 if model.dtype.itemsize < 4 else 1e-3
+    is_half = model.dtype.itemsize < 4  # where the short forward rounds otherwise than transformers
+    plain = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state if is_half else None
+    hidden = backbone_hidden(model, input_ids, attention_mask) if plain is None else plain
+    ours = lm_logits(model, hidden[0], width).log_softmax(dim=-1)
+    tolerance = 0.05 if is_half else 1e-3
     if (difference := float((own - ours).abs().max())) > tolerance:
         raise ConfigurationError(
             f"Models of type {model.config.model_type!r} do more to their logits than one matrix product (log-probs "
@@ -306,7 +329,7 @@ class Critic(nn.Module):
     Args:
         model: The policy at the start of training.
         shared: True: the critic is a value head on the policy's own hidden states, so the value loss also trains the
-            policy. False: it owns a copy of the policy's backbone as well.
+            policy. False: it owns a copy of the policy's backbone as well, or of its adapter where there is one.
 
     The head starts at zero, so every value is 0 at first and the first advantages are the returns themselves. The head
     of the reference code (Search-R1's token classifier with one class) starts at random instead.
@@ -317,7 +340,7 @@ class Critic(nn.Module):
         embedding = model.get_input_embeddings().weight
         hidden_size = model.get_output_embeddings().weight.shape[1]
         self.shared = shared
-        trunk = model.base_model if shared else copy.deepcopy(model.base_model).requires_grad_(True)
+        trunk = model.base_model if shared else adapters.twin(model.base_model)
         if not shared:
             self.backbone = trunk
         # A module in a tuple is not registered, so `parameters` and `state_dict` leave out the policy's.

@@ -122,6 +122,8 @@ class Sources:
         settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
         if networks.precision == "float64":  # the key of every other precision is what it was before there was this one
             settings["precision"] = networks.precision
+        if config.model.teacher_dtype != "auto":
+            settings["teacher_dtype"] = config.model.teacher_dtype
         settings["teacher_temperature"] = config.model.teacher_temperature
         settings |= {"searched": of_retriever(envs.retriever), "source": chosen.source, "of": source.fingerprint}
         teacher = networks.place_of_teacher if source.by_model else None

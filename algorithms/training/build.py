@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,8 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, did_you_mean
 from agentic_rag_env.terminal import print_line
 from agentic_rag_env.vector import brings_questions
-from algorithms.learner import ranks
+from algorithms.learner import adapters, ranks
+from algorithms.learner.adapter_folders import find_adapter, require_adapter
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
 from algorithms.learner.config import DemonstrationsConfig, working_dtype
 from algorithms.learner.networks import (
@@ -156,7 +158,8 @@ class Networks:
         tokenizer: The policy's tokenizer.
         teacher_tokenizer: The teacher's tokenizer, which may have another chat template. Without a teacher, it is the
             policy's.
-        policy: The network being trained, float32, or float64 if that is the precision.
+        policy: The network being trained, float32, or float64 if that is the precision. With `model.lora.rank` it has
+            an adapter, and the rest of it is frozen.
         precision: Precision of the computation, "float32", "bfloat16" or "float64".
         precision_reason: Why it is that one, for people.
         vocab_size: Ids that policy and teacher have in common, and that both wrote in the runs that they come from.
@@ -168,7 +171,7 @@ class Networks:
         policy, teacher = config.model.policy, config.model.teacher
         self.tokenizer = load_tokenizer(self.place(policy))
         self.teacher_tokenizer = self.tokenizer if teacher is None else load_tokenizer(self.place(teacher))
-        self.policy = self.load(self.place(policy))
+        self.policy = self._trained_policy(self.place(policy))
         require_rows(self.tokenizer, logit_width(self.policy), policy)
         if teacher is not None:
             require_rows(self.teacher_tokenizer, declared_vocab_size(self.place(teacher)), teacher)
@@ -188,6 +191,30 @@ class Networks:
         """A model in the precision of the policy's weights, from a folder or a hub id."""
         return load_model(path, device=self.device, dtype=working_dtype(self._config.learner.precision))
 
+    def _trained_policy(self, path: str) -> PreTrainedModel:
+        """The policy as a run begins: a saved adapter is trained further, or is a part of the weights."""
+        if self._config.model.lora.rank is None:
+            return self.load(path)
+        saved = find_adapter(path)
+        base = path if saved is None else saved.base
+        policy = adapters.add_adapter(self.load(base), self._config.model.lora, base, self._config.seed)
+        if saved is not None:
+            adapters.load_adapter(policy, saved)
+        return policy
+
+    def earlier_policy(self, folder: Path | None) -> PreTrainedModel:
+        """The policy as it was, frozen. One with an adapter shares what is frozen in the policy.
+
+        Args:
+            folder: Folder of a checkpoint of this run; None: as the run began, while nothing is trained or loaded yet.
+        """
+        if not adapters.is_adapted(self.policy):
+            return freeze(self.load(self.place(self._config.model.policy) if folder is None else str(folder)))
+        earlier = adapters.twin(self.policy)
+        if folder is not None:
+            adapters.load_adapter(earlier, require_adapter(folder))
+        return freeze(earlier)
+
     @property
     def place_of_teacher(self) -> str | None:
         """Folder or hub id of the teacher; None if there is none."""
@@ -195,7 +222,7 @@ class Networks:
         return None if teacher is None else self.place(teacher)
 
     def teacher(self) -> PreTrainedModel:
-        """The frozen teacher at its temperature, loaded if it is not in memory; bfloat16 on a GPU.
+        """The frozen teacher at its temperature, loaded if it is not in memory.
 
         Raises:
             ConfigurationError: No teacher is configured, or it can't be loaded.
@@ -204,12 +231,17 @@ class Networks:
             if self._config.model.teacher is None:
                 raise ConfigurationError("This algorithm needs a teacher, and model.teacher is null; name a model.")
             path = self.place(self._config.model.teacher)
-            in_full = self.device.type == "cpu" or self.precision == "float64"
-            teacher = self.load(path) if in_full else load_model(path, device=self.device, dtype=torch.bfloat16)
+            teacher = load_model(path, device=self.device, dtype=self._teacher_dtype())
             temperature = self._config.model.teacher_temperature
             self._teacher = freeze(teacher if temperature == 1 else soften(teacher, temperature))
             self._teachers.add(self._teacher)
         return self._teacher
+
+    def _teacher_dtype(self) -> str:
+        if self.precision == "float64":
+            return "float64"
+        said, on_cpu = self._config.model.teacher_dtype, self.device.type == "cpu"
+        return ("float32" if on_cpu else "bfloat16") if said == "auto" else said
 
     def _shared_vocab_size(self) -> int:
         # This must not depend on whether the process ever loads the teacher. With kept demonstrations it may not.

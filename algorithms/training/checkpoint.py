@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agentic_rag_env.errors import DataError
+from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.files import sha256, sync, sync_all
 from agentic_rag_env.settings import COUNT, check_value, or_none
+from algorithms.learner.adapter_folders import require_adapter
+from algorithms.learner.adapters import is_adapted, load_adapter, load_trained_state, trained_state
 from algorithms.learner.networks import no_progress_bars
 from algorithms.training.agent_files import AGENT_FILE
 
@@ -75,9 +77,9 @@ def save(
     Args:
         run_dir: The run directory.
         step: Training steps done.
-        policy: Saved with `save_pretrained`, in its own precision.
+        policy: Saved with `save_pretrained`, in its own precision; of one with an adapter, the adapter alone.
         tokenizer: Saved beside it.
-        critic: Saved whole in the training state.
+        critic: Saved in the training state, but for what an adapter leaves frozen.
         learner_state: What `Learner.state_dict()` returns.
         trainer_state: Tensors, numbers, strings, None, and lists, tuples and dicts of them.
         agent: Content of `agent.json`; None: there is none.
@@ -95,7 +97,7 @@ def save(
     check_value("keep_last", keep_last, or_none(COUNT, "all"))
     state: dict[str, Any] = {"learner": dict(learner_state), "trainer": dict(trainer_state)}
     _require_plain(state, "state")
-    state["critic"] = None if critic is None else critic.state_dict()
+    state["critic"] = None if critic is None else trained_state(critic)
     final = Path(run_dir) / checkpoint_name(step)
     root, unfinished = final.parent, final.with_name(final.name + _UNFINISHED)
     root.mkdir(parents=True, exist_ok=True)
@@ -180,16 +182,23 @@ def load(path: str | os.PathLike[str], *, policy: PreTrainedModel, critic: nn.Mo
     if (state["critic"] is None) != (critic is None):
         saved, given = ("without a", "one was given") if critic is not None else ("with a", "none was given")
         raise DataError(f"Checkpoint {path} was saved {saved} critic and {given}; resume with the same algorithm.")
-    with no_progress_bars():
-        saved_policy = type(policy).from_pretrained(path, dtype=policy.dtype, local_files_only=True)
     try:
-        policy.load_state_dict(saved_policy.state_dict())
+        _load_policy(path, policy)
         if critic is not None:
-            critic.load_state_dict(state["critic"])
-    except (RuntimeError, TypeError, AttributeError) as error:
+            load_trained_state(critic, state["critic"])
+    except (RuntimeError, TypeError, AttributeError, ConfigurationError) as error:
         raise DataError(f"Checkpoint {path} does not fit the networks of this run: {error}") from error
     step = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]
     return TrainingState(step, state["learner"], state["trainer"])
+
+
+def _load_policy(path: Path, policy: PreTrainedModel) -> None:
+    if is_adapted(policy):
+        load_adapter(policy, require_adapter(path))
+    else:
+        with no_progress_bars():
+            saved = type(policy).from_pretrained(path, dtype=policy.dtype, local_files_only=True)
+        policy.load_state_dict(saved.state_dict())
 
 
 def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:

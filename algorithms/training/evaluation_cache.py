@@ -47,6 +47,7 @@ def place(
         "device": networks.device.type,
         "is_teacher": is_teacher,
         "teacher_temperature": config.model.teacher_temperature if is_teacher else None,
+        "teacher_dtype": config.model.teacher_dtype if is_teacher else None,
         "searched": searched,
         "code": code,
     }

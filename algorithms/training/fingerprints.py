@@ -20,6 +20,7 @@ from agentic_rag_env.files import sha256
 from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS
 from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.types import Question
+from algorithms.learner.adapter_folders import find_adapter
 
 if TYPE_CHECKING:
     from algorithms.training.build import RunEnvs
@@ -81,11 +82,14 @@ def of_playing(settings: Mapping[str, Any], model_folder: str, tokenizer: Any, d
         dataset: Its questions, and its passages if it has any.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    folder = Path(model_folder)
-    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if file.suffix in (".safetensors", ".bin") or file.name in _MODEL_SETTINGS:
-            digest.update(bytes.fromhex(sha256(file)))
-    digest.update(model_folder.encode() if not folder.is_dir() else b"")
+    adapter = find_adapter(model_folder) if Path(model_folder).is_dir() else None
+    for place in [model_folder] if adapter is None else [model_folder, adapter.base]:
+        folder = Path(place)
+        for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if file.suffix in (".safetensors", ".bin") or file.name in _MODEL_SETTINGS:
+                digest.update(bytes.fromhex(sha256(file)))
+        digest.update(place.encode() if not folder.is_dir() else b"")
+    digest.update(b"" if adapter is None else repr(adapter.scale).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     splitting = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
     digest.update(repr((splitting, tokenizer.chat_template)).encode("utf-8", "backslashreplace"))

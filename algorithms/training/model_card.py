@@ -22,7 +22,8 @@ def model_card(name: str, agent: Agent | None, settings: Mapping[str, Any], summ
     Args:
         name: Name of the exported folder.
         agent: What `agent.json` says, if there is one.
-        settings: Settings of the run; empty if it is not known.
+        settings: Settings of the run, or of them only `model.policy`: the base model of an adapter that comes from no
+            run. Empty if nothing is known.
         summary: `summary.json` of the run, with the entry `figures`: those of this checkpoint by mode and group; None
             if it was not measured.
     """
@@ -31,9 +32,11 @@ def model_card(name: str, agent: Agent | None, settings: Mapping[str, Any], summ
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [search-agent]"]
     front += [f"base_model: {json.dumps(policy)}"] if is_on_hub else []
     lines = [*front, "---", "", f"# {_line(name)}", "", "A language model that searches before it answers.", ""]
-    if isinstance(policy, str) and isinstance(algorithm, str):
-        base = policy if is_on_hub else Path(policy).name
-        lines += [f"Trained with {_code(algorithm)} from {_code(base)}, whose licence applies to these weights."]
+    base = _code(policy if is_on_hub else Path(policy).name) if isinstance(policy, str) else None
+    if base and not isinstance(algorithm, str):
+        lines += [f"An adapter, merged into {base}, whose licence applies to these weights.", ""]
+    elif base:
+        lines += [f"Trained with {_code(algorithm)} from {base}, whose licence applies to these weights."]
         dataset, retriever = (_code(_at(settings, part, "name")) for part in ("dataset", "retriever"))
         lines += [f"Data: {dataset}. Passages from: {retriever}.", ""]
     lines += ["```bash", f"python -m algorithms.ask checkpoint={shlex.quote(name)}"]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner.adapter_folders import ADAPTER_FILE, whole_model
+from algorithms.learner.config import ALL_LINEAR, LoraConfig
 
 #: Families whose layers are counted below, and whether query, key and value have biases; Qwen3 scales them instead.
 _FAMILIES = {"llama": False, "mistral": False, "qwen2": True, "qwen3": False}
@@ -88,6 +90,34 @@ class Shape:
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Widths in and out of the linear layers of one layer, by the names that they have in transformers."""
+        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, wide),
+            "k_proj": (self.hidden, narrow),
+            "v_proj": (self.hidden, narrow),
+            "o_proj": (wide, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    def adapter(self, lora: LoraConfig) -> int:
+        """Parameters of an adapter: A [r, in] and B [out, r] beside each of its layers.
+
+        Raises:
+            ConfigurationError: There is no layer of this name.
+        """
+        targets = self.linear if ALL_LINEAR in lora.targets else lora.targets
+        if unknown := [name for name in targets if name not in self.linear]:
+            raise ConfigurationError(
+                f"model.lora.targets has {unknown[0]!r}; there are {', '.join(self.linear)}, and {ALL_LINEAR!r} stands "
+                "for all of them."
+            )
+        return self.layers * (lora.rank or 0) * sum(sum(self.linear[name]) for name in targets)
+
+    @property
     def embedding(self) -> int:
         """Parameters of the embedding, and of the head."""
         return self.vocab * self.hidden
@@ -116,6 +146,8 @@ def shape_of(place: str) -> Shape:
     Raises:
         ConfigurationError: There is no such file, it is damaged, or its family is not known here.
     """
+    if (Path(place).expanduser() / ADAPTER_FILE).is_file():
+        place = str(whole_model(place))
     config = _config_of(place)
     if not isinstance(config, Mapping) or (kind := config.get("model_type")) not in _FAMILIES:
         found = config.get("model_type") if isinstance(config, Mapping) else config

@@ -2,8 +2,9 @@
 
 All figures are arithmetic. Nothing is loaded, downloaded or trained. What it counts, for P parameters of a trained
 network: weights 4 P bytes, AdamW 8 P, gradients 4 P, and while AdamW steps another 4 P; frozen networks 4 P, a teacher
-on a GPU 2 P. Under bfloat16 the matrices of the computing network exist a second time, 2 bytes each, and those of a
-policy that plays once more, from the first rollout on.
+in bfloat16 2 P. With adapters (`model.lora`), P counts these alone, and the weights below are frozen and exist once for
+policy, critic and reference. Under bfloat16 the matrices of the computing network exist a second time, 2 bytes each,
+and those of a policy that plays once more, from the first rollout on.
 """
 
 from __future__ import annotations
@@ -44,9 +45,17 @@ class _Stage:
         self.half = config.learner.precision == "bfloat16" or (config.learner.precision == "auto" and self.on_gpu)
         self.count = config.hardware.count
         self.teacher = teacher if Role.TEACHER in stage.roles else None
-        has_critic = Role.CRITIC in stage.roles
-        self.critic = policy.backbone if has_critic and config.learner.critic == "separate" else 0
-        self.reference = policy.parameters if Role.REFERENCE in stage.roles else 0
+        has_critic = Role.CRITIC in stage.roles and config.learner.critic == "separate"
+        lora = config.model.lora
+        adapter = policy.adapter(lora) if lora.rank is not None else None
+        # Parameters that are trained, of policy and critic; those that both share; those of the reference alone.
+        self.trained = policy.parameters if adapter is None else adapter
+        self.critic = (policy.backbone if adapter is None else adapter) if has_critic else 0
+        self.shared = 0 if adapter is None else policy.parameters
+        self.reference = self.trained if Role.REFERENCE in stage.roles else 0
+        self.has_half_teacher = config.model.teacher_dtype == "bfloat16" or (
+            config.model.teacher_dtype == "auto" and self.on_gpu
+        )
         # A row is never split, so a micro-batch holds the longest episode at least.
         self.micro = max(config.learner.micro_batch_tokens, config.rollout.max_tokens)
         self.tokens = min(_TOKENS, config.rollout.max_tokens)
@@ -58,13 +67,13 @@ class _Stage:
             self.demonstrator = teacher if stage.config.demonstrations.source == "teacher" else None
 
     def teacher_bytes(self, teacher: Shape | None) -> int:
-        return 0 if teacher is None else teacher.parameters * (2 if self.on_gpu else 4)
+        return 0 if teacher is None else teacher.parameters * (2 if self.has_half_teacher else 4)
 
     def held(self) -> dict[str, int]:
         """Bytes that the stage holds all the time."""
-        trained = self.policy.parameters + self.critic
+        trained = self.trained + self.critic
         return {
-            "weights of policy and critic": 4 * trained,
+            "weights of policy and critic": 4 * (self.shared + trained),
             "optimizer": 8 * trained,
             "reference": 4 * self.reference,
             "teacher": self.teacher_bytes(self.teacher),
@@ -89,7 +98,7 @@ class _Stage:
         """Bytes of each phase beside what is held."""
         learner, policy = self.config.learner, self.policy
         chunk = _CHUNKS * learner.chunk_tokens * policy.vocab * 4
-        gradients = {"gradients": 4 * (policy.parameters + self.critic)}
+        gradients = {"gradients": 4 * (self.trained + self.critic)}
         found = {
             "backward": {
                 **gradients,
@@ -97,7 +106,7 @@ class _Stage:
                 "logits": chunk,
                 "bfloat16 copies": self.cast,
             },
-            "optimizer step": {**gradients, "temporaries": 4 * policy.parameters},
+            "optimizer step": {**gradients, "temporaries": 4 * self.trained},
         }
         if "policy" in self.stage.trains_on:
             found["rollout"] = self._playing(policy)
@@ -112,7 +121,8 @@ class _Stage:
         held, teacher = self.held(), self.demonstrator
         phases = {name: {**held, **parts} for name, parts in self.phases().items()}
         if teacher is not None:
-            asked = {"weights of policy and critic": 4 * self.policy.parameters, "teacher": self.teacher_bytes(teacher)}
+            weights = {"weights of policy and critic": 4 * (self.shared + self.trained)}
+            asked = weights | {"teacher": self.teacher_bytes(teacher)}
             phases = {"demonstrations": asked | self._playing(teacher), **phases}
         return phases
 
@@ -141,12 +151,13 @@ class _Stage:
         scored = [self.teacher] if self.teacher else []
         scored += [self.policy] * (bool(self.reference) + bool(self.critic))
         phases["score"] = sum(self.forward_s(shape, config.batch_size) for shape in scored)
-        passes = 4 if self.config.learner.gradient_checkpointing else 3
+        # A forward pass, and two backward: one of them for the gradients of weights, which frozen ones need not.
+        passes = (4 if self.config.learner.gradient_checkpointing else 3) - (1 if self.shared else 0)
         trained = 2 if self.critic else 1
         phases["update"] = passes * trained * config.num_epochs * self.forward_s(self.policy, config.batch_size)
         total = steps * sum(phases.values())
         if self.demonstrator is not None:
-            played = self.play_s(self.demonstrator, 2 if self.on_gpu else 4, self.num_demonstrations)
+            played = self.play_s(self.demonstrator, 2 if self.has_half_teacher else 4, self.num_demonstrations)
             phases["demonstrations, once"] = played
             total += played
         return {"steps": steps, "seconds of a step": {k: round(v, 2) for k, v in phases.items()}, "hours": total / 3600}
@@ -179,7 +190,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
     found: dict[str, Any] = {
         "computed, not measured": True,
         "hardware": {"device": device.name, "count": config.hardware.count, "GiB each": round(device.memory / GIB, 1)},
-        "models": {"policy": policy.parameters, "teacher": teacher.parameters if teacher else None},
+        "models": {
+            "policy": policy.parameters,
+            "teacher": teacher.parameters if teacher else None,
+            "trained": made[0].trained,
+        },
         "assumed": {"tokens of an episode": made[0].tokens, "written by the model": made[0].written},
         "fits": needs <= allowed,
         "peak": {"GiB": round(needs / GIB, 2), "stage": where, "phase": phase, "allowed GiB": round(allowed / GIB, 2)},
@@ -235,7 +250,7 @@ def _in_gib(memory: Any) -> Any:
 
 def _disk(config: RunConfig, made: list[_Stage]) -> dict[str, Any]:
     """The checkpoints: weights and optimizer of policy and critic; of every stage the last and the best one stay."""
-    each = max(12 * (one.policy.parameters + one.critic) for one in made)
+    each = max(12 * (one.trained + one.critic) for one in made)
     count = (config.keep_checkpoints or 2) + 2 * len(made)
     free = shutil.disk_usage(Path.cwd()).free
     return {"GiB": round(each * count / GIB, 2), "checkpoints": count, "free GiB here": round(free / GIB, 1)}
@@ -285,5 +300,5 @@ def _change(config: RunConfig, planned: Callable[[RunConfig], list[_Stage]], all
             return f"It would fit, with {needs / GIB:.1f} GiB, with {words}."
     return (
         f"With {words} it would still need {needs / GIB:.1f} GiB: weights, gradients and optimizer take most of it. "
-        "Take a smaller policy or a device with more memory."
+        "Train adapters (model.lora.rank=16), or take a smaller policy or a device with more memory."
     )

@@ -18,10 +18,13 @@ from agentic_rag_env.probes import DEFAULT_PROBES
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.settings import COUNT, FRACTION, Allowed, above, at_least, check_settings, one_of, or_none
 from agentic_rag_env.vector import brings_questions
-from algorithms.learner.config import WITHOUT_EFFECT, LearnerConfig
+from algorithms.learner.config import WITHOUT_EFFECT, LearnerConfig, LoraConfig
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training.hardware import HardwareConfig
 from algorithms.training.loggers import LOGGERS
+
+#: Types of the teacher's weights.
+TEACHER_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass
@@ -35,15 +38,21 @@ class ModelConfig:
         settings: Settings of a preset that suit the model, see `presets`. They are in the configuration already.
         teacher_temperature: The teacher's logits are divided by it everywhere: where it plays demonstrations, judges
             tokens, and is measured. Above 1, a teacher that makes no mistakes begins to make some.
+        teacher_dtype: Type of the teacher's weights: "float32", "bfloat16" (half of the memory) or "auto": bfloat16 on
+            a GPU, float32 on a CPU. With `learner.precision=float64` they are float64.
+        lora: Adapters that are trained instead of the policy's weights.
     """
 
     policy: str = "tiny-student"
     teacher: str | None = "tiny-teacher"
     settings: dict[str, Any] = field(default_factory=dict, metadata=WITHOUT_EFFECT)
     teacher_temperature: float = 1.0
+    teacher_dtype: str = "auto"
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         check_settings(self, above(0), "teacher_temperature")
+        check_settings(self, one_of(TEACHER_DTYPES), "teacher_dtype")
 
 
 #: The default parts of a run, as in conf/config.yaml. The environment comes first: it may do without the others.

@@ -16,7 +16,7 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 from algorithms.learner import ranks, seeding
 from algorithms.learner.algorithm import Algorithm, CriticConfig, DemonstrationConfig, Progress, Role
 from algorithms.learner.collate import collate
-from algorithms.learner.networks import Critic, freeze, pad_id
+from algorithms.learner.networks import Critic, pad_id
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch, Trajectory
 from algorithms.rollout.replay import Replay
@@ -224,8 +224,7 @@ class Trainer:
         start = self.position.stage_starts[-1]
         if start:
             checkpoint.require_whole(self.checkpoint_path(start))
-        path = str(self.checkpoint_path(start)) if start else self.networks.place(self.config.model.policy)
-        return freeze(self.networks.load(path))
+        return self.networks.earlier_policy(self.checkpoint_path(start) if start else None)
 
     def _draw(self, algorithm: Algorithm, source: str) -> tuple[list[Trajectory], dict[str, float]]:
         """Draw the trajectories of the next step; also return figures of the rollout if there was one."""

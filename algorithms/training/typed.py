@@ -15,7 +15,7 @@ from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, did_yo
 from agentic_rag_env.vector import brings_questions
 from algorithms.assets import ASSETS
 from algorithms.learner.algorithm import ALGORITHMS
-from algorithms.learner.config import DemonstrationConfig, LearnerConfig
+from algorithms.learner.config import DemonstrationConfig, LearnerConfig, LoraConfig
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training.hardware import HardwareConfig
 from algorithms.training.run_files import require_named
@@ -119,11 +119,15 @@ def run_config(composed: DictConfig) -> RunConfig:
     # The run may be older than these settings.
     settings = {"demonstrations": {"num": None}, "hardware": vars(HardwareConfig()), "preflight": False, **settings}
     settings.setdefault("logger", RunConfig().logger)
+    settings["model"] = {"teacher_dtype": ModelConfig.teacher_dtype, "lora": vars(LoraConfig()), **settings["model"]}
     _check_names(RunConfig, "", settings)
     for setting in dataclasses.fields(RunConfig):
         name, section = setting.name, setting.default_factory
         if isinstance(section, type) and dataclasses.is_dataclass(section):
             _check_names(section, f"{name}.", settings[name])
+            if section is ModelConfig:
+                _check_names(LoraConfig, "model.lora.", settings[name]["lora"])
+                settings[name]["lora"] = LoraConfig(**settings[name]["lora"])
             settings[name] = section(**settings[name])
     if (count := settings["demonstrations"].num) is not None:
         settings["algo"] = _with_demonstrations(settings["algo"], count)

@@ -43,6 +43,7 @@ RUNS = {
     "ppo_shared": ["algo=ppo", "algo.warm_start=null", "learner.critic=shared", *CRITIC],
     "sft_ppo": ["algo=sft_ppo", *WARM_START, *CRITIC],
     "dgpo": ["algo=dgpo", *WARM_START, *CRITIC, "algo.gae_lambda=0.9"],
+    "lora": ["algo=sft_ppo", *WARM_START, *CRITIC, "model.lora.rank=4"],
     "maskable_ppo": ["algo=maskable_ppo", "algo.total_env_steps=400", "algo.turns_per_update=20"],
 }  # fmt: skip
 

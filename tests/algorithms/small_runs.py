@@ -55,7 +55,8 @@ class Run:
         return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in self.metrics]
 
     def weights(self, step: int) -> dict[str, torch.Tensor]:
-        return load_file(self.path / "checkpoints" / f"{step:06d}" / "model.safetensors")
+        (weights,) = (self.path / "checkpoints" / f"{step:06d}").glob("*model.safetensors")  # or those of an adapter
+        return load_file(weights)
 
     def transcripts(self) -> dict[str, str]:
         files = (self.path / "trajectories").iterdir()

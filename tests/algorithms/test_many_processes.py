@@ -97,7 +97,7 @@ def assert_same(first: Path, second: Path) -> float:
     steps = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (first, second)]
     assert steps[0] == steps[1]
     worst = 0.0
-    for file in sorted((first / "checkpoints").glob("*/model.safetensors")):
+    for file in sorted((first / "checkpoints").glob("*/*model.safetensors")):
         mine, theirs = load_file(file), load_file(second / file.relative_to(first))
         assert mine.keys() == theirs.keys()
         assert {values.dtype for values in mine.values()} == {np.dtype("float64")}

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import save
 
 from agentic_rag_env import play
 from agentic_rag_env.corpus import read_corpus
@@ -38,7 +40,7 @@ from agentic_rag_env.probes.endpoints import Endpoint, EndpointConfig
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
 from agentic_rag_env.terminal import print_line
 from agentic_rag_env.types import Question
-from algorithms import compare, evaluate, export, show
+from algorithms import compare, evaluate, export, merge, show
 from algorithms.analysis.comparison import page as comparison_page
 from algorithms.analysis.comparison import style
 from algorithms.assets import ASSETS
@@ -202,6 +204,15 @@ AGENT = {
     "measured": {"dataset": SETTINGS["dataset"], "retriever": {"name": "bm25", "index": "x", "stemmer": "english"},
                  "reward": {"name": "exact_match"}, "evaluation": {"corpus": "own"}, "num_envs": 2},
 }  # fmt: skip
+ADAPTER = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "nobody/model", "r": 2, "lora_alpha": 4,
+    "target_modules": ["q_proj"], "bias": "none", "revision": "main", "megatron_core": "megatron.core",
+    "auto_mapping": {"base_model_class": "Evil", "parent_library": "modeling_evil"}, "init_lora_weights": True,
+}  # fmt: skip
+ADAPTER_WEIGHTS = save(
+    {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{name}.weight": torch.ones(*shape)
+     for name, shape in (("A", (2, 64)), ("B", (64, 2)))}
+)  # fmt: skip
 PREDICTION = {"question_id": "q", "dataset": "some", "golden_answers": ["a"], "correct": True}
 INFO = {"question_id": "q", "turn": 1, "action": "answer", "query": "a", "passages": [], "answer": "a",
         "exact_match": 1.0, "f1": 1.0, "num_searches": 0, "correct": True, "error": None}  # fmt: skip
@@ -328,6 +339,37 @@ def read_tokenizer_config(canaries: Canaries, content: bytes) -> None:
     folder = model_folder(canaries, "tokenizer_config.json", content)
     (folder / "modeling_evil.py").write_text(f"open({str(canaries.file)!r}, 'w')\nclass Evil: ...\n")
     attempt(lambda: encode_prompts(load_tokenizer(folder), ["Who?"]))
+
+
+def read_adapter(canaries: Canaries, content: bytes) -> None:
+    folder = canaries.inside / "adapter"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_bytes(content)
+    (folder / "adapter_model.safetensors").write_bytes(ADAPTER_WEIGHTS)
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Runs(canaries.file)))
+    attempt(lambda: load_model(folder))
+    attempt(lambda: load_tokenizer(folder))
+    attempt(lambda: print_line(str(evaluate.find(str(folder)))))
+    out = canaries.inside / "merged"
+    attempt(lambda: merge.main([str(folder), "--out", str(out), "--base", str(ASSETS / "tiny-student")]))
+    shutil.rmtree(out, ignore_errors=True)
+
+
+def read_adapter_weights(canaries: Canaries, content: bytes) -> None:
+    folder = canaries.inside / "adapter"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    attempt(lambda: load_model(folder, base=str(ASSETS / "tiny-student")))
+
+
+def tensors_of(data: dict[str, Any]) -> bytes:
+    """A safetensors file whose names and metadata are texts."""
+    header = {
+        str(name): {"dtype": "F32", "shape": [1], "data_offsets": [4 * n, 4 * n + 4]} for n, name in enumerate(data)
+    }
+    written = json.dumps(header | {"__metadata__": {"note": str(data)}}).encode("utf-8", "replace")
+    return len(written).to_bytes(8, "little") + written + bytes(4 * len(header))
 
 
 def read_agent_file(canaries: Canaries, content: bytes) -> None:
@@ -527,6 +569,10 @@ READERS: dict[str, tuple[dict[str, Any], Callable[[Any], bytes], Callable[[Canar
         {"tokenizer_class": "X", "eos_token": "</s>", "auto_map": {"AutoTokenizer": ["a.B", None]}},
         lambda data: json.dumps(data).encode(),
         read_tokenizer_config,
+    ),
+    "adapter_config.json": (ADAPTER, lambda data: json.dumps(data).encode(), read_adapter),
+    "adapter_model.safetensors": (
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": "x"}, tensors_of, read_adapter_weights,
     ),
     "agent.json": (AGENT, lambda data: json.dumps(data).encode(), read_agent_file),
     "chat template": ({"template": "{{ messages }}"}, lambda data: str(data["template"]).encode(), read_template),

@@ -183,6 +183,41 @@ def test_without_a_critic_a_network_less():
     assert held["teacher"] == 0
 
 
+def test_adapters_by_hand():
+    """Rank 16 beside seven layers of each of 24: q and o are 896 wide, k and v 896 to 128, the rest 896 and 4,864."""
+    lora = ["model.lora.rank=16", "model.teacher_dtype=float32"]
+    found = plan(composed("algo=ppo", "model=qwen2.5_3b_0.5b", *H200, *lora, "algo.kl_coef=0.01"))
+    adapter = 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
+    assert adapter == 8_798_208
+    policy, layer = 494_032_768, 24 * 896 + 2 * 64 * (2 * 14 + 2 * 2) + 2 * 4 * 4864
+    by_hand = {
+        "weights of policy and critic": 4 * (policy + 2 * adapter),
+        "optimizer": 8 * 2 * adapter,
+        "reference": 4 * adapter,
+        "teacher": 0,
+        "bfloat16 copy for rollouts": 2 * (24 * (2 * 896 * 64 * 16 + 3 * 896 * 4864) + 151_936 * 896),
+        "gradients": 4 * 2 * adapter,
+        "activations": 32768 * (24 * 4 * 896 + layer),
+        "logits": 4 * 1024 * 151_936 * 4,
+        "bfloat16 copies": 2 * (24 * (2 * 896 * 64 * 16 + 3 * 896 * 4864) + 151_936 * 896),
+    }
+    backward = found["memory of each device, GiB"]["ppo"]["backward"]
+    assert backward == {name: round(size / GIB, 3) for name, size in by_hand.items()}
+    assert found["models"]["trained"] == adapter
+    assert found["disk"]["GiB"] == round(12 * 2 * adapter * found["disk"]["checkpoints"] / GIB, 2)
+    few = plan(composed("algo=ppo", "model=qwen2.5_3b_0.5b", *H200, *lora, "model.lora.targets=[q_proj,v_proj]"))
+    assert few["models"]["trained"] == 24 * 16 * (896 + 896 + 896 + 128)
+    with pytest.raises(ConfigurationError, match="there are q_proj, k_proj"):
+        plan(composed("algo=ppo", "model=qwen2.5_3b_0.5b", *H200, *lora, "model.lora.targets=[qproj]"))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 2), ("bfloat16", 2), ("float32", 4)])
+def test_a_teacher_takes_what_its_dtype_takes(dtype, size):
+    found = plan(composed("algo=dgpo", "model=qwen2.5_3b_0.5b", *H200, f"model.teacher_dtype={dtype}"))
+    teacher = found["memory of each device, GiB"]["dgpo"]["backward"]["teacher"]
+    assert teacher == round(size * 3_085_938_688 / GIB, 3)
+
+
 # The command
 
 
