@@ -98,9 +98,14 @@ def check_file(path: str | Path) -> FileReport:
                 found.append(_malformed(str(error), where, place))
                 continue
             if is_exploded(question.golden_answers):
-                advice = "A run leaves them out, as the answer can't be restored; take its publisher's file instead."
-                quoted = _quoted(question, question.golden_answers, place)
-                found.append(_error("answer exploded into single characters", quoted, advice))
+                found.append(
+                    _error(
+                        "answer exploded into single characters",
+                        _quoted(question, question.golden_answers, place),
+                        "A run leaves them out, as the answer can't be restored; take the file from its publisher "
+                        "instead.",
+                    )
+                )
                 continue
             report.questions.append(question)
             if has_lists_in_text(row):
