@@ -243,6 +243,21 @@ def test_one_stage_from_the_raw_model(ppo_run):
     assert ppo_run.summary["teacher_in_memory_during_policy_evaluation"] is False
 
 
+def test_a_run_in_bfloat16_says_so_and_how_far_its_rollouts_are_from_training(ppo_run, tmp_path, cache, recwarn):
+    settings = ["algo=ppo", *PPO, "algo.steps=2", "algo.critic_warmup_steps=0", GREEDY, "evaluation.num_questions=4"]
+    run = train(tmp_path / "run", cache, *settings, "learner.precision=bfloat16")
+    assert "computing in bfloat16 (learner.precision=bfloat16) on" in run.out
+    assert (run.summary["precision"], run.summary["precision_reason"]) == ("bfloat16", "learner.precision=bfloat16")
+    gaps = [row["rollout/logprob_gap_mean"] for row in run.metrics]
+    assert all(1e-4 < mean < row["rollout/logprob_gap_max"] for mean, row in zip(gaps, run.metrics, strict=True))
+    told = [str(one.message) for one in recwarn if "differ from those of the training pass" in str(one.message)]
+    assert len(told) == (max(gaps) > 5e-3), "once for both steps"
+    # In float32 both passes agree.
+    measured = [row["rollout/logprob_gap_max"] for row in ppo_run.metrics if "rollout/logprob_gap_max" in row]
+    assert measured
+    assert max(measured) < 1e-4
+
+
 def test_dgpo_without_a_cold_start(tmp_path, cache):
     settings = ["algo=dgpo", *PPO, "algo.warm_start=null", "algo.steps=1", GREEDY, "evaluation.num_questions=4"]
     run = train(tmp_path / "run", cache, *settings)

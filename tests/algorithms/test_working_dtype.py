@@ -18,8 +18,8 @@ from algorithms.rollout.trajectory_files import pack, read_trajectories, unpack,
 
 ROOT = Path(__file__).parents[2] / "algorithms"
 #: Where float32 may stand: what decides the dtype, defaults of arguments that a run always gives, numbers that are
-#: none of the run's dtype (what autocast casts, shares of true and false, a text's log-probabilities of zero, half
-#: precision).
+#: none of the run's dtype (what autocast casts, numbers made up, shares of true and false, a text's log-probabilities
+#: of zero, half precision).
 ALLOWED = {
     "learner/config.py": 2,
     "learner/ops.py": 1,
@@ -30,6 +30,7 @@ ALLOWED = {
     "rollout/engine.py": 1,
     "rollout/trajectory_files.py": 1,
     "training/demonstrations/source.py": 1,
+    "training/rehearsal.py": 2,
     "dgpo.py": 1,
     "grpo.py": 1,
 }
