@@ -66,8 +66,12 @@ class PPO(Algorithm):
         return self.config.steps
 
     def penalty_weights(self, batch: Batch) -> Tensor:
-        """Share of the KL penalty that each trajectory pays, [B] float32; here 1."""
+        """Share of the KL penalty that each trajectory pays, [B] float32; here 1. It may depend on samples only."""
         return batch.rewards.new_ones(batch.rewards.shape)
+
+    def anchored(self, batch: Batch) -> Tensor:
+        """Select the trajectories that pay, [B] bool; nobody asks what the others would pay."""
+        return self.penalty_weights(batch) > 0
 
     def shape_rewards(self, batch: Batch) -> Tensor:
         """The reward at the last model-written token minus `kl_coef` times the KL estimate at each, [B, T]."""

@@ -173,6 +173,14 @@ class Algorithm:
         (only,) = self.trains_on
         return only
 
+    def anchored(self, batch: Batch) -> Tensor:
+        """Select the trajectories whose figures of reference and teacher the hooks read, [B] bool; by default all.
+
+        Called before these figures (`batch.ref_...` and `batch.teacher_...`) are computed, so it decides by what was
+        sampled. The figures of the other trajectories stay 0, and their forward passes are saved.
+        """
+        return batch.correct.new_ones(len(batch))
+
     def shape_rewards(self, batch: Batch) -> Tensor:
         """Rewards per token: by default the episode's return on its last model-written token.
 

@@ -39,8 +39,13 @@ class Scorer:
     chunk_tokens: int = 1024
 
     @torch.no_grad()
-    def logprobs(self, network: PreTrainedModel, batch: Batch, is_teacher: bool = False) -> Tensor:
-        """Log-probabilities of the model-written tokens, [B, T] float32 in nats, 0 elsewhere."""
+    def logprobs(
+        self, network: PreTrainedModel, batch: Batch, is_teacher: bool = False, only: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities of the model-written tokens, [B, T] float32 in nats, 0 elsewhere.
+
+        With `only`, [B] bool, they are computed for these trajectories, and are 0 in the others.
+        """
         read = self.hidden_of_teacher if is_teacher else self.hidden
 
         def compute(micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
@@ -49,11 +54,21 @@ class Scorer:
             chunks = zip(hidden, ids, strict=True)
             return torch.cat([ops.gather_logprobs(self.logits(network, part), part_ids) for part, part_ids in chunks])
 
-        return self._at_model_tokens(batch, compute)
+        return self._at_model_tokens(batch, compute, only)
 
     @torch.no_grad()
-    def kl(self, policy: PreTrainedModel, other: PreTrainedModel, batch: Batch, is_teacher: bool = False) -> Tensor:
-        """KL(policy || other) over the vocabulary where a model wrote, [B, T] float32 in nats, 0 elsewhere."""
+    def kl(
+        self,
+        policy: PreTrainedModel,
+        other: PreTrainedModel,
+        batch: Batch,
+        is_teacher: bool = False,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """KL(policy || other) over the vocabulary where a model wrote, [B, T] float32 in nats, 0 elsewhere.
+
+        With `only`, [B] bool, it is computed for these trajectories, and is 0 in the others.
+        """
         read_by_other = self.hidden_of_teacher if is_teacher else self.hidden
 
         def compute(micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
@@ -66,7 +81,7 @@ class Scorer:
                 ]
             )
 
-        return self._at_model_tokens(batch, compute)
+        return self._at_model_tokens(batch, compute, only)
 
     @torch.no_grad()
     def values(self, critic: Critic, batch: Batch) -> Tensor:
@@ -95,14 +110,21 @@ class Scorer:
             logits = lm_logits(network, hidden, self.vocab_size)
         return logits if self.temperature == 1 else logits / self.temperature
 
-    def split(self, batch: Batch) -> Iterator[tuple[list[int], Batch, tuple[Tensor, Tensor]]]:
+    def split(
+        self, batch: Batch, only: Tensor | None = None
+    ) -> Iterator[tuple[list[int], Batch, tuple[Tensor, Tensor]]]:
         """Split this process's share of a batch into micro-batches that hold model-written tokens.
+
+        Args:
+            batch: The trajectories.
+            only: [B] bool, the trajectories that count; None: all.
 
         Yields:
             Rows of the batch, the micro-batch, and its predicting positions.
         """
         lengths = batch.attention_mask.sum(dim=1).tolist()
-        own = ranks.share(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
+        rows = range(len(lengths)) if only is None else only.nonzero()[:, 0].tolist()
+        own = ranks.share(sorted(rows, key=lambda row: -lengths[row]))
         for places in micro_batches([lengths[row] for row in own], self.micro_batch_tokens):
             rows = [own[place] for place in places]
             micro = batch.select(rows)
@@ -110,9 +132,11 @@ class Scorer:
             if len(at[0]):
                 yield rows, micro, at
 
-    def _at_model_tokens(self, batch: Batch, compute: Callable[[Batch, Tensor, Tensor], Tensor]) -> Tensor:
+    def _at_model_tokens(
+        self, batch: Batch, compute: Callable[[Batch, Tensor, Tensor], Tensor], only: Tensor | None = None
+    ) -> Tensor:
         result = torch.zeros_like(batch.old_logprobs)
-        for picked, micro, (rows, columns) in self.split(batch):
+        for picked, micro, (rows, columns) in self.split(batch, only):
             whole_rows = torch.tensor(picked, device=rows.device)[rows]
             result[whole_rows, columns + 1] = compute(micro, rows, columns).to(result.dtype)
         return ranks.summed(result)

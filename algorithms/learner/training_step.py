@@ -102,7 +102,7 @@ class Learner:
                 `sampled_logprobs` keeps those of the rollout.
             fresh: Whether the policy as it is now has sampled the batch.
         """
-        needs, policy = self.algorithm.needs, self.policy
+        needs, policy, only = self.algorithm.needs, self.policy, self.algorithm.anchored(batch)
         if fresh and self.rescores:
             batch.sampled_logprobs = batch.old_logprobs
             batch.old_logprobs = self.scorer.logprobs(policy, batch)
@@ -111,9 +111,9 @@ class Learner:
         for name, network in (("ref", self.reference), ("teacher", self.teacher)):
             is_teacher = name == "teacher"
             if f"{name}_logprobs" in needs:
-                setattr(batch, f"{name}_logprobs", self.scorer.logprobs(network, batch, is_teacher))
+                setattr(batch, f"{name}_logprobs", self.scorer.logprobs(network, batch, is_teacher, only))
             if f"{name}_kl" in needs:
-                setattr(batch, f"{name}_kl", self.scorer.kl(policy, network, batch, is_teacher))
+                setattr(batch, f"{name}_kl", self.scorer.kl(policy, network, batch, is_teacher, only))
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> float:

@@ -263,7 +263,8 @@ class Trainer:
         tokens = float(batch.attention_mask.sum())
         spend(costs, **{f"{source}_batches": 1}, trained_tokens=tokens)
         if learner.teacher is not None:
-            spend(costs, teacher_scored_tokens=tokens)
+            read = learner.algorithm.anchored(batch)
+            spend(costs, teacher_scored_tokens=float(batch.attention_mask[read].sum()))
         if is_due(self.config.evaluation.every, step + 1, total_steps):
             self._save_sample(trajectories, batch, learner)
         metrics |= {name if "/" in name else f"train/{name}": value for name, value in figures.items()}

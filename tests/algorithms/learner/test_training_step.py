@@ -378,7 +378,7 @@ def test_constant_reduction_divides_the_sum_by_a_length_of_its_own():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_exact_divergence_of_the_networks_is_the_sum_over_the_vocabulary(temperature):
     batch, policy, teacher = make_batch(), make_model(0), make_model(200)
-    algorithm = DGPO(DGPOConfig(kl_estimator="exact"))
+    algorithm = DGPO(DGPOConfig(kl_estimator="exact", selective=False))
     learner = make_learner(algorithm, policy=policy, temperature=temperature, chunk_tokens=4, micro_batch_tokens=40)
     learner.score(batch)
     assert batch.teacher_logprobs is None
@@ -579,10 +579,40 @@ def behind_other_prompts(batch: Batch, seed: int = 9) -> Batch:
     return dataclasses.replace(batch, **widened)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "exact"])
+def test_only_trajectories_that_pay_are_scored_by_the_anchor(estimator):
+    batch = make_batch()
+    assert 0 < batch.correct.sum() < len(batch)
+    learners = [
+        make_learner(DGPO(DGPOConfig(num_minibatches=1, selective=selective, kl_estimator=estimator)))
+        for selective in (True, False)
+    ]
+    whole = dataclasses.replace(batch)
+    for learner, scored in zip(learners, (batch, whole), strict=True):
+        learner.score(scored)
+    name = "teacher_kl" if estimator == "exact" else "teacher_logprobs"
+    figures, of_all = getattr(batch, name), getattr(whole, name)
+    wrong = ~batch.correct
+    assert (of_all[batch.response_mask] != 0).all()
+    torch.testing.assert_close(figures[wrong], of_all[wrong], atol=1e-6, rtol=0)
+    assert (figures[batch.correct] == 0).all()
+    torch.testing.assert_close(batch.values, whole.values)
+
+
+def test_a_batch_in_which_nobody_pays_is_not_scored_by_the_anchor():
+    batch = make_batch()
+    batch.correct = torch.ones_like(batch.correct)
+    learner = make_learner(DGPO(DGPOConfig(num_minibatches=1)))
+    learner.score(batch)
+    assert (batch.teacher_logprobs == 0).all()
+    assert np.isfinite(learner.update(batch, np.random.default_rng(0))["value_loss"])
+
+
 def test_a_teacher_scores_the_tokens_behind_its_own_prompts():
     batch = make_batch()
     batch.read_by_teacher = behind_other_prompts(batch)
-    learner = make_learner(DGPO(DGPOConfig(num_minibatches=1)), micro_batch_tokens=40, chunk_tokens=3)
+    algorithm = DGPO(DGPOConfig(num_minibatches=1, selective=False))
+    learner = make_learner(algorithm, micro_batch_tokens=40, chunk_tokens=3)
     learner.score(batch)
     expected = naive_logprobs(learner.teacher, batch.read_by_teacher)[batch.read_by_teacher.response_mask]
     torch.testing.assert_close(batch.teacher_logprobs[batch.response_mask], expected, atol=1e-5, rtol=0)
