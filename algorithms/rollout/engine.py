@@ -161,6 +161,7 @@ class CachedEngine:
     def set_weights(self, model: PreTrainedModel) -> None:
         """See `Engine`."""
         assert not self._open
+        self._forget()
         self.model = self._reads = model
         self._copy: Bfloat16Copy | None = None
         if computes_in_bfloat16(model.device, self.precision):

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import decoder
 from algorithms.learner.networks import backbone_hidden, logit_width
+from algorithms.rollout.folded_decoder import FoldedDecoder, can_fold
 
 _FIRST_CAPACITY = 64
 #: Capacity grows by doubling up to this number of columns, and then by this number.
@@ -24,7 +25,7 @@ class EpisodeCache(Cache):
     A token's column is its position, so there are no holes. Padding that a forward pass computes beside real tokens
     lies beyond the end of its row. There causality hides it, and the row's next tokens overwrite it. A row is emptied
     by starting again at position 0. A pass reads neighbouring rows as a view, and `swap` makes the rows of a pass
-    neighbours.
+    neighbours. The weights must stay the same as long as the cache lives.
 
     Args:
         num_rows: Number of rows, R.
@@ -37,6 +38,7 @@ class EpisodeCache(Cache):
         self.rows = slice(0, num_rows)
         self.places = torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 0, dtype=torch.long)
         self.length = 0
+        self._folded: FoldedDecoder | None = None
 
     def forward(
         self,
@@ -67,6 +69,10 @@ class EpisodeCache(Cache):
         hidden_from = torch.arange(self.length, device=positions.device) > positions[:, :, None]
         mask = torch.zeros(hidden_from.shape, dtype=backbone.dtype, device=positions.device)
         mask.masked_fill_(hidden_from, torch.finfo(backbone.dtype).min)
+        if self._folded is None and can_fold(backbone):
+            self._folded = FoldedDecoder(backbone)
+        if self._folded is not None:
+            return self._folded.read(input_ids, positions, mask[:, None], self.update, self.length, at)
         if decoder.is_readable(backbone):
             return decoder.read(backbone, input_ids, positions, mask=mask[:, None], remember=self.update, at=at)
         hidden = backbone(
@@ -89,7 +95,7 @@ class EpisodeCache(Cache):
         to, source = torch.cat((these, those)), torch.cat((those, these))
         for layer in self._layers:
             for stored in (layer.keys, layer.values):
-                stored[to, :, :length] = stored[source, :, :length]
+                stored[to, :length] = stored[source, :length]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -109,30 +115,31 @@ class EpisodeCache(Cache):
 
 
 class _Layer:
-    """One layer's keys and values, each [R, heads, capacity, head_dim]."""
+    """One layer's keys and values, each [R, capacity, heads, head_dim], so that a token is written in one piece."""
 
     def __init__(self, num_rows: int, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, because a masked column still takes part with weight 0, and 0 * NaN is NaN. Keys have the dtype of the
         # values: under autocast rotary embeddings make them float32, and attention would round them in every pass.
         self.keys, self.values = (
-            value_states.new_zeros(num_rows, states.shape[1], _FIRST_CAPACITY, states.shape[3])
+            value_states.new_zeros(num_rows, _FIRST_CAPACITY, states.shape[1], states.shape[3])
             for states in (key_states, value_states)
         )
 
     def update(self, cache: EpisodeCache, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write at the columns that the cache names, and return the used columns of the rows."""
-        if cache.length > self.keys.shape[2]:
+        if cache.length > self.keys.shape[1]:
             self.keys, self.values = (_grow(stored, cache.length) for stored in (self.keys, self.values))
         # Not by `scatter_`, which on a CPU copies all of a bfloat16 tensor to write one column of it.
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            stored[cache.rows].transpose(1, 2)[cache.places] = states.transpose(1, 2).to(stored.dtype)
-        return self.keys[cache.rows, :, : cache.length], self.values[cache.rows, :, : cache.length]
+            stored[cache.rows][cache.places] = states.transpose(1, 2).to(stored.dtype)
+        keys, values = (stored[cache.rows, : cache.length].transpose(1, 2) for stored in (self.keys, self.values))
+        return keys, values
 
 
 def _grow(stored: Tensor, length: int) -> Tensor:
-    capacity = max(length, min(2 * stored.shape[2], stored.shape[2] + _LARGEST_GROWTH))
-    grown = stored.new_zeros(*stored.shape[:2], capacity, stored.shape[3])
-    grown[:, :, : stored.shape[2]] = stored
+    capacity = max(length, min(2 * stored.shape[1], stored.shape[1] + _LARGEST_GROWTH))
+    grown = stored.new_zeros(len(stored), capacity, *stored.shape[2:])
+    grown[:, : stored.shape[1]] = stored
     return grown
 
 

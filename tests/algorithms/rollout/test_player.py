@@ -326,7 +326,7 @@ def test_keys_and_values_take_little_more_room_than_they_need():
             cache.forward(backbone, torch.ones_like(positions), positions)
             for layer in cache._layers:
                 assert layer.keys.dtype == layer.values.dtype == torch.bfloat16, "as attention reads them"
-                capacity = layer.keys.shape[2]
+                capacity = layer.keys.shape[1]
                 assert layer.keys.shape == layer.values.shape
                 assert stop <= capacity < max(stop + 512, 2 * stop + 64)
 

@@ -1,0 +1,120 @@
+"""The folded decoder gives what a plain pass gives, and stands back where it can't or would not pay."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from algorithms.learner.networks import load_model
+from algorithms.rollout import folded_decoder
+from algorithms.rollout.folded_decoder import FoldedDecoder, can_fold
+from algorithms.rollout.kv_cache import EpisodeCache
+
+FAMILIES = {"qwen2": (Qwen2ForCausalLM, Qwen2Config), "llama": (LlamaForCausalLM, LlamaConfig)}
+LENGTHS = torch.tensor([9, 4])
+
+
+def make(model_type, config_type, **settings):
+    torch.manual_seed(0)
+    config = config_type(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        **settings,
+    )
+    model = model_type(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:  # ones and zeros would hide a forgotten one
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def in_steps(model, input_ids, at_once=9):
+    """Hidden states of rows of 9 and 4 tokens and of two further ones, read through one cache."""
+    cache = EpisodeCache(2)
+    first = cache.forward(model.base_model, input_ids[:, :at_once], torch.arange(at_once).expand(2, -1))
+    lengths, later = LENGTHS[:, None].clone(), []
+    for _ in range(2):
+        later.append(cache.forward(model.base_model, input_ids.gather(1, lengths), lengths))
+        lengths += 1
+    assert (cache._folded is not None) == can_fold(model.base_model)
+    return first, torch.cat(later, dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_it_gives_what_a_plain_pass_gives(family, tmp_path):
+    make(*FAMILIES[family]).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="float64")
+    assert can_fold(model.base_model)
+    input_ids = torch.arange(22).view(2, 11) * 7 % 50
+    plain = model.base_model(input_ids=input_ids).last_hidden_state
+    first, later = in_steps(model, input_ids)
+    torch.testing.assert_close(first[0], plain[0, :9], rtol=0, atol=1e-10)
+    torch.testing.assert_close(first[1, :4], plain[1, :4], rtol=0, atol=1e-10)
+    torch.testing.assert_close(later[0], plain[0, 9:], rtol=0, atol=1e-10)
+    torch.testing.assert_close(later[1], plain[1, 4:6], rtol=0, atol=1e-10)
+
+
+@torch.inference_mode()
+def test_only_the_positions_that_are_asked_for():
+    model = make(*FAMILIES["qwen2"])
+    input_ids = torch.arange(12).view(2, 6)
+    positions = torch.arange(6).expand(2, -1)
+    at = torch.tensor([0, 1]), torch.tensor([5, 2])
+    whole = EpisodeCache(2).forward(model.base_model, input_ids, positions)
+    part = EpisodeCache(2).forward(model.base_model, input_ids, positions, at=at)
+    torch.testing.assert_close(part, whole[at])
+
+
+def test_weights_are_copied():
+    model = make(*FAMILIES["llama"])
+    ids, positions, at = torch.arange(6)[None], torch.arange(6)[None], (torch.tensor([0]), torch.tensor([5]))
+    with torch.no_grad():
+        before = FoldedDecoder(model.base_model)
+        model.base_model.layers[0].self_attn.q_proj.weight.mul_(2)
+        read = [
+            one.read(ids, positions, torch.zeros(1, 1, 6, 6), lambda k, v, number: (k, v), 6, at)
+            for one in (before, FoldedDecoder(model.base_model))
+        ]
+    assert not torch.allclose(*read), "a cache lives as long as its weights"
+
+
+def stand_back(change):
+    model = make(*FAMILIES["qwen2"])
+    change(model)
+    return model.base_model
+
+
+class Adapter(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: setattr(model.base_model.layers[1].mlp, "up_proj", Adapter(32, 48, bias=False)),
+        lambda model: setattr(model.base_model.rotary_emb, "rope_type", "dynamic"),
+        lambda model: setattr(model.config, "hidden_act", "gelu"),
+        lambda model: setattr(model.config, "_attn_implementation", "eager"),
+        lambda model: setattr(model.base_model.layers[0].mlp, "down_proj", nn.Linear(48, 32)),
+    ],
+    ids=["bfloat16", "adapter", "dynamic table", "gelu", "eager", "bias"],
+)
+def test_it_stands_back(change):
+    assert not can_fold(stand_back(change))
+
+
+def test_it_stands_back_from_norms_of_heads_and_from_large_models(monkeypatch):
+    assert not can_fold(make(Qwen3ForCausalLM, Qwen3Config, head_dim=8).base_model)
+    model = make(*FAMILIES["qwen2"]).base_model
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not can_fold(model)
+    monkeypatch.setattr(folded_decoder, "_MAX_PARAMETERS", 1000)
+    assert not can_fold(model)
