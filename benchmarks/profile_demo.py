@@ -40,6 +40,19 @@ PHASES = {
     "algorithms.learner.training_step:Learner._policy_backward": "update: policy, forward and backward",
     "algorithms.learner.training_step:Learner._critic_backward": "update: critic, forward and backward",
     "algorithms.learner.optimizer:Optimizer.apply": "update: optimizer",
+    # The names up to 8077860.
+    "algorithms.learner.trainer:Trainer.train": "training, the rest",
+    "algorithms.learner.trainer:Trainer.__init__": "loading",
+    "algorithms.learner.sources:Sources.__init__": "demonstrations, the rest",
+    "algorithms.learner.report:finish": "evaluation, the rest",
+    "algorithms.learner.rollout:RolloutEngine.rollout": "rollouts: environment and records",
+    "algorithms.learner.rollout:_Rollout._decode": "rollouts: engine, token by token",
+    "algorithms.learner.rollout:_Rollout._prefill": "rollouts: engine, reading texts",
+    "algorithms.learner.generation:Generator.__call__": "probes, the rest",
+    "algorithms.learner.learner:Learner.score": "scoring",
+    "algorithms.learner.learner:Learner.update": "update, the rest",
+    "algorithms.learner.learner:Learner._policy_backward": "update: policy, forward and backward",
+    "algorithms.learner.learner:Learner._critic_backward": "update: critic, forward and backward",
 }
 
 
@@ -84,11 +97,11 @@ def floor_per_token(length: int = 160) -> float:
     """Microseconds per token of the student's matrix products and attention alone, forward and backward."""
     import torch
     from torch.nn.functional import linear, scaled_dot_product_attention
+    from transformers import AutoModelForCausalLM
 
     from algorithms.assets import ASSETS
-    from algorithms.learner.networks import load_model
 
-    backbone: Any = load_model(ASSETS / "tiny-student").base_model
+    backbone: Any = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny-student").base_model
     weights = [p for name, p in backbone.layers.named_parameters() if p.dim() == 2]
     rows, heads = 12, backbone.config.num_attention_heads
     inputs = {w.shape[1]: torch.randn(rows * length, w.shape[1], requires_grad=True) for w in weights}

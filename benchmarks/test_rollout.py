@@ -1,23 +1,31 @@
 """Sampled tokens per second: the rollout engine, and `model.generate` called for every turn on the whole transcript.
 
-Run with `pytest benchmarks/test_rollout.py -s`; the last test prints both and their ratio.
+Run with `pytest benchmarks/test_rollout.py -s`; the last tests print both and their ratio, over the tiny world and at
+three lengths of the history. They compare processor time, so that other load on the machine counts less.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from agentic_rag_env import FreeText
 from agentic_rag_env.actions import CLOSING_TAGS
+from agentic_rag_env.lifted import LiftedVectorEnv
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets.tokenizer import build_tokenizer
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.engine import CachedEngine
 from algorithms.rollout.player import Player
+from algorithms.rollout.tokenization import encode_plain, encode_prompts
 
 NUM_ENVS, MAX_NEW_TOKENS = 64, 30
 QUESTIONS = list(range(NUM_ENVS))
@@ -113,7 +121,6 @@ def test_one_batch_of_episodes(benchmark, player, play):
 
 
 def test_the_engine_is_several_times_faster(player, capsys):
-    """The test compares CPU time of this process, so that other load on the machine counts less."""
     rates = {}
     for play in (play_with_engine, play_with_generate):
         play(player)
@@ -126,3 +133,105 @@ def test_the_engine_is_several_times_faster(player, capsys):
     with capsys.disabled():
         print("\n" + ", ".join(f"{name}: {rate:.0f} tokens/s" for name, rate in rates.items()) + f", ratio {ratio:.1f}")
     assert ratio > 2
+
+
+NUM_TALKS, NUM_TURNS, END = 16, 4, "</search>"
+#: Tokens of an action, as many as the bundled student writes on average once it has learned to search.
+ACTION_TOKENS = 12
+#: Tokens of prompt and replies at the last turn, and how many times faster the engine is at least.
+HISTORIES = {100: 2.0, 1000: 2.5, 3000: 2.5}
+
+
+class Talk(gymnasium.Env[str, str]):
+    """Four turns, with replies of a given number of words."""
+
+    metadata = {"render_modes": [], "action_ends": [END]}  # noqa: RUF012
+    observation_space = action_space = FreeText()  # type: ignore[assignment]
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._text(), {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        return self._text(), 0.0, False, False, {"correct": False}
+
+    def _text(self) -> str:
+        return " ".join(self.np_random.choice(["company", "works", "is", "the", "of", "next"], self.words))
+
+
+gymnasium.register("Talk-v0", entry_point=Talk, max_episode_steps=NUM_TURNS)
+
+_Transcripts = list[list[list[int]]]
+
+
+def talk_with_engine(player: Player) -> _Transcripts:
+    """Play with the engine, and return the ids of each action of each episode."""
+    trajectories, _ = player.rollout(range(NUM_TALKS), seed=(0,))
+    return [[turn.action_ids.tolist() for turn in trajectory.turns] for trajectory in trajectories]
+
+
+def talk_with_generate(player: Player) -> _Transcripts:
+    """Play with `generate` on all ids of every episode in every turn, and return the ids of each action."""
+    model, tokenizer, envs = player.engine.model, player.engine.tokenizer, player.envs
+    prompts, _ = envs.reset(options={"question_index": np.arange(NUM_TALKS)})
+    histories = [ids.tolist() for ids in encode_prompts(tokenizer, list(prompts))]
+    actions: _Transcripts = [[] for _ in range(NUM_TALKS)]
+    for _ in range(NUM_TURNS):
+        width = max(map(len, histories))
+        input_ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in histories])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in histories])
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=ACTION_TOKENS,
+            stop_strings=[END],
+            tokenizer=tokenizer,
+        )
+        written = [[i for i in ids if i != tokenizer.pad_token_id] for ids in output[:, width:].tolist()]
+        texts, _, _, _, _ = envs.step([tokenizer.decode(ids) for ids in written])
+        for row, (ids, reply) in enumerate(zip(written, encode_plain(tokenizer, list(texts)), strict=True)):
+            actions[row].append(ids)
+            histories[row] += [*ids, *reply.tolist()]
+    return actions
+
+
+def talker(history: int) -> Player:
+    """A greedy player of episodes whose prompt and three replies have so many tokens, an end of text excluded."""
+    torch.set_num_threads(1)
+    tokenizer = build_tokenizer()
+    policy = make_policy(tokenizer)
+    with torch.no_grad():
+        policy.get_output_embeddings().bias[[tokenizer.eos_token_id, tokenizer.pad_token_id]] = -100.0
+    envs = LiftedVectorEnv("Talk-v0", NUM_TALKS, range(NUM_TALKS), {"words": history // NUM_TURNS})
+    config = RolloutConfig(max_new_tokens=ACTION_TOKENS, max_tokens=4096, temperature=0.0)
+    engine = CachedEngine(policy, tokenizer, config, num_rows=NUM_TALKS, action_ends=[END])
+    return Player(engine, envs)
+
+
+def least_seconds(function: Callable[[], object]) -> float:
+    """Processor time of the fastest of three calls."""
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        function()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_the_engine_is_faster_the_longer_the_history(history, capsys):
+    player = talker(history)
+    transcripts = talk_with_engine(player)
+    assert transcripts == talk_with_generate(player), "greedy transcripts are the same"
+    ours, otherwise = (least_seconds(lambda play=play: play(player)) for play in (talk_with_engine, talk_with_generate))
+    num_tokens = sum(len(action) for actions in transcripts for action in actions)
+    with capsys.disabled():
+        print(
+            f"\n{history} tokens of history, {num_tokens} written: engine {ours:.2f} s, "
+            f"generate {otherwise:.2f} s, ratio {otherwise / ours:.1f}"
+        )
+    assert otherwise / ours >= HISTORIES[history]
