@@ -62,15 +62,17 @@ def sgd_free(learning_rate: float = 1e-3, **settings) -> OptimizerConfig:
     return OptimizerConfig(learning_rate=learning_rate, max_grad_norm=1e9, **settings)
 
 
-def make_learner(algorithm, seed: int = 0, policy=None, shared: bool = False, temperature: float = 1.0, **settings):
-    policy = policy or make_model(seed)
+def make_learner(
+    algorithm, seed: int = 0, policy=None, shared: bool = False, temperature: float = 1.0, device="cpu", **settings
+):
+    policy = (policy or make_model(seed)).to(device)
     needs = algorithm.needs
     return Learner(
         algorithm,
         policy,
         critic=Critic(policy, shared=shared) if "values" in needs else None,
-        reference=freeze(make_model(100)) if "ref_logprobs" in needs else None,
-        teacher=freeze(make_model(200)) if any(need.startswith("teacher") for need in needs) else None,
+        reference=freeze(make_model(100).to(device)) if "ref_logprobs" in needs else None,
+        teacher=freeze(make_model(200).to(device)) if any(need.startswith("teacher") for need in needs) else None,
         config=LearnerConfig(**settings),
         total_steps=10,
         vocab_size=VOCAB,

@@ -11,6 +11,7 @@ from toy_policy import make_policy, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.assets import ASSETS
 from algorithms.learner.networks import (
     Critic,
     backbone_hidden,
@@ -250,3 +251,9 @@ def test_a_shared_critic_owns_a_head_only_and_trains_the_policys_trunk():
         critic.head.weight.normal_()
     critic.values(*critic_inputs()).sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["tiny-teacher", "tiny-student"])
+def test_the_bundled_models_load_in_the_precision_of_a_gpu(name):
+    """Their logits reach 10, where bfloat16 has steps of 0.06."""
+    assert load_model(ASSETS / name, dtype=torch.bfloat16).dtype == torch.bfloat16
