@@ -43,10 +43,10 @@ def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
     except KeyboardInterrupt as error:
         _print_message("Interrupted.", error, run_dir)
         raise SystemExit(130) from error
-    except (AgenticRAGError, OSError, FloatingPointError) as error:
+    except _mendable() as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        message = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+        message = " ".join([f"{type(error).__name__}: {_told(error)}", *getattr(error, "__notes__", ())])
         if _is_job_of_a_multirun():
             from hydra.errors import CompactHydraException
 
@@ -55,6 +55,27 @@ def clear_errors(run_dir: Path | None = None) -> Iterator[None]:
         raise SystemExit(1) from error
     finally:
         warnings.formatwarning = shown_before
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    """The errors that a user can mend."""
+    return (AgenticRAGError, OSError, FloatingPointError, *_out_of_memory())
+
+
+def _out_of_memory() -> tuple[type[Exception], ...]:
+    """What torch raises when a GPU's memory is full; nothing for a command that has not loaded torch."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.OutOfMemoryError,)
+
+
+def _told(error: Exception) -> str:
+    if not isinstance(error, _out_of_memory()):
+        return str(error)
+    what, how_much, *_ = f"{error}. . ".split(". ")  # torch goes on with a page about its allocator
+    return (
+        f"{what}. {how_much}. Lower learner.micro_batch_tokens (training) or num_envs (rollouts), or set "
+        "learner.gradient_checkpointing=true; preflight=true plans the memory of a run."
+    )
 
 
 @contextmanager
