@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -45,11 +47,18 @@ class Figures:
         """Means and largest entries of what all processes have counted."""
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
-        for own in ranks.gathered({name: (float(total), self._counts[name]) for name, total in self._sums.items()}):
+        totals = _read(self._sums)
+        for own in ranks.gathered({name: (total, self._counts[name]) for name, total in totals.items()}):
             for name, (total, count) in own.items():
                 sums[name] = sums.get(name, 0.0) + total
                 counts[name] = counts.get(name, 0) + count
         largest: dict[str, float] = {}
-        for found in ranks.gathered({name: float(value) for name, value in self._largest.items()}):
+        for found in ranks.gathered(_read(self._largest)):
             largest |= {name: max(value, largest.get(name, value)) for name, value in found.items()}
         return {name: total / counts[name] for name, total in sums.items()} | largest
+
+
+def _read(figures: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read all at once, because each read waits for the device."""
+    values = torch.stack([figure.double() for figure in figures.values()]).tolist() if figures else []
+    return dict(zip(figures, values, strict=True))

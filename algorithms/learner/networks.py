@@ -255,21 +255,20 @@ def logit_width(model: PreTrainedModel) -> int:
 
 
 def backbone_hidden(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, at: tuple[Tensor, Tensor] | None = None
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, at: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """Compute the last hidden states, final norm included, of a model or of its backbone.
 
     Args:
         model: A causal language model, or its `base_model`.
         input_ids: [B, T] int64.
-        attention_mask: [B, T] bool; each row counts its real tokens from position 0.
+        attention_mask: [B, T] bool; each row counts its real tokens from position 0. None: padding is on the right.
         at: Rows and columns, each [n] int64, of the states that are wanted; None: all.
 
     Returns:
         [B, T, d] in the model's dtype, meaningless on padding; or [n, d] at the positions.
     """
-    padded_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
-    if padded_right:
+    if attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
         # Causality already hides the padding, so attention needs no mask and takes its fast causal path. Positions
         # go on through the padding: transformers takes equal ones for the start of a packed sequence.
         mask, position_ids = None, torch.arange(input_ids.shape[1], device=input_ids.device)[None]
@@ -352,12 +351,12 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def values(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def values(self, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
         """Compute the values at given positions.
 
         Args:
             input_ids: [B, T] int64.
-            attention_mask: [B, T] bool.
+            attention_mask: [B, T] bool; None: padding is on the right.
             rows: [N] int64; `collate.predicting_positions` returns `rows` and `columns`.
             columns: [N] int64; the state before token t is read at column t - 1.
 

@@ -70,10 +70,11 @@ def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy of each row, [..., V] to [...] nats; 0 for a row without a finite logit."""
-    log_p = log_softmax(logits)
+    log_p = logits.log_softmax(dim=-1)
     entropy = -(log_p.exp() * log_p).sum(dim=-1)
-    if entropy.isfinite().all():  # else some log_p is minus infinity, and its product with 0 is NaN
+    if entropy.isfinite().all():  # else some log_p is minus infinity or NaN, and its product with 0 is NaN
         return entropy
+    log_p = log_softmax(logits)
     return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(dim=-1)
 
 

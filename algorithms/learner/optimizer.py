@@ -66,7 +66,7 @@ class Optimizer:
         """
         ranks.sum_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        if not torch.isfinite(loss) or not torch.isfinite(norm):
+        if not torch.isfinite(loss + norm):
             raise FloatingPointError(
                 f"Training step {step + 1}: the loss of the {self.name} is {float(loss)} and the norm of its gradient"
                 f" {float(norm)}. Nothing was changed by this step. Begin again, from the last checkpoint if you like"

@@ -91,12 +91,12 @@ class Scorer:
     def values_at(self, critic: Critic, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Values [n] float32 of the states at the given positions; they carry gradient."""
         with autocast(micro.input_ids.device, self.precision):
-            return ops.at_least_float32(critic.values(micro.input_ids, micro.attention_mask, rows, columns))
+            return ops.at_least_float32(critic.values(micro.input_ids, None, rows, columns))
 
     def hidden(self, network: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Hidden states [n, d]: the backbone's output at the given positions."""
         with autocast(micro.input_ids.device, self.precision):
-            return backbone_hidden(network, micro.input_ids, micro.attention_mask, (rows, columns))
+            return backbone_hidden(network, micro.input_ids, None, (rows, columns))
 
     def hidden_of_teacher(self, teacher: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """The teacher's hidden states for the same tokens, behind the prompts that the teacher reads."""
@@ -110,10 +110,11 @@ class Scorer:
             logits = lm_logits(network, hidden, self.vocab_size)
         return logits if self.temperature == 1 else logits / self.temperature
 
-    def split(
-        self, batch: Batch, only: Tensor | None = None
-    ) -> Iterator[tuple[list[int], Batch, tuple[Tensor, Tensor]]]:
+    def split(self, batch: Batch, only: Tensor | None = None) -> Iterator[tuple[Tensor, Batch, tuple[Tensor, Tensor]]]:
         """Split this process's share of a batch into micro-batches that hold model-written tokens.
+
+        The masks are read once. From them the host knows lengths and positions, and never waits for the device between
+        the micro-batches.
 
         Args:
             batch: The trajectories.
@@ -122,23 +123,26 @@ class Scorer:
         Yields:
             Rows of the batch, the micro-batch, and its predicting positions.
         """
-        lengths = batch.attention_mask.sum(dim=1).tolist()
-        rows = range(len(lengths)) if only is None else only.nonzero()[:, 0].tolist()
-        own = ranks.share(sorted(rows, key=lambda row: -lengths[row]))
+        device = batch.input_ids.device
+        attention_mask, response_mask = torch.stack((batch.attention_mask, batch.response_mask)).cpu()
+        assert (attention_mask[:, 1:] <= attention_mask[:, :-1]).all(), "a batch is padded on the right"
+        lengths = attention_mask.sum(dim=1).tolist()
+        counted = range(len(lengths)) if only is None else only.nonzero()[:, 0].tolist()
+        own = ranks.share(sorted(counted, key=lambda row: -lengths[row]))
         for places in micro_batches([lengths[row] for row in own], self.micro_batch_tokens):
-            rows = [own[place] for place in places]
-            micro = batch.select(rows)
-            at = predicting_positions(micro.response_mask)
-            if len(at[0]):
-                yield rows, micro, at
+            rows = torch.tensor([own[place] for place in places])
+            length = max(lengths[own[place]] for place in places)
+            at = torch.stack(predicting_positions(response_mask[rows, :length])).to(device, non_blocking=True)
+            if at.shape[1]:
+                rows = rows.to(device, non_blocking=True)
+                yield rows, batch.select(rows, length), (at[0], at[1])
 
     def _at_model_tokens(
         self, batch: Batch, compute: Callable[[Batch, Tensor, Tensor], Tensor], only: Tensor | None = None
     ) -> Tensor:
         result = torch.zeros_like(batch.old_logprobs)
         for picked, micro, (rows, columns) in self.split(batch, only):
-            whole_rows = torch.tensor(picked, device=rows.device)[rows]
-            result[whole_rows, columns + 1] = compute(micro, rows, columns).to(result.dtype)
+            result[picked[rows], columns + 1] = compute(micro, rows, columns).to(result.dtype)
         return ranks.summed(result)
 
 

@@ -120,7 +120,7 @@ class Learner:
         """Mean loss of the policy per model-written token, without a step."""
         total, num_tokens = 0.0, 0
         for picked, micro, at in self.scorer.split(batch):
-            tokens = gather_tokens(micro, torch.tensor(picked, device=at[0].device), *at)
+            tokens = gather_tokens(micro, picked, *at)
             for _, part, _ in self._chunks(micro, at, tokens, self.scorer.hidden(self.policy, micro, *at)):
                 total += float(self.algorithm.token_loss(part).sum())
                 num_tokens += len(part.ids)
@@ -157,10 +157,11 @@ class Learner:
         self._zero_grad()
         figures = Figures(fresh)
         trains_policy = self.critic is None or self.step >= config.critic_warmup_steps
+        device = batch.input_ids.device
         with _checkpointing(self._trained() if self.config.gradient_checkpointing else []):
             for _ in range(config.num_epochs):
                 for rows in np.array_split(rng.permutation(len(batch)), config.num_minibatches):
-                    self._step_minibatch(batch, torch.from_numpy(np.sort(rows)), trains_policy, figures)
+                    self._step_minibatch(batch, torch.from_numpy(np.sort(rows)).to(device), trains_policy, figures)
         metrics = {**figures.means(), "learning_rate": self.policy_optimizer.learning_rate(self.step)}
         if batch.values is not None and batch.returns is not None:
             metrics["explained_variance"] = ops.explained_variance(batch.values, batch.returns, batch.response_mask)
@@ -254,7 +255,7 @@ class Learner:
         """Run a backward pass per micro-batch, and return the losses of the whole minibatch by these names."""
         totals = {name: weights.new_zeros(()) for name in names}
         for picked, micro, at in self.scorer.split(minibatch):
-            tokens = gather_tokens(micro, rows[picked].to(weights.device), *at)
+            tokens = gather_tokens(micro, rows[picked], *at)
             for name, loss in backward(micro, at, tokens, weights[picked][at[0]], figures).items():
                 totals[name] += loss
         for name, total in totals.items():
@@ -361,10 +362,10 @@ class Learner:
                 f"A batch of {len(batch)} trajectories can't be split into num_minibatches={num_minibatches}; raise"
                 " batch_size or lower num_minibatches."
             )
-        written = batch.input_ids[batch.response_mask]
-        if written.numel() and int(written.max()) >= self.scorer.vocab_size:
+        largest = int(batch.input_ids.masked_fill(~batch.response_mask, 0).max())
+        if largest >= self.scorer.vocab_size:
             raise ConfigurationError(
-                f"The batch holds token id {int(written.max())}, written by a model, but the vocabulary shared by all"
+                f"The batch holds token id {largest}, written by a model, but the vocabulary shared by all"
                 f" networks has {self.scorer.vocab_size} entries; check that all have the same tokenizer."
             )
 

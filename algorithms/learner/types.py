@@ -131,14 +131,16 @@ class Batch:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def select(self, rows: Tensor | Sequence[int]) -> Batch:
+    def select(self, rows: Tensor | Sequence[int], length: int | None = None) -> Batch:
         """Take the given trajectories, and cut off padding that none of them needs.
 
         Args:
             rows: Row indices.
+            length: Tokens of the longest of them, for callers who know it; None: the masks are read.
         """
         rows = self.group_ids.new_tensor(list(rows)) if isinstance(rows, Sequence) else rows.to(self.group_ids.device)
-        length = int(self.attention_mask[rows].sum(dim=1).max())
+        if length is None:
+            length = int(self.attention_mask[rows].sum(dim=1).max())
         picked: dict[str, Any] = {}
         for name in self.__slots__:
             value = getattr(self, name)

@@ -218,11 +218,15 @@ class CachedEngine:
     def _decode(self) -> None:
         """Draw one more token in every running row."""
         rows = self._row_at[: self._num_running]
-        last = self._ids[rows, self._counts[rows] - 1]
-        hidden = self._forward(last[:, None], self._lengths[rows][:, None], first_place=0)
+        counts, lengths = self._counts[rows], self._lengths[rows]
+        # All that the device needs goes there at once, while it has nothing to do.
+        inputs = np.stack((self._ids[rows, counts - 1], lengths, self._uniforms[rows, counts].view(np.int64)))
+        last, places, uniforms = self._tensor(inputs)
+        length = int(lengths.max()) + 1
+        hidden = self._cache.forward(self._backbone, last[:, None], places[:, None], length=length)
         self._lengths[rows] += 1
         self.computed_tokens += len(rows)
-        self._sample(rows, hidden[:, 0])
+        self._sample(rows, hidden[:, 0], uniforms.view(torch.float64))
 
     def _read_pending(self) -> None:
         """Read what was opened and appended, and draw the first token of each action."""
@@ -238,13 +242,14 @@ class CachedEngine:
         is_long[[row for row, ids in pending.items() if 2 * len(ids) > longest]] = True
         # A hint of few tokens is not padded to the length of a passage.
         middle = self._to_front(is_long, self._num_running, self._num_open)
+        rows = self._row_at[self._num_running : self._num_open].copy()
+        uniforms = self._tensor(self._uniforms[rows, 0])
         hidden = self._prefill(pending, self._num_running, middle)
         hidden += self._prefill(pending, middle, self._num_open)
-        rows = self._row_at[self._num_running : self._num_open].copy()
         self._counts[rows] = 0
         self._limits[rows] = np.minimum(self.config.max_new_tokens, self.config.max_tokens - self._lengths[rows])
         self._num_running = self._num_open
-        self._sample(rows, torch.cat(hidden))
+        self._sample(rows, torch.cat(hidden), uniforms)
 
     def _prefill(self, pending: dict[int, np.ndarray], start: int, stop: int) -> list[Tensor]:
         """Read the pending tokens of the rows in these places.
@@ -261,21 +266,24 @@ class CachedEngine:
                 input_ids[place, : len(pending[row])] = pending[row]
             positions = self._lengths[rows][:, None] + np.arange(width)
             widths = np.array([len(pending[row]) for row in rows])
-            last = self._tensor(np.arange(len(rows))), self._tensor(widths - 1)
-            hidden.append(self._forward(input_ids, positions, start, last))
+            ids, places = self._tensor(np.stack((input_ids, positions)))
+            numbers, last = self._tensor(np.stack((np.arange(len(rows)), widths - 1)))
+            length = int(positions.max()) + 1
+            hidden.append(self._cache.forward(self._backbone, ids, places, start, length=length, at=(numbers, last)))
             self._lengths[rows] += widths
             self.computed_tokens += int(widths.sum())
             start += len(rows)
         return hidden
 
-    def _sample(self, rows: np.ndarray, hidden: Tensor) -> None:
+    def _sample(self, rows: np.ndarray, hidden: Tensor, uniforms: Tensor) -> None:
         """Draw a token for each of these running rows, and set those aside whose action it ends."""
         counts = self._counts[rows]
         logits = lm_logits(self._reads, hidden, self.vocab_size)
-        ids, logprobs = sample(logits, self._tensor(self._uniforms[rows, counts]), self.config)
-        tokens = ids.cpu().numpy()
+        ids, logprobs = sample(logits, uniforms, self.config)
+        # The one moment of a step at which the host waits for the device.
+        tokens, bits = torch.stack((ids, logprobs.double().view(torch.int64))).cpu().numpy()
         self._ids[rows, counts] = tokens
-        self._logprobs[rows, counts] = logprobs.cpu().numpy()
+        self._logprobs[rows, counts] = bits.view(np.float64)
         self._counts[rows] = counts + 1
         end = self.action_end
         ended = end.is_eos[tokens] | (counts + 1 >= self._limits[rows])
@@ -293,22 +301,13 @@ class CachedEngine:
         these = start + np.flatnonzero(~flags[: end - start])
         those = end + np.flatnonzero(flags[end - start :])
         if len(these):
-            self._cache.swap(self._tensor(these), self._tensor(those), int(self._lengths.max()))
+            moved, back = self._tensor(np.stack((these, those)))
+            self._cache.swap(moved, back, int(self._lengths.max()))
             self._row_at[these], self._row_at[those] = self._row_at[those], self._row_at[these]
         return end
 
-    def _forward(
-        self,
-        input_ids: np.ndarray,
-        positions: np.ndarray,
-        first_place: int,
-        at: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        ids, places, length = self._tensor(input_ids), self._tensor(positions), int(positions.max()) + 1
-        return self._cache.forward(self._backbone, ids, places, first_place, length=length, at=at)
-
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.model.device)
+        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
 
 
 def _check_context(model: PreTrainedModel, config: RolloutConfig) -> None:

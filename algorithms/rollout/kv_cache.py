@@ -47,7 +47,7 @@ class EpisodeCache(Cache):
         positions: Tensor,
         first_row: int = 0,
         *,
-        length: int | None = None,
+        length: int,
         at: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Append tokens to rows and compute their hidden states.
@@ -57,7 +57,7 @@ class EpisodeCache(Cache):
             input_ids: [n, W] int64, the next tokens of rows `first_row` to `first_row + n`, padded on the right.
             positions: [n, W] int64, contiguous, from the row's length on.
             first_row: The first row.
-            length: The largest position plus one, for callers who know it; None: it is looked up.
+            length: The largest position plus one.
             at: Rows and columns of `input_ids`, each [m] int64, whose hidden states are wanted; None: all.
 
         Returns:
@@ -65,7 +65,7 @@ class EpisodeCache(Cache):
         """
         self.rows = slice(first_row, first_row + len(input_ids))
         self.places = torch.arange(len(input_ids), device=positions.device)[:, None], positions
-        self.length = int(positions.max()) + 1 if length is None else length
+        self.length = length
         hidden_from = torch.arange(self.length, device=positions.device) > positions[:, :, None]
         mask = torch.zeros(hidden_from.shape, dtype=backbone.dtype, device=positions.device)
         mask.masked_fill_(hidden_from, torch.finfo(backbone.dtype).min)
@@ -167,15 +167,15 @@ def check_cache(model: PreTrainedModel) -> None:
 def _in_steps(model: PreTrainedModel, input_ids: Tensor, columns: Tensor) -> Tensor:
     """Compute row 0 in portions of 5, 1, 1 and 1 tokens, and row 1 in portions of 3 (padded to 5), 1, 1, 1 and 2."""
     cache, backbone = EpisodeCache(2), model.base_model
-    first = cache.forward(backbone, input_ids[:, :5], columns[:, :5])
+    first = cache.forward(backbone, input_ids[:, :5], columns[:, :5], length=5)
     hidden = torch.zeros(2, 8, first.shape[-1], dtype=first.dtype, device=first.device)
     hidden[0, :5], hidden[1, :3] = first[0], first[1, :3]
     lengths = torch.tensor([[5], [3]], device=input_ids.device)
-    for _ in range(3):
-        step = cache.forward(backbone, input_ids.gather(1, lengths), lengths)
+    for step_number in range(3):
+        step = cache.forward(backbone, input_ids.gather(1, lengths), lengths, length=6 + step_number)
         hidden.scatter_(1, lengths[:, :, None].expand_as(step), step)
         lengths += 1
-    hidden[1:, 6:] = cache.forward(backbone, input_ids[1:, 6:], columns[1:, 6:], first_row=1)
+    hidden[1:, 6:] = cache.forward(backbone, input_ids[1:, 6:], columns[1:, 6:], first_row=1, length=8)
     return hidden
 
 

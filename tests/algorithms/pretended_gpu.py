@@ -118,7 +118,7 @@ class _Operations(TorchDispatchMode):
             self.gpu.waited("mask as an index")
         elif name == "aten::repeat_interleave":
             self.gpu.waited("repeat_interleave")
-        if not func.is_view:
+        if not func.is_view and name != "aten::_unsafe_view":
             self.gpu.launches[name] += 1
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
@@ -205,6 +205,8 @@ def _patches(gpu: PretendedGpu) -> Iterator[Any]:
         yield patch.object(Tensor, name, method)
     for name in _MAKERS:
         yield patch.object(torch, name, _maker(getattr(torch, name), up))
+    # In inference mode torch would show composite operations whole, and hide what they launch.
+    yield patch.object(torch, "inference_mode", torch.no_grad)
     yield patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped)
     yield patch.object(torch.amp.autocast_mode.autocast, "__init__", _autocast_on_the_cpu)
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "pretended"}

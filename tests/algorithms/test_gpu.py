@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from small_runs import DGPO, DGPO_STEPS, KD_STEPS, resume, train
 
+from agentic_rag_env.retrievers.vectors.ranking import nearest
+from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
+from algorithms.launch.clear_errors import clear_errors
 from algorithms.learner import ops
 from algorithms.learner.collate import collate
 from algorithms.learner.networks import pad_id
@@ -42,6 +48,24 @@ def test_whole_run_on_a_gpu(tmp_path):
     assert max(gaps) < 0.1
 
 
+def test_a_run_goes_on_from_a_checkpoint_on_a_gpu(tmp_path, cache):
+    whole = train(tmp_path / "run", cache, *DGPO)
+    (whole.path / "summary.json").unlink()
+    shutil.rmtree(whole.path / "checkpoints" / f"{KD_STEPS + DGPO_STEPS:06d}")
+    resumed = resume(whole.path)
+    assert f"resuming after step {KD_STEPS + DGPO_STEPS - 2}" in resumed.out + resumed.err
+    assert [row["step"] for row in resumed.metrics][-1] == KD_STEPS + DGPO_STEPS
+
+
+def test_float16_search_finds_what_float64_finds():
+    draws = np.random.default_rng(0)
+    vectors = draws.standard_normal((5000, 64)).astype(np.float16)
+    queries = draws.standard_normal((9, 64)).astype(np.float32)
+    expected = np.argsort(-(queries.astype(np.float64) @ vectors.astype(np.float64).T), axis=1)[:, :3]
+    found = nearest(TorchSearch(vectors, "cuda"), queries, 3)
+    assert [[row for row, _ in ranking] for ranking in found] == expected.tolist()
+
+
 def test_bfloat16_rollouts_agree_with_the_training_pass(tmp_path):
     trainer = Trainer(config(tmp_path), tmp_path / "run")
     networks: Networks = trainer.networks
@@ -52,3 +76,11 @@ def test_bfloat16_rollouts_agree_with_the_training_pass(tmp_path):
     logprobs = scorer.logprobs(networks.teacher(), batch)
     difference = ops.kl_estimate(batch.old_logprobs, logprobs, "k1")[batch.response_mask]
     assert difference.abs().mean() < 0.02
+
+
+def test_a_full_gpu_says_what_to_do(capsys):
+    with pytest.raises(SystemExit), clear_errors():
+        torch.empty(2**50, device="cuda")
+    said = capsys.readouterr().err
+    assert "out of memory" in said
+    assert "learner.micro_batch_tokens" in said

@@ -323,7 +323,7 @@ def test_keys_and_values_take_little_more_room_than_they_need():
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         for start, stop in ((0, 5), (5, 70), (70, 1200), (1200, 1201), (1201, 1900)):
             positions = torch.arange(start, stop).expand(2, -1)
-            cache.forward(backbone, torch.ones_like(positions), positions)
+            cache.forward(backbone, torch.ones_like(positions), positions, length=int(positions.max()) + 1)
             for layer in cache._layers:
                 assert layer.keys.dtype == layer.values.dtype == torch.bfloat16, "as attention reads them"
                 capacity = layer.keys.shape[1]
