@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 SMOLLM2 ?= $(HOME)/.cache/agentic_rag_env/smollm2
 RUN := outputs/real/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: demo real test nightly lowest benchmark lint clean
+.PHONY: demo real test nightly lowest benchmark gpu-check lint clean
 
 demo: $(READY)
 	$(BIN)/python -m algorithms.run algo=dgpo
@@ -43,6 +43,10 @@ lowest:
 
 benchmark: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Everything that a GPU can show, and a small form of it where there is none.
+gpu-check: $(READY)
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: $(READY)
 	$(BIN)/ruff check .
