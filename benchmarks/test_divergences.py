@@ -47,7 +47,7 @@ def make_batch() -> Batch:
 
 def chunked_step() -> Callable[[], float]:
     """Make a step of the learner, which returns its loss."""
-    config = LearnerConfig(chunk_tokens=64)
+    config = LearnerConfig()
     parts = {"teacher": freeze(make_model(1)), "config": config, "total_steps": 1000, "vocab_size": VOCAB}
     learner, batch = Learner(GKD(GKDConfig(jsd_beta=BETA)), make_model(0), **parts), make_batch()
     return lambda: learner.update(batch, np.random.default_rng(0))["loss"]

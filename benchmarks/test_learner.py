@@ -74,7 +74,7 @@ def chunked_step(loss: str) -> Callable[[], object]:
         algorithm,
         make_model(0),
         teacher=freeze(make_model(1)) if loss == "kd" else None,
-        config=LearnerConfig(chunk_tokens=64),
+        config=LearnerConfig(),
         total_steps=1000,
         vocab_size=VOCAB,
     )

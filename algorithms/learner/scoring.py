@@ -19,6 +19,15 @@ from algorithms.learner.collate import micro_batches, predicting_positions
 from algorithms.learner.networks import Critic, autocast, backbone_hidden, lm_logits
 from algorithms.learner.types import Batch, Tokens
 
+#: Most logits of a chunk on a CPU. Beyond 32 MiB the allocator gives a tensor back to the system when it is freed, and
+#: its pages are made anew for the next one, which doubles the time of a step over a large vocabulary.
+_MAX_CPU_LOGITS = 5_000_000
+
+
+def chunk_tokens(most: int, vocab_size: int, device: torch.device) -> int:
+    """Tokens that go through an LM head at once: as many as the setting allows, and on a CPU no more than are fast."""
+    return most if device.type != "cpu" else max(1, min(most, _MAX_CPU_LOGITS // vocab_size))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:

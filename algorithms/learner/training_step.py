@@ -25,7 +25,7 @@ from algorithms.learner.config import LearnerConfig, PolicyGradientConfig
 from algorithms.learner.figures import Figures
 from algorithms.learner.networks import Critic
 from algorithms.learner.optimizer import Optimizer
-from algorithms.learner.scoring import Scorer, gather_tokens, slice_tokens
+from algorithms.learner.scoring import Scorer, chunk_tokens, gather_tokens, slice_tokens
 from algorithms.learner.types import Batch, Tokens
 
 _Losses = dict[str, Tensor]
@@ -76,7 +76,7 @@ class Learner:
             temperature=temperature,
             precision=config.precision,
             micro_batch_tokens=config.micro_batch_tokens,
-            chunk_tokens=config.chunk_tokens,
+            chunk_tokens=chunk_tokens(config.chunk_tokens, vocab_size, policy.device),
         )
         self._check_settings()
         self.shared_critic = critic is not None and critic.shared
@@ -301,8 +301,8 @@ class Learner:
         if "teacher_logits" in self.algorithm.needs:
             with torch.no_grad():
                 teacher_hidden = self.scorer.hidden_of_teacher(self.teacher, micro, *at)
-        for start in range(0, len(hidden), self.config.chunk_tokens):
-            chunk = slice(start, start + self.config.chunk_tokens)
+        for start in range(0, len(hidden), self.scorer.chunk_tokens):
+            chunk = slice(start, start + self.scorer.chunk_tokens)
             leaf = hidden[chunk].detach().requires_grad_()
             part = slice_tokens(tokens, chunk)
             self._fill_in_logits(part, leaf, None if teacher_hidden is None else teacher_hidden[chunk])
