@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner import sharding
 from algorithms.learner.adapter_folders import ADAPTER_WEIGHTS, Adapter
 from algorithms.learner.config import ALL_LINEAR, LoraConfig
 from algorithms.learner.model_folders import as_folder
@@ -93,7 +94,9 @@ def load_trained_state(network: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         RuntimeError: The state does not fit the network.
     """
-    report = network.load_state_dict(state, strict=False)
+    own = network.state_dict()
+    whole = {name: sharding.like(value, own.get(name, value)) for name, value in state.items()}
+    report = network.load_state_dict(whole, strict=False)
     if wrong := [*report.unexpected_keys, *(set(report.missing_keys) - _frozen(network))]:
         raise RuntimeError(f"{len(wrong)} weights are missing or too many, among them {wrong[0]}")
 

@@ -11,6 +11,7 @@ from agentic_rag_env.settings import COUNT, FRACTION, Allowed, above, at_least, 
 #: Metadata of a field whose setting says how a run is carried out, and does not change its results.
 WITHOUT_EFFECT = {"without_effect": True}
 LOSS_REDUCTIONS = ("token-mean", "seq-mean", "constant")
+SHARDINGS = ("none", "fsdp2")
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 #: Conditions that a demonstration may have to meet.
 FILTERS = ("correct", "well_formed", "length")
@@ -273,6 +274,9 @@ class LearnerConfig:
         gradient_checkpointing: Keep one activation per layer and compute the others again in the backward pass.
         critic: "separate": a network of its own; "shared": a head on the policy's backbone.
         value_coef: Weight of the value loss in the gradient of a shared backbone.
+        sharding: "none": each process holds the networks whole. "fsdp2": of several processes, each holds a share of
+            policy, critic, reference and teacher, for models that fit no GPU in full. The policy is gathered whole to
+            write with. A single process has nothing to share.
     """
 
     precision: str = "auto"
@@ -281,9 +285,15 @@ class LearnerConfig:
     gradient_checkpointing: bool = False
     critic: str = "separate"
     value_coef: float = 0.5
+    sharding: str = field(default="none", metadata=WITHOUT_EFFECT)
 
     def __post_init__(self) -> None:
         check_settings(self, one_of(PRECISIONS), "precision")
         check_settings(self, one_of(CRITICS), "critic")
+        check_settings(self, one_of(SHARDINGS), "sharding")
+        if self.sharding == "fsdp2" and self.critic == "shared":
+            raise ConfigurationError(
+                "learner.sharding=fsdp2 can't gather a critic inside the policy; choose learner.critic=separate."
+            )
         check_settings(self, COUNT, "micro_batch_tokens", "chunk_tokens")
         check_settings(self, at_least(0), "value_coef")

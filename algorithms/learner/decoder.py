@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import rms_norm
 from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,6 +29,7 @@ def is_readable(backbone: Any) -> bool:
     config = backbone.config
     return (
         type(backbone) in _BUILT_LIKE_LLAMA
+        and not isinstance(backbone.layers[0], FSDPModule)  # whose weights are there only while the layer is called
         and config._attn_implementation == "sdpa"
         and not backbone.gradient_checkpointing  # which recomputes whole layers
         and (getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True))

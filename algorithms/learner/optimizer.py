@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from algorithms.learner import ranks
+from algorithms.learner import ranks, sharding
 from algorithms.learner.algorithm import OptimizerConfig
 
 
@@ -64,8 +65,9 @@ class Optimizer:
         Raises:
             FloatingPointError: Loss or gradient is not finite; nothing has been changed.
         """
-        ranks.sum_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        # Those of sharded weights were summed in the backward pass.
+        ranks.sum_gradients([each for each in self.parameters if not isinstance(each, DTensor)])
+        norm = sharding.whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         if not torch.isfinite(loss + norm):
             raise FloatingPointError(
                 f"Training step {step + 1}: the loss of the {self.name} is {float(loss)} and the norm of its gradient"
@@ -79,9 +81,16 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """The running averages."""
-        return self.adamw.state_dict()
+        """The running averages, whole. All processes call this at once."""
+        return sharding.whole_state(self.adamw.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.adamw.load_state_dict(dict(state))
+        trained = [parameter for group in self.adamw.param_groups for parameter in group["params"]]
+        averages = {
+            number: {
+                name: sharding.like(value, trained[number]) if value.dim() else value for name, value in each.items()
+            }
+            for number, each in state["state"].items()
+        }
+        self.adamw.load_state_dict({**state, "state": averages})

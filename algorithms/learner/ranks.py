@@ -119,7 +119,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Sum gradients over the processes. A parameter that has one in any process has one in all of them afterwards."""
-    if count() == 1:
+    if count() == 1 or not parameters:
         return
     has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
     summed(has_gradient)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from algorithms.learner import ops, ranks
+from algorithms.learner import ops, ranks, sharding
 from algorithms.learner.collate import micro_batches, predicting_positions
 from algorithms.learner.networks import Critic, autocast, backbone_hidden, lm_logits
 from algorithms.learner.types import Batch, Tokens
@@ -29,6 +29,23 @@ def chunk_tokens(most: int, vocab_size: int, device: torch.device) -> int:
     return most if device.type != "cpu" else max(1, min(most, _MAX_CPU_LOGITS // vocab_size))
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A micro-batch of this process's share of a batch.
+
+    Attributes:
+        rows: [b] int64, its rows in the batch.
+        micro: The trajectories, [b, t].
+        at: Rows and columns in `micro` of the positions that predict model-written tokens, each [n] int64.
+        counts: False: it is another process's, computed here again only so that all make as many passes.
+    """
+
+    rows: Tensor
+    micro: Batch
+    at: tuple[Tensor, Tensor]
+    counts: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
     """Makes forward passes over the model-written tokens, alike for every network.
@@ -39,6 +56,7 @@ class Scorer:
         precision: Precision of the computation, see `networks.autocast`.
         micro_batch_tokens: Tokens, padding included, that go through a backbone at once.
         chunk_tokens: Model-written tokens that go through an LM head at once.
+        in_step: Every process computes as many micro-batches as any other, as sharded networks need it.
     """
 
     vocab_size: int
@@ -46,6 +64,7 @@ class Scorer:
     precision: str = "float32"
     micro_batch_tokens: int = 4096
     chunk_tokens: int = 1024
+    in_step: bool = False
 
     @torch.no_grad()
     def logprobs(
@@ -63,7 +82,7 @@ class Scorer:
             chunks = zip(hidden, ids, strict=True)
             return torch.cat([ops.gather_logprobs(self.logits(network, part), part_ids) for part, part_ids in chunks])
 
-        return self._at_model_tokens(batch, compute, only)
+        return self._at_model_tokens(batch, compute, network, only=only)
 
     @torch.no_grad()
     def kl(
@@ -90,22 +109,24 @@ class Scorer:
                 ]
             )
 
-        return self._at_model_tokens(batch, compute, only)
+        return self._at_model_tokens(batch, compute, policy, other, only=only)
 
     @torch.no_grad()
     def values(self, critic: Critic, batch: Batch) -> Tensor:
         """The critic's values before the model-written tokens, [B, T] float32, 0 elsewhere."""
-        return self._at_model_tokens(batch, lambda micro, *at: self.values_at(critic, micro, *at))
+        return self._at_model_tokens(batch, lambda micro, *at: self.values_at(critic, micro, *at), critic)
 
     def values_at(self, critic: Critic, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Values [n] float32 of the states at the given positions; they carry gradient."""
         with autocast(micro.input_ids.device, self.precision):
-            return ops.at_least_float32(critic.values(micro.input_ids, None, rows, columns))
+            values = sharding.gathered(critic, lambda: critic.values(micro.input_ids, None, rows, columns))
+        return ops.at_least_float32(values)
 
     def hidden(self, network: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Hidden states [n, d]: the backbone's output at the given positions."""
         with autocast(micro.input_ids.device, self.precision):
-            return backbone_hidden(network, micro.input_ids, None, (rows, columns))
+            read = (network, micro.input_ids, None, (rows, columns))
+            return sharding.gathered(network, lambda: backbone_hidden(*read))
 
     def hidden_of_teacher(self, teacher: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """The teacher's hidden states for the same tokens, behind the prompts that the teacher reads."""
@@ -119,7 +140,7 @@ class Scorer:
             logits = lm_logits(network, hidden, self.vocab_size)
         return logits if self.temperature == 1 else logits / self.temperature
 
-    def split(self, batch: Batch, only: Tensor | None = None) -> Iterator[tuple[Tensor, Batch, tuple[Tensor, Tensor]]]:
+    def split(self, batch: Batch, only: Tensor | None = None) -> Iterator[Part]:
         """Split this process's share of a batch into micro-batches that hold model-written tokens.
 
         The masks are read once. From them the host knows lengths and positions, and never waits for the device between
@@ -128,30 +149,40 @@ class Scorer:
         Args:
             batch: The trajectories.
             only: [B] bool, the trajectories that count; None: all.
-
-        Yields:
-            Rows of the batch, the micro-batch, and its predicting positions.
         """
         device = batch.input_ids.device
         attention_mask, response_mask = torch.stack((batch.attention_mask, batch.response_mask)).cpu()
         assert (attention_mask[:, 1:] <= attention_mask[:, :-1]).all(), "a batch is padded on the right"
-        lengths = attention_mask.sum(dim=1).tolist()
+        lengths, has_words = attention_mask.sum(dim=1).tolist(), response_mask.any(dim=1).tolist()
         counted = range(len(lengths)) if only is None else only.nonzero()[:, 0].tolist()
-        own = ranks.share(sorted(counted, key=lambda row: -lengths[row]))
-        for places in micro_batches([lengths[row] for row in own], self.micro_batch_tokens):
-            rows = torch.tensor([own[place] for place in places])
-            length = max(lengths[own[place]] for place in places)
+        own = ranks.share(sorted((row for row in counted if has_words[row]), key=lambda row: -lengths[row]))
+        parts = [
+            [own[place] for place in places]
+            for places in micro_batches([lengths[row] for row in own], self.micro_batch_tokens)
+        ]
+        num_own = len(parts)
+        if self.in_step and (missing := max(ranks.gathered(num_own)) - num_own):
+            parts += missing * [[min((row for row in range(len(lengths)) if has_words[row]), key=lengths.__getitem__)]]
+        for number, picked in enumerate(parts):
+            rows, length = torch.tensor(picked), max(lengths[row] for row in picked)
             at = torch.stack(predicting_positions(response_mask[rows, :length])).to(device, non_blocking=True)
-            if at.shape[1]:
-                rows = rows.to(device, non_blocking=True)
-                yield rows, batch.select(rows, length), (at[0], at[1])
+            rows = rows.to(device, non_blocking=True)
+            yield Part(rows, batch.select(rows, length), (at[0], at[1]), counts=number < num_own)
 
     def _at_model_tokens(
-        self, batch: Batch, compute: Callable[[Batch, Tensor, Tensor], Tensor], only: Tensor | None = None
+        self,
+        batch: Batch,
+        compute: Callable[[Batch, Tensor, Tensor], Tensor],
+        *networks: nn.Module,
+        only: Tensor | None = None,
     ) -> Tensor:
         result = torch.zeros_like(batch.old_logprobs)
-        for picked, micro, (rows, columns) in self.split(batch, only):
-            result[picked[rows], columns + 1] = compute(micro, rows, columns).to(result.dtype)
+        for part in self.split(batch, only):
+            rows, columns = part.at
+            computed = compute(part.micro, rows, columns)
+            if part.counts:
+                result[part.rows[rows], columns + 1] = computed.to(result.dtype)
+        sharding.release(*networks)
         return ranks.summed(result)
 
 

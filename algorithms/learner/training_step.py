@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner import ops, ranks
+from algorithms.learner import ops, ranks, sharding
 from algorithms.learner.algorithm import NEEDS, Algorithm, Role
 from algorithms.learner.config import LearnerConfig, PolicyGradientConfig
 from algorithms.learner.figures import Figures
 from algorithms.learner.networks import Critic
 from algorithms.learner.optimizer import Optimizer
-from algorithms.learner.scoring import Scorer, chunk_tokens, gather_tokens, slice_tokens
+from algorithms.learner.scoring import Part, Scorer, chunk_tokens, gather_tokens, slice_tokens
 from algorithms.learner.types import Batch, Tokens
 
 _Losses = dict[str, Tensor]
@@ -77,6 +77,7 @@ class Learner:
             precision=config.precision,
             micro_batch_tokens=config.micro_batch_tokens,
             chunk_tokens=chunk_tokens(config.chunk_tokens, vocab_size, policy.device),
+            in_step=sharding.is_sharded(policy),
         )
         self._check_settings()
         self.shared_critic = critic is not None and critic.shared
@@ -119,11 +120,13 @@ class Learner:
     def validate(self, batch: Batch) -> float:
         """Mean loss of the policy per model-written token, without a step."""
         total, num_tokens = 0.0, 0
-        for picked, micro, at in self.scorer.split(batch):
-            tokens = gather_tokens(micro, picked, *at)
-            for _, part, _ in self._chunks(micro, at, tokens, self.scorer.hidden(self.policy, micro, *at)):
-                total += float(self.algorithm.token_loss(part).sum())
-                num_tokens += len(part.ids)
+        for part in self.scorer.split(batch):
+            tokens = gather_tokens(part.micro, part.rows, *part.at)
+            hidden = self.scorer.hidden(self.policy, part.micro, *part.at)
+            for _, chunk, _ in self._chunks(part, tokens, hidden):
+                total += float(self.algorithm.token_loss(chunk).sum()) * part.counts
+                num_tokens += len(chunk.ids) * part.counts
+            sharding.release(self.policy, self.teacher)
         total, num_tokens = map(sum, zip(*ranks.gathered((total, num_tokens)), strict=True))
         return total / num_tokens
 
@@ -254,53 +257,49 @@ class Learner:
     ) -> _Losses:
         """Run a backward pass per micro-batch, and return the losses of the whole minibatch by these names."""
         totals = {name: weights.new_zeros(()) for name in names}
-        for picked, micro, at in self.scorer.split(minibatch):
-            tokens = gather_tokens(micro, rows[picked], *at)
-            for name, loss in backward(micro, at, tokens, weights[picked][at[0]], figures).items():
+        for part in self.scorer.split(minibatch):
+            tokens = gather_tokens(part.micro, rows[part.rows], *part.at)
+            own = weights[part.rows][part.at[0]] * part.counts
+            for name, loss in backward(part, tokens, own, figures if part.counts else Figures(False)).items():
                 totals[name] += loss
         for name, total in totals.items():
             figures.add_whole(name, ranks.summed(total))
         return totals
 
-    def _critic_backward(
-        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: Figures
-    ) -> _Losses:
-        tokens.values = self.scorer.values_at(self.critic, micro, *at)
+    def _critic_backward(self, part: Part, tokens: Tokens, weights: Tensor, figures: Figures) -> _Losses:
+        tokens.values = self.scorer.values_at(self.critic, part.micro, *part.at)
         loss = (self.algorithm.value_loss(tokens) * weights).sum()
         loss.backward()
         return {"value_loss": loss.detach()}
 
-    def _policy_backward(
-        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, weights: Tensor, figures: Figures
-    ) -> _Losses:
+    def _policy_backward(self, part: Part, tokens: Tokens, weights: Tensor, figures: Figures) -> _Losses:
         """Run the backbone once, the head forward and backward chunk by chunk, then the backbone backward."""
-        hidden = self.scorer.hidden(self.policy, micro, *at)
+        hidden = self.scorer.hidden(self.policy, part.micro, *part.at)
         losses: _Losses = {}
         gradients = []
-        for chunk, part, leaf in self._chunks(micro, at, tokens, hidden):
-            of_chunk = {"loss": (self.algorithm.token_loss(part) * weights[chunk]).sum()}
+        for chunk, told, leaf in self._chunks(part, tokens, hidden):
+            of_chunk = {"loss": (self.algorithm.token_loss(told) * weights[chunk]).sum()}
             objective = of_chunk["loss"]
             if self.shared_critic:
-                part.values = self.critic.read(leaf)
-                of_chunk["value_loss"] = (self.algorithm.value_loss(part) * weights[chunk]).sum()
+                told.values = self.critic.read(leaf)
+                of_chunk["value_loss"] = (self.algorithm.value_loss(told) * weights[chunk]).sum()
                 objective = objective + self.config.value_coef * of_chunk["value_loss"]
             objective.backward()
             assert leaf.grad is not None
             gradients.append(leaf.grad)
             for name, loss in of_chunk.items():
                 losses[name] = losses.get(name, 0) + loss.detach()
-            self._measure(part, figures)
+            self._measure(told, figures)
         hidden.backward(torch.cat(gradients))
+        sharding.release(self.teacher)
         return losses
 
-    def _chunks(
-        self, micro: Batch, at: tuple[Tensor, Tensor], tokens: Tokens, hidden: Tensor
-    ) -> Iterator[tuple[slice, Tokens, Tensor]]:
+    def _chunks(self, of: Part, tokens: Tokens, hidden: Tensor) -> Iterator[tuple[slice, Tokens, Tensor]]:
         """Yield for each chunk which tokens it has, what a loss may read, and the leaf [n, d] of the gradient."""
         teacher_hidden = None
         if "teacher_logits" in self.algorithm.needs:
             with torch.no_grad():
-                teacher_hidden = self.scorer.hidden_of_teacher(self.teacher, micro, *at)
+                teacher_hidden = self.scorer.hidden_of_teacher(self.teacher, of.micro, *of.at)
         for start in range(0, len(hidden), self.scorer.chunk_tokens):
             chunk = slice(start, start + self.scorer.chunk_tokens)
             leaf = hidden[chunk].detach().requires_grad_()

@@ -93,7 +93,7 @@ class Sources:
         size = algorithm.config.batch_size // of_each
         questions = draw_questions(self._config.seed, stage, step * size, size, num_questions)
         player = self._player(algorithm.sampling_temperature)
-        player.engine.set_weights(self._networks.policy)
+        player.engine.set_weights(self._networks.writer())
         return player.rollout(
             np.repeat(questions, of_each).tolist(),
             seed=(self._config.seed, stage, step),
@@ -104,7 +104,7 @@ class Sources:
         """The player of the policy in the training environments; kept, because reading a large vocabulary is slow."""
         if temperature not in self._players:
             networks, envs = self._networks, self._environments.envs("train")
-            self._players[temperature] = networks.player(networks.policy, envs, temperature)
+            self._players[temperature] = networks.player(networks.writer(), envs, temperature)
         return self._players[temperature]
 
     def _demonstrate(self, wanted: Any) -> Demonstrations:

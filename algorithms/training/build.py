@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import weakref
@@ -18,11 +19,12 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, did_you_mean
 from agentic_rag_env.terminal import print_line
 from agentic_rag_env.vector import brings_questions
-from algorithms.learner import adapters, ranks
+from algorithms.learner import adapters, ranks, sharding
 from algorithms.learner.adapter_folders import find_adapter, require_adapter
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
 from algorithms.learner.config import DemonstrationsConfig, working_dtype
 from algorithms.learner.networks import (
+    Network,
     decided_precision,
     declared_vocab_size,
     freeze,
@@ -190,6 +192,27 @@ class Networks:
     def load(self, path: str) -> PreTrainedModel:
         """A model in the precision of the policy's weights, from a folder or a hub id."""
         return load_model(path, device=self.device, dtype=working_dtype(self._config.learner.precision))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the policy alone, and of what is `placed`."""
+        return sharding.is_sharded(self.policy)
+
+    def shard_policy(self) -> None:
+        """Keep a share of the policy for training, and a whole copy to write with."""
+        self._writer = copy.deepcopy(self.policy).requires_grad_(False)
+        self.policy = sharding.shard(self.policy)
+
+    def placed(self, network: Network) -> Network:
+        """A network that is scored with or trained beside the policy: sharded if the policy is. It can't write then."""
+        return sharding.shard(network) if self.is_sharded and not sharding.is_sharded(network) else network
+
+    def writer(self) -> PreTrainedModel:
+        """The policy as it is now, whole. All processes call this at once."""
+        if not self.is_sharded:
+            return self.policy
+        sharding.copy_weights(self.policy, self._writer)
+        return self._writer
 
     def _trained_policy(self, path: str) -> PreTrainedModel:
         """The policy as a run begins: a saved adapter is trained further, or is a part of the weights."""

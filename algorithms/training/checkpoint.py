@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.files import sha256, sync, sync_all
 from agentic_rag_env.settings import COUNT, check_value, or_none
+from algorithms.learner import sharding
 from algorithms.learner.adapter_folders import require_adapter
-from algorithms.learner.adapters import is_adapted, load_adapter, load_trained_state, trained_state
+from algorithms.learner.adapters import is_adapted, load_adapter, load_trained_state
 from algorithms.learner.networks import no_progress_bars
 from algorithms.training.agent_files import AGENT_FILE
 
@@ -62,7 +63,7 @@ def save(
     *,
     policy: PreTrainedModel,
     tokenizer: Any,
-    critic: nn.Module | None = None,
+    critic_state: Mapping[str, Tensor] | None = None,
     learner_state: Mapping[str, Any],
     trainer_state: Mapping[str, Any],
     agent: Mapping[str, Any] | None = None,
@@ -79,7 +80,7 @@ def save(
         step: Training steps done.
         policy: Saved with `save_pretrained`, in its own precision; of one with an adapter, the adapter alone.
         tokenizer: Saved beside it.
-        critic: Saved in the training state, but for what an adapter leaves frozen.
+        critic_state: What `adapters.trained_state` returns of the critic, if there is one.
         learner_state: What `Learner.state_dict()` returns.
         trainer_state: Tensors, numbers, strings, None, and lists, tuples and dicts of them.
         agent: Content of `agent.json`; None: there is none.
@@ -97,7 +98,7 @@ def save(
     check_value("keep_last", keep_last, or_none(COUNT, "all"))
     state: dict[str, Any] = {"learner": dict(learner_state), "trainer": dict(trainer_state)}
     _require_plain(state, "state")
-    state["critic"] = None if critic is None else trained_state(critic)
+    state["critic"] = None if critic_state is None else dict(critic_state)
     final = Path(run_dir) / checkpoint_name(step)
     root, unfinished = final.parent, final.with_name(final.name + _UNFINISHED)
     root.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,7 @@ def _load_policy(path: Path, policy: PreTrainedModel) -> None:
     else:
         with no_progress_bars():
             saved = type(policy).from_pretrained(path, dtype=policy.dtype, local_files_only=True)
-        policy.load_state_dict(saved.state_dict())
+        sharding.load_state(policy, saved.state_dict())
 
 
 def read_trainer_state(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class HardwareConfig:
 
     Attributes:
         gpu: `h200`, `h100` or `a100`; None: this machine.
-        count: Number of GPUs that share one run; each holds all networks, and a share of the episodes.
+        count: Number of GPUs that share one run. Each holds a share of the episodes, and all networks or, with
+            `learner.sharding=fsdp2`, a share of each.
         memory_gib: Memory of each [GiB]; None: what the GPU or this machine has.
     """
 

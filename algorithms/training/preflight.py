@@ -4,7 +4,9 @@ All figures are arithmetic. Nothing is loaded, downloaded or trained. What it co
 network: weights 4 P bytes, AdamW 8 P, gradients 4 P, and while AdamW steps another 4 P; frozen networks 4 P, a teacher
 in bfloat16 2 P. With adapters (`model.lora`), P counts these alone, and the weights below are frozen and exist once for
 policy, critic and reference. Under bfloat16 the matrices of the computing network exist a second time, 2 bytes each,
-and those of a policy that plays once more, from the first rollout on.
+and those of a policy that plays once more, from the first rollout on. With `learner.sharding=fsdp2` each of N devices
+holds 1/N of all that is held, the policy whole to write with, and what is gathered while it computes: the embeddings
+and two layers. Time for sending weights is not counted.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class _Stage:
         self.on_gpu = device.name != "cpu"
         self.half = config.learner.precision == "bfloat16" or (config.learner.precision == "auto" and self.on_gpu)
         self.count = config.hardware.count
+        self.shares = self.count if config.learner.sharding == "fsdp2" else 1
         self.teacher = teacher if Role.TEACHER in stage.roles else None
         has_critic = Role.CRITIC in stage.roles and config.learner.critic == "separate"
         lora = config.model.lora
@@ -72,13 +75,21 @@ class _Stage:
     def held(self) -> dict[str, int]:
         """Bytes that the stage holds all the time."""
         trained = self.trained + self.critic
-        return {
+        whole = {
             "weights of policy and critic": 4 * (self.shared + trained),
             "optimizer": 8 * trained,
             "reference": 4 * self.reference,
             "teacher": self.teacher_bytes(self.teacher),
-            "bfloat16 copy for rollouts": self.cast if "policy" in self.stage.trains_on else 0,
         }
+        held = {name: -(-size // self.shares) for name, size in whole.items()}
+        held["bfloat16 copy for rollouts"] = self.cast if "policy" in self.stage.trains_on else 0
+        return held if self.shares == 1 else held | {"policy to write with": 4 * self.policy.parameters}
+
+    def gathered(self) -> dict[str, int]:
+        """Bytes of the units of the policy that are whole while it trains."""
+        outer = self.policy.parameters - self.policy.matrices
+        layers = 2 * self.policy.matrices // self.policy.layers
+        return {} if self.shares == 1 else {"gathered units": 4 * (outer + layers)}
 
     @property
     def cast(self) -> int:
@@ -98,15 +109,16 @@ class _Stage:
         """Bytes of each phase beside what is held."""
         learner, policy = self.config.learner, self.policy
         chunk = _CHUNKS * learner.chunk_tokens * policy.vocab * 4
-        gradients = {"gradients": 4 * (self.trained + self.critic)}
+        gradients = {"gradients": 4 * (self.trained + self.critic) // self.shares}
         found = {
             "backward": {
                 **gradients,
+                **self.gathered(),
                 "activations": self.activations(),
                 "logits": chunk,
                 "bfloat16 copies": self.cast,
             },
-            "optimizer step": {**gradients, "temporaries": 4 * self.trained},
+            "optimizer step": {**gradients, "temporaries": 4 * self.trained // self.shares},
         }
         if "policy" in self.stage.trains_on:
             found["rollout"] = self._playing(policy)
@@ -278,7 +290,9 @@ def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
         found.append(("learner.chunk_tokens", 256))
     while (rows := rows // 2) >= 8:
         found.append(("num_envs", rows))
-    if learner.critic == "separate":
+    if learner.sharding == "none" and config.hardware.count > 1 and config.model.lora.rank is None:
+        found.append(("learner.sharding", "fsdp2"))
+    elif learner.sharding == "none" and learner.critic == "separate":
         found.append(("learner.critic", "shared"))
     yield from ({name: value} for name, value in found)
     yield from (dict(found[:count]) for count in range(2, len(found) + 1))

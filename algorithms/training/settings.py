@@ -185,6 +185,11 @@ class RunConfig:
             LOGGERS.build(logger)
         check_settings(self, FRACTION, "max_retriever_error_fraction")
         check_settings(self, or_none(COUNT), "threads", "keep_checkpoints")
+        if self.learner.sharding == "fsdp2" and self.model.lora.rank is not None:
+            raise ConfigurationError(
+                "learner.sharding=fsdp2 can't share the weights below an adapter yet; leave out model.lora.rank, or "
+                "learner.sharding: what an adapter trains is small."
+            )
         if not isinstance(self.env, Mapping):
             return  # a name, or nothing yet: `complete` makes settings out of it, which come here again
         if brings_questions(self.env):

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from agentic_rag_env.errors import ConfigurationError, DataError
-from algorithms.learner import ranks, seeding
+from algorithms.learner import ranks, seeding, sharding
+from algorithms.learner.adapters import trained_state
 from algorithms.learner.algorithm import Algorithm, CriticConfig, DemonstrationConfig, Progress, Role
 from algorithms.learner.collate import collate
 from algorithms.learner.networks import Critic, pad_id
@@ -59,6 +60,8 @@ class Trainer:
         self._resume_from = ranks.decided(lambda: checkpoint.latest(run_dir))
         if self._resume_from is not None:
             self._take_position(self._resume_from)
+        if config.learner.sharding == "fsdp2" and ranks.count() > 1:
+            self.networks.shard_policy()
         if any(Role.TEACHER in stage.roles for stage in self.stages):
             self.networks.teacher()
         self.sources = Sources(config, self.networks, self.environments, self.stages)
@@ -78,7 +81,7 @@ class Trainer:
             _warn_of_critic_alone(stage)
         for split in ("train", "dev", "test"):
             self.environments.dataset(split)
-        self.networks.player(self.networks.policy, self.environments.envs("train"))
+        self.networks.player(self.networks.writer(), self.environments.envs("train"))
         if warning := toy_settings(self.config, self.stages, self.networks.policy.num_parameters()):
             warnings.warn(warning, stacklevel=2)
         cache_dir = Path(self.config.cache_dir).expanduser()
@@ -148,6 +151,7 @@ class Trainer:
             stages = ", then ".join(f"{stage.name} ({self.num_steps(stage)} steps)" for stage in self.stages)
             logger.message(f"training: {stages}; written to {self.run_dir}")
             processes = f", {ranks.count()} processes" if ranks.count() > 1 else ""
+            processes += ", each with a share of the networks (fsdp2)" if self.networks.is_sharded else ""
             chosen = f"{self.networks.precision} ({self.networks.precision_reason})"
             logger.message(f"computing in {chosen} on {self.networks.device}{processes}")
             if self._resume_from is not None:
@@ -207,13 +211,14 @@ class Trainer:
 
     def _make_learner(self, algorithm: Algorithm, total_steps: int) -> Learner:
         """Make the learner of a stage, with the networks that its algorithm needs as they are at the stage's start."""
-        roles, policy = algorithm.roles, self.networks.policy
+        roles, policy, placed = algorithm.roles, self.networks.policy, self.networks.placed
+        is_shared = self.config.learner.critic == "shared"
         return Learner(
             algorithm,
             policy,
-            critic=Critic(policy, shared=self.config.learner.critic == "shared") if Role.CRITIC in roles else None,
-            reference=self._policy_at_stage_start() if Role.REFERENCE in roles else None,
-            teacher=self.networks.teacher() if Role.TEACHER in roles else None,
+            critic=placed(Critic(self.networks.writer(), shared=is_shared)) if Role.CRITIC in roles else None,
+            reference=placed(self._policy_at_stage_start()) if Role.REFERENCE in roles else None,
+            teacher=placed(self.networks.teacher()) if Role.TEACHER in roles else None,
             config=replace(self.config.learner, precision=self.networks.precision),
             total_steps=total_steps,
             vocab_size=self.networks.vocab_size,
@@ -309,27 +314,30 @@ class Trainer:
         envs, tokenizer = self.environments.envs("dev"), self.networks.tokenizer
         count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))
         with timed(self.position.costs, "dev_s") as clock:
-            player = self.networks.player(self.networks.policy, envs, temperature=0.0)
+            writer = self.networks.writer()
+            player = self.networks.player(writer, envs, temperature=0.0)
             trajectories, _ = player.rollout(range(count), seed=(0,))
             metrics = write_check(self.run_dir, self.position.step, trajectories, envs.dataset, tokenizer, logger)
             self.position.note_check(metrics["dev/exact_match"])
             if probes:
-                generator = self.networks.generator(self.networks.policy, envs)
+                generator = self.networks.generator(writer, envs)
                 arc, _ = evaluation.probe(generator, envs, trajectories, probes)
                 metrics |= evaluation.arc_metrics(arc, "dev/arc")
         return metrics | clock
 
     def _save(self, learner: Learner) -> None:
         action_ends = self.environments.envs("train").metadata["action_ends"]
+        policy, state, critic = self.networks.writer(), learner.state_dict(), learner.critic
+        critic_state = None if critic is None else sharding.whole_state(trained_state(critic))
 
         def save() -> None:
             checkpoint.save(
                 self.run_dir,
                 self.position.step,
-                policy=self.networks.policy,
+                policy=policy,
                 tokenizer=self.networks.tokenizer,
-                critic=learner.critic,
-                learner_state=learner.state_dict(),
+                critic_state=critic_state,
+                learner_state=state,
                 trainer_state={
                     "position": asdict(self.position),
                     "replay": self.sources.replay.state_dict(),

@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -61,6 +62,19 @@ def test_two_processes_make_the_run_of_one(alone, tmp_path):
     assert_same(alone.path, tmp_path / "run")
     assert told(tmp_path / "err") == []
     assert Run(tmp_path / "run").summary["machine"]["processes"] == 2
+
+
+def test_two_processes_that_share_the_networks_make_the_run_of_one(alone, tmp_path):
+    places = [f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/cache"]
+    codes = many(2, tmp_path / "err", [*SMALL, "learner.sharding=fsdp2", *places])
+    assert codes == [0, 0], told(tmp_path / "err")
+    assert_same(alone.path, tmp_path / "run")
+    # From a checkpoint of two processes, one goes on; it has nothing to share.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"{STEPS:06d}")
+    (tmp_path / "run" / "summary.json").unlink()
+    again = command(f"resume={tmp_path}/run", f"cache_dir={tmp_path}/cache")
+    assert again.code == 0, again.err
+    assert_same(alone.path, tmp_path / "run")
 
 
 def test_a_mistake_in_the_command_line_is_told_once(tmp_path):

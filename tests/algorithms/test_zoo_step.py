@@ -14,6 +14,7 @@ import torch
 from small_runs import command
 from toy_learner import make_batch, make_learner, make_model
 
+from algorithms.learner.adapters import trained_state
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch
@@ -94,7 +95,7 @@ def test_a_checkpoint_brings_back_the_next_step(name, tmp_path):
         1,
         policy=learner.policy,
         tokenizer=NoTokenizer(),
-        critic=learner.critic,
+        critic_state=None if learner.critic is None else trained_state(learner.critic),
         learner_state=learner.state_dict(),
         trainer_state={},
     )

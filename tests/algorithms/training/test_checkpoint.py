@@ -57,7 +57,7 @@ def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 def test_everything_comes_back(tmp_path):
     critic = Critic(make_model(1))
     torch.nn.init.normal_(critic.head.weight)
-    path = save(tmp_path, 7, seed=3, critic=critic)
+    path = save(tmp_path, 7, seed=3, critic_state=critic.state_dict())
     assert path == tmp_path / "checkpoints" / "000007"
     assert checkpoint.latest(tmp_path) == path
     policy, other_critic = make_model(9), Critic(make_model(8))
@@ -72,7 +72,7 @@ def test_everything_comes_back(tmp_path):
 
 def test_a_shared_critic_saves_its_head_alone(tmp_path):
     policy = make_model(3)
-    path = save(tmp_path, 1, critic=Critic(policy, shared=True))
+    path = save(tmp_path, 1, critic_state=Critic(policy, shared=True).state_dict())
     state = torch.load(path / "training_state.pt", weights_only=True)
     assert set(state["critic"]) == {"head.weight", "head.bias"}
 

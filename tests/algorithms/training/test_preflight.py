@@ -111,6 +111,31 @@ def test_memory_by_hand():
     assert (found["peak"]["stage"], found["peak"]["phase"]) == ("kd", "demonstrations")
 
 
+def test_memory_of_shares_by_hand():
+    """Qwen2.5-7B by PPO on eight H200: 28 layers, 3,584 wide; a policy, a critic and a reference, an eighth of each."""
+    seven = ["model=qwen2.5_7b_0.5b", "model.policy=Qwen/Qwen2.5-7B", "model.teacher=null"]
+    whole = plan(composed("algo=ppo", *seven, *H200, "hardware.count=8"))
+    assert not whole["fits"]
+    assert "learner.sharding=fsdp2" in whole["change"]
+    found = plan(composed("algo=ppo", *seven, *H200, "hardware.count=8", "learner.sharding=fsdp2"))
+    assert found["fits"]
+    policy, head = 7_615_616_512, 152_064 * 3584
+    critic, matrices = policy - head, 28 * (2 * 3584 * 128 * (28 + 4) + 3 * 3584 * 18_944)
+    by_hand = {
+        "weights of policy and critic": 4 * (policy + critic) / 8,
+        "optimizer": 8 * (policy + critic) / 8,
+        "reference": 4 * policy / 8,
+        "teacher": 0,
+        "policy to write with": 4 * policy,
+        "gradients": 4 * (policy + critic) / 8,
+        "gathered units": 4 * (policy - matrices + 2 * matrices / 28),
+    }
+    backward = found["memory of each device, GiB"]["ppo"]["backward"]
+    assert {name: backward[name] for name in by_hand} == {name: round(n / GIB, 3) for name, n in by_hand.items()}
+    temporaries = found["memory of each device, GiB"]["ppo"]["optimizer step"]["temporaries"]
+    assert temporaries == round(4 * policy / 8 / GIB, 3)
+
+
 def test_time_by_hand():
     """An update costs four forward passes of policy and critic each, at 0.4 of an H200's 989 teraflops."""
     stage = plan(composed("algo=dgpo", "model=qwen2.5_3b_0.5b", *H200))["time"]["dgpo"]

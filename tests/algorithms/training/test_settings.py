@@ -22,7 +22,7 @@ from agentic_rag_env.types import Passage
 from agentic_rag_env.vector import BringsQuestions
 from algorithms.assets import ASSETS
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
-from algorithms.learner.config import LearnerConfig
+from algorithms.learner.config import LearnerConfig, LoraConfig
 from algorithms.learner.networks import load_tokenizer
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training.build import build_stages
@@ -334,3 +334,13 @@ def test_names_of_other_packages_become_options_too():
         del REWARDS._entries["from_elsewhere"]
         for folder in (ConfigStore.instance().repo["reward"], ConfigStore.instance().repo["schema"]["reward"]):
             del folder["from_elsewhere.yaml"]
+
+
+def test_shares_of_networks_exclude_what_lies_inside_or_below_others():
+    assert LearnerConfig(sharding="fsdp2").critic == "separate"
+    with pytest.raises(ConfigurationError, match=r"learner\.critic=separate"):
+        LearnerConfig(sharding="fsdp2", critic="shared")
+    with pytest.raises(ConfigurationError, match="sharding must be one of none, fsdp2"):
+        LearnerConfig(sharding="fsdp")
+    with pytest.raises(ConfigurationError, match=r"leave out model\.lora\.rank"):
+        RunConfig(learner=LearnerConfig(sharding="fsdp2"), model=ModelConfig(lora=LoraConfig(rank=4)))
