@@ -158,7 +158,7 @@ def test_a_run_plays_each_question_several_times(tmp_path, cache, monkeypatch):
     assert all(row["train/equal_reward_fraction"] <= 1 for row in run.metrics)
     assert run.summary["costs"]["episodes"] == 36
     prompts = set()
-    for ids, groups, logprobs in asked:
+    for ids, groups, logprobs in asked[-3:]:  # the run has rehearsed before on made-up numbers
         assert groups == [0] * 4 + [1] * 4 + [2] * 4
         assert len({tuple(row) for row in ids[:4]}) == 1  # the same question
         assert len({tuple(row) for row in logprobs[:4]}) > 1  # played differently
