@@ -7,6 +7,7 @@ from test_experiments import METHODS, run_settings
 
 from algorithms.analysis.runs import flat
 from algorithms.training.build import build_stages
+from algorithms.training.preflight import plan
 
 PAPER = ["+experiment=paper", "retriever.url=http://127.0.0.1:9/retrieve"]
 #: Search-R1 v0.2 and scripts/train_dgpo.sh.
@@ -142,3 +143,15 @@ def test_the_second_stage_alone_from_the_authors_cold_start():
     config = run_settings(*PAPER, "model=qwen2.5_3b_0.5b_kd", "algo.warm_start=null")
     assert config.algo["warm_start"] is None
     assert_published(config.algo)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_eight_gpus_make_the_run_of_the_paper(pair):
+    one = run_settings(*PAPER, f"model={pair}")
+    eight = run_settings("+experiment=paper", "+scale=h200x8", f"model={pair}")
+    assert eight.retriever["url"] == "http://127.0.0.1:8000/retrieve"
+    assert (eight.hardware.gpu, eight.hardware.count) == ("h200", 8)
+    # All episodes of a step are played at once.
+    assert eight.num_envs * eight.hardware.count == eight.algo["batch_size"] == 512
+    assert plan(eight)["fits"]
+    assert (eight.algo, eight.env, eight.rollout, eight.evaluation) == (one.algo, one.env, one.rollout, one.evaluation)
