@@ -120,7 +120,7 @@ def profiles(scored: Mapping[str, np.ndarray], mode: str, shown: Mapping[str, Lo
 
 
 def cost_beside_score(methods: Sequence[Method], mode: str, shown: Mapping[str, Look]) -> list[Drawing]:
-    """Draw exact match against cost, one figure for each kind of cost."""
+    """Draw exact match against cost, one figure for each kind of cost that any method has."""
     spent = {method.label: [tables.cost_figures(run) for run in method.runs] for method in methods}
     estimates = {method.label: method.exact_match(mode) for method in methods}
     kinds = {
@@ -130,14 +130,15 @@ def cost_beside_score(methods: Sequence[Method], mode: str, shown: Mapping[str, 
         "seconds": ("seconds of training and of demonstrations", ("training_s", "demonstrations_s")),
     }
 
+    def cost(label: str, names: Sequence[str]) -> float:
+        return float(np.mean([sum(each[name] for name in names) for each in spent[label]]))
+
     def draw(axes: Any, theme: Theme, words: str, names: Sequence[str]) -> None:
         for label, (value, low, high) in estimates.items():
-            look = shown[label]
-            x = float(np.mean([sum(each[name] for name in names) for each in spent[label]]))
+            look, x = shown[label], cost(label, names)
             axes.plot([x, x], [low, high], color=look.color, linewidth=1.5)
             axes.plot([x], [value], marker=look.marker, color=look.color, markersize=7, linestyle="none")
-        axes.set_xlim(left=0)
-        axes.margins(x=0.08)
+        axes.set_xlim(0, 1.08 * max(cost(label, names) for label in estimates))
         axes.set_xlabel(words)
         axes.set_ylabel(f"exact match, {in_words(mode)}")
         _compact(axes.xaxis)
@@ -150,6 +151,7 @@ def cost_beside_score(methods: Sequence[Method], mode: str, shown: Mapping[str, 
             legend=shown,
         )
         for kind, (words, names) in kinds.items()
+        if any(cost(label, names) for label in estimates)
     ]
 
 

@@ -27,7 +27,7 @@ from algorithms import compare as command
 from algorithms.analysis.comparison import arc_panel, pairwise, published, statistics
 from algorithms.analysis.comparison.checks import check
 from algorithms.analysis.comparison.curves import curve, score_by_setting
-from algorithms.analysis.comparison.figures import probed
+from algorithms.analysis.comparison.figures import cost_beside_score, probed
 from algorithms.analysis.comparison.methods import Method, make_methods
 from algorithms.analysis.comparison.page import Section, page
 from algorithms.analysis.comparison.study import Options, compare, study, subtitle
@@ -159,6 +159,16 @@ def test_costs_stand_beside_the_score(written):
     expected = {"env steps": 300, "sampled tokens": 4000, "trained tokens": 6000, "teacher tokens": 2500,
                 "teacher share": 0.25, "training s": 10, "demos s": 2, "memory MB": 500}  # fmt: skip
     assert {name: float(row[name]) for name in expected} == expected
+
+
+def test_a_kind_of_cost_that_no_method_has_is_not_drawn(tmp_path):
+    spent = {"env_steps": 0, "trained_tokens": 6000}
+    for seed in range(2):
+        make_run(tmp_path / f"{seed}", "kd", seed, answers(0.5, seed), costs=spent)
+    methods = make_methods(find_runs([tmp_path]))
+    drawn = [each.name for each in cost_beside_score(methods, "greedy", {})]
+    assert "cost-env_steps" not in drawn
+    assert "cost-tokens" in drawn
 
 
 def test_learning_curves_are_means_over_seeds_on_every_axis(folder, written):
