@@ -37,10 +37,12 @@ def make(model_type, config_type, **settings):
 def in_steps(model, input_ids, at_once=9):
     """Hidden states of rows of 9 and 4 tokens and of two further ones, read through one cache."""
     cache = EpisodeCache(2)
-    first = cache.forward(model.base_model, input_ids[:, :at_once], torch.arange(at_once).expand(2, -1))
+    first = cache.forward(model.base_model, input_ids[:, :at_once], torch.arange(at_once).expand(2, -1), length=at_once)
     lengths, later = LENGTHS[:, None].clone(), []
     for _ in range(2):
-        later.append(cache.forward(model.base_model, input_ids.gather(1, lengths), lengths))
+        later.append(
+            cache.forward(model.base_model, input_ids.gather(1, lengths), lengths, length=int(lengths.max()) + 1)
+        )
         lengths += 1
     assert (cache._folded is not None) == can_fold(model.base_model)
     return first, torch.cat(later, dim=1)
@@ -67,8 +69,8 @@ def test_only_the_positions_that_are_asked_for():
     input_ids = torch.arange(12).view(2, 6)
     positions = torch.arange(6).expand(2, -1)
     at = torch.tensor([0, 1]), torch.tensor([5, 2])
-    whole = EpisodeCache(2).forward(model.base_model, input_ids, positions)
-    part = EpisodeCache(2).forward(model.base_model, input_ids, positions, at=at)
+    whole = EpisodeCache(2).forward(model.base_model, input_ids, positions, length=6)
+    part = EpisodeCache(2).forward(model.base_model, input_ids, positions, length=6, at=at)
     torch.testing.assert_close(part, whole[at])
 
 
