@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,7 @@ from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
 from agentic_rag_env.retrievers.dense import DenseConfig, DenseRetriever
 from agentic_rag_env.retrievers.static import StaticConfig, StaticRetriever
 from agentic_rag_env.retrievers.vectors.encoders import build_encoder
+from agentic_rag_env.retrievers.vectors.faiss_search import faiss_has_gpus
 from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramConfig, HashedNgramEncoder
 from agentic_rag_env.retrievers.words import Tokenizer
 from agentic_rag_env.types import Passage
@@ -530,6 +532,20 @@ def test_dense_numbers_that_are_not_finite() -> None:
     dense = DenseRetriever(DenseConfig(TableEncoder(rows)), corpus_of("0", "2"))
     with pytest.raises(RetrieverError, match="NaN or infinity for the query '1'"):
         dense.search(["0", "1"], 1)
+
+
+def test_two_builds_of_faiss_that_broke_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both wheels own the folder `faiss/`. Removing one leaves a folder without files, which Python can import."""
+    monkeypatch.setitem(sys.modules, "faiss", types.ModuleType("faiss"))
+    with pytest.raises(ConfigurationError, match=r"damaged\. Run `pip uninstall faiss-cpu faiss-gpu-cu12`.*never both"):
+        DenseRetriever(DenseConfig(backend="faiss"), CORPUS)
+
+
+def test_faiss_without_gpus_is_asked_for_one() -> None:
+    if faiss_has_gpus():
+        pytest.skip("it has one")
+    with pytest.raises(ConfigurationError, match=r"a FAISS built for it; backend=torch.*\[faiss-gpu\]', never both"):
+        DenseRetriever(DenseConfig(backend="faiss", device="cuda"), CORPUS)
 
 
 def test_dense_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
