@@ -37,7 +37,7 @@ lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(PYTHON) tests/lowest_versions.py serve faiss stem > $(VENV)-lowest/constraints.txt
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(VENV)-lowest/constraints.txt ".[serve,faiss,stem]" pytest hypothesis
+		--constraint $(VENV)-lowest/constraints.txt ".[serve,faiss,stem]" pytest hypothesis scipy
 	$(VENV)-lowest/bin/python -m pytest tests/agentic_rag_env \
 		--ignore tests/agentic_rag_env/test_datasets.py --ignore tests/agentic_rag_env/retrievers/test_indexing.py  # Hydra, torch
 
