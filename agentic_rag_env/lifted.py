@@ -102,7 +102,8 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
     def __init__(self, env_id: str, num_envs: int, seeds: range, kwargs: Mapping[str, Any] | None = None) -> None:
         check_value("num_envs", num_envs, COUNT)
         self.num_envs = num_envs
-        self._envs = [_make(env_id, kwargs or {}) for _ in range(num_envs)]
+        self._envs: list[Any] = []  # gymnasium closes them even if one can't be made
+        self._envs += [_make(env_id, kwargs or {}) for _ in range(num_envs)]
         self._name = env_id.rpartition(":")[2]
         ends: Any = self._envs[0].metadata.get("action_ends")
         check_value(f"metadata['action_ends'] of {self._name}", ends, _ACTION_ENDS)

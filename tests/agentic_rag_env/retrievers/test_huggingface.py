@@ -154,6 +154,7 @@ def test_hugging_face_folder_with_code_of_its_own(
 
 
 def test_hugging_face_folder_that_holds_no_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     with pytest.raises(ConfigurationError, match="cannot be loaded; give a folder made by save_pretrained"):
         build_encoder(str(tmp_path))
 

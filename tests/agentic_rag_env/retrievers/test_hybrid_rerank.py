@@ -128,8 +128,7 @@ def test_fingerprints() -> None:
 @pytest.fixture(scope="module", params=[1, 2])
 def cross_encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random classifier of pairs with one or two labels."""
-    import torch
-    import transformers
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word: place for place, word in enumerate(["[PAD]", "[UNK]", "q", "passage", *map(str, range(8))])}

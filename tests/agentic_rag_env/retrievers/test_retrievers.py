@@ -39,7 +39,7 @@ from agentic_rag_env.retrievers.words import Tokenizer
 from agentic_rag_env.types import Passage
 
 #: `rerank` needs a model, see `test_hybrid_rerank.py`; `sharded` needs parts, see `test_sharded.py`.
-LOCAL = sorted(set(RETRIEVERS.names()) - {"http", "rerank", "sharded"})
+LOCAL = sorted(set(RETRIEVERS.names()) - {"http", "rerank", "sharded", *([] if find_spec("lancedb") else ["lancedb"])})
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven"]
 
 
