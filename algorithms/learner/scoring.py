@@ -21,7 +21,7 @@ from algorithms.learner.types import Batch, Tokens
 
 #: Most logits of a chunk on a CPU. Beyond 32 MiB the allocator gives a tensor back to the system when it is freed, and
 #: its pages are made anew for the next one, which doubles the time of a step over a large vocabulary.
-_MAX_CPU_LOGITS = 5_000_000
+_MAX_CPU_LOGITS = 8_000_000
 
 
 def chunk_tokens(most: int, vocab_size: int, device: torch.device) -> int:
