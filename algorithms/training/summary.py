@@ -342,3 +342,4 @@ def _show(
     show_episode(terminal, f"the policy after {final.name}", trajectories, tokenizer)
     terminal.print(f"run directory: {run_dir}", soft_wrap=True)
     terminal.print(f"curves:        tensorboard --logdir {run_dir / 'tb'}", soft_wrap=True)
+    terminal.print("               they stand in its tab Custom Scalars")
