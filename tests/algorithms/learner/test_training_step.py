@@ -601,7 +601,7 @@ def test_only_trajectories_that_pay_are_scored_by_the_anchor(estimator):
 
 @pytest.mark.parametrize(
     ("vocab_size", "device", "expected"),
-    [(749, "cpu", 1024), (151_936, "cpu", 32), (10**7, "cpu", 1), (151_936, "cuda", 1024)],
+    [(749, "cpu", 1024), (151_936, "cpu", 52), (10**7, "cpu", 1), (151_936, "cuda", 1024)],
 )
 def test_chunks_of_a_large_vocabulary_stay_small_on_a_cpu(vocab_size, device, expected):
     assert scoring.chunk_tokens(1024, vocab_size, torch.device(device)) == expected
