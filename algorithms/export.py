@@ -104,11 +104,20 @@ def _measured(found: Found) -> dict[str, Any] | None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m algorithms.export",
-        description="Write a trained agent as a plain Hugging Face folder, with agent.json and a model card.",
-    )
-    made.add_argument("run", help="run directory, or the folder of a checkpoint")
+    what = "Write a trained agent as a plain Hugging Face folder, with agent.json and a model card."
+    return folder_parser("export", what, "run directory, or the folder of a checkpoint")
+
+
+def folder_parser(name: str, description: str, run: str) -> argparse.ArgumentParser:
+    """The command line of a command that writes the model of a run to a folder.
+
+    Args:
+        name: The command, `algorithms.<name>`.
+        description: What it does.
+        run: What may be given as the run.
+    """
+    made = argparse.ArgumentParser(prog=f"python -m algorithms.{name}", description=description)
+    made.add_argument("run", help=run)
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
     return made
 

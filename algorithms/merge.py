@@ -9,7 +9,7 @@ from pathlib import Path
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.terminal import print_line
 from algorithms.evaluate import find
-from algorithms.export import write
+from algorithms.export import folder_parser, write
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.learner.adapter_folders import find_adapter
 
@@ -45,12 +45,8 @@ def merge(run: str, out: Path, base: str | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m algorithms.merge",
-        description="Merge an adapter (LoRA) into its base model, and write a plain Hugging Face folder.",
-    )
-    made.add_argument("run", help="run directory, or a folder or hub id with an adapter")
-    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+    what = "Merge an adapter (LoRA) into its base model, and write a plain Hugging Face folder."
+    made = folder_parser("merge", what, "run directory, or a folder or hub id with an adapter")
     made.add_argument("--base", metavar="MODEL", help="folder or hub id of the base model, where it lies elsewhere")
     return made
 

@@ -30,6 +30,27 @@ def make_model(seed: int, vocab_size: int = VOCAB) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).eval()
 
 
+def make_decoder(model_type, config_type, **settings):
+    """A small model of a family, whose norms and biases are not the ones and zeros that would hide a forgotten one."""
+    torch.manual_seed(0)
+    config = config_type(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        **settings,
+    )
+    model = model_type(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
 def make_batch(seed: int = 0, num_rows: int = 6, extra_padding: int = 0) -> Batch:
     """Prompt of 3, then turns of model text and observations; row 1 is short, the last row ends in an observation."""
     generator = torch.Generator().manual_seed(seed)

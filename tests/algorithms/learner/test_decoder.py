@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from toy_learner import make_decoder
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -43,23 +44,7 @@ FAMILIES = {
 
 def make(family: str, **settings):
     model_type, config_type, own = FAMILIES[family]
-    torch.manual_seed(0)
-    config = config_type(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        **{**own, **settings},
-    )
-    model = model_type(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:  # ones and zeros would hide a forgotten one
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return make_decoder(model_type, config_type, **{**own, **settings})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from toy_learner import make_decoder
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from algorithms.learner.networks import load_model
@@ -12,26 +13,6 @@ from algorithms.rollout.kv_cache import EpisodeCache
 
 FAMILIES = {"qwen2": (Qwen2ForCausalLM, Qwen2Config), "llama": (LlamaForCausalLM, LlamaConfig)}
 LENGTHS = torch.tensor([9, 4])
-
-
-def make(model_type, config_type, **settings):
-    torch.manual_seed(0)
-    config = config_type(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        **settings,
-    )
-    model = model_type(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:  # ones and zeros would hide a forgotten one
-                parameter.uniform_(0.5, 1.5)
-    return model
 
 
 def in_steps(model, input_ids, at_once=9):
@@ -51,7 +32,7 @@ def in_steps(model, input_ids, at_once=9):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_it_gives_what_a_plain_pass_gives(family, tmp_path):
-    make(*FAMILIES[family]).save_pretrained(tmp_path)
+    make_decoder(*FAMILIES[family]).save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype="float64")
     assert can_fold(model.base_model)
     input_ids = torch.arange(22).view(2, 11) * 7 % 50
@@ -65,7 +46,7 @@ def test_it_gives_what_a_plain_pass_gives(family, tmp_path):
 
 @torch.inference_mode()
 def test_only_the_positions_that_are_asked_for():
-    model = make(*FAMILIES["qwen2"])
+    model = make_decoder(*FAMILIES["qwen2"])
     input_ids = torch.arange(12).view(2, 6)
     positions = torch.arange(6).expand(2, -1)
     at = torch.tensor([0, 1]), torch.tensor([5, 2])
@@ -75,7 +56,7 @@ def test_only_the_positions_that_are_asked_for():
 
 
 def test_weights_are_copied():
-    model = make(*FAMILIES["llama"])
+    model = make_decoder(*FAMILIES["llama"])
     ids, positions, at = torch.arange(6)[None], torch.arange(6)[None], (torch.tensor([0]), torch.tensor([5]))
     with torch.no_grad():
         before = FoldedDecoder(model.base_model)
@@ -88,7 +69,7 @@ def test_weights_are_copied():
 
 
 def stand_back(change):
-    model = make(*FAMILIES["qwen2"])
+    model = make_decoder(*FAMILIES["qwen2"])
     change(model)
     return model.base_model
 
@@ -114,8 +95,8 @@ def test_it_stands_back(change):
 
 
 def test_it_stands_back_from_norms_of_heads_and_from_large_models(monkeypatch):
-    assert not can_fold(make(Qwen3ForCausalLM, Qwen3Config, head_dim=8).base_model)
-    model = make(*FAMILIES["qwen2"]).base_model
+    assert not can_fold(make_decoder(Qwen3ForCausalLM, Qwen3Config, head_dim=8).base_model)
+    model = make_decoder(*FAMILIES["qwen2"]).base_model
     with torch.autocast("cpu", torch.bfloat16):
         assert not can_fold(model)
     monkeypatch.setattr(folded_decoder, "_MAX_PARAMETERS", 1000)
