@@ -41,7 +41,7 @@ STAGES = {
 BASES = {"sft", "ppo", "maskable_ppo"}
 EXPERIMENTS = {name: [f"+experiment={name}"] for name in ("main_table", "ablations", "kl_sweep")} | {
     "": [],
-    "paper": ["+experiment=paper", "retriever.url=http://127.0.0.1:9/retrieve"],
+    "paper": ["+experiment=paper"],
 }
 
 

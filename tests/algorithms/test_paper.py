@@ -9,7 +9,7 @@ from algorithms.analysis.runs import flat
 from algorithms.training.build import build_stages
 from algorithms.training.preflight import plan
 
-PAPER = ["+experiment=paper", "retriever.url=http://127.0.0.1:9/retrieve"]
+PAPER = ["+experiment=paper"]
 #: Search-R1 v0.2 and scripts/train_dgpo.sh.
 REINFORCED = {
     "steps": 1000,

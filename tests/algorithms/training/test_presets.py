@@ -46,7 +46,7 @@ def test_imitation_policy_gradients_and_critics_get_rates_of_their_own():
 def test_the_command_line_and_experiments_win():
     config = composed("algo=sft", "model=smollm2_135m", "algo.epochs=5", "env.prompt=bare", "rollout.max_new_tokens=48")
     assert (config.algo["epochs"], config.env["prompt"], config.rollout.max_new_tokens) == (5, "bare", 48)
-    config = composed("+experiment=paper", "retriever.url=http://localhost:8000/retrieve", "model=smollm2_135m")
+    config = composed("+experiment=paper", "model=smollm2_135m")
     assert (config.env["top_k"], config.rollout.max_new_tokens) == (3, 500)
     assert config.algo["optimizer"]["learning_rate"] == 1e-6
     assert config.algo["warm_start"]["optimizer"]["learning_rate"] == 1e-4

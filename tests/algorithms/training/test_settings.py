@@ -33,7 +33,7 @@ from algorithms.training.typed import run_config
 ROOT = Path(__file__).parents[3]
 CONF = Path(conf.__file__).parent
 TINY_STUDENT = ASSETS / "tiny-student"
-PAPER = ["+experiment=paper", "retriever.url=http://127.0.0.1:9/retrieve"]
+PAPER = ["+experiment=paper"]
 REGISTRIES = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
 NAMES = [(registry, name) for registry in REGISTRIES for name in registry.names()]
 DEFAULT_GROUPS = ("algo", "env", "dataset", "retriever", "reward", "model", "stages")
@@ -97,7 +97,7 @@ def test_every_registered_name_composes_and_builds(registry, name, files):
 def test_every_preset_composes_into_known_settings(file):
     group, option = file.parent.name, file.stem
     choice = f"{group}={option}" if group in DEFAULT_GROUPS else f"+{group}={option}"
-    config = configure(*(PAPER if (group, option) == ("experiment", "paper") else [choice]))
+    config = configure(choice)
     assert config.algo["name"] == "maskable_ppo" or build_stages(config.algo)
 
 
