@@ -33,6 +33,10 @@ class Method:
         """Seeds of the runs."""
         return [run.seed for run in self.runs]
 
+    def shares_seeds(self, other: Method) -> bool:
+        """Whether each run of one has a run of the other with the same seed, so that they are compared seed by seed."""
+        return self.seeds == other.seeds and len(set(self.seeds)) == len(self.seeds) and None not in self.seeds
+
     def means(self, mode: str, group: str, figure: str) -> np.ndarray:
         """A figure by seed, [runs]; runs without it are left out."""
         found = (run.figures(mode).get(group, {}).get(figure) for run in self.runs)

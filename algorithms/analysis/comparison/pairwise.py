@@ -41,7 +41,7 @@ def compare_pairs(methods: Sequence[Method], mode: str, against: str | None = No
             one, other = (second, first) if second.label == against else (first, second)
             right = answers([*one.runs, *other.runs], mode)
             if right is not None:
-                found = statistics.paired(*np.split(right, [len(one.runs)]))
+                found = statistics.paired(*_split(right, one), by_seed=one.shares_seeds(other))
                 pairs.append(Pair(one.label, other.label, found))
     return pairs
 
@@ -51,7 +51,7 @@ def told_power(methods: Sequence[Method], mode: str) -> str | None:
     found = []
     for first, second in combinations([method for method in methods if len(method.runs) > 1], 2):
         if (right := answers([*first.runs, *second.runs], mode)) is not None:
-            found.append(statistics.Power(*np.split(right, [len(first.runs)])))
+            found.append(statistics.Power(*_split(right, first), by_seed=first.shares_seeds(second)))
     if not found:
         return None
     seen = float(np.median([power.detectable() for power in found]))
@@ -62,6 +62,10 @@ def told_power(methods: Sequence[Method], mode: str) -> str | None:
         f"of five cases at the 5 % level, before correction); the paper's {published.GUIDANCE:.3f} of the teacher's "
         f"guidance would take {enough}."
     )
+
+
+def _split(right: np.ndarray, first: Method) -> tuple[np.ndarray, np.ndarray]:
+    return right[: len(first.runs)], right[len(first.runs) :]
 
 
 class Verdict(NamedTuple):
@@ -105,8 +109,9 @@ def significance(pairs: Sequence[Pair], mode: str) -> Table:
         "alone where a method has one seed). p, policies: exact paired permutation test over questions, whether these "
         "trained policies differ; McNemar's for one seed each. p, methods: t test over seeds and questions, whether "
         f"other seeds would differ too. Corrected after Holm for the {len(rows)} pairs of this table; a pair without "
-        "the same questions or without predictions is left out. With few seeds only large differences between methods "
-        "show; --against METHOD tests fewer pairs, and so corrects less."
+        "the same questions or without predictions is left out. Methods with the same seeds are compared seed by seed, "
+        "others as independent. With few seeds only large differences between methods show; --against METHOD tests "
+        "fewer pairs, and so corrects less."
     )
     columns = ["first", "second", "difference", "p, policies", "corrected, policies", "p, methods",
                "corrected, methods", "at the 5 % level"]  # fmt: skip

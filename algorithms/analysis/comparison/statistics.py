@@ -5,6 +5,9 @@ the same questions, so the two are crossed: the variance of a mean over both is 
 seeds over their number and the variance between questions over theirs. (The sum counts the noise of single answers
 twice, so the interval is rather too wide.) Student's t accounts for few seeds; its degrees of freedom follow
 Satterthwaite; a bootstrap over three seeds would be too narrow by a third.
+
+Runs of two methods with the same seed share what the seed decides: demonstrations, cold start, order of the data.
+Methods that have the same seeds are therefore compared seed by seed, which leaves out what the seeds have in common.
 """
 
 from __future__ import annotations
@@ -85,17 +88,18 @@ def variance_of_interval(width: float) -> float:
     return (width / (2 * float(stats.norm.ppf((1 + LEVEL) / 2)))) ** 2
 
 
-def paired(first: np.ndarray, second: np.ndarray) -> Paired:
+def paired(first: np.ndarray, second: np.ndarray, by_seed: bool = False) -> Paired:
     """Compare two methods on the same questions.
 
     Args:
         first: Right or wrong, [seeds, questions] bool.
         second: Right or wrong on the same questions, with any number of seeds.
+        by_seed: The rows of the two belong to the same seeds, in the same order. Else their seeds are independent.
     """
     difference = first.mean(axis=0) - second.mean(axis=0)
     count, value = difference.size, float(difference.mean())
     questions = (float(difference.var(ddof=1)) / count, count - 1) if count > 1 else (0.0, 1)
-    components = [questions, *_seed_component(first.mean(axis=1)), *_seed_component(second.mean(axis=1))]
+    components = [questions, *_seed_components(first, second, by_seed)]
     half = _half_width(components)
     center = value
     if not half:  # all these questions are alike, yet another one may differ: Clopper and Pearson
@@ -155,21 +159,23 @@ class Power:
 
     Args:
         first: Right or wrong, [seeds, questions] bool; at least two seeds.
-        second: Right or wrong on the same questions, in the same shape.
+        second: Right or wrong on the same questions, with at least two seeds.
+        by_seed: As in `paired`.
     """
 
-    def __init__(self, first: np.ndarray, second: np.ndarray) -> None:
+    def __init__(self, first: np.ndarray, second: np.ndarray, by_seed: bool = False) -> None:
         self.num_seeds = min(len(first), len(second))
-        count = first.shape[1]
-        of_answers = sum(float(each.var(axis=0, ddof=1).mean()) / len(each) for each in (first, second))
+        self._freedom_of_seed = 1 if by_seed else 2
+        samples = [first.astype(float) - second] if by_seed else [first, second]
+        of_answers = sum(float(each.var(axis=0, ddof=1).mean()) / len(each) for each in samples)
         of_means = float((first.mean(axis=0) - second.mean(axis=0)).var(ddof=1))
-        self._of_questions = max(0.0, of_means - of_answers) / count
-        self._of_seeds = sum(float(each.mean(axis=1).var(ddof=1)) for each in (first, second))
+        self._of_questions = max(0.0, of_means - of_answers) / first.shape[1]
+        self._of_seeds = sum(float(each.mean(axis=1).var(ddof=1)) for each in samples)
 
     def detectable(self, num_seeds: int | None = None) -> float:
         """The difference that so many seeds of each method (default: the present ones) find with chance `POWER`."""
         seeds = num_seeds or self.num_seeds
-        freedom = 2 * (seeds - 1)
+        freedom = self._freedom_of_seed * (seeds - 1)
         factor = float(stats.t.ppf((1 + LEVEL) / 2, freedom) + stats.t.ppf(POWER, freedom))
         return factor * float(np.sqrt(self._of_questions + self._of_seeds / seeds))
 
@@ -252,6 +258,12 @@ def _seed_component(by_seed: np.ndarray) -> list[tuple[float, int]]:
     if count > 1 and np.ptp(by_seed) < 1e-12:
         return [(0.0, count - 1)]
     return [(float(by_seed.var(ddof=1)) / count, count - 1)] if count > 1 else []
+
+
+def _seed_components(first: np.ndarray, second: np.ndarray, by_seed: bool) -> list[tuple[float, int]]:
+    """The part of the seeds in the variance of a difference, with its degrees of freedom."""
+    one, other = first.mean(axis=1), second.mean(axis=1)
+    return _seed_component(one - other) if by_seed else [*_seed_component(one), *_seed_component(other)]
 
 
 def _degrees(components: Sequence[tuple[float, int]]) -> float:

@@ -377,6 +377,39 @@ def test_where_nothing_varies_doubt_remains():
     assert statistics.paired(thirds, np.zeros((3, 3), bool)).difference.low < 0
 
 
+def answers_of(means: list[float], count: int = 100) -> np.ndarray:
+    """So many questions answered by each seed, the first ones right, [seeds, questions]."""
+    return np.arange(count) < count * np.array(means)[:, None]
+
+
+def test_methods_with_the_same_seeds_are_compared_seed_by_seed():
+    first, second = answers_of([0.30, 0.52, 0.71]), answers_of([0.27, 0.50, 0.67])
+    independent, by_seed = statistics.paired(first, second), statistics.paired(first, second, by_seed=True)
+    # Differences .03, .02 and .04: variance 1e-4 over 3 seeds. Nine questions have a difference of a third.
+    questions = (9 / 9 - 9**2 / 9 / 100) / 99 / 100
+    seeds = 1e-4 / 3
+    freedom = (questions + seeds) ** 2 / (questions**2 / 99 + seeds**2 / 2)
+    half = stats.t.ppf(0.975, freedom) * (questions + seeds) ** 0.5
+    assert by_seed.difference == pytest.approx((0.03, 0.03 - half, 0.03 + half))
+    assert by_seed.p_methods == pytest.approx(2 * stats.t.sf(0.03 / (questions + seeds) ** 0.5, freedom))
+    # As independent seeds their spread of 0.2 hides the difference.
+    assert independent.difference.low < -0.4
+    assert independent.p_methods > 0.8
+    assert independent.p_questions == by_seed.p_questions
+
+
+@pytest.mark.parametrize(("seeds", "by_seed"), [((0, 1, 2), True), ((0, 1, 3), False), ((None, 1, 2), False)])
+def test_only_the_same_seeds_are_pairs(tmp_path, seeds, by_seed):
+    right = {"dgpo": answers_of([0.30, 0.52, 0.71]), "kd": answers_of([0.27, 0.50, 0.67])}
+    for algo, own in (("dgpo", (0, 1, 2)), ("kd", seeds)):
+        for number, seed in enumerate(own):
+            make_run(tmp_path / algo / str(number), algo, seed, {"greedy": right[algo][number]})
+    ((_, _, found),) = pairwise.compare_pairs(study([tmp_path], Options(resamples=10)).methods, "greedy")
+    expected = statistics.paired(right["dgpo"], right["kd"], by_seed=by_seed)
+    assert found.difference == pytest.approx(expected.difference)
+    assert found.p_methods == pytest.approx(expected.p_methods)
+
+
 def pair(first, second, p_questions, p_methods=None) -> pairwise.Pair:
     return pairwise.Pair(first, second, statistics.Paired(statistics.Estimate(0.1), p_questions, p_methods))
 

@@ -83,6 +83,25 @@ def test_power_is_the_chance_to_find_a_difference_that_is_there():
     assert 0.73 < found / 400 < 0.87
 
 
+def test_power_of_methods_that_are_compared_seed_by_seed():
+    """What the seeds have in common, such as a good cold start, hides nothing."""
+    rng = np.random.default_rng(0)
+    chances = rng.uniform(0.3, 0.6, 400)
+
+    def experiment(seeds: int, difference: float) -> tuple[np.ndarray, np.ndarray]:
+        shift = 0.08 * rng.standard_normal((seeds, 1))
+        return tuple(rng.random((seeds, 400)) < np.clip(chances + shift + add, 0, 1) for add in (difference, 0.0))
+
+    pilot = experiment(200, 0.0)
+    difference = Power(*pilot, by_seed=True).detectable(8)
+    assert difference < 0.5 * Power(*pilot).detectable(8)
+    found = 0
+    for _ in range(400):
+        first, second = experiment(8, difference)
+        found += stats.ttest_rel(first.mean(axis=1), second.mean(axis=1)).pvalue < 0.05
+    assert 0.73 < found / 400 < 0.87
+
+
 def test_questions_that_differ_always_alike_are_no_matter_of_seeds():
     first = np.repeat([[True, False] * 20], 3, axis=0)
     power = Power(first, ~first)
@@ -101,7 +120,7 @@ def test_compare_says_what_it_can_see(tmp_path):
     (text,) = [finding.text for finding in found.findings if "tell apart" in finding.text]
     first, second = (np.array([run.outcomes["greedy"][f"q{n}"] for run in m.runs for n in range(300)]).reshape(4, 300)
                      for m in found.methods)  # fmt: skip
-    power = Power(first, second)
+    power = Power(first, second, by_seed=True)
     assert f"differences of {power.detectable():.3f}, greedy (median over 1 pairs" in text
     assert pytest.approx(0.023) == published.GUIDANCE
     assert f"the paper's 0.023 of the teacher's guidance would take {power.seeds_for(0.023)} seeds a method" in text
