@@ -33,23 +33,25 @@ def collate(
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=bool)
     response_mask = np.zeros(shape, dtype=bool)
+    written_ids = np.full(shape, pad_id, dtype=np.int64)
     old_logprobs = np.zeros(shape, dtype=working_dtype(precision))
     for row, trajectory in enumerate(trajectories):
         end = len(trajectory.prompt_ids)
         input_ids[row, :end] = trajectory.prompt_ids
         for turn in trajectory.turns:
-            start, end = end, end + len(turn.action_ids)
-            input_ids[row, start:end] = turn.action_ids
-            response_mask[row, start:end] = True
-            old_logprobs[row, start:end] = turn.action_logprobs
-            start, end = end, end + len(turn.observation_ids)
-            input_ids[row, start:end] = turn.observation_ids
+            written = slice(end, end + len(turn.action_ids))
+            written_ids[row, written] = turn.action_ids
+            response_mask[row, written] = True
+            old_logprobs[row, written] = turn.action_logprobs
+            start, end = end, end + len(turn.read_ids)
+            input_ids[row, start:end] = turn.read_ids
         attention_mask[row, :end] = True
     rewards = np.array([trajectory.reward for trajectory in trajectories], dtype=old_logprobs.dtype)
     return Batch(
         input_ids=torch.from_numpy(input_ids).to(device),
         attention_mask=torch.from_numpy(attention_mask).to(device),
         response_mask=torch.from_numpy(response_mask).to(device),
+        written_ids=torch.from_numpy(written_ids).to(device),
         old_logprobs=torch.from_numpy(old_logprobs).to(device),
         rewards=torch.from_numpy(rewards).to(device),
         correct=torch.tensor([trajectory.correct for trajectory in trajectories], dtype=torch.bool, device=device),

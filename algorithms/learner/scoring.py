@@ -78,7 +78,7 @@ class Scorer:
 
         def compute(micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
             hidden = read(network, micro, rows, columns).split(self.chunk_tokens)
-            ids = micro.input_ids[rows, columns + 1].split(self.chunk_tokens)
+            ids = micro.written_ids[rows, columns + 1].split(self.chunk_tokens)
             chunks = zip(hidden, ids, strict=True)
             return torch.cat([ops.gather_logprobs(self.logits(network, part), part_ids) for part, part_ids in chunks])
 
@@ -200,7 +200,7 @@ def gather_tokens(micro: Batch, sequence_ids: Tensor, rows: Tensor, columns: Ten
         return None if values is None else values[rows, columns + 1]
 
     return Tokens(
-        ids=micro.input_ids[rows, columns + 1],
+        ids=micro.written_ids[rows, columns + 1],
         sequence_ids=sequence_ids[rows],
         correct=micro.correct[rows],
         old_logprobs=micro.old_logprobs[rows, columns + 1],

@@ -361,7 +361,7 @@ class Learner:
                 f"A batch of {len(batch)} trajectories can't be split into num_minibatches={num_minibatches}; raise"
                 " batch_size or lower num_minibatches."
             )
-        largest = int(batch.input_ids.masked_fill(~batch.response_mask, 0).max())
+        largest = int(batch.written_ids.masked_fill(~batch.response_mask, 0).max())
         if largest >= self.scorer.vocab_size:
             raise ConfigurationError(
                 f"The batch holds token id {largest}, written by a model, but the vocabulary shared by all"

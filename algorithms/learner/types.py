@@ -1,6 +1,6 @@
 """The records of training. B trajectories, T tokens, N model-written tokens, V vocabulary.
 
-Column t always describes token t itself. `old_logprobs[b, t]` is the log-probability of `input_ids[b, t]` given
+Column t always describes token t itself. `old_logprobs[b, t]` is the log-probability of `written_ids[b, t]` given
 everything before it, and `values[b, t]` is the value of the state just before it. The shift between a token and the
 position that predicts it happens only in `collate.predicting_positions`.
 """
@@ -28,18 +28,25 @@ class Turn:
     """One action of the model and the reply of the environment.
 
     Attributes:
-        action_ids: [n] int64, exactly as sampled. If the episode goes on, an end-of-text token is left out, as in
-            Search-R1, because the model did not see it when it wrote the next turn. An action of that token alone is
-            then empty. The last action of an episode keeps the token.
+        action_ids: [n] int64, exactly as sampled.
         action_logprobs: [n] float32, nats, under the full distribution at the sampling temperature.
         observation_ids: [m] int64, the environment's reply, tokenized once; empty at the end of an episode.
         info: The environment's report of this step.
+        end_unread: The last token of the action is an end of text that no later token has before it: as in Search-R1,
+            the reply follows the words, and so stays inside the model's message. That the model ended here is still an
+            action of its own, and is trained like any other. (If it were not, nothing would ever make it rarer.)
     """
 
     action_ids: np.ndarray
     action_logprobs: np.ndarray
     observation_ids: np.ndarray
     info: StepInfo
+    end_unread: bool = False
+
+    @property
+    def read_ids(self) -> np.ndarray:
+        """What later tokens have before them: action and observation, without an end of text that is not read."""
+        return np.concatenate((self.action_ids[: len(self.action_ids) - self.end_unread], self.observation_ids))
 
 
 @dataclass(slots=True)
@@ -80,8 +87,8 @@ class Trajectory:
 
     @property
     def num_tokens(self) -> int:
-        """All tokens: prompt, actions and observations."""
-        return len(self.prompt_ids) + sum(len(turn.action_ids) + len(turn.observation_ids) for turn in self.turns)
+        """Length of the episode as a model reads it: prompt, actions and observations."""
+        return len(self.prompt_ids) + sum(len(turn.read_ids) for turn in self.turns)
 
 
 @dataclass(slots=True)
@@ -97,6 +104,9 @@ class Batch:
         rewards: [B] float32, episode return.
         correct: [B] bool, exact match.
         group_ids: [B] int64, same number for the same prompt instance.
+        written_ids: [B, T] int64, what it wrote there; not read elsewhere. It differs from `input_ids` where the model
+            ended its text and a reply took the place of that end (see `Turn.end_unread`). If it is not given, it is
+            `input_ids`.
         sampled_logprobs: [B, T] float32, nats, as sampled, where `old_logprobs` were scored anew; else None.
         values: [B, T] float32, critic's value before token t; None unless "values" is needed.
         ref_logprobs: [B, T] float32, nats; None unless "ref_logprobs" is needed.
@@ -117,6 +127,7 @@ class Batch:
     rewards: Tensor
     correct: Tensor
     group_ids: Tensor
+    written_ids: OnDemand = None
     sampled_logprobs: OnDemand = None
     values: OnDemand = None
     ref_logprobs: OnDemand = None
@@ -127,6 +138,10 @@ class Batch:
     token_rewards: OnDemand = None
     advantages: OnDemand = None
     returns: OnDemand = None
+
+    def __post_init__(self) -> None:
+        if self.written_ids is None:
+            self.written_ids = self.input_ids
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -35,7 +35,7 @@ class Action:
         ids: [n] int64, exactly as sampled.
         logprobs: [n] float32, nats, under the whole distribution at the engine's temperature.
         text: The action as an environment reads it, without the end-of-text token.
-        ends_text: The last id is an end-of-text token. If the row goes on, it is left out of the row.
+        ends_text: The last id is an end-of-text token.
     """
 
     row: int
@@ -82,8 +82,8 @@ class Engine(Protocol):
     def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
         """Continue a row whose action has ended. The arguments are those of `open`; `ids` follow the row's tokens.
 
-        An end-of-text token that ended the action is left out first, as in Search-R1: the observation follows the
-        model's words inside the same message.
+        An end-of-text token that ended the action is left out first, as in Search-R1, unless no ids are given: the
+        observation follows the model's words inside the same message.
         """
         ...
 
@@ -178,9 +178,10 @@ class CachedEngine:
 
     def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
         """See `Engine`."""
-        # The last token of an action is sampled but not yet read. An end-of-text token is never read.
+        # The last token of an action is sampled but not yet read.
         last = self._ids[row, self._counts[row] - 1 : self._counts[row]]
-        self._wait(row, np.concatenate((last[~self.action_end.is_eos[last]], ids)), uniforms)
+        kept = last if len(ids) == 0 else last[~self.action_end.is_eos[last]]
+        self._wait(row, np.concatenate((kept, ids)), uniforms)
 
     def _wait(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None) -> None:
         assert uniforms is not None or self.config.temperature == 0

@@ -235,20 +235,23 @@ class _Rollout:
         for action, observation in zip(actions, observations, strict=True):
             env = action.row
             episode = self.episodes[env]
-            # An end-of-text token is no part of an episode that goes on.
-            episode.num_tokens += len(action.ids) - action.ends_text
+            # The reply follows the words; an end of text is read only if there is none.
+            end_unread = action.ends_text and len(observation) > 0
+            episode.num_tokens += len(action.ids) - end_unread
             terminated, truncated = bool(terminations[env]), bool(truncations[env])
             reward, info = float(rewards[env]), info_at(infos, env)
-            # There must be room for the observation and at least one token of the next action. A turn may add no token:
-            # an action that is only an end of text, and an empty observation. So turns count, too.
-            used = max(episode.num_tokens + len(observation), len(episode.turns) + 1)
-            full = used + 1 > self.engine.config.max_tokens
+            # There must be room for the observation and at least one token of the next action.
+            full = episode.num_tokens + len(observation) + 1 > self.engine.config.max_tokens
             if full and not (terminated or truncated):
                 truncated = True
                 cut = self.envs.cut_off(env)
                 reward, info = reward + cut.reward, cut.info
             ended = terminated or truncated
-            self._record_turn(episode, action, None if ended else observation, info)
+            if ended:
+                turn = Turn(action.ids, action.logprobs, action.ids[:0], info)
+            else:
+                turn = Turn(action.ids, action.logprobs, observation, info, end_unread)
+            self._record_turn(episode, turn)
             episode.reward += reward
             if ended:
                 self._finish(env, info, terminated)
@@ -258,18 +261,12 @@ class _Rollout:
         if self.progress and any(action.row not in self.episodes for action in actions):
             self.progress(min(self.num_finished * ranks.count(), len(self.questions)), len(self.questions))
 
-    def _record_turn(self, episode: _Episode, action: Action, observation: np.ndarray | None, info: StepInfo) -> None:
-        """Record a turn as the row holds it, so that every token follows exactly those before it; None: it ended."""
-        if observation is None:
-            turn = Turn(action.ids, action.logprobs, action.ids[:0], info)
-        else:
-            num_kept = len(action.ids) - action.ends_text
-            turn = Turn(action.ids[:num_kept], action.logprobs[:num_kept], observation, info)
+    def _record_turn(self, episode: _Episode, turn: Turn) -> None:
         episode.turns.append(turn)
-        self.stats.sampled_tokens += len(action.ids)
-        if info["error"] is not None:
+        self.stats.sampled_tokens += len(turn.action_ids)
+        if turn.info["error"] is not None:
             self.stats.retriever_errors += 1
-            self.check_failures(self.stats.retriever_errors, info["error"])
+            self.check_failures(self.stats.retriever_errors, turn.info["error"])
 
     def _finish(self, env: int, info: StepInfo, terminated: bool) -> None:
         episode = self.episodes.pop(env)

@@ -97,6 +97,7 @@ def _to_json(trajectory: Trajectory, tokenizer: Any = None) -> dict[str, Any]:
                 "action_ids": turn.action_ids.tolist(),
                 "action_logprobs": turn.action_logprobs.astype(float).tolist(),
                 "observation_ids": turn.observation_ids.tolist(),
+                **({"end_unread": True} if turn.end_unread else {}),
                 "info": {**turn.info, "passages": [dataclasses.asdict(passage) for passage in turn.info["passages"]]},
             }
             for turn in trajectory.turns
@@ -134,6 +135,7 @@ def _from_json(row: dict[str, Any]) -> Trajectory:
                     "StepInfo",
                     turn["info"] | {"passages": tuple(Passage(**passage) for passage in turn["info"]["passages"])},
                 ),
+                end_unread=turn.get("end_unread", False),
             )
             for turn in row["turns"]
         ],

@@ -48,10 +48,12 @@ def _run_hooks(algorithm: Algorithm, read: set[str]) -> None:
     count = rows * (_LENGTH - 1)
     written = torch.arange(_LENGTH).expand(rows, -1) > 0
     of_batch = [need for need in algorithm.needs if need in Batch.__slots__]
+    ids = torch.zeros(rows, _LENGTH, dtype=torch.long)
     batch: Any = _noting(Batch, read)(
-        input_ids=torch.zeros(rows, _LENGTH, dtype=torch.long),
+        input_ids=ids,
         attention_mask=torch.ones(rows, _LENGTH, dtype=torch.bool),
         response_mask=written,
+        written_ids=ids,
         old_logprobs=-written.float(),
         rewards=torch.arange(rows).float() % 2,
         correct=torch.arange(rows) % 2 == 1,

@@ -36,6 +36,23 @@ def two_trajectories():
     return [first, second]
 
 
+def test_an_end_of_text_that_is_not_read_is_written_where_the_reply_begins():
+    ended = turn([3, 9], [-0.5, -0.25], [4, 5])
+    ended.end_unread = True
+    alone = turn([9], [-0.75], [4])
+    alone.end_unread = True
+    trajectory = Trajectory(
+        np.array([1, 2]), [ended, alone, turn([6, 9], [-1, -2], [])], 0, "policy", 0.0, False, True, False
+    )
+    batch = collate([trajectory, two_trajectories()[1]], PAD)
+    assert batch.input_ids[0].tolist() == [1, 2, 3, 4, 5, 4, 6, 9]
+    assert batch.response_mask[0].int().tolist() == [0, 0, 1, 1, 0, 1, 1, 1]
+    assert batch.written_ids[0][batch.response_mask[0]].tolist() == [3, 9, 9, 6, 9]
+    assert batch.old_logprobs[0].tolist() == [0, 0, -0.5, -0.25, 0, -0.75, -1, -2]
+    assert batch.attention_mask.sum(dim=1).tolist() == [trajectory.num_tokens, 4] == [8, 4]
+    assert trajectory.num_action_tokens == 5
+
+
 def test_collate_by_hand():
     batch = collate(two_trajectories(), PAD)
     assert batch.input_ids.tolist() == [[1, PAD, 3, 4, PAD, 5, 6], [2, 2, 2, PAD, PAD, PAD, PAD]]

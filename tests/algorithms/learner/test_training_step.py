@@ -17,13 +17,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.dgpo import DGPO, DGPOConfig
+from algorithms.grpo import GRPO, GRPOConfig
 from algorithms.kd import KD, KDConfig
 from algorithms.learner import scoring
 from algorithms.learner.algorithm import Algorithm, AlgorithmConfig, OptimizerConfig
+from algorithms.learner.collate import collate
 from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import freeze
 from algorithms.learner.training_step import Learner
-from algorithms.learner.types import Batch
+from algorithms.learner.types import Batch, Trajectory, Turn
 from algorithms.ppo import PPO, PPOConfig
 from algorithms.sft import SFT, SFTConfig
 
@@ -95,6 +97,55 @@ def test_cross_entropy_gradient_equals_the_plain_one(reduction):
         loss = torch.stack([row[m].mean() for row, m in zip(losses, mask, strict=True)]).mean()
     loss.backward()
     assert_same(found, {name: p.grad for name, p in model.named_parameters()})
+
+
+def test_an_end_of_text_that_no_later_token_reads_is_trained_all_the_same():
+    """The gradient is that of two plain sequences: one up to the end of the first text, one without that end."""
+    eos, prompt, words, reply, answer = 22, [1, 2, 3], [4, 5], [6, 7], [8, 9]
+    logprobs = np.full(3, -1.0, dtype=np.float32)
+    turns = [
+        Turn(np.array([*words, eos]), logprobs, np.array(reply), {}, end_unread=True),
+        Turn(np.array(answer), logprobs[:2], np.array([], dtype=np.int64), {}),
+    ]
+    batch = collate([Trajectory(np.array(prompt), turns, 0, "policy", 1.0, True, True, False)], pad_id=0)
+    found = gradients(make_learner(SFT(SFTConfig(optimizer=sgd_free())), chunk_tokens=2), batch)
+    model = make_model(0)
+
+    def logprobs_of_last(count: int, ids: list[int]) -> Tensor:
+        table = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        return table[range(len(ids) - count - 1, len(ids) - 1), ids[-count:]]
+
+    ended = logprobs_of_last(3, [*prompt, *words, eos])
+    went_on = logprobs_of_last(2, [*prompt, *words, *reply, *answer])
+    (-torch.cat((ended, went_on)).mean()).backward()
+    assert_same(found, {name: p.grad for name, p in model.named_parameters()})
+
+
+def test_ends_of_text_that_lose_become_rarer():
+    """A policy that may stop too early learns not to, though the episode goes on after such a stop."""
+    eos, prompt = 22, [1, 2, 3]
+    reply, nothing = np.array([6, 7]), np.array([], dtype=np.int64)
+    one, two = (np.full(count, -np.log(VOCAB), dtype=np.float32) for count in (1, 2))  # about uniform
+    lost = [Turn(np.array([4, eos]), two, reply, {}, end_unread=True), Turn(np.array([8]), one, nothing, {})]
+    won = [Turn(np.array([4, 5]), two, reply, {}), Turn(np.array([8]), one, nothing, {})]
+    batch = collate(
+        [
+            Trajectory(np.array(prompt), turns, 0, "policy", float(right), right, True, False)
+            for turns, right in ((lost, False), (won, True))
+        ],
+        pad_id=0,
+    )
+    settings = {"batch_size": 2, "rollouts_per_prompt": 2, "num_minibatches": 1, "kl_coef": 0.0, "entropy_coef": 0.0}
+    learner = make_learner(GRPO(GRPOConfig(**settings, optimizer=sgd_free(0.01))))
+    context = torch.tensor([[*prompt, 4]])
+
+    def chance() -> float:
+        return float(learner.policy(input_ids=context).logits[0, -1].softmax(-1)[eos])
+
+    before = chance()
+    learner.score(batch)
+    learner.update(batch, np.random.default_rng(0))
+    assert chance() < 0.95 * before
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

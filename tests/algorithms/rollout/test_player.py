@@ -28,6 +28,7 @@ from algorithms.rollout.engine import Action
 from algorithms.rollout.player import Player
 from algorithms.rollout.sampling import sample
 from algorithms.rollout.tokenization import decode, encode_plain, encode_prompts, opened_thought
+from algorithms.rollout.trajectory_files import pack, unpack
 
 CLOSING = ("</search>", "</answer>")
 BASE = {"max_new_tokens": 20, "max_tokens": 400}
@@ -40,10 +41,8 @@ def make_toy_player(spelling="whole", seed=0, num_envs=3, world=None, env_settin
 
 
 def full_ids(trajectory: Trajectory) -> np.ndarray:
-    parts = [trajectory.prompt_ids]
-    for turn in trajectory.turns:
-        parts += [turn.action_ids, turn.observation_ids]
-    return np.concatenate(parts)
+    """What a model has read at the end of an episode."""
+    return np.concatenate([trajectory.prompt_ids, *(turn.read_ids for turn in trajectory.turns)])
 
 
 def plain_logprobs(model, trajectories, temperature=1.0) -> torch.Tensor:
@@ -54,7 +53,7 @@ def plain_logprobs(model, trajectories, temperature=1.0) -> torch.Tensor:
         with torch.no_grad():
             logits = model(input_ids=batch.input_ids).logits[0].float() / (temperature or 1.0)
         _, columns = predicting_positions(batch.response_mask)
-        tokens = batch.input_ids[batch.response_mask]
+        tokens = batch.written_ids[batch.response_mask]
         logprobs.append(logits.log_softmax(-1)[columns, tokens])
     return torch.cat(logprobs)
 
@@ -112,15 +111,16 @@ def play_naively(player: Player, questions, seed) -> list[Trajectory]:
             total += float(reward)
             observation = encode_plain(tokenizer, [text])[0]
             ended = terminated or truncated
-            told = len(action) - (token == eos)
+            end_unread = token == eos and len(observation) > 0  # Search-R1 goes on without it
+            told = len(action) - end_unread
             if not ended and len(ids) - len(action) + told + len(observation) >= config.max_tokens:
                 ended, info = True, info | {"ending": Ending.OUT_OF_TOKENS}
             kept = observation[:0] if ended else observation
-            if not ended and token == eos:  # Search-R1 goes on without it
+            end_unread = end_unread and not ended
+            if end_unread:
                 ids.pop()
-                action, logprobs = action[:-1], logprobs[:-1]
             written = np.array(action, dtype=np.int64)
-            turns.append(Turn(written, np.array(logprobs, dtype=np.float32), kept, info))
+            turns.append(Turn(written, np.array(logprobs, dtype=np.float32), kept, info, end_unread))
             ids += kept.tolist()
             if ended:
                 break
@@ -195,9 +195,10 @@ def replay(env: AgenticRAGEnv, question: int, trajectory: Trajectory, player: Pl
         action = turn.action_ids.tolist()
         last = position == len(trajectory.turns) - 1
         limit = min(config.max_new_tokens, config.max_tokens - length)
-        assert last <= len(action) <= limit
-        length += len(action) + len(turn.observation_ids)
-        assert eos not in (action[:-1] if last else action)
+        assert 1 <= len(action) <= limit
+        assert turn.end_unread == (not last and action[-1] == eos)
+        length += len(action) - turn.end_unread + len(turn.observation_ids)
+        assert eos not in action[:-1]
         assert not any(tag in tokenizer.decode(action[:-1]) for tag in CLOSING)
         text = tokenizer.decode(action[:-1] if action[-1:] == [eos] else action)
         if last:
@@ -207,7 +208,7 @@ def replay(env: AgenticRAGEnv, question: int, trajectory: Trajectory, player: Pl
         no_room = last and not terminated and not truncated
         assert turn.info == info | ({"ending": Ending.OUT_OF_TOKENS} if no_room else {})
         assert (terminated or truncated) <= last
-        transcript += tokenizer.decode(action) + ("" if last else observation)
+        transcript += tokenizer.decode(action[:-1] if turn.end_unread else action) + ("" if last else observation)
         assert last == (not len(turn.observation_ids)) or observation == ""
         assert eos not in turn.observation_ids
     assert tokenizer.decode(full_ids(trajectory)) == transcript
@@ -331,26 +332,28 @@ def test_keys_and_values_take_little_more_room_than_they_need():
                 assert stop <= capacity < max(stop + 512, 2 * stop + 64)
 
 
-def test_end_of_text_is_out_of_the_text_and_of_an_episode_that_goes_on():
+def test_end_of_text_is_out_of_the_text_and_not_read_in_an_episode_that_goes_on():
     player = make_toy_player(model=make_policy("whole", eos_bias=50.0), num_envs=2)
     (trajectory,), _ = player.rollout([0], seed=(0,))
     eos = player.engine.tokenizer.eos_token_id
-    assert [turn.action_ids.tolist() for turn in trajectory.turns] == [[], [], [eos]]
-    assert [len(turn.action_logprobs) for turn in trajectory.turns] == [0, 0, 1]
+    assert [turn.action_ids.tolist() for turn in trajectory.turns] == [[eos], [eos], [eos]]
+    assert [turn.end_unread for turn in trajectory.turns] == [True, True, False]
+    hint = trajectory.turns[0].observation_ids.tolist()
+    assert full_ids(trajectory).tolist() == [*trajectory.prompt_ids.tolist(), *hint, *hint, eos]
     assert {turn.info["action"] for turn in trajectory.turns} == {"malformed"}
     assert (trajectory.terminated, trajectory.truncated, trajectory.reward) == (False, True, 0.0)
+    (restored,) = unpack(pack([trajectory]))
+    assert [turn.end_unread for turn in restored.turns] == [True, True, False]
+    assert full_ids(restored).tolist() == full_ids(trajectory).tolist()
 
 
 def test_what_follows_a_malformed_turn_is_written_without_its_end_of_text():
-    """The log-probability of every recorded token is that of one pass over the tokens recorded before it."""
+    """The log-probability of every recorded token is that of one pass over the tokens read before it."""
     model = make_policy("whole", seed=1, eos_bias=4.0)
     trajectories, stats = make_toy_player(model=model).rollout(list(range(8)) * 2, seed=(0,))
-    eos = make_tokenizer("whole").eos_token_id
-    recorded = sum(trajectory.num_action_tokens for trajectory in trajectories)
-    assert stats.sampled_tokens > recorded, "some end-of-text tokens were left out"
-    assert not any(eos in turn.action_ids for trajectory in trajectories for turn in trajectory.turns[:-1])
-    partly = [t for t in trajectories if any(len(turn.action_ids) for turn in t.turns[:-1])]
-    assert partly
+    assert stats.sampled_tokens == sum(trajectory.num_action_tokens for trajectory in trajectories)
+    unread = [turn for trajectory in trajectories for turn in trajectory.turns if turn.end_unread]
+    assert {len(turn.action_ids) > 1 for turn in unread} == {True, False}
     torch.testing.assert_close(sampled_logprobs(trajectories), plain_logprobs(model, trajectories), atol=1e-4, rtol=0)
 
 
@@ -362,7 +365,8 @@ def test_every_end_of_text_id_of_the_generation_settings_ends_an_action():
     with torch.no_grad():
         model.get_output_embeddings().bias[also_eos] = 50.0
     (trajectory,), _ = make_toy_player(model=model).rollout([0], seed=(0,))
-    assert [turn.action_ids.tolist() for turn in trajectory.turns] == [[], [], [also_eos]]
+    assert [turn.action_ids.tolist() for turn in trajectory.turns] == [[also_eos], [also_eos], [also_eos]]
+    assert [turn.end_unread for turn in trajectory.turns] == [True, True, False]
 
 
 def test_special_tokens_are_not_read_out_of_passages_but_tags_stay_whole():
@@ -513,7 +517,7 @@ def test_vocab_size_bounds_what_is_sampled_and_normalized():
             for token, logprob in zip(turn.action_ids, turn.action_logprobs, strict=True):
                 assert float(logprobs[position - 1, token]) == pytest.approx(logprob, abs=1e-4)
                 position += 1
-            position += len(turn.observation_ids)
+            position += len(turn.observation_ids) - turn.end_unread
 
 
 FAMILIES = {
