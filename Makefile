@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Processes that share `make demo`: one for each free core, at most 4. `make demo PROCESSES=1` takes one.
+PROCESSES ?= $(shell $(PYTHON) -c "import math, os; print(max(1, min(4, math.ceil(os.cpu_count() - os.getloadavg()[0]))))")
+
 # Where `make real` has its model from, and where it writes.
 SMOLLM2 ?= $(HOME)/.cache/agentic_rag_env/smollm2
 RUN := outputs/real/$(shell date +%Y-%m-%d_%H-%M-%S)
@@ -12,7 +15,7 @@ RUN := outputs/real/$(shell date +%Y-%m-%d_%H-%M-%S)
 .PHONY: demo real test nightly lowest benchmark gpu-check lint clean
 
 demo: $(READY)
-	$(BIN)/python -m algorithms.run algo=dgpo
+	OMP_NUM_THREADS=1 $(BIN)/$(if $(filter 1,$(PROCESSES)),python,torchrun --nproc-per-node $(PROCESSES)) -m algorithms.run algo=dgpo
 
 # A pretrained model of 135M parameters learns to search Wikipedia passages from 240 demonstrations.
 real: $(SMOLLM2)/config.json

@@ -21,7 +21,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner import adapters, decoder, ops
+from algorithms.learner import adapters, decoder, folded_decoder, ops
 from algorithms.learner.adapter_folders import Adapter, find_adapter, whole_model
 from algorithms.learner.config import working_dtype
 from algorithms.learner.model_folders import (
@@ -271,7 +271,10 @@ def backbone_hidden(
     if attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
         # Causality already hides the padding, so attention needs no mask and takes its fast causal path. Positions
         # go on through the padding: transformers takes equal ones for the start of a packed sequence.
-        mask, position_ids = None, torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        length = input_ids.shape[1]
+        mask, position_ids = None, torch.arange(length, device=input_ids.device)[None]
+        if folded_decoder.can_fold(model.base_model):
+            return folded_decoder.FoldedDecoder(model.base_model).read(input_ids, position_ids, length=length, at=at)
         if decoder.is_readable(model.base_model):
             return decoder.read(model.base_model, input_ids, position_ids, at=at)
     else:

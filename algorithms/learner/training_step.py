@@ -26,6 +26,8 @@ from algorithms.learner.figures import Figures
 from algorithms.learner.networks import Critic
 from algorithms.learner.optimizer import Optimizer
 from algorithms.learner.scoring import Part, Scorer, chunk_tokens, gather_tokens, slice_tokens
+from algorithms.learner.short_gradients import logprobs_and_entropy
+from algorithms.learner.teacher_states import TeacherStates
 from algorithms.learner.types import Batch, Tokens
 
 _Losses = dict[str, Tensor]
@@ -82,6 +84,7 @@ class Learner:
         self._check_settings()
         self.shared_critic = critic is not None and critic.shared
         self.step, self.total_steps = 0, total_steps
+        self.teacher_states: TeacherStates | None = None
         settings: Any = algorithm.config
         self.importance_cap = settings.importance_sampling_cap if isinstance(settings, PolicyGradientConfig) else None
         self.rescores = self.importance_cap is not None
@@ -299,7 +302,7 @@ class Learner:
         teacher_hidden = None
         if "teacher_logits" in self.algorithm.needs:
             with torch.no_grad():
-                teacher_hidden = self.scorer.hidden_of_teacher(self.teacher, of.micro, *of.at)
+                teacher_hidden = self._teacher_hidden(of)
         for start in range(0, len(hidden), self.scorer.chunk_tokens):
             chunk = slice(start, start + self.scorer.chunk_tokens)
             leaf = hidden[chunk].detach().requires_grad_()
@@ -307,14 +310,18 @@ class Learner:
             self._fill_in_logits(part, leaf, None if teacher_hidden is None else teacher_hidden[chunk])
             yield chunk, part, leaf
 
+    def _teacher_hidden(self, of: Part) -> Tensor:
+        if self.teacher_states is not None and of.micro.first_states is not None:
+            return self.teacher_states.of(of)
+        return self.scorer.hidden_of_teacher(self.teacher, of.micro, *of.at)
+
     def _fill_in_logits(self, tokens: Tokens, hidden: Tensor, teacher_hidden: Tensor | None) -> None:
         needs = self.algorithm.needs
         logits = self.scorer.logits(self.policy, hidden)
-        tokens.logprobs = ops.gather_logprobs(logits, tokens.ids)
+        tokens.logprobs, entropy = logprobs_and_entropy(logits, tokens.ids)
+        tokens.entropy = entropy if "entropy" in needs else entropy.detach()
         if "logits" in needs:
             tokens.logits = logits
-        with torch.set_grad_enabled("entropy" in needs):
-            tokens.entropy = ops.token_entropy(logits)
         if teacher_hidden is not None:
             with torch.no_grad():
                 tokens.teacher_logits = self.scorer.logits(self.teacher, teacher_hidden)

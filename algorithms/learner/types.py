@@ -115,6 +115,7 @@ class Batch:
         teacher_kl: [B, T] float32, nats, KL(sampling policy || teacher) over the vocabulary; None unless needed.
         read_by_teacher: The same trajectories behind the prompts of the teacher's own chat template, with the same
             model-written tokens in the same order; None if the teacher reads prompts as the policy does.
+        first_states: [B] int64, where `TeacherStates` keeps what the teacher has computed; None if it computes it anew.
         token_rewards: [B, T] float32, filled by `Algorithm.shape_rewards`.
         advantages: [B, T] float32, filled by `Algorithm.estimate_advantages`.
         returns: [B, T] float32, the critic's target; filled by `Algorithm.estimate_advantages`.
@@ -135,6 +136,7 @@ class Batch:
     teacher_logprobs: OnDemand = None
     teacher_kl: OnDemand = None
     read_by_teacher: Batch | None = None
+    first_states: OnDemand = None
     token_rewards: OnDemand = None
     advantages: OnDemand = None
     returns: OnDemand = None

@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import decoder
+from algorithms.learner.folded_decoder import FoldedDecoder, can_fold
 from algorithms.learner.networks import backbone_hidden, logit_width
-from algorithms.rollout.folded_decoder import FoldedDecoder, can_fold
 
 _FIRST_CAPACITY = 64
 #: Capacity grows by doubling up to this number of columns, and then by this number.
@@ -72,7 +72,9 @@ class EpisodeCache(Cache):
         if self._folded is None and can_fold(backbone):
             self._folded = FoldedDecoder(backbone)
         if self._folded is not None:
-            return self._folded.read(input_ids, positions, mask[:, None], self.update, self.length, at)
+            return self._folded.read(
+                input_ids, positions, length=length, mask=mask[:, None], remember=self.update, at=at
+            )
         if decoder.is_readable(backbone):
             return decoder.read(backbone, input_ids, positions, mask=mask[:, None], remember=self.update, at=at)
         hidden = backbone(

@@ -18,6 +18,7 @@ from algorithms.learner.adapters import trained_state
 from algorithms.learner.algorithm import Algorithm, CriticConfig, DemonstrationConfig, Progress, Role
 from algorithms.learner.collate import collate
 from algorithms.learner.networks import Critic, pad_id
+from algorithms.learner.teacher_states import TeacherStates
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch, Trajectory
 from algorithms.rollout.replay import Replay
@@ -179,6 +180,7 @@ class Trainer:
         if total == 0:
             return
         learner = self._make_learner(algorithm, total)
+        self._keep_teacher_states(learner)
         self.sources.replay = Replay(algorithm.replay_capacity)
         if self._resume_from is not None:
             saved = checkpoint.load(self._resume_from, policy=self.networks.policy, critic=learner.critic)
@@ -225,6 +227,16 @@ class Trainer:
             temperature=self.config.rollout.temperature,
         )
 
+    def _keep_teacher_states(self, learner: Learner) -> None:
+        """Let the teacher read the demonstrations now, instead of in every pass over them."""
+        stored = self.sources.to_train_on(learner.algorithm)
+        if "teacher_logits" not in learner.algorithm.needs or not TeacherStates.fit(stored, learner.teacher):
+            return
+        with timed(self.position.costs, "score_s"):
+            learner.teacher_states = TeacherStates(stored, self._collate, learner.scorer, learner.teacher)
+        if self._resume_from is None:  # else the costs so far have it
+            spend(self.position.costs, teacher_scored_tokens=float(learner.teacher_states.num_tokens))
+
     def _policy_at_stage_start(self) -> PreTrainedModel:
         start = self.position.stage_starts[-1]
         if start:
@@ -261,13 +273,15 @@ class Trainer:
         fresh = source == "policy" and as_trained
         with timed(costs, "score_s") as scoring:
             batch = self._collate(trajectories)
+            if source == "teacher" and learner.teacher_states is not None:
+                learner.teacher_states.mark(batch, trajectories)
             learner.score(batch, fresh=fresh)
         draw = seeding.rng(self.config.seed, "minibatches", self.position.step)
         with timed(costs, "update_s") as updating:
             figures = learner.update(batch, draw, fresh=fresh)
         tokens = float(batch.attention_mask.sum())
         spend(costs, **{f"{source}_batches": 1}, trained_tokens=tokens)
-        if learner.teacher is not None:
+        if learner.teacher is not None and batch.first_states is None:
             read = learner.algorithm.anchored(batch)
             spend(costs, teacher_scored_tokens=float(batch.attention_mask[read].sum()))
         if is_due(self.config.evaluation.every, step + 1, total_steps):

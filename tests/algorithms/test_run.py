@@ -125,10 +125,8 @@ def test_the_cost_of_the_teacher_is_counted(dgpo_run, ppo_run):
     assert demonstrated["wanted"] == demonstrated["found"] == 24
     assert demonstrated["asked"] >= 24
     assert costs["episodes"] == 16 * DGPO_STEPS
-    # `kd` reads the teacher's distribution of every trajectory, `dgpo` its probabilities of the wrong ones.
-    any_right = any(row.get("train/wrong_fraction", 1.0) < 1 for row in dgpo_run.metrics)
-    assert (costs["teacher_scored_tokens"] < costs["trained_tokens"]) == any_right
-    assert costs["teacher_scored_tokens"] > 0
+    # `kd` reads the teacher's distribution of every demonstration once, `dgpo` its probabilities of wrong trajectories.
+    assert 0 < costs["teacher_scored_tokens"] < costs["trained_tokens"]
     of_teacher = costs["teacher_sampled_tokens"] + costs["teacher_scored_tokens"]
     of_policy = costs["sampled_tokens"] + costs["trained_tokens"]
     assert dgpo_run.summary["teacher_share_of_training"] == pytest.approx(of_teacher / (of_teacher + of_policy))

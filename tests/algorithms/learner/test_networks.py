@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.assets import ASSETS
+from algorithms.learner import folded_decoder
 from algorithms.learner.networks import (
     Critic,
     backbone_hidden,
@@ -131,14 +132,16 @@ def test_hidden_states_and_logits_are_the_models_own_wherever_the_padding_is():
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
-def test_attention_over_a_batch_padded_on_the_right_is_causal_without_a_mask(monkeypatch):
+@pytest.mark.parametrize("folded", [False, True])
+def test_attention_over_a_batch_padded_on_the_right_is_causal_without_a_mask(monkeypatch, folded):
     calls, attention = [], torch.nn.functional.scaled_dot_product_attention
 
     def spy(*args, **settings):
         calls.append(settings)
         return attention(*args, **settings)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(folded_decoder if folded else torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(folded_decoder, "_MAX_PARAMETERS", 5_000_000 if folded else 0)
     mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
     backbone_hidden(make_policy("whole"), torch.full(mask.shape, 5), mask)
     assert calls

@@ -6,9 +6,9 @@ from torch import nn
 from toy_learner import make_decoder
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from algorithms.learner.networks import load_model
-from algorithms.rollout import folded_decoder
-from algorithms.rollout.folded_decoder import FoldedDecoder, can_fold
+from algorithms.learner import folded_decoder
+from algorithms.learner.folded_decoder import FoldedDecoder, can_fold
+from algorithms.learner.networks import backbone_hidden, load_model
 from algorithms.rollout.kv_cache import EpisodeCache
 
 FAMILIES = {"qwen2": (Qwen2ForCausalLM, Qwen2Config), "llama": (LlamaForCausalLM, LlamaConfig)}
@@ -55,16 +55,32 @@ def test_only_the_positions_that_are_asked_for():
     torch.testing.assert_close(part, whole[at])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_a_plain_pass(family, tmp_path):
+    make_decoder(*FAMILIES[family]).save_pretrained(tmp_path)
+    ours, plain = (load_model(tmp_path, dtype="float64") for _ in range(2))
+    assert can_fold(ours.base_model)
+    input_ids, at = torch.arange(22).view(2, 11) * 7 % 50, (torch.tensor([0, 0, 1]), torch.tensor([10, 3, 8]))
+    weights = torch.linspace(-1, 1, 3 * 32, dtype=torch.float64).view(3, 32)
+    hidden = backbone_hidden(ours, input_ids, None, at)
+    expected = plain.base_model(input_ids=input_ids).last_hidden_state[at]
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-10)
+    (hidden * weights).sum().backward()
+    (expected * weights).sum().backward()
+    compared = 0
+    for mine, other in zip(ours.base_model.parameters(), plain.base_model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-10)
+        compared += 1
+    assert compared > 20
+
+
 def test_weights_are_copied():
     model = make_decoder(*FAMILIES["llama"])
     ids, positions, at = torch.arange(6)[None], torch.arange(6)[None], (torch.tensor([0]), torch.tensor([5]))
     with torch.no_grad():
         before = FoldedDecoder(model.base_model)
         model.base_model.layers[0].self_attn.q_proj.weight.mul_(2)
-        read = [
-            one.read(ids, positions, torch.zeros(1, 1, 6, 6), lambda k, v, number: (k, v), 6, at)
-            for one in (before, FoldedDecoder(model.base_model))
-        ]
+        read = [one.read(ids, positions, length=6, at=at) for one in (before, FoldedDecoder(model.base_model))]
     assert not torch.allclose(*read), "a cache lives as long as its weights"
 
 
