@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Processes that share `make demo`: one for each free core, at most 4. `make demo PROCESSES=1` takes one.
-PROCESSES ?= $(shell $(PYTHON) -c "import math, os; print(max(1, min(4, math.ceil(os.cpu_count() - os.getloadavg()[0]))))")
+# Processes that share `make demo`, as in `make demo PROCESSES=2`. Each needs a free core, and loads the libraries anew.
+PROCESSES ?= 1
 
 # Where `make real` has its model from, and where it writes.
 SMOLLM2 ?= $(HOME)/.cache/agentic_rag_env/smollm2

@@ -36,6 +36,7 @@ PHASES = {
     "algorithms.rollout.engine:CachedEngine._read_pending": "rollouts: engine, reading texts",
     "algorithms.rollout.engine:CachedEngine._decode": "rollouts: engine, token by token",
     "algorithms.learner.training_step:Learner.score": "scoring",
+    "algorithms.training.trainer:Trainer._keep_teacher_states": "scoring",
     "algorithms.learner.training_step:Learner.update": "update, the rest",
     "algorithms.learner.training_step:Learner._policy_backward": "update: policy, forward and backward",
     "algorithms.learner.training_step:Learner._critic_backward": "update: critic, forward and backward",

@@ -17,7 +17,7 @@ from algorithms.learner.scoring import Part, Scorer
 from algorithms.learner.types import Batch, Trajectory
 
 #: Bytes of states that are kept at most; where there are more, the teacher reads each batch anew.
-_MAX_BYTES = 2**29
+MAX_BYTES = 2**29
 #: Trajectories that are collated at once. Always the same ones stand together, so that a resumed run rounds alike.
 _BLOCK = 256
 
@@ -56,7 +56,7 @@ class TeacherStates:
         """Whether there is something to keep, and no more than may be kept."""
         count = sum(each.num_action_tokens for each in trajectories)
         width = teacher.get_output_embeddings().weight.shape[1]
-        return 0 < count * width * teacher.dtype.itemsize <= _MAX_BYTES
+        return 0 < count * width * teacher.dtype.itemsize <= MAX_BYTES
 
     def mark(self, batch: Batch, trajectories: Sequence[Trajectory]) -> None:
         """Note in a batch where the states of its trajectories are kept."""

@@ -66,25 +66,31 @@ class EpisodeCache(Cache):
         self.rows = slice(first_row, first_row + len(input_ids))
         self.places = torch.arange(len(input_ids), device=positions.device)[:, None], positions
         self.length = length
-        hidden_from = torch.arange(self.length, device=positions.device) > positions[:, :, None]
-        mask = torch.zeros(hidden_from.shape, dtype=backbone.dtype, device=positions.device)
-        mask.masked_fill_(hidden_from, torch.finfo(backbone.dtype).min)
         if self._folded is None and can_fold(backbone):
             self._folded = FoldedDecoder(backbone)
         if self._folded is not None:
-            return self._folded.read(
-                input_ids, positions, length=length, mask=mask[:, None], remember=self.update, at=at
-            )
+            mask = self._mask(backbone, positions)
+            return self._folded.read(input_ids, positions, length=length, mask=mask, remember=self.update, at=at)
         if decoder.is_readable(backbone):
-            return decoder.read(backbone, input_ids, positions, mask=mask[:, None], remember=self.update, at=at)
+            mask = self._mask(backbone, positions)
+            return decoder.read(backbone, input_ids, positions, mask=mask, remember=self.update, at=at)
         hidden = backbone(
             input_ids=input_ids,
-            attention_mask=mask[:, None],
+            attention_mask=self._hidden_columns(backbone, positions),
             position_ids=positions,
             past_key_values=self,
             use_cache=True,
         ).last_hidden_state
         return hidden if at is None else hidden[at]
+
+    def _mask(self, backbone: Any, positions: Tensor) -> Tensor | None:
+        """What `decoder.read` takes: rows that begin here need no mask, because causality alone hides half the work."""
+        return None if positions.shape[1] == self.length else self._hidden_columns(backbone, positions)
+
+    def _hidden_columns(self, backbone: Any, positions: Tensor) -> Tensor:
+        hidden_from = torch.arange(self.length, device=positions.device) > positions[:, :, None]
+        mask = torch.zeros(hidden_from.shape, dtype=backbone.dtype, device=positions.device)
+        return mask.masked_fill_(hidden_from, torch.finfo(backbone.dtype).min)[:, None]
 
     def swap(self, these: Tensor, those: Tensor, length: int) -> None:
         """Exchange rows pairwise.

@@ -21,6 +21,7 @@ from typing import Any
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import write_whole
 from algorithms.learner.algorithm import Algorithm, DemonstrationConfig, Role
+from algorithms.learner.teacher_states import MAX_BYTES
 from algorithms.training.build import build_stages
 from algorithms.training.hardware import GIB, Device, device_of
 from algorithms.training.model_names import resolve_model
@@ -83,7 +84,16 @@ class _Stage:
         }
         held = {name: -(-size // self.shares) for name, size in whole.items()}
         held["bfloat16 copy for rollouts"] = self.cast if "policy" in self.stage.trains_on else 0
+        if size := self.states_of_teacher():
+            held["teacher's states of demonstrations"] = size
         return held if self.shares == 1 else held | {"policy to write with": 4 * self.policy.parameters}
+
+    def states_of_teacher(self) -> int:
+        """Bytes of what the teacher has computed of demonstrations; 0 if it computes them anew."""
+        if self.teacher is None or "teacher_logits" not in self.stage.needs:
+            return 0
+        size = self.num_demonstrations * self.written * self.teacher.hidden * (2 if self.half else 4)
+        return size if size <= MAX_BYTES else 0
 
     def gathered(self) -> dict[str, int]:
         """Bytes of the units of the policy that are whole while it trains."""

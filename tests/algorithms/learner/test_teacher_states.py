@@ -52,5 +52,5 @@ def test_what_is_kept(monkeypatch):
     written, width, size = 3 + 2 + 5 + 1 + 4 + 2 + 2 + 2 + 6, 16, 4
     assert TeacherStates.fit(STORED, teacher)
     assert not TeacherStates.fit([], teacher)
-    monkeypatch.setattr(teacher_states, "_MAX_BYTES", written * width * size - 1)
+    monkeypatch.setattr(teacher_states, "MAX_BYTES", written * width * size - 1)
     assert not TeacherStates.fit(STORED, teacher)

@@ -109,6 +109,10 @@ def test_memory_by_hand():
     demonstrations = [2 * teacher, 4 * policy, 256 * 4096 * 36 * 2 * 2 * 128 * 2, 256 * 151_936 * 20]
     assert found["peak"]["GiB"] == round(sum(demonstrations) / GIB, 2)
     assert (found["peak"]["stage"], found["peak"]["phase"]) == ("kd", "demonstrations")
+    # What the teacher, 2,048 wide, has computed of 250 tokens of each demonstration, in bfloat16.
+    states = config.algo["warm_start"]["num_demonstrations"] * 250 * 2048 * 2
+    kept = found["memory of each device, GiB"]["kd"]["backward"]["teacher's states of demonstrations"]
+    assert kept == round(states / GIB, 3) > 0
 
 
 def test_memory_of_shares_by_hand():
