@@ -270,7 +270,7 @@ class LearnerConfig:
         micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
         chunk_tokens: Model-written tokens that go through the LM head at once. A chunk of logits takes this times the
             vocabulary times 4 bytes, and about four chunks exist at the peak. On a CPU, a chunk of a large vocabulary
-            has fewer (32 at 152k), because that is faster.
+            has fewer (52 at 152k), because that is faster.
         gradient_checkpointing: Keep one activation per layer and compute the others again in the backward pass.
         critic: "separate": a network of its own; "shared": a head on the policy's backbone.
         value_coef: Weight of the value loss in the gradient of a shared backbone.

@@ -24,9 +24,9 @@ from algorithms.learner.types import Batch, Tokens
 _MAX_CPU_LOGITS = 8_000_000
 
 
-def chunk_tokens(most: int, vocab_size: int, device: torch.device) -> int:
+def chunk_tokens(most: int, vocab_size: int, *, on_cpu: bool) -> int:
     """Tokens that go through an LM head at once: as many as the setting allows, and on a CPU no more than are fast."""
-    return most if device.type != "cpu" else max(1, min(most, _MAX_CPU_LOGITS // vocab_size))
+    return max(1, min(most, _MAX_CPU_LOGITS // vocab_size)) if on_cpu else most
 
 
 @dataclass(frozen=True, slots=True)

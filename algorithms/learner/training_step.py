@@ -78,7 +78,7 @@ class Learner:
             temperature=temperature,
             precision=config.precision,
             micro_batch_tokens=config.micro_batch_tokens,
-            chunk_tokens=chunk_tokens(config.chunk_tokens, vocab_size, policy.device),
+            chunk_tokens=chunk_tokens(config.chunk_tokens, vocab_size, on_cpu=policy.device.type == "cpu"),
             in_step=sharding.is_sharded(policy),
         )
         self._check_settings()

@@ -21,6 +21,7 @@ from typing import Any
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import write_whole
 from algorithms.learner.algorithm import Algorithm, DemonstrationConfig, Role
+from algorithms.learner.scoring import chunk_tokens
 from algorithms.learner.teacher_states import MAX_BYTES
 from algorithms.training.build import build_stages
 from algorithms.training.hardware import GIB, Device, device_of
@@ -62,6 +63,7 @@ class _Stage:
         )
         # A row is never split, so a micro-batch holds the longest episode at least.
         self.micro = max(config.learner.micro_batch_tokens, config.rollout.max_tokens)
+        self.chunk = chunk_tokens(config.learner.chunk_tokens, policy.vocab, on_cpu=not self.on_gpu)
         self.tokens = min(_TOKENS, config.rollout.max_tokens)
         self.written = min(_WRITTEN, self.tokens // 4)
         self.rows = -(-config.num_envs // self.count)
@@ -117,15 +119,14 @@ class _Stage:
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Bytes of each phase beside what is held."""
-        learner, policy = self.config.learner, self.policy
-        chunk = _CHUNKS * learner.chunk_tokens * policy.vocab * 4
+        policy = self.policy
         gradients = {"gradients": 4 * (self.trained + self.critic) // self.shares}
         found = {
             "backward": {
                 **gradients,
                 **self.gathered(),
                 "activations": self.activations(),
-                "logits": chunk,
+                "logits": _CHUNKS * self.chunk * policy.vocab * 4,
                 "bfloat16 copies": self.cast,
             },
             "optimizer step": {**gradients, "temporaries": 4 * self.trained // self.shares},
@@ -288,15 +289,15 @@ def _reason(memory: dict[str, dict[str, dict[str, int]]], found: dict[str, Any])
     )
 
 
-def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """Changes to try: first each alone, then each together with those before it."""
+def _changes(config: RunConfig, chunk: int) -> Iterator[dict[str, Any]]:
+    """Changes to try, where a chunk has so many tokens: first each alone, then each together with those before it."""
     learner, limit, rows = config.learner, config.rollout.max_tokens, config.num_envs
     found: list[tuple[str, Any]] = []
     if not learner.gradient_checkpointing:
         found.append(("learner.gradient_checkpointing", True))
     if learner.micro_batch_tokens > limit:
         found.append(("learner.micro_batch_tokens", limit))
-    if learner.chunk_tokens > 256:
+    if chunk > 256:
         found.append(("learner.chunk_tokens", 256))
     while (rows := rows // 2) >= 8:
         found.append(("num_envs", rows))
@@ -317,7 +318,7 @@ def _changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 def _change(config: RunConfig, planned: Callable[[RunConfig], list[_Stage]], allowed: float) -> str:
     """The smallest change with which the run fits, in words."""
     words, needs = "", 0
-    for settings in _changes(config):
+    for settings in _changes(config, planned(config)[0].chunk):
         words = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
         needs, _ = _peak(_memory(planned(_changed(config, settings))))
         if needs <= allowed:

@@ -651,11 +651,11 @@ def test_only_trajectories_that_pay_are_scored_by_the_anchor(estimator):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "device", "expected"),
-    [(749, "cpu", 1024), (151_936, "cpu", 52), (10**7, "cpu", 1), (151_936, "cuda", 1024)],
+    ("vocab_size", "on_cpu", "expected"),
+    [(749, True, 1024), (151_936, True, 52), (10**7, True, 1), (151_936, False, 1024)],
 )
-def test_chunks_of_a_large_vocabulary_stay_small_on_a_cpu(vocab_size, device, expected):
-    assert scoring.chunk_tokens(1024, vocab_size, torch.device(device)) == expected
+def test_chunks_of_a_large_vocabulary_stay_small_on_a_cpu(vocab_size, on_cpu, expected):
+    assert scoring.chunk_tokens(1024, vocab_size, on_cpu=on_cpu) == expected
 
 
 def test_a_batch_in_which_nobody_pays_is_not_scored_by_the_anchor():

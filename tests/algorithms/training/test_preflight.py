@@ -249,6 +249,16 @@ def test_adapters_by_hand():
         plan(composed("algo=ppo", "model=qwen2.5_3b_0.5b", *H200, *lora, "model.lora.targets=[qproj]"))
 
 
+def test_on_a_cpu_chunks_of_a_large_vocabulary_are_planned_as_small_as_they_are():
+    found = plan(composed("algo=ppo", "model=qwen2.5_3b_0.5b", "model.teacher=null", "hardware.memory_gib=1"))
+    assert found["hardware"]["device"] == "cpu"
+    # 52 tokens are 32 MB of float32; four chunks exist at the peak. To set a chunk to 256 would change nothing.
+    logits = found["memory of each device, GiB"]["ppo"]["backward"]["logits"]
+    assert logits == round(4 * 52 * 151_936 * 4 / GIB, 3)
+    assert "num_envs" in found["change"]
+    assert "chunk_tokens" not in found["change"]
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("auto", 2), ("bfloat16", 2), ("float32", 4)])
 def test_a_teacher_takes_what_its_dtype_takes(dtype, size):
     found = plan(composed("algo=dgpo", "model=qwen2.5_3b_0.5b", *H200, f"model.teacher_dtype={dtype}"))
