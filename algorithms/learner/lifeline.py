@@ -30,8 +30,8 @@ _SILENT_S = 120.0
 _GRACE_S = 6.0
 #: States of a process that has ended, as `_state` gives them.
 _GONE = ("", "Z", "X")
-#: Longer than any run.
-_PATIENCE = timedelta(days=365)
+#: How long a process waits for another one: longer than any run. Whoever has nothing left to wait for is ended here.
+PATIENCE = timedelta(days=365)
 _ADVICE = "Checkpoints are kept: go on with resume=<run directory>, on any number of processes."
 
 
@@ -108,7 +108,7 @@ class Lifeline:
         """End this process when another one has told. The store answers here alone: it may be in a stopped process."""
         store = self._connect()
         try:
-            store.wait(["news"], _PATIENCE)
+            store.wait(["news"], PATIENCE)
             has_told = store.add("told", 0) > 0
         except (RuntimeError, OSError):  # the store has ended; the other thread says so
             return

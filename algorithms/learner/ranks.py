@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from algorithms.learner.lifeline import Lifeline
+from algorithms.learner.lifeline import PATIENCE, Lifeline
 
 T = TypeVar("T")
 
-#: A process may wait for hours while the first one reads an index or another run collects the same demonstrations.
-#: The lifeline ends it if there is nothing left to wait for.
-_PATIENCE = timedelta(days=7)
 #: Entries of gradients that are summed at once, 64 MB of float32.
 _BUCKET = 2**24
 
@@ -43,8 +39,8 @@ def join() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
-    _Together.objects = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    _Together.objects = dist.new_group(backend="gloo", timeout=PATIENCE)
     _Together.lifeline = Lifeline(dist.get_rank(), dist.get_world_size())
 
 
