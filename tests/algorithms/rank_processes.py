@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -63,7 +64,7 @@ def run(
     """
     calls: list[int] = []
     module, _, name = place.rpartition(".")
-    target = __import__("pkgutil").resolve_name(module)
+    target = pkgutil.resolve_name(module)
     original = getattr(target, name)
 
     def dying(*args: Any, **settings: Any) -> Any:

@@ -21,7 +21,7 @@ COMMON = [
     FLOAT64, "threads=1", "num_envs=13", "checkpoint_every=100", "dataset.num_passages=150", "dataset.num_questions=60",
     "rollout.max_new_tokens=24", "rollout.max_tokens=512", "env.max_turns=2", "learner.micro_batch_tokens=1500",
     "evaluation.num_questions=11", "evaluation.every=2", "evaluation.num_dev_questions=7", "probe_every=2",
-    "probes=[query_rewriting,search_behaviour]",
+    "probes=[query_rewriting,source_referencing]",
 ]  # fmt: skip
 WARM_START = [f"algo.warm_start.{each}" for each in ("batch_size=5", "num_demonstrations=16", "epochs=1")]
 DISTILLED = ["algo.batch_size=5", "algo.num_demonstrations=16", "algo.epochs=1"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -25,16 +27,20 @@ from rank_processes import join, run, start, told
 from safetensors.numpy import load_file
 from small_runs import TINY, Run, command
 
+from algorithms import evaluate
+
 ROOT = Path(__file__).parents[2]
 #: What the order of sums may change in a run of some steps. Most weights differ by 1e-14; Adam divides a gradient that
 #: almost vanishes by its own size, and makes up to 1e-11 of it.
 CLOSE = 1e-10
+#: The second one lets the model read, so all processes write for it.
+PROBES = "probes=[query_rewriting,source_referencing]"
 SMALL = [
     *TINY, rank_runs.FLOAT64, "algo=dgpo", "num_envs=13",
     "evaluation.num_questions=7", "evaluation.num_dev_questions=5",
     "algo.batch_size=9", "algo.num_minibatches=2", "algo.steps=2", "algo.critic_warmup_steps=1", "algo.kl_coef=0.02",
     "algo.warm_start.batch_size=4", "algo.warm_start.num_demonstrations=8", "algo.warm_start.epochs=1",
-    "probes=[query_rewriting]", "probe_every=2",
+    PROBES, "probe_every=2",
 ]  # fmt: skip
 STEPS = 4
 
@@ -75,6 +81,22 @@ def test_two_processes_that_share_the_networks_make_the_run_of_one(alone, tmp_pa
     again = command(f"resume={tmp_path}/run", f"cache_dir={tmp_path}/cache")
     assert again.code == 0, again.err
     assert_same(alone.path, tmp_path / "run")
+
+
+def evaluated(*arguments: str) -> None:
+    """`python -m algorithms.evaluate` in one of the processes."""
+    with patch.object(sys, "argv", ["evaluate", *arguments]):
+        evaluate.main()
+
+
+def test_two_processes_evaluate_as_one(alone, tmp_path):
+    given = [f"checkpoint={alone.path}", f"hydra.run.dir={tmp_path}/score", f"cache_dir={tmp_path}/cache"]
+    processes = start(2, tmp_path, evaluated, *given, PROBES)
+    join(processes, 300)
+    assert [process.exitcode for process in processes] == [0, 0], told(tmp_path)
+    for name, key in {"evaluation": "dgpo", "arc": "dgpo"}.items():
+        found, expected = (without_clocks(run.summary[name]) for run in (Run(tmp_path / "score"), alone))
+        assert differences(found, {"checkpoint": expected[key]}) < 1e-12, name
 
 
 def test_a_mistake_in_the_command_line_is_told_once(tmp_path):
@@ -156,12 +178,17 @@ DEATHS = {
     "while demonstrations are played": (2, "algorithms.rollout.player._Rollout._step", 2, signal.SIGKILL),
     "before gradients are summed": (1, "algorithms.learner.ranks.sum_gradients", 2, signal.SIGKILL),
     "in the middle of a rollout": (2, "algorithms.training.batches.Sources.played", 2, signal.SIGKILL),
-    "while a checkpoint is written": (0, "algorithms.training.checkpoint._sync", 2, signal.SIGKILL),
+    "while a checkpoint is written": (0, "algorithms.training.checkpoint.sync_all", 2, signal.SIGKILL),
     "while probes are asked": (0, "algorithms.rollout.generator.Generator.answer", 1, signal.SIGKILL),
     "stopped before a sum": (1, "algorithms.learner.ranks.summed", 9, signal.SIGSTOP),
     "stopped, the one that writes": (0, "algorithms.training.trainer.write_check", 2, signal.SIGSTOP),
     "an error of one": (2, "algorithms.training.batches.Sources.played", 1, "the disk is gone"),
 }
+
+
+@pytest.mark.parametrize("moment", DEATHS)
+def test_the_place_of_each_death_exists(moment):
+    pkgutil.resolve_name(DEATHS[moment][1])
 
 
 @pytest.mark.nightly
@@ -170,6 +197,7 @@ def test_when_one_of_three_ends_all_end_and_two_go_on(alone, tmp_path, moment):
     path, noted = tmp_path / "run", tmp_path / "died"
     begin = [*SMALL, f"hydra.run.dir={path}", f"cache_dir={tmp_path}/cache"]
     codes = many(3, tmp_path / "err", begin, noted, *DEATHS[moment])
+    assert noted.exists(), (codes, told(tmp_path / "err"))
     took = time.time() - float(noted.read_text())
     print(f"{moment}: all ended after {took:.1f} s")
     assert all(codes), (codes, told(tmp_path / "err"))

@@ -6,6 +6,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import pkgutil
 import random
 import shutil
 import signal
@@ -26,7 +27,7 @@ PLACES = {
     "weights half written": "transformers.PreTrainedModel.save_pretrained",
     "state not written": "torch.save",
     "manifest not written": "algorithms.training.checkpoint._write_manifest",
-    "not on the disk": "algorithms.training.checkpoint._sync",
+    "not on the disk": "algorithms.training.checkpoint.sync_all",
     "not in place": "algorithms.training.checkpoint._put_in_place",
     "old ones not removed": "algorithms.training.checkpoint._prune",
     "half of an old one removed": "shutil.rmtree",
@@ -57,7 +58,7 @@ def child(arguments: list[str], place: str | None, count: int) -> None:
         return call
 
     module, _, name = place.rpartition(".")
-    target = __import__("pkgutil").resolve_name(module)
+    target = pkgutil.resolve_name(module)
     with patch.object(target, name, dying(getattr(target, name))):
         command(*arguments)
 
@@ -141,6 +142,11 @@ def test_killed_at_random_moments(dgpo_run, tmp_path, cache, processes, attempt)
     again = killed.finish()
     assert_same_run(dgpo_run, again)
     assert_same_state(dgpo_run, again)
+
+
+@pytest.mark.parametrize("place", PLACES.values())
+def test_every_delicate_place_exists(place):
+    pkgutil.resolve_name(place)
 
 
 @pytest.mark.nightly
