@@ -81,7 +81,7 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """The running averages, whole. All processes call this at once."""
+        """The running averages, whole, in the first process. All processes call this at once."""
         return sharding.whole_state(self.adamw.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from algorithms.learner import ranks
+
 Network = TypeVar("Network", bound=nn.Module)
 T = TypeVar("T")
 
@@ -64,9 +66,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_state(state: Any) -> Any:
-    """Gather the tensors of nested mappings and lists, such as the state of an optimizer, onto the CPU."""
+    """Gather the tensors of nested mappings and lists, such as the state of an optimizer, onto the CPU.
+
+    The first process keeps them, since it alone writes; the others, which help, get None for each.
+    """
     if isinstance(state, Tensor):
-        return whole(state.detach()).cpu()
+        tensor = whole(state.detach())
+        return tensor.cpu() if ranks.is_first() else None
     if isinstance(state, Mapping):
         return {key: whole_state(value) for key, value in state.items()}
     if isinstance(state, list | tuple):

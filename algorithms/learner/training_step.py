@@ -190,7 +190,7 @@ class Learner:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """State that a later `update` depends on, beside the networks' weights."""
+        """State that a later `update` depends on, beside the networks' weights; its tensors in the first process."""
         critic = None if self.critic_optimizer is None else self.critic_optimizer.state_dict()
         return {
             "step": self.step,

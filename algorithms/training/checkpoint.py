@@ -3,6 +3,9 @@
 A checkpoint is a folder `<run>/checkpoints/<step>/` in Hugging Face format, with the training state beside the
 weights and a manifest of sizes and checksums. It is written under another name, synced to disk and renamed, so the
 final name never holds half a checkpoint. The manifest shows what a broken disk does to the folder later.
+
+Networks in shares are saved whole, tensor after tensor, so plain transformers and any number of processes can read
+them. The sharded format of `torch.distributed.checkpoint` has a pickle in it, which is never read here.
 """
 
 from __future__ import annotations
@@ -179,7 +182,9 @@ def load(path: str | os.PathLike[str], *, policy: PreTrainedModel, critic: nn.Mo
         DataError: The checkpoint is incomplete or damaged, or does not fit the networks.
     """
     path = Path(path)
-    state = _read_state(path)
+    require_whole(path)
+    # Processes that share a network take their shares out of the file, and none of them holds it whole.
+    state = _plain_state(path, mmap=sharding.is_sharded(policy))
     if (state["critic"] is None) != (critic is None):
         saved, given = ("without a", "one was given") if critic is not None else ("with a", "none was given")
         raise DataError(f"Checkpoint {path} was saved {saved} critic and {given}; resume with the same algorithm.")
@@ -242,11 +247,6 @@ def find_problem(path: Path, checksums: bool = True) -> str | None:
         if checksums and sha256(file) != digest:
             return f"{name} does not have the checksum it was saved with"
     return None
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    require_whole(path)
-    return _plain_state(path)
 
 
 def _plain_state(path: Path, mmap: bool = False) -> dict[str, Any]:

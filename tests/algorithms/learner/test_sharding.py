@@ -90,12 +90,16 @@ def compare(folder: Path, names: list[str]) -> None:
             "share": sum(each.to_local().numel() for each in sharded.policy.parameters())
             / sum(each.numel() for each in plain.policy.parameters()),
         }
-        # What is saved is whole, and goes on in any number of processes.
-        saved = copy.deepcopy(sharded.state_dict())
+        # What is saved is whole, in the first process, and goes on in any number of processes.
+        saved = sharded.state_dict()
+        tensors = [value for each in saved["policy_optimizer"]["state"].values() for value in each.values()]
+        assert ranks.is_first() or set(tensors) == {None}
+        saved = ranks.decided(lambda saved=saved: copy.deepcopy(saved))
         revived = learner_of(name, sharded=True)
         for role in ("policy", "critic"):
             if (network := getattr(sharded, role)) is not None:
-                sharding.load_state(getattr(revived, role), sharding.whole_state(network.state_dict()))
+                whole = sharding.whole_state(network.state_dict())
+                sharding.load_state(getattr(revived, role), ranks.decided(lambda whole=whole: whole))
         revived.load_state_dict(saved)
         for each in (plain, sharded, revived):
             train(each)
