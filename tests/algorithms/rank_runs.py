@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 
 import algorithms.run
 from algorithms.learner import ranks
+from algorithms.training.run_files import plain_data, write_settings
 from algorithms.training.typed import run_config
 
 FLOAT64 = "learner.precision=float64"
@@ -56,7 +57,10 @@ def main(folder: Path, names: list[str], more: list[str]) -> None:
     for name in names:
         with initialize_config_module("conf", version_base="1.3"):
             composed = compose("config", [*RUNS[name], *COMMON, f"cache_dir={folder}/cache", *more])
-        algorithms.run.run(run_config(composed), folder / name)
+        config = run_config(composed)
+        if ranks.is_first():
+            write_settings(folder / name, plain_data(config))
+        algorithms.run.run(config, folder / name)
     ranks.leave()
 
 
