@@ -27,7 +27,7 @@ from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramConfig
 from agentic_rag_env.types import Passage
 
 pytest.importorskip("lancedb")
-NUM_QUERIES, NUM_WORDS = 200, 20_000
+NUM_QUERIES, NUM_WORDS = 50, 20_000
 LISTS = 2 ** (NUM_PASSAGES.bit_length() // 2)
 #: What is compared; `{folder}` is where it lies.
 SPECS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 
 import algorithms.run
 from algorithms.learner import ranks
-from algorithms.training.run_files import plain_data, write_settings
+from algorithms.training.run_files import CONFIG_FILE, plain_data, write_settings
 from algorithms.training.typed import run_config
 
 FLOAT64 = "learner.precision=float64"
@@ -59,6 +59,7 @@ def main(folder: Path, names: list[str], more: list[str]) -> None:
             composed = compose("config", [*RUNS[name], *COMMON, f"cache_dir={folder}/cache", *more])
         config = run_config(composed)
         if ranks.is_first():
+            (folder / name / CONFIG_FILE).parent.mkdir(parents=True, exist_ok=True)
             write_settings(folder / name, plain_data(config))
         algorithms.run.run(config, folder / name)
     ranks.leave()
