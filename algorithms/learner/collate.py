@@ -56,7 +56,15 @@ def collate(
         rewards=torch.from_numpy(rewards).to(device),
         correct=torch.tensor([trajectory.correct for trajectory in trajectories], dtype=torch.bool, device=device),
         group_ids=torch.tensor([trajectory.group_id for trajectory in trajectories], dtype=torch.int64, device=device),
+        num_shared=num_shared([trajectory.prompt_ids for trajectory in trajectories]),
     )
+
+
+def num_shared(prompts: Sequence[np.ndarray]) -> int:
+    """Count the leading tokens that are the same in all prompts; the last token of a prompt is its own."""
+    shortest = min(map(len, prompts)) - 1
+    differs = np.any([prompt[:shortest] != prompts[0][:shortest] for prompt in prompts], axis=0)
+    return int(differs.argmax()) if differs.any() else shortest
 
 
 def predicting_positions(response_mask: Tensor) -> tuple[Tensor, Tensor]:

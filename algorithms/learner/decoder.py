@@ -21,6 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 #: Takes keys and values [B, heads, T, head_dim] of the tokens, and the number of the layer; returns those to attend to.
 Remember = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
+#: Fewest columns in common that make up for one pass more.
+_MIN_SHARED = 64
 _BUILT_LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
 
@@ -70,6 +72,49 @@ def read(
         hidden = hidden + layer.self_attn.o_proj(attended)
         hidden = hidden + layer.mlp(_norm(layer.post_attention_layernorm, hidden))
     return _norm(backbone.norm, hidden)
+
+
+def pays_to_share(num_rows: int, num_shared: int, device: torch.device) -> bool:
+    """Whether it saves time to compute once what rows have in common. On a GPU, one pass less may count for more.
+
+    Args:
+        num_rows: Number of rows.
+        num_shared: Leading columns that are the same in all of them.
+        device: Where they are computed.
+    """
+    return device.type == "cpu" and num_rows > 1 and num_shared >= _MIN_SHARED
+
+
+def read_shared(backbone: Any, input_ids: Tensor, num_shared: int, at: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute the last hidden states of rows that begin alike; what they have in common is computed once.
+
+    Args:
+        backbone: A backbone that `is_readable`.
+        input_ids: [B, T] int64.
+        num_shared: Leading columns that are the same in all rows.
+        at: Rows and columns, each [n] int64, of the positions that are read, all behind the shared columns.
+
+    Returns:
+        [n, d]. Gradients flow into the shared columns from all rows.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    shared: list[tuple[Tensor, Tensor]] = []
+
+    def keep(keys: Tensor, values: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        shared.append((keys, values))
+        return keys, values
+
+    def join(keys: Tensor, values: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        before = (states.expand(len(keys), -1, -1, -1) for states in shared[number])
+        of_keys, of_values = zip(before, (keys, values), strict=True)
+        return torch.cat(of_keys, dim=2), torch.cat(of_values, dim=2)
+
+    rows, columns = at
+    nowhere = rows[:0], columns[:0]
+    read(backbone, input_ids[:1, :num_shared], positions[:, :num_shared], remember=keep, at=nowhere)
+    mask = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool, device=input_ids.device).tril()
+    own = input_ids[:, num_shared:], positions[:, num_shared:]
+    return read(backbone, *own, mask=mask[None, None, num_shared:], remember=join, at=(rows, columns - num_shared))
 
 
 def _attend(

@@ -255,7 +255,11 @@ def logit_width(model: PreTrainedModel) -> int:
 
 
 def backbone_hidden(
-    model: Any, input_ids: Tensor, attention_mask: Tensor | None, at: tuple[Tensor, Tensor] | None = None
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    at: tuple[Tensor, Tensor] | None = None,
+    num_shared: int = 0,
 ) -> Tensor:
     """Compute the last hidden states, final norm included, of a model or of its backbone.
 
@@ -264,6 +268,7 @@ def backbone_hidden(
         input_ids: [B, T] int64.
         attention_mask: [B, T] bool; each row counts its real tokens from position 0. None: padding is on the right.
         at: Rows and columns, each [n] int64, of the states that are wanted; None: all.
+        num_shared: Leading columns that are the same in all rows, and are not in `at`.
 
     Returns:
         [B, T, d] in the model's dtype, meaningless on padding; or [n, d] at the positions.
@@ -276,6 +281,8 @@ def backbone_hidden(
         if folded_decoder.can_fold(model.base_model):
             return folded_decoder.FoldedDecoder(model.base_model).read(input_ids, position_ids, length=length, at=at)
         if decoder.is_readable(model.base_model):
+            if at is not None and decoder.pays_to_share(len(input_ids), num_shared, input_ids.device):
+                return decoder.read_shared(model.base_model, input_ids, num_shared, at)
             return decoder.read(model.base_model, input_ids, position_ids, at=at)
     else:
         mask, position_ids = attention_mask.long(), (attention_mask.long().cumsum(dim=1) - 1).clamp_(min=0)
@@ -352,7 +359,14 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def values(self, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
+    def values(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        rows: Tensor,
+        columns: Tensor,
+        num_shared: int = 0,
+    ) -> Tensor:
         """Compute the values at given positions.
 
         Args:
@@ -360,11 +374,12 @@ class Critic(nn.Module):
             attention_mask: [B, T] bool; None: padding is on the right.
             rows: [N] int64; `collate.predicting_positions` returns `rows` and `columns`.
             columns: [N] int64; the state before token t is read at column t - 1.
+            num_shared: Leading columns that are the same in all rows, see `backbone_hidden`.
 
         Returns:
             [N] float32.
         """
-        return self.read(backbone_hidden(self._trunk[0], input_ids, attention_mask, (rows, columns)))
+        return self.read(backbone_hidden(self._trunk[0], input_ids, attention_mask, (rows, columns), num_shared))
 
     def read(self, hidden: Tensor) -> Tensor:
         """Compute values [n] from hidden states [n, d], in full precision under autocast too, like the returns."""

@@ -119,13 +119,13 @@ class Scorer:
     def values_at(self, critic: Critic, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Values [n] float32 of the states at the given positions; they carry gradient."""
         with autocast(micro.input_ids.device, self.precision):
-            values = sharding.gathered(critic, lambda: critic.values(micro.input_ids, None, rows, columns))
+            values = sharding.gathered(critic, lambda: critic.values(micro.input_ids, None, rows, columns, micro.num_shared))
         return ops.at_least_float32(values)
 
     def hidden(self, network: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Hidden states [n, d]: the backbone's output at the given positions."""
         with autocast(micro.input_ids.device, self.precision):
-            read = (network, micro.input_ids, None, (rows, columns))
+            read = (network, micro.input_ids, None, (rows, columns), micro.num_shared)
             return sharding.gathered(network, lambda: backbone_hidden(*read))
 
     def hidden_of_teacher(self, teacher: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ class Batch:
         rewards: [B] float32, episode return.
         correct: [B] bool, exact match.
         group_ids: [B] int64, same number for the same prompt instance.
+        num_shared: Leading tokens that are the same in all trajectories, such as the instructions of the prompt.
         written_ids: [B, T] int64, what it wrote there; not read elsewhere. It differs from `input_ids` where the model
             ended its text and a reply took the place of that end (see `Turn.end_unread`). If it is not given, it is
             `input_ids`.
@@ -128,6 +129,7 @@ class Batch:
     rewards: Tensor
     correct: Tensor
     group_ids: Tensor
+    num_shared: int = 0
     written_ids: OnDemand = None
     sampled_logprobs: OnDemand = None
     values: OnDemand = None
@@ -163,7 +165,7 @@ class Batch:
             value = getattr(self, name)
             if isinstance(value, Batch):
                 value = value.select(rows)
-            elif value is not None:
+            elif value is not None and not isinstance(value, int):
                 value = value[rows] if value.dim() == 1 else value[rows, :length]
             picked[name] = value
         return Batch(**picked)

@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.learner.collate import num_shared
 from algorithms.learner.config import working_dtype
+from algorithms.learner.decoder import pays_to_share
 from algorithms.learner.networks import autocast, computes_in_bfloat16, lm_logits, logit_width, pad_id
 from algorithms.rollout.bfloat16_copy import Bfloat16Copy, bfloat16_copy
 from algorithms.rollout.config import RolloutConfig
@@ -238,6 +240,7 @@ class CachedEngine:
         self._num_open = self._to_front(is_pending, self._num_running, self.num_rows)
         if not pending:
             return
+        self._read_shared(pending)
         longest = max(map(len, pending.values()))
         is_long = np.zeros(self.num_rows, dtype=bool)
         is_long[[row for row, ids in pending.items() if 2 * len(ids) > longest]] = True
@@ -251,6 +254,22 @@ class CachedEngine:
         self._limits[rows] = np.minimum(self.config.max_new_tokens, self.config.max_tokens - self._lengths[rows])
         self._num_running = self._num_open
         self._sample(rows, torch.cat(hidden), uniforms)
+
+    def _read_shared(self, pending: dict[int, np.ndarray]) -> None:
+        """Read once what all rows that begin now have in common, and leave the rest of their prompts pending."""
+        places = [place for place in range(self._num_running, self._num_open) if not self._lengths[self._row_at[place]]]
+        begun = self._row_at[places].tolist()
+        count = num_shared([pending[row] for row in begun]) if begun else 0
+        if not pays_to_share(len(begun), count, self.model.device):
+            return
+        first, *others = places
+        ids, columns = self._tensor(np.stack((pending[begun[0]][:count], np.arange(count))))
+        self._cache.forward(self._backbone, ids[None], columns[None], first, length=count)
+        self._cache.copy_start(first, self._tensor(np.array(others)), count)
+        self._lengths[begun] = count
+        self.computed_tokens += count
+        for row in begun:
+            pending[row] = pending[row][count:]
 
     def _prefill(self, pending: dict[int, np.ndarray], start: int, stop: int) -> list[Tensor]:
         """Read the pending tokens of the rows in these places.

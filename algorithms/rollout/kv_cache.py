@@ -92,6 +92,18 @@ class EpisodeCache(Cache):
         mask = torch.zeros(hidden_from.shape, dtype=backbone.dtype, device=positions.device)
         return mask.masked_fill_(hidden_from, torch.finfo(backbone.dtype).min)[:, None]
 
+    def copy_start(self, source: int, targets: Tensor, length: int) -> None:
+        """Let rows begin as another one does.
+
+        Args:
+            source: The row that has been read.
+            targets: [k] int64, empty rows.
+            length: Number of columns that they take over.
+        """
+        for layer in self._layers:
+            for stored in (layer.keys, layer.values):
+                stored[targets, :length] = stored[source, :length]
+
     def swap(self, these: Tensor, those: Tensor, length: int) -> None:
         """Exchange rows pairwise.
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from algorithms.learner.collate import collate, micro_batches, predicting_positions
+from algorithms.learner.collate import collate, micro_batches, num_shared, predicting_positions
 from algorithms.learner.types import Trajectory, Turn
 
 PAD = 7
@@ -51,6 +51,22 @@ def test_an_end_of_text_that_is_not_read_is_written_where_the_reply_begins():
     assert batch.old_logprobs[0].tolist() == [0, 0, -0.5, -0.25, 0, -0.75, -1, -2]
     assert batch.attention_mask.sum(dim=1).tolist() == [trajectory.num_tokens, 4] == [8, 4]
     assert trajectory.num_action_tokens == 5
+
+
+def test_prompts_share_all_but_their_last_token():
+    numbers = [
+        ([[1, 2, 3], [1, 2, 4]], 2),
+        ([[1, 2, 3], [1, 2, 3]], 2),  # what the last token predicts is each row's own
+        ([[1, 2, 3, 4], [1, 2]], 1),
+        ([[1, 2, 3], [1, 5, 3], [1, 2, 3]], 1),
+        ([[4, 2, 3], [1, 2, 3]], 0),
+        ([[1], [1, 2]], 0),
+        ([[1, 2, 3]], 2),
+    ]
+    for prompts, count in numbers:
+        assert num_shared([np.array(prompt) for prompt in prompts]) == count
+    batch = collate(two_trajectories()[:1] * 2, PAD)
+    assert batch.num_shared == batch.select([1]).num_shared == 1
 
 
 def test_collate_by_hand():

@@ -68,6 +68,35 @@ def test_states_and_gradients_are_those_of_the_familys_own_pass(family):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_rows_have_in_common_is_read_once(family):
+    model = make(family)
+    ids = torch.randint(50, (3, 90), generator=torch.Generator().manual_seed(1))
+    ids[:, :70] = ids[0, :70]
+    at = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([70, 89, 75, 71, 80])
+    expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[at]
+    num_read, gradients = [], []
+    model.model.embed_tokens.register_forward_hook(lambda module, given, out: num_read.append(out[..., 0].numel()))
+    weights = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    for hidden in (expected, backbone_hidden(model, ids, None, at, num_shared=70)):
+        torch.testing.assert_close(hidden, expected, atol=2e-6, rtol=1e-6)
+        model.zero_grad()
+        (hidden * weights).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert num_read == [70, 3 * 20]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_little_in_common_or_a_single_row_is_read_in_one_pass():
+    cpu = torch.device("cpu")
+    assert decoder.pays_to_share(2, 64, cpu)
+    assert not decoder.pays_to_share(96, 63, cpu)
+    assert not decoder.pays_to_share(1, 500, cpu)
+    assert not decoder.pays_to_share(96, 500, torch.device("cuda"))
+
+
 def test_float64_stays_exact(tmp_path):
     make("qwen2").save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype="float64")

@@ -72,6 +72,29 @@ def test_an_action_depends_on_its_row_alone(engine):
     assert [tuple(found[row]) for row in range(4)] == alone
 
 
+def test_instructions_that_rows_begin_with_are_read_once():
+    instructions, draws = np.arange(70) % 23, np.random.default_rng(0).random((3, 16))
+    texts = "who ada", "where bob", "?"
+    prompts = [np.append(instructions, make_tokenizer("whole").encode(text)) for text in texts]
+    found = []
+    for engine in ENGINES:
+        rows, written = make(engine, num_rows=4), {}
+        rows.open(1, prompts[0], draws[0])
+        rows.write()
+        computed = rows.computed_tokens
+        rows.append(1, prompts[0], draws[0])
+        for row, number in ((0, 1), (3, 2)):  # two rows begin while another one goes on
+            rows.open(row, prompts[number], draws[number])
+        while actions := rows.write():
+            written |= {action.row: action.ids.tolist() for action in actions}
+            rows.close([action.row for action in actions])
+        found.append((written, rows.computed_tokens - computed))
+    (ours, num_computed), (naive, _) = found
+    assert ours == naive
+    # The last token of row 1's first action is read now, and the last one of each action never.
+    assert num_computed == sum(map(len, [*prompts, *ours.values()])) - len(instructions) + 1 - 3
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_rows_that_were_given_up_leave_nothing_behind(engine):
     rows = make(engine, temperature=0.0)
