@@ -100,7 +100,8 @@ class DemonstrationsConfig:
 
     Attributes:
         source: "teacher" (the teacher model), "file", "expert" (a script, for questions with gold passages) or
-            "endpoint" (an OpenAI-compatible server); plug-ins may register more.
+            "endpoint" (an OpenAI-compatible server); plug-ins may register more. "auto": the teacher if the run has
+            one, else the expert.
         path: The file; only for "file".
         url: Address of the server up to the version, such as `http://127.0.0.1:8000/v1`; only for "endpoint".
         model: What the server calls the model; only for "endpoint".
@@ -110,7 +111,7 @@ class DemonstrationsConfig:
             than `rollout.max_new_tokens`). A demonstration without an answer is always dropped.
     """
 
-    source: str = "teacher"
+    source: str = "auto"
     path: str | None = None
     url: str | None = None
     model: str | None = None

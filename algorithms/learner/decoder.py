@@ -20,8 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 #: Takes keys and values [B, heads, T, head_dim] of the tokens, and the number of the layer; returns those to attend to.
 Remember = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+#: Takes a layer's attention, with queries, keys and values as above; returns what was gathered [B, T, heads, head_dim].
+Attend = Callable[..., Tensor]
 
-#: Fewest columns in common that make up for one pass more.
+#: Fewest columns in common that make up for what it takes to share them.
 _MIN_SHARED = 64
 _BUILT_LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
@@ -46,6 +48,7 @@ def read(
     *,
     mask: Tensor | None = None,
     remember: Remember | None = None,
+    attend: Attend | None = None,
     at: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Compute the last hidden states, final norm included.
@@ -56,6 +59,7 @@ def read(
         positions: [B or 1, T] int64.
         mask: [B, 1, T, S], added to the scores of attention; None: causal, each token sees those before it.
         remember: Takes each layer's keys and values in, and returns those of all S columns; None: those of the tokens.
+        attend: Takes the place of attention, with its own idea of what each token sees.
         at: Rows and columns, each [n] int64, of the positions that are read; None: all.
 
     Returns:
@@ -66,7 +70,14 @@ def read(
     first, second = sin.chunk(2, dim=-1)
     sin = torch.cat((-first, second), dim=-1)
     for number, layer in enumerate(backbone.layers):
-        attended = _attend(layer.self_attn, _norm(layer.input_layernorm, hidden), cos, sin, mask, number, remember)
+        states = _rotated(layer.self_attn, _norm(layer.input_layernorm, hidden), cos, sin)
+        if remember is not None:
+            states = states[0], *remember(*states[1:], number)
+        if attend is None:
+            attended = sdpa_attention_forward(layer.self_attn, *states, mask, scaling=layer.self_attn.scaling)[0]
+        else:
+            attended = attend(layer.self_attn, *states)
+        attended = attended.flatten(2)
         if at is not None and number == len(backbone.layers) - 1:
             attended, hidden = attended[at], hidden[at]
         hidden = hidden + layer.self_attn.o_proj(attended)
@@ -88,6 +99,8 @@ def pays_to_share(num_rows: int, num_shared: int, device: torch.device) -> bool:
 def read_shared(backbone: Any, input_ids: Tensor, num_shared: int, at: tuple[Tensor, Tensor]) -> Tensor:
     """Compute the last hidden states of rows that begin alike; what they have in common is computed once.
 
+    All but attention sees a single row: the shared tokens, and behind them the others of each row.
+
     Args:
         backbone: A backbone that `is_readable`.
         input_ids: [B, T] int64.
@@ -97,39 +110,34 @@ def read_shared(backbone: Any, input_ids: Tensor, num_shared: int, at: tuple[Ten
     Returns:
         [n, d]. Gradients flow into the shared columns from all rows.
     """
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    shared: list[tuple[Tensor, Tensor]] = []
+    (num_rows, length), device = input_ids.shape, input_ids.device
+    width = length - num_shared
+    columns = torch.arange(length, device=device)
+    ids = torch.cat((input_ids[0, :num_shared], input_ids[:, num_shared:].flatten()))[None]
+    positions = torch.cat((columns[:num_shared], columns[num_shared:].repeat(num_rows)))[None]
+    mask = (columns <= columns[num_shared:, None])[None, None]
 
-    def keep(keys: Tensor, values: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        shared.append((keys, values))
-        return keys, values
+    def attend(attention: Any, *states: Tensor) -> Tensor:
+        query, key, value = (each[:, :, :num_shared] for each in states)
+        before = sdpa_attention_forward(attention, query, key, value, None, scaling=attention.scaling)[0]
+        query, *own = (each[0, :, num_shared:].unflatten(1, (num_rows, width)).transpose(0, 1) for each in states)
+        begun = (each.expand(num_rows, -1, -1, -1) for each in (key, value))
+        key, value = (torch.cat(parts, dim=2) for parts in zip(begun, own, strict=True))
+        behind = sdpa_attention_forward(attention, query, key, value, mask, scaling=attention.scaling)[0]
+        return torch.cat((before.flatten(0, 1), behind.flatten(0, 1)))[None]
 
-    def join(keys: Tensor, values: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        before = (states.expand(len(keys), -1, -1, -1) for states in shared[number])
-        of_keys, of_values = zip(before, (keys, values), strict=True)
-        return torch.cat(of_keys, dim=2), torch.cat(of_values, dim=2)
-
-    rows, columns = at
-    nowhere = rows[:0], columns[:0]
-    read(backbone, input_ids[:1, :num_shared], positions[:, :num_shared], remember=keep, at=nowhere)
-    mask = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool, device=input_ids.device).tril()
-    own = input_ids[:, num_shared:], positions[:, num_shared:]
-    return read(backbone, *own, mask=mask[None, None, num_shared:], remember=join, at=(rows, columns - num_shared))
+    place = at[0] * width + at[1]
+    return read(backbone, ids, positions, attend=attend, at=(torch.zeros_like(place), place))
 
 
-def _attend(
-    attention: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, number: int, remember: Remember | None
-) -> Tensor:
-    """What attention has gathered, [B, T, heads * head_dim], before the output projection."""
+def _rotated(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each [B, heads, T, head_dim]; the first two know their positions."""
     shape = (*x.shape[:-1], -1, attention.head_dim)
     query, key = attention.q_proj(x).view(shape), attention.k_proj(x).view(shape)
     if hasattr(attention, "q_norm"):
         query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
     query, key = (_rotate(states.transpose(1, 2), cos, sin) for states in (query, key))
-    value = attention.v_proj(x).view(shape).transpose(1, 2)
-    if remember is not None:
-        key, value = remember(key, value, number)
-    return sdpa_attention_forward(attention, query, key, value, mask, scaling=attention.scaling)[0].flatten(2)
+    return query, key, attention.v_proj(x).view(shape).transpose(1, 2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ class Scorer:
     def values_at(self, critic: Critic, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Values [n] float32 of the states at the given positions; they carry gradient."""
         with autocast(micro.input_ids.device, self.precision):
-            values = sharding.gathered(critic, lambda: critic.values(micro.input_ids, None, rows, columns, micro.num_shared))
+            read = (micro.input_ids, None, rows, columns, micro.num_shared)
+            values = sharding.gathered(critic, lambda: critic.values(*read))
         return ops.at_least_float32(values)
 
     def hidden(self, network: PreTrainedModel, micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from agentic_rag_env.actions import THINK_CLOSE
 from agentic_rag_env.probes import Prompt
 from algorithms.learner import ranks
 from algorithms.rollout.engine import Engine
-from algorithms.rollout.tokenization import encode_plain, encode_prompts
+from algorithms.rollout.tokenization import encode_plain, encode_prompts, opened_thought
 
 
 class Generator:
     """Continues prompts, up to the end of text or the first closing tag.
 
     The parts of a `Prompt` reach the model as in an episode. The message goes through the chat template if there is
-    one, and what follows is plain text behind it. Of several processes, the first one calls, and `answer` is what the
-    others do meanwhile (see `ranks.led`).
+    one, and what follows is plain text behind it. Where the template opens a thought, the text behind it goes on with
+    that thought; if it begins with none, the thought is closed at once. Of several processes, the first one calls, and
+    `answer` is what the others do meanwhile (see `ranks.led`).
 
     Args:
         engine: The engine that writes, at temperature 0.
@@ -27,6 +29,7 @@ class Generator:
     def __init__(self, engine: Engine) -> None:
         assert engine.config.temperature == 0
         self.engine = engine
+        self.opened_thought = opened_thought(engine.tokenizer)
 
     def __call__(self, prompts: Sequence[str]) -> list[str | None]:
         """See `agentic_rag_env.probes.Generate`. A prompt that is too long gets None, and a warning says so."""
@@ -61,19 +64,40 @@ class Generator:
                 if not (actions := self.engine.write()):
                     return texts
                 for action in actions:
-                    texts[number_of.pop(action.row)] = action.text
+                    number = number_of.pop(action.row)
+                    # Text that a chat template has begun for the model belongs to the model's first turn.
+                    is_first = not "".join(_parts(prompts[number])[1:])
+                    texts[number] = (self.opened_thought if is_first else "") + action.text
                     self.engine.close([action.row])
                     free.append(action.row)
         finally:
             self.engine.close(list(number_of))
 
     def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        parts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+        messages, transcripts, openings = zip(*map(self._behind_template, prompts), strict=True)
         # Tokenized apart, as in an episode, where the environment's text and the model's are never tokenized together.
         encoded = zip(
-            encode_prompts(self.engine.tokenizer, [prompt.message for prompt in parts]),
-            encode_plain(self.engine.tokenizer, [prompt.transcript for prompt in parts]),
-            encode_plain(self.engine.tokenizer, [prompt.opening for prompt in parts]),
+            encode_prompts(self.engine.tokenizer, messages),
+            encode_plain(self.engine.tokenizer, transcripts),
+            encode_plain(self.engine.tokenizer, openings),
             strict=True,
         )
         return [np.concatenate(pieces) for pieces in encoded]
+
+    def _behind_template(self, prompt: str) -> tuple[str, str, str]:
+        """The parts of a prompt, without the tag with which the chat template opens the model's reply already."""
+        message, transcript, opening = _parts(prompt)
+        begun = self.opened_thought
+        if not begun or not (transcript or opening):
+            return message, transcript, opening
+        if transcript.startswith(begun):
+            return message, transcript.removeprefix(begun), opening
+        if not transcript and opening.startswith(begun):
+            return message, transcript, opening.removeprefix(begun)
+        return message, THINK_CLOSE + transcript, opening
+
+
+def _parts(prompt: str) -> tuple[str, str, str]:
+    """Message, transcript and opening."""
+    parts = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+    return parts.message, parts.transcript, parts.opening

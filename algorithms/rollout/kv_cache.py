@@ -102,7 +102,7 @@ class EpisodeCache(Cache):
         """
         for layer in self._layers:
             for stored in (layer.keys, layer.values):
-                stored[targets, :length] = stored[source, :length]
+                stored[targets, :length] = stored[source, :length].clone()
 
     def swap(self, these: Tensor, those: Tensor, length: int) -> None:
         """Exchange rows pairwise.

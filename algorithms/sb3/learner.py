@@ -8,6 +8,7 @@ its transcripts use the tokenizer of `model.policy`. It runs no probes, because 
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,6 +83,11 @@ class OutsideLearner(ABC):
             )
         if (run_dir / "metrics.jsonl").exists():
             print(f"{self.name} keeps no training state, so the run begins again.", flush=True)
+        if config.model.lora.rank is not None:
+            warnings.warn(
+                f"{self.name} trains no language model, so model.lora.rank={config.model.lora.rank} has no effect.",
+                stacklevel=2,
+            )
         from algorithms.sb3.run import OutsideRun  # it needs torch
 
         run = OutsideRun(self, config, run_dir)

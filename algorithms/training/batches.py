@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.terminal import print_line
 from algorithms.learner import ranks, seeding
 from algorithms.learner.algorithm import Algorithm, Progress
 from algorithms.learner.types import RolloutStats, Trajectory
@@ -58,7 +59,7 @@ class Sources:
         self.demonstrations_s = time.perf_counter() - started
         for stage, found in self.demonstrations.items():
             if len(found.trajectories) < found.num_wanted:
-                _report_shortage(stages, stages.index(stage), found)
+                _report_shortage(stages, stages.index(stage), found, self._source_name(stage.config))
             if 0 < len(found.trajectories) <= stage.num_validation:
                 raise ConfigurationError(
                     f"{stage.name} has {len(found.trajectories)} demonstrations, and num_validation="
@@ -107,13 +108,23 @@ class Sources:
             self._players[temperature] = networks.player(networks.writer(), envs, temperature)
         return self._players[temperature]
 
+    def _source_name(self, wanted: Any) -> str:
+        """Who demonstrates: what the settings name, or what "auto" stands for in this run."""
+        if (name := wanted.demonstrations.source) != "auto":
+            return name
+        has_script = self._environments.envs("train").rules is not None
+        return "expert" if self._config.model.teacher is None and has_script else "teacher"
+
     def _demonstrate(self, wanted: Any) -> Demonstrations:
         """Get the demonstrations that an algorithm's settings ask for."""
         config, envs = self._config, self._environments.envs("train")
         settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "seed", "num_envs")}
         settings["rollout"] = vars(config.rollout)
         networks, chosen = self._networks, wanted.demonstrations
-        source = DEMONSTRATION_SOURCES.get(chosen.source).factory(chosen, networks, envs, config.rollout)
+        name = self._source_name(wanted)
+        source = DEMONSTRATION_SOURCES.get(name).factory(chosen, networks, envs, config.rollout)
+        if chosen.source == "auto" and name == "expert" and ranks.is_first():
+            print_line("Demonstrations come from the scripted expert (demonstrations.source), as there is no teacher.")
         asking = {
             "count": wanted.num_demonstrations,
             "max_questions": wanted.num_demonstrations * wanted.max_questions_per_demonstration,
@@ -125,10 +136,10 @@ class Sources:
         if config.model.teacher_dtype != "auto":
             settings["teacher_dtype"] = config.model.teacher_dtype
         settings["teacher_temperature"] = config.model.teacher_temperature
-        settings |= {"searched": of_retriever(envs.retriever), "source": chosen.source, "of": source.fingerprint}
+        settings |= {"searched": of_retriever(envs.retriever), "source": name, "of": source.fingerprint}
         teacher = networks.place_of_teacher if source.by_model else None
         tokenizer = networks.teacher_tokenizer if source.by_model else networks.tokenizer
-        key = of_playing(settings, teacher or f"no model: {chosen.source}", tokenizer, envs.dataset)
+        key = of_playing(settings, teacher or f"no model: {name}", tokenizer, envs.dataset)
         folder = Path(config.cache_dir).expanduser() / "demonstrations"
         path, parts = folder / f"{key}.jsonl.gz", folder / f"{key}.parts"
 
@@ -159,7 +170,7 @@ def _check_sampling(config: RunConfig, stages: Sequence[Algorithm]) -> None:
             )
 
 
-def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrations) -> None:
+def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrations, source: str) -> None:
     """Warn that an algorithm has fewer demonstrations than wanted.
 
     Raises:
@@ -170,7 +181,6 @@ def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrati
     place = "algo" + ".warm_start" * (len(stages) - 1 - index)
     name = stages[index].name
     asked = f"{count} of {found.num_asked} training questions"
-    source = settings.demonstrations.source
     right = f"the {source} was right on {asked}"
     message = right if settings.correct_only else f"the {source} answered {asked} without a malformed turn"
     message += f", and {found.num_wanted} demonstrations are wanted (num_demonstrations)"

@@ -40,6 +40,7 @@ from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player, TextEnvs
 from algorithms.rollout.tokenization import PlainEncoder
 from algorithms.training.agent_files import read_agent
+from algorithms.training.host_memory import give_back
 from algorithms.training.model_names import resolve_model
 from algorithms.training.settings import RunConfig
 
@@ -284,11 +285,12 @@ class Networks:
         return self.teacher_tokenizer if model in self._teachers else self.tokenizer
 
     def release_teacher(self) -> None:
-        """Take the teacher out of memory."""
+        """Take the teacher out of memory, and give back what nobody holds any more."""
         self._teacher = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        give_back()
 
     def teacher_in_memory(self) -> bool:
         """Whether any teacher that was ever loaded still exists, whoever holds it."""

@@ -70,7 +70,7 @@ class _Stage:
         self.num_demonstrations, self.demonstrator = 0, None
         if isinstance(stage.config, DemonstrationConfig) and "teacher" in stage.trains_on:
             self.num_demonstrations = stage.config.num_demonstrations
-            self.demonstrator = teacher if stage.config.demonstrations.source == "teacher" else None
+            self.demonstrator = teacher if stage.config.demonstrations.source in ("teacher", "auto") else None
 
     def teacher_bytes(self, teacher: Shape | None) -> int:
         return 0 if teacher is None else teacher.parameters * (2 if self.has_half_teacher else 4)

@@ -30,6 +30,7 @@ from algorithms.training.build import Environments, Networks, build_stages
 from algorithms.training.costs import cost_metrics, speeds, spend, timed
 from algorithms.training.episode_figures import trajectory_metrics
 from algorithms.training.file_locks import make_cache
+from algorithms.training.host_memory import StepMemory
 from algorithms.training.position import Position
 from algorithms.training.presets import toy_settings
 from algorithms.training.rehearsal import rehearse
@@ -179,7 +180,7 @@ class Trainer:
         total = self.num_steps(algorithm)
         if total == 0:
             return
-        learner = self._make_learner(algorithm, total)
+        learner, memory = self._make_learner(algorithm, total), StepMemory()
         self._keep_teacher_states(learner)
         self.sources.replay = Replay(algorithm.replay_capacity)
         if self._resume_from is not None:
@@ -190,6 +191,7 @@ class Trainer:
         while not self._stage_is_over(algorithm, total):
             metrics = self._validate(learner) if self.position.stage_step == 0 else {}
             metrics |= self._train_step(learner, total)
+            memory.after_step()
             self.position.stage_step += 1
             metrics |= self._validate(learner) if self._is_end_of_pass(algorithm) else {}
             checks, probes = (

@@ -172,7 +172,7 @@ def test_folders_and_names_that_are_no_model(fail, tmp_path):
     assert "no bundled model 'tiny-techer'. Did you mean 'tiny-teacher'?" in fail("model.teacher=tiny-techer")
 
 
-@pytest.mark.parametrize("algo", ["dgpo", "kd", "sft"])
+@pytest.mark.parametrize("algo", ["dgpo", "kd"])
 def test_no_teacher_where_one_is_needed(fail, algo):
     message = fail(f"algo={algo}", "model.teacher=null")
     assert "teacher" in message

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
+from agentic_rag_env.probes import Prompt
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
 from agentic_rag_env.types import Ending
 from agentic_rag_env.vector import AgenticRAGVectorEnv
@@ -25,6 +26,7 @@ from algorithms.rollout import engine as engine_module
 from algorithms.rollout import kv_cache
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.engine import Action
+from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player
 from algorithms.rollout.sampling import sample
 from algorithms.rollout.tokenization import decode, encode_plain, encode_prompts, opened_thought
@@ -678,7 +680,7 @@ class ScriptedEngine:
         self.texts, self.is_open = list(texts), False
 
     def open(self, row, ids, uniforms=None):
-        self.is_open = True
+        self.is_open, self.opened = True, ids.tolist()
 
     append = open
 
@@ -712,6 +714,26 @@ def test_a_thought_that_a_chat_template_opens_belongs_to_the_first_turn(opens, f
     (trajectory,), _ = Player(ScriptedEngine(tokenizer, first, last), envs).rollout([0], seed=(0,))
     assert trajectory.correct
     assert trajectory.reward == reward
+
+
+@pytest.mark.parametrize(
+    ("transcript", "opening", "read", "told"),
+    [
+        ("", "", "", "<think>"),  # the tag belongs to the model's first turn
+        ("", "<think></think><answer>", "</think><answer>", ""),
+        ("<think>who</think> [found]", "", "who</think> [found]", ""),
+        ("[found]", "<think>", "</think>[found]<think>", ""),  # no thought before what was found
+    ],
+)
+def test_a_probe_opens_no_second_thought(transcript, opening, read, told):
+    tokenizer = copy.deepcopy(make_tokenizer("bytes"))
+    prompt = Prompt("who?", transcript, opening)
+    for opens in ("<think>", ""):
+        tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}" + f"{{{{ {opens!r} }}}}"
+        engine = ScriptedEngine(tokenizer, "ada")
+        engine.config = RolloutConfig(**{**BASE, "temperature": 0.0})
+        assert Generator(engine)([prompt]) == [(told if opens else "") + "ada"]
+        assert decode(tokenizer, engine.opened) == f"[who?]{opens}" + (read if opens else transcript + opening)
 
 
 def test_without_a_template_nobody_opens_a_thought():

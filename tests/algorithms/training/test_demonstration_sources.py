@@ -174,19 +174,23 @@ def test_both_ways_to_set_the_number_agree_or_are_refused():
         DemonstrationsConfig(filters=["right"])
 
 
-def test_a_run_learns_from_the_expert_without_any_teacher(tmp_path, cache):
-    expert = ["algo.demonstrations.source=expert", "model.teacher=null", "env.max_turns=3", "rollout.max_new_tokens=64"]
+def test_without_a_teacher_a_run_learns_from_the_expert(tmp_path, cache):
+    expert = ["model.teacher=null", "env.max_turns=3", "rollout.max_new_tokens=64"]
     run = train(tmp_path / "run", cache, "algo=sft", *SFT, *expert, "evaluation.temperatures=[0]")
     counts = run.summary["demonstrations"]["sft"]
     assert counts["found"] > 0
     assert f"sft: {counts['found']} demonstrations of 24 wanted" in run.out
+    assert "Demonstrations come from the scripted expert" in run.out
 
 
 def test_a_source_that_does_not_exist_or_lacks_something_says_so(tmp_path, cache):
     for settings, said in (
         (["algo.demonstrations.source=expret"], "Did you mean 'expert'?"),
         (["algo.demonstrations.source=file"], "needs demonstrations.path"),
-        (["model.teacher=null"], "model.teacher is null; name a model, or choose demonstrations.source="),
+        (
+            ["algo.demonstrations.source=teacher", "model.teacher=null"],
+            "model.teacher is null; name a model, or choose demonstrations.source=",
+        ),
     ):
         run = command("algo=sft", *SFT, "num_envs=4", *settings, f"hydra.run.dir={tmp_path}/run", f"cache_dir={cache}")
         assert run.code == 1

@@ -28,7 +28,7 @@ def test_a_preset_is_enough():
     config = composed("algo=sft", "model=smollm2_135m", "dataset=nq_mini")
     assert config.model.policy == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (config.env["prompt"], config.env["top_k"], config.env["max_observation_tokens"]) == ("search_r1", 1, 128)
-    assert (config.rollout.max_new_tokens, config.learner.micro_batch_tokens) == (64, 2048)
+    assert (config.rollout.max_new_tokens, config.learner.micro_batch_tokens) == (64, 3072)
     assert (config.algo["epochs"], config.algo["batch_size"]) == (2, 8)
     assert config.algo["optimizer"]["learning_rate"] == 2e-4
     assert (config.evaluation.num_questions, config.probes) == (100, ["search_behaviour"])
