@@ -205,6 +205,10 @@ def test_merged_equals_what_peft_and_transformers_read(lora_run):
     load_adapter(unmerged, require_adapter(folder))
     whole = load_model(folder, dtype="float64")
     torch.testing.assert_close(logits(whole, 700), logits(unmerged, 700), atol=1e-10, rtol=0)
+    # What is left in float32 is the rounding of any pass: merging leads no further from the exact sum.
+    errors = [float((logits(model, 700) - logits(whole, 700)).abs().max()) for model in (merged, plain)]
+    assert errors[0] <= 3 * errors[1]
+    assert max(errors) <= 1e-5 * largest
     assert declared_vocab_size(folder) == base.config.vocab_size
 
 
