@@ -8,10 +8,15 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.tokenization import decode
+
+#: A draw among at least so many ids looks for a block of ids first: a cumulative sum over all of them takes more time
+#: than everything else in `sample`, and in float64 as much memory.
+_MIN_FOR_BLOCKS, _BLOCK = 16_384, 256
 
 
 def sample(logits: Tensor, uniforms: Tensor, config: RolloutConfig) -> tuple[Tensor, Tensor]:
@@ -31,7 +36,9 @@ def sample(logits: Tensor, uniforms: Tensor, config: RolloutConfig) -> tuple[Ten
     if config.temperature == 0:
         ids = logits.argmax(dim=-1, keepdim=True)
         return ids.squeeze(1), logits.log_softmax(dim=-1).gather(1, ids).squeeze(1)
-    probabilities = (logits / config.temperature).softmax(dim=-1)
+    # Dividing by 1 would cost a copy of all logits.
+    scaled = logits if config.temperature == 1 else logits / config.temperature
+    probabilities = scaled.softmax(dim=-1)
     if config.top_p < 1 or config.top_k:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         ids = order.gather(1, _invert(_restrict(ordered, config), uniforms))
@@ -49,11 +56,36 @@ def _restrict(ordered: Tensor, config: RolloutConfig) -> Tensor:
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Find the indices [n, 1] of the first cumulative weights above the uniforms; none of them has weight zero."""
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    """Find the indices [n, 1] of the first cumulative weights above the uniforms; none of them has weight zero.
+
+    Among many weights it finds a block first, by the blocks' sums, and then the place inside. These sums round, so that
+    another index may be found where a uniform lies within 1e-6 of the border between two of them.
+    """
+    if weights.shape[1] < _MIN_FOR_BLOCKS:
+        cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+        return _first_above(cumulative, uniforms[:, None] * cumulative[:, -1:])
+    of_blocks = _sums_of_blocks(weights).cumsum(dim=-1, dtype=torch.float64)
+    shares = uniforms[:, None] * of_blocks[:, -1:]
+    block = _first_above(of_blocks, shares)
+    columns = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(1, columns.clamp(max=weights.shape[1] - 1))
+    inside = inside.masked_fill(columns >= weights.shape[1], 0.0).cumsum(dim=-1, dtype=torch.float64)
+    before = pad(of_blocks, (1, 0)).gather(1, block)
+    return block * _BLOCK + _first_above(inside, shares - before)
+
+
+def _sums_of_blocks(weights: Tensor) -> Tensor:
+    """Add up neighbouring weights, [n, number of blocks]; the last block may be shorter."""
+    number, rest = divmod(weights.shape[1], _BLOCK)
+    sums = weights[:, : number * _BLOCK].unflatten(1, (number, _BLOCK)).sum(dim=-1)
+    return torch.cat((sums, weights[:, -rest:].sum(dim=-1, keepdim=True)), dim=1) if rest else sums
+
+
+def _first_above(cumulative: Tensor, shares: Tensor) -> Tensor:
+    """Find the indices [n, 1] of the first cumulative weights above the shares; one of all counts as a little less."""
     total = cumulative[:, -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))
-    return torch.searchsorted(cumulative, torch.minimum(uniforms[:, None] * total, below_total), right=True)
+    return torch.searchsorted(cumulative, torch.minimum(shares, below_total), right=True)
 
 
 class ActionEnd:

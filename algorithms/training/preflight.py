@@ -34,7 +34,7 @@ _TOKENS, _WRITTEN = 1450, 250
 #: Share of a device's matrix products that training reaches, and share of its memory that a plan may fill.
 _USE, _FILL = 0.4, 0.92
 #: Chunks of logits that exist at the peak; bytes of a sampled row of logits for each id.
-_CHUNKS, _SAMPLING = 4, 20
+_CHUNKS, _SAMPLING = 4, 12
 _FILE = "preflight.json"
 
 

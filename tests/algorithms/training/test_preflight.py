@@ -106,7 +106,7 @@ def test_memory_by_hand():
     assert "bfloat16 copies" not in rollout, "the copy serves there"
     assert rollout["key-value cache"] == 12.0  # 256 rows x 4,096 tokens x 24 layers x 2 x 2 heads x 64 x 2 bytes
     # The teacher plays demonstrations: 36 layers, 256 rows. That is the peak.
-    demonstrations = [2 * teacher, 4 * policy, 256 * 4096 * 36 * 2 * 2 * 128 * 2, 256 * 151_936 * 20]
+    demonstrations = [2 * teacher, 4 * policy, 256 * 4096 * 36 * 2 * 2 * 128 * 2, 256 * 151_936 * 12]
     assert found["peak"]["GiB"] == round(sum(demonstrations) / GIB, 2)
     assert (found["peak"]["stage"], found["peak"]["phase"]) == ("kd", "demonstrations")
 
