@@ -196,6 +196,8 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
         "fingerprints": fingerprints(envs, result.num_questions),
         "precision": networks.precision,
         "precision_reason": networks.precision_reason,
+        "attention": networks.attention,
+        "cuda_graphs": networks.cuda_graphs,
         "config": asdict(config),
         **provenance(networks.device),
     }

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 from algorithms.assets import ASSETS
@@ -35,8 +35,11 @@ from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import Critic, freeze, load_tokenizer
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Trajectory, Turn
+from algorithms.rollout.attention_kernels import attention_kernels, in_words
 from algorithms.rollout.config import RolloutConfig
+from algorithms.rollout.cuda_graphs import CudaGraphs, decided_recorder
 from algorithms.rollout.engine import Action, CachedEngine
+from algorithms.rollout.recorded_steps import Recorder, unrecorded
 from algorithms.training.hardware import GPUS, Device, HardwareConfig, device_of
 from algorithms.training.schemas import import_zoo
 from algorithms.training.summary import provenance
@@ -174,7 +177,9 @@ class Check:
         for phase, taken in seconds.items():
             self.note(f"DGPO step, {phase}", taken, "s", floors[phase])
         steps = self.shapes.turns * (self.shapes.action - 1)
-        self.note("decode step", 1000 * seconds["decode"] / steps, "ms", 1000 * floors["decode"] / steps)
+        floor = 1000 * floors["decode"] / steps
+        self.note("decode step", 1000 * seconds["decode"] / steps, "ms", floor)
+        self._decode_recorded(policy, steps, floor)
         self.note("episodes played", self.shapes.episodes / seconds["rollout"], "1/s")
         self.note("tokens trained on", self.shapes.tokens / seconds["update"], "1/s")
         if self.place.type == "cuda":
@@ -190,6 +195,15 @@ class Check:
         _, seconds["update"] = self.timed(lambda: learner.update(batch, np.random.default_rng(0)))
         whole = sum(seconds[phase] for phase in ("rollout", "scoring", "update"))
         return {**seconds, "whole step": whole}
+
+    def _decode_recorded(self, policy: Qwen2ForCausalLM, steps: int, floor: float) -> None:
+        """Measure decode steps as CUDA graphs, recording included; without a GPU, their shapes alone."""
+        has_gpu = self.place.type == "cuda"
+        figure = "decode step, CUDA graphs" if has_gpu else "decode step, shapes of CUDA graphs"
+        seconds, _ = self._play(policy, CudaGraphs if has_gpu else lambda: unrecorded)
+        self.note(figure, 1000 * seconds["decode"] / steps, "ms", floor)
+        _, reason = decided_recorder("auto", policy, self._tokenizer(), "auto")
+        print(f"rollout.cuda_graphs={reason}; {in_words(attention_kernels(policy, 'auto'))}", flush=True)
 
     def _network(self, settings: dict[str, Any]) -> Qwen2ForCausalLM:
         torch.manual_seed(0)
@@ -212,13 +226,15 @@ class Check:
             vocab_size=self.shapes.policy["vocab_size"],
         )
 
-    def _play(self, policy: Qwen2ForCausalLM) -> tuple[dict[str, float], Any]:
+    def _play(
+        self, policy: Qwen2ForCausalLM, recorder: Callable[[], Recorder] | None = None
+    ) -> tuple[dict[str, float], Any]:
         """Write episodes of drawn lengths, with one engine that stops after the first token, and one that goes on."""
         shapes, draws = self.shapes, np.random.default_rng(0)
         seconds = {"prefill": 0.0, "decode": 0.0}
         trajectories = [Trajectory(self._ids(draws, shapes.prompt), [], row, "policy", float(row % 2), row % 2 == 0,
                                    True, False) for row in range(shapes.episodes)]  # fmt: skip
-        engines = {length: self._engine(policy, length) for length in (1, shapes.action)}
+        engines = {length: self._engine(policy, length, recorder) for length in (1, shapes.action)}
         for turn in range(shapes.turns):
             times, actions = {}, dict[int, Action]()
             for length, engine in engines.items():
@@ -239,16 +255,20 @@ class Check:
             engine.close(range(shapes.episodes))
         return seconds, collate(trajectories, 0, self.place)
 
-    def _engine(self, policy: Qwen2ForCausalLM, length: int) -> CachedEngine:
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(ASSETS / "tiny-student")
+
+    def _engine(self, policy: Qwen2ForCausalLM, length: int, recorder: Callable[[], Recorder] | None) -> CachedEngine:
         most = 2 * self.shapes.tokens // self.shapes.episodes
         return CachedEngine(
             policy,
-            load_tokenizer(ASSETS / "tiny-student"),
+            self._tokenizer(),
             RolloutConfig(max_new_tokens=length, max_tokens=most),
             num_rows=self.shapes.episodes,
             action_ends=[],
             vocab_size=self.shapes.policy["vocab_size"],
             precision="auto",
+            recorder=recorder,
         )
 
     def _ids(self, draws: np.random.Generator, mean: int) -> np.ndarray:

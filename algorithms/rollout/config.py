@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from agentic_rag_env.settings import COUNT, Allowed, at_least, check_settings
+from agentic_rag_env.settings import COUNT, Allowed, at_least, check_settings, one_of
+from algorithms.learner.config import WITHOUT_EFFECT
+
+CUDA_GRAPHS = ("off", "auto", "on")
 
 
 @dataclass
@@ -18,6 +22,10 @@ class RolloutConfig:
         max_new_tokens: Most tokens of one action.
         max_tokens: Most tokens of an episode: prompt, actions and observations; at least a token of each prompt and
             action. An episode that needs more is cut off, and earns what the reward gives without an answer.
+        cuda_graphs: "on": a GPU records decode steps and replays them, which saves the time that Python takes to launch
+            each of their operations. "auto": so, if some greedy tokens come out the same, and else without. "off":
+            without. Tokens are decided in the same way, but rows are computed in larger groups, which round otherwise.
+            A file of settings must put "on" and "off" into quotes, because YAML takes them for true and false.
     """
 
     temperature: float = 1.0
@@ -25,9 +33,15 @@ class RolloutConfig:
     top_k: int = 0
     max_new_tokens: int = 48
     max_tokens: int = 4096
+    cuda_graphs: str = field(default="off", metadata=WITHOUT_EFFECT)
 
     def __post_init__(self) -> None:
         check_settings(self, at_least(0), "temperature", "top_k")
         check_settings(self, Allowed("in (0, 1]", lambda value: 0 < value <= 1), "top_p")
         check_settings(self, COUNT, "max_new_tokens")
         check_settings(self, at_least(2), "max_tokens")
+        check_settings(self, one_of(CUDA_GRAPHS), "cuda_graphs")
+
+    def with_effect(self) -> dict[str, Any]:
+        """The settings that decide what is written, by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if not each.metadata.get("without_effect")}

@@ -6,7 +6,7 @@ verbs of `Engine`: open rows with a prompt, write until actions end, append what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from algorithms.learner.networks import autocast, computes_in_bfloat16, lm_logit
 from algorithms.rollout.bfloat16_copy import Bfloat16Copy, bfloat16_copy
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.kv_cache import EpisodeCache, check_cache
+from algorithms.rollout.recorded_steps import RecordedSteps, Recorder
 from algorithms.rollout.sampling import ActionEnd, sample
 
 _MAX_PREFILL_TOKENS = 16_384
@@ -117,6 +118,7 @@ class CachedEngine:
         action_ends: Texts that end an action, such as closing tags.
         vocab_size: Only ids below it are sampled, and probabilities are normalized over these; None: all ids.
         precision: Precision of the computation, see `networks.autocast`.
+        recorder: Makes what records decode steps, for each life of the cache; None: every step is computed anew.
 
     Raises:
         ConfigurationError: The model's context is too short, or its family can't be computed token by token with this
@@ -133,6 +135,7 @@ class CachedEngine:
         action_ends: Sequence[str],
         vocab_size: int | None = None,
         precision: str = "float32",
+        recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         _check_context(model, config)
         check_cache(model)
@@ -140,7 +143,7 @@ class CachedEngine:
         self.vocab_size = vocab_size or logit_width(model)
         self.action_end = ActionEnd(model, tokenizer, self.vocab_size, action_ends)
         self.computed_tokens = 0
-        self._pad_id = pad_id(tokenizer)
+        self._pad_id, self._recorder = pad_id(tokenizer), recorder
         self._pending: dict[int, np.ndarray] = {}
         # By row: the tokens in the cache; the tokens of the action so far, and how many it may have.
         self._lengths = np.zeros(num_rows, dtype=np.int64)
@@ -149,22 +152,24 @@ class CachedEngine:
         self._ids = np.zeros((num_rows, config.max_new_tokens), dtype=np.int64)
         self._logprobs = np.zeros((num_rows, config.max_new_tokens), dtype=working_dtype(precision))
         self._uniforms = np.zeros((num_rows, config.max_new_tokens))
-        self._forget()
+        self._open: set[int] = set()
         self.set_weights(model)
 
     def _forget(self) -> None:
-        self._cache = EpisodeCache(self.num_rows)
+        self._cache = EpisodeCache(self.num_rows, self.config.max_tokens)
+        self._recorded: RecordedSteps | None = None
+        if self._recorder is not None:
+            self._recorded = RecordedSteps(self._cache, self.config.max_tokens, self._recorder(), self.model.device)
         # The cache's places, in the order running (in the middle of an action), waiting (action ended), closed, and
         # the row in each of them.
         self._row_at = np.arange(self.num_rows)
         self._num_running = self._num_open = 0
-        self._open: set[int] = set()
 
     def set_weights(self, model: PreTrainedModel) -> None:
         """See `Engine`."""
         assert not self._open
-        self._forget()
         self.model = self._reads = model
+        self._forget()
         self._copy: Bfloat16Copy | None = None
         if computes_in_bfloat16(model.device, self.precision):
             self._copy = bfloat16_copy(model)
@@ -193,7 +198,9 @@ class CachedEngine:
 
     def close(self, rows: Iterable[int]) -> None:
         """See `Engine`."""
-        self._open.difference_update(rows)
+        closed = list(rows)
+        self._open.difference_update(closed)
+        self._lengths[closed] = 0
         if self._num_running and not self._open:  # these rows are given up in the middle of their actions
             self._forget()
 
@@ -224,12 +231,19 @@ class CachedEngine:
         counts, lengths = self._counts[rows], self._lengths[rows]
         # All that the device needs goes there at once, while it has nothing to do.
         inputs = np.stack((self._ids[rows, counts - 1], lengths, self._uniforms[rows, counts].view(np.int64)))
-        last, places, uniforms = self._tensor(inputs)
-        length = int(lengths.max()) + 1
-        hidden = self._cache.forward(self._backbone, last[:, None], places[:, None], length=length)
+        if self._recorded is None:
+            drawn = self._draw(self._tensor(inputs), int(lengths.max()) + 1)
+        else:
+            drawn = self._recorded.draw(self._draw, inputs, self._lengths[self._row_at])
         self._lengths[rows] += 1
         self.computed_tokens += len(rows)
-        self._sample(rows, hidden[:, 0], uniforms.view(torch.float64))
+        self._take(rows, drawn)
+
+    def _draw(self, inputs: Tensor, length: int) -> Tensor:
+        """Compute a step on the device: inputs [3, n] as `_decode` stacks them, to what `_sample` returns."""
+        last, places, uniforms = inputs
+        hidden = self._cache.forward(self._backbone, last[:, None], places[:, None], length=length)
+        return self._sample(hidden[:, 0], uniforms)
 
     def _read_pending(self) -> None:
         """Read what was opened and appended, and draw the first token of each action."""
@@ -247,13 +261,13 @@ class CachedEngine:
         # A hint of few tokens is not padded to the length of a passage.
         middle = self._to_front(is_long, self._num_running, self._num_open)
         rows = self._row_at[self._num_running : self._num_open].copy()
-        uniforms = self._tensor(self._uniforms[rows, 0])
+        uniforms = self._tensor(self._uniforms[rows, 0].view(np.int64))
         hidden = self._prefill(pending, self._num_running, middle)
         hidden += self._prefill(pending, middle, self._num_open)
         self._counts[rows] = 0
         self._limits[rows] = np.minimum(self.config.max_new_tokens, self.config.max_tokens - self._lengths[rows])
         self._num_running = self._num_open
-        self._sample(rows, torch.cat(hidden), uniforms)
+        self._take(rows, self._sample(torch.cat(hidden), uniforms))
 
     def _read_shared(self, pending: dict[int, np.ndarray]) -> None:
         """Read once what all rows that begin now have in common, and leave the rest of their prompts pending."""
@@ -295,13 +309,17 @@ class CachedEngine:
             start += len(rows)
         return hidden
 
-    def _sample(self, rows: np.ndarray, hidden: Tensor, uniforms: Tensor) -> None:
-        """Draw a token for each of these running rows, and set those aside whose action it ends."""
-        counts = self._counts[rows]
+    def _sample(self, hidden: Tensor, uniforms: Tensor) -> Tensor:
+        """Draw ids and their log-probabilities, [2, n] int64, the second as bits, like the uniforms, of float64."""
         logits = lm_logits(self._reads, hidden, self.vocab_size)
-        ids, logprobs = sample(logits, uniforms, self.config)
+        ids, logprobs = sample(logits, uniforms.view(torch.float64), self.config)
+        return torch.stack((ids, logprobs.double().view(torch.int64)))
+
+    def _take(self, rows: np.ndarray, drawn: Tensor) -> None:
+        """Give each of these running rows the token drawn for it, and set those aside whose action it ends."""
+        counts = self._counts[rows]
         # The one moment of a step at which the host waits for the device.
-        tokens, bits = torch.stack((ids, logprobs.double().view(torch.int64))).cpu().numpy()
+        tokens, bits = drawn.cpu().numpy()
         self._ids[rows, counts] = tokens
         self._logprobs[rows, counts] = bits.view(np.float64)
         self._counts[rows] = counts + 1

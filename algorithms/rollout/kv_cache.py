@@ -15,8 +15,6 @@ from algorithms.learner.folded_decoder import FoldedDecoder, can_fold
 from algorithms.learner.networks import backbone_hidden, logit_width
 
 _FIRST_CAPACITY = 64
-#: Capacity grows by doubling up to this number of columns, and then by this number.
-_LARGEST_GROWTH = 512
 
 
 class EpisodeCache(Cache):
@@ -29,15 +27,21 @@ class EpisodeCache(Cache):
 
     Args:
         num_rows: Number of rows, R.
+        max_length: Most tokens of a row, beyond which no memory is taken; None: not known.
     """
 
-    def __init__(self, num_rows: int) -> None:
-        self._layers: list[_Layer] = []
-        super().__init__(layers=self._layers)  # type: ignore[arg-type]
+    def __init__(self, num_rows: int, max_length: int | None = None) -> None:
+        super().__init__(layers=[])
         self.num_rows = num_rows
+        self.max_length = max_length
+        #: Keys and values, each [L, R, capacity, heads, head_dim], so that a token is written in one piece, and rows
+        #: are swapped in all layers at once. Empty before the first pass.
+        self.stored: tuple[Tensor, ...] = ()
+        self._layers: list[tuple[Tensor, ...]] = []
         self.rows = slice(0, num_rows)
         self.places = torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 0, dtype=torch.long)
         self.length = 0
+        self._num_layers = 0
         self._folded: FoldedDecoder | None = None
 
     def forward(
@@ -65,7 +69,8 @@ class EpisodeCache(Cache):
         """
         self.rows = slice(first_row, first_row + len(input_ids))
         self.places = torch.arange(len(input_ids), device=positions.device)[:, None], positions
-        self.length = length
+        self.length, self._num_layers = length, backbone.config.get_text_config().num_hidden_layers
+        self.reserve(length)
         if self._folded is None and can_fold(backbone):
             self._folded = FoldedDecoder(backbone)
         if self._folded is not None:
@@ -100,9 +105,8 @@ class EpisodeCache(Cache):
             targets: [k] int64, empty rows.
             length: Number of columns that they take over.
         """
-        for layer in self._layers:
-            for stored in (layer.keys, layer.values):
-                stored[targets, :length] = stored[source, :length].clone()
+        for stored in self.stored:
+            stored[:, targets, :length] = stored[:, source, None, :length].clone()
 
     def swap(self, these: Tensor, those: Tensor, length: int) -> None:
         """Exchange rows pairwise.
@@ -113,17 +117,38 @@ class EpisodeCache(Cache):
             length: Columns in use; the other columns are not moved.
         """
         to, source = torch.cat((these, those)), torch.cat((those, these))
-        for layer in self._layers:
-            for stored in (layer.keys, layer.values):
-                stored[to, :length] = stored[source, :length]
+        for stored in self.stored:
+            stored[:, to, :length] = stored[:, source, :length]
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many columns. If there was too little, everything lies in other places afterwards."""
+        if self.stored and length > (capacity := self.stored[0].shape[2]):
+            # By doubling, because the old places are free only after the copy. One by one for the same reason.
+            keys, values = self.stored
+            wide = max(length, min(2 * capacity, self.max_length or 2 * capacity))
+            self._hold(())
+            keys = _widened(keys, wide)
+            self._hold((keys, _widened(values, wide)))
+
+    def _hold(self, stored: tuple[Tensor, ...]) -> None:
+        self.stored, self._layers = stored, list(zip(*stored, strict=True))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the attention of each layer; see `Cache.update`."""
-        if layer_idx == len(self._layers):
-            self._layers.append(_Layer(self.num_rows, key_states, value_states))
-        return self._layers[layer_idx].update(self, key_states, value_states)
+        both = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        if not self.stored:
+            shape = self._num_layers, self.num_rows, max(_FIRST_CAPACITY, self.length)
+            # Zeros, because a masked column still takes part with weight 0, and 0 * NaN is NaN. Keys have the dtype of
+            # the values: under autocast rotary embeddings make them float32, and attention would round them each time.
+            self._hold(tuple(value_states.new_zeros(*shape, *states.shape[2:]) for states in both))
+        keys, values = self._layers[layer_idx]
+        for stored, states in zip((keys, values), both, strict=True):
+            # Not by `scatter_`, which on a CPU copies all of a bfloat16 tensor to write one column of it.
+            stored[self.rows][self.places] = states.to(stored.dtype)
+        keys, values = (stored[self.rows, : self.length].transpose(1, 2) for stored in (keys, values))
+        return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in use."""
@@ -134,33 +159,10 @@ class EpisodeCache(Cache):
         return self.length, 0
 
 
-class _Layer:
-    """One layer's keys and values, each [R, capacity, heads, head_dim], so that a token is written in one piece."""
-
-    def __init__(self, num_rows: int, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, because a masked column still takes part with weight 0, and 0 * NaN is NaN. Keys have the dtype of the
-        # values: under autocast rotary embeddings make them float32, and attention would round them in every pass.
-        self.keys, self.values = (
-            value_states.new_zeros(num_rows, _FIRST_CAPACITY, states.shape[1], states.shape[3])
-            for states in (key_states, value_states)
-        )
-
-    def update(self, cache: EpisodeCache, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write at the columns that the cache names, and return the used columns of the rows."""
-        if cache.length > self.keys.shape[1]:
-            self.keys, self.values = (_grow(stored, cache.length) for stored in (self.keys, self.values))
-        # Not by `scatter_`, which on a CPU copies all of a bfloat16 tensor to write one column of it.
-        for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            stored[cache.rows][cache.places] = states.transpose(1, 2).to(stored.dtype)
-        keys, values = (stored[cache.rows, : cache.length].transpose(1, 2) for stored in (self.keys, self.values))
-        return keys, values
-
-
-def _grow(stored: Tensor, length: int) -> Tensor:
-    capacity = max(length, min(2 * stored.shape[1], stored.shape[1] + _LARGEST_GROWTH))
-    grown = stored.new_zeros(len(stored), capacity, *stored.shape[2:])
-    grown[:, : stored.shape[1]] = stored
-    return grown
+def _widened(stored: Tensor, capacity: int) -> Tensor:
+    wide = stored.new_zeros(*stored.shape[:2], capacity, *stored.shape[3:])
+    wide[:, :, : stored.shape[2]] = stored
+    return wide
 
 
 @torch.no_grad()
@@ -176,7 +178,7 @@ def check_cache(model: PreTrainedModel) -> None:
     plain = backbone_hidden(model, input_ids, torch.ones_like(input_ids, dtype=torch.bool))
     try:
         hidden = _in_steps(model, input_ids, columns)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{_unsupported(model)} ({type(error).__name__}: {error})") from error
     difference = float((plain - hidden).abs().max() / plain.abs().max())
     tolerance = 0.05 if model.dtype.itemsize < 4 else 1e-3

@@ -6,7 +6,6 @@ that could be a path, an address or a module is withheld: it counts only if the 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shlex
@@ -110,7 +109,7 @@ def described(config: RunConfig, precision: str, vocab_size: int, action_ends: S
         "format": _FORMAT,
         "env": config.env,
         "action_ends": list(action_ends),
-        "rollout": dataclasses.asdict(config.rollout),
+        "rollout": config.rollout.with_effect(),
         "precision": precision,
         "vocab_size": vocab_size,
         "measured": {**data, "evaluation": scoring, "num_envs": config.num_envs},
@@ -182,7 +181,7 @@ def _checked(content: Any) -> Agent:
         raise ValueError(f"action_ends must be a list of texts, got {ends!r}")
     env = _part("env", content["env"], withheld)
     vocab_size = _whole(content["vocab_size"], "vocab_size", 2**31)
-    return Agent(env, tuple(ends), vars(rollout), content["precision"], vocab_size, measured, withheld)
+    return Agent(env, tuple(ends), rollout.with_effect(), content["precision"], vocab_size, measured, withheld)
 
 
 def _part(group: str, settings: Any, withheld: dict[str, Any]) -> dict[str, Any]:

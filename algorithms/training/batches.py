@@ -119,7 +119,7 @@ class Sources:
         """Get the demonstrations that an algorithm's settings ask for."""
         config, envs = self._config, self._environments.envs("train")
         settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "seed", "num_envs")}
-        settings["rollout"] = vars(config.rollout)
+        settings["rollout"] = config.rollout.with_effect()
         networks, chosen = self._networks, wanted.demonstrations
         name = self._source_name(wanted)
         source = DEMONSTRATION_SOURCES.get(name).factory(chosen, networks, envs, config.rollout)

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import gc
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,9 +35,12 @@ from algorithms.learner.networks import (
     shared_vocab_size,
     soften,
 )
+from algorithms.rollout.attention_kernels import attention_kernels
+from algorithms.rollout.cuda_graphs import decided_recorder
 from algorithms.rollout.engine import CachedEngine, Engine
 from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player, TextEnvs
+from algorithms.rollout.recorded_steps import Recorder
 from algorithms.rollout.tokenization import PlainEncoder
 from algorithms.training.agent_files import read_agent
 from algorithms.training.host_memory import give_back
@@ -165,6 +168,8 @@ class Networks:
             an adapter, and the rest of it is frozen.
         precision: Precision of the computation, "float32", "bfloat16" or "float64".
         precision_reason: Why it is that one, for people.
+        attention: The kernels in which the policy's attention runs, see `attention_kernels`.
+        cuda_graphs: Whether the policy's decode steps are CUDA graphs, and why, for people.
         vocab_size: Ids that policy and teacher have in common, and that both wrote in the runs that they come from.
     """
 
@@ -179,12 +184,15 @@ class Networks:
         if teacher is not None:
             require_rows(self.teacher_tokenizer, declared_vocab_size(self.place(teacher)), teacher)
         self.precision, self.precision_reason = decided_precision(config.learner.precision, self.policy)
+        self.attention = attention_kernels(self.policy, self.precision)
+        self._recorders: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
         if config.threads is None and self.policy.num_parameters() < _MIN_THREADED_PARAMETERS:
             torch.set_num_threads(1)
         self._agents = [agent for name in (policy, teacher) if name and (agent := read_agent(self.place(name)))]
         self.vocab_size = min([self._shared_vocab_size(), *(agent.vocab_size for agent in self._agents)])
         self._teacher: PreTrainedModel | None = None
         self._teachers: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+        _, self.cuda_graphs = self._recorder(self.policy)
 
     def place(self, name: str) -> str:
         """Folder or hub id of a model that the configuration names."""
@@ -318,7 +326,19 @@ class Networks:
             action_ends=envs.metadata["action_ends"],
             vocab_size=self.vocab_size,
             precision=self.precision,
+            recorder=self._recorder(model)[0],
         )
+
+    def _recorder(self, model: PreTrainedModel) -> tuple[Callable[[], Recorder] | None, str]:
+        """What records a network's decode steps, decided once; and whether it does, for people."""
+        if model not in self._recorders:
+            setting = self._config.rollout.cuda_graphs
+            recorder, reason = decided_recorder(setting, model, self.tokenizer_of(model), self.precision)
+            said = f"{'yes' if recorder else 'no'} ({reason})"
+            self._recorders[model] = recorder, said
+            if setting != "off" and ranks.is_first():
+                print_line(f"CUDA graphs for decode steps of {model.config.model_type}: {said}")
+        return self._recorders[model]
 
 
 #: Settings that are dataclasses, by the last word of their name.

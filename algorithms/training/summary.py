@@ -271,6 +271,8 @@ def _summary(trainer: Trainer, evaluated: Sequence[Evaluated]) -> dict[str, Any]
         kl_estimator=trained_by.kl_estimator if isinstance(trained_by, PolicyGradientConfig) else None,
         precision=trainer.networks.precision,
         precision_reason=trainer.networks.precision_reason,
+        attention=trainer.networks.attention,
+        cuda_graphs=trainer.networks.cuda_graphs,
     )
 
 

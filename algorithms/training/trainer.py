@@ -21,6 +21,7 @@ from algorithms.learner.networks import Critic, pad_id
 from algorithms.learner.teacher_states import TeacherStates
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch, Trajectory
+from algorithms.rollout.attention_kernels import in_words
 from algorithms.rollout.replay import Replay
 from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training import checkpoint, evaluation
@@ -155,7 +156,8 @@ class Trainer:
             processes = f", {ranks.count()} processes" if ranks.count() > 1 else ""
             processes += ", each with a share of the networks (fsdp2)" if self.networks.is_sharded else ""
             chosen = f"{self.networks.precision} ({self.networks.precision_reason})"
-            logger.message(f"computing in {chosen} on {self.networks.device}{processes}")
+            attention = in_words(self.networks.attention)
+            logger.message(f"computing in {chosen} on {self.networks.device}{processes}, {attention}")
             if self._resume_from is not None:
                 logger.message(f"resuming after step {self.position.step} of {total}")
             while self.position.stage < len(self.stages):

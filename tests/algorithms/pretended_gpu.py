@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 CUDA = torch.device("cuda", 0)
@@ -51,20 +51,29 @@ class PretendedGpu:
         waits: Moments at which the host waited for the device, by name: something was read, or copied there in a way
             that blocks.
         places: The same by file and line of our code.
+        tape: What the CUDA graph that is being recorded consists of; None: nothing is recorded.
     """
 
     def __init__(self) -> None:
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.places: Counter[str] = Counter()
+        self.tape: list[tuple[Any, ...]] | None = None
 
     def reset(self) -> None:
         """Count from zero."""
         for counter in (self.launches, self.waits, self.places):
             counter.clear()
 
+    def launched(self, name: str) -> None:
+        """Count a launch, unless it is only recorded."""
+        if self.tape is None:
+            self.launches[name] += 1
+
     def waited(self, why: str) -> None:
-        """Count a wait."""
+        """Count a wait, which nothing that is recorded may need."""
+        if self.tape is not None:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({why})")
         self.waits[why] += 1
         frame = sys._getframe(1)
         while frame.f_back is not None:
@@ -95,6 +104,34 @@ def _is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
+def _graph_class(gpu: PretendedGpu) -> type:
+    class CUDAGraph:
+        """Replays operations as they were recorded: on the same tensors, and without any line of Python from then."""
+
+        def __init__(self) -> None:
+            self.tape: list[tuple[Any, ...]] = []
+
+        def replay(self) -> None:
+            gpu.launched("CUDA graph")
+            with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                for func, args, kwargs, result in self.tape:
+                    again = func(*args, **kwargs)
+                    for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                        if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                            old.copy_(new)
+
+    return CUDAGraph
+
+
+@contextlib.contextmanager
+def _recording(gpu: PretendedGpu, graph: Any, pool: Any = None) -> Iterator[None]:
+    gpu.tape = graph.tape
+    try:
+        yield
+    finally:
+        gpu.tape = None
+
+
 class _Operations(TorchDispatchMode):
     """Sees every operation that reaches a backend, also those of a backward pass."""
 
@@ -103,7 +140,12 @@ class _Operations(TorchDispatchMode):
         self.gpu = gpu
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        result = self._carry_out(func, args, kwargs or {})
+        if self.gpu.tape is not None:
+            self.gpu.tape.append((func, args, kwargs or {}, result))
+        return result
+
+    def _carry_out(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         there = [lies_on_it(tensor) for tensor in tensors]
@@ -119,7 +161,7 @@ class _Operations(TorchDispatchMode):
         elif name == "aten::repeat_interleave":
             self.gpu.waited("repeat_interleave")
         if not func.is_view and name != "aten::_unsafe_view":
-            self.gpu.launches[name] += 1
+            self.gpu.launched(name)
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -127,9 +169,11 @@ class _Operations(TorchDispatchMode):
         return result
 
     def _copy(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        self.gpu.launches[name] += 1
+        self.gpu.launched(name)
         if name == "aten::copy_" and lies_on_it(args[0]) != lies_on_it(args[1]):
-            self.gpu.waited("copy_")
+            is_async = lies_on_it(args[0]) and (args[2:] == (True,) or kwargs.get("non_blocking"))
+            if not is_async or self.gpu.tape is not None:
+                self.gpu.waited("copy_")
         result = func(*args, **kwargs)
         return _marked(result) if lies_on_it(args[0]) else result
 
@@ -152,8 +196,8 @@ def _patches(gpu: PretendedGpu) -> Iterator[Any]:
     true = {name: getattr(Tensor, name) for name in ("to", "cpu", "tolist", "numpy", "__array__", "__deepcopy__")}
 
     def up(tensor: Tensor, blocks: bool = True) -> Tensor:
-        gpu.launches["copy to the GPU"] += 1
-        if blocks:
+        gpu.launched("copy to the GPU")
+        if blocks or gpu.tape is not None:
             gpu.waited("copy to the GPU")
         return _marked(tensor.clone())
 
@@ -212,6 +256,9 @@ def _patches(gpu: PretendedGpu) -> Iterator[Any]:
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "pretended"}
     for name, answer in {**answers, "empty_cache": None, "synchronize": None}.items():
         yield patch.object(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
+    yield patch.object(torch.cuda, "CUDAGraph", _graph_class(gpu))
+    yield patch.object(torch.cuda, "graph", functools.partial(_recording, gpu))
+    yield patch.object(torch.cuda, "graph_pool_handle", object)
 
 
 def _maker(make: Any, up: Any) -> Any:

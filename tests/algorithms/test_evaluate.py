@@ -86,6 +86,7 @@ def test_a_checkpoint_that_lies_elsewhere_scores_by_its_path_alone_as_the_run_di
     assert score.summary["evaluation"] == {"checkpoint": dgpo_run.summary["evaluation"]["dgpo"]}
     assert score.summary["fingerprints"] == dgpo_run.summary["fingerprints"] | {"training_questions": None}
     assert score.summary["precision"] == dgpo_run.summary["precision"]
+    assert score.summary["attention"] == dgpo_run.summary["attention"]
     for mode in ("greedy", "T=1"):
         theirs = dgpo_run.transcripts()[f"test-dgpo-{mode}.jsonl.gz"]
         assert score.transcripts()[f"test-checkpoint-{mode}.jsonl.gz"] == theirs

@@ -48,6 +48,13 @@ def test_whole_run_on_a_gpu(tmp_path):
     assert max(gaps) < 0.1
 
 
+def test_cuda_graphs_write_what_is_written_without_them(tmp_path):
+    settings = config(tmp_path)
+    settings.rollout.cuda_graphs = "auto"
+    networks = Trainer(settings, tmp_path / "run").networks
+    assert networks.cuda_graphs == "yes (auto: greedy tokens are the same)"
+
+
 def test_a_run_goes_on_from_a_checkpoint_on_a_gpu(tmp_path, cache):
     whole = train(tmp_path / "run", cache, *DGPO)
     (whole.path / "summary.json").unlink()

@@ -19,14 +19,18 @@ from toy_learner import make_batch, make_learner
 from toy_policy import make_envs, make_player, make_policy, make_tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 from algorithms import evaluate
 from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import Critic, freeze
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch
+from algorithms.rollout import cuda_graphs
 from algorithms.rollout.config import RolloutConfig
+from algorithms.rollout.cuda_graphs import CudaGraphs, decided_recorder
 from algorithms.rollout.engine import CachedEngine
+from algorithms.rollout.recorded_steps import unrecorded
 
 
 @pytest.fixture
@@ -89,6 +93,35 @@ def test_it_counts_waits_and_launches(gpu):
     assert not gpu.waits
 
 
+def test_a_graph_replays_operations_on_the_tensors_of_the_recording(gpu):
+    numbers, factor, graph = torch.arange(3.0, device="cuda"), 2, torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = torch.zeros(3, device="cuda").add_(numbers * factor)[1:] + 1
+    numbers.add_(10)
+    factor = 5
+    gpu.reset()
+    graph.replay()
+    assert total.tolist() == [23, 25], "Python is not run again, and zeros are zeros again"
+    assert gpu.launches == {"CUDA graph": 1}
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda there: there.sum().item(),
+        lambda there: there[there > 1],
+        lambda there: there.cpu(),
+        lambda there: torch.ones(3).to("cuda", non_blocking=True),
+        lambda there: there.copy_(torch.ones(3), non_blocking=True),
+    ],
+)
+def test_what_needs_the_host_cannot_be_recorded(act, gpu):
+    there = torch.arange(3.0, device="cuda")
+    with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        act(there)
+    assert there.tolist() == [0, 1, 2], "the recording is over"
+
+
 def test_it_is_gone_afterwards():
     with pretended_gpu():
         pass
@@ -133,21 +166,34 @@ def test_a_whole_run_and_its_evaluation(gpu, tmp_path, cache):
     run = train(tmp_path / "run", cache, *DGPO, *BRIEF)
     assert run.summary["machine"]["device"] == "cuda"
     assert gpu.launches["aten::_fused_adamw_"]
-    with patch.object(sys, "argv", ["evaluate", f"checkpoint={run.path}", f"hydra.run.dir={tmp_path / 'evaluated'}"]):
-        evaluate.main()
-    measured = json.loads((tmp_path / "evaluated" / "summary.json").read_text())
+
+    def evaluated(name, *settings):
+        arguments = ["evaluate", f"checkpoint={run.path}", f"hydra.run.dir={tmp_path / name}", *settings]
+        with patch.object(sys, "argv", arguments):
+            evaluate.main()
+        return json.loads((tmp_path / name / "summary.json").read_text())
+
+    measured = evaluated("eager")
     assert measured["evaluation"]["checkpoint"] == run.summary["evaluation"]["dgpo"]
+    assert measured["cuda_graphs"] == "no (rollout.cuda_graphs=off)"
+    assert not gpu.launches["CUDA graph"]
+    measured = evaluated("graphs", "rollout.cuda_graphs=auto")
+    assert measured["evaluation"]["checkpoint"]["greedy"]["all"]["n"] == 3
+    assert measured["cuda_graphs"] == "yes (auto: greedy tokens are the same)"
+    assert gpu.launches["CUDA graph"] > 100, "the player's and the generator's, beside those that are compared"
 
 
 # --- rollouts --------------------------------------------------------------------------------------------------------
 
 
-def make_rollout(device: str, **settings):
+def make_rollout(device: str, precision: str = "float32", recorder=None, **settings):
     player = make_player(
         make_policy("pieces", seed=4).to(device),
         make_tokenizer("pieces"),
         make_envs(4),
         RolloutConfig(max_new_tokens=16, max_tokens=300, **settings),
+        precision=precision,
+        recorder=recorder,
     )
     return [
         (turn.action_ids.tolist(), turn.action_logprobs.tolist())
@@ -156,11 +202,63 @@ def make_rollout(device: str, **settings):
     ]
 
 
+@pytest.mark.parametrize("recorder", [None, CudaGraphs], ids=["eager", "graphs"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_p": 0.8, "top_k": 5}])
-def test_a_rollout_is_the_same_on_both(settings, either_gpu):
-    for there, here in zip(make_rollout("cuda", **settings), make_rollout("cpu", **settings), strict=True):
-        assert there[0] == here[0]
-        assert there[1] == pytest.approx(here[1], abs=1e-4)
+def test_a_rollout_is_the_same_on_both(settings, recorder, either_gpu):
+    there = make_rollout("cuda", recorder=recorder, **settings)
+    for one, other in zip(there, make_rollout("cpu", **settings), strict=True):
+        assert one[0] == other[0]
+        assert one[1] == pytest.approx(other[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}])
+def test_graphs_replay_exactly_what_is_computed_without_them(settings, either_gpu):
+    """In bfloat16, at the same shapes."""
+    graphs, plain = (
+        make_rollout("cuda", "bfloat16", recorder, **settings) for recorder in (CudaGraphs, lambda: unrecorded)
+    )
+    assert graphs == plain
+
+
+class Spoiled(CudaGraphs):
+    """Replays give the first result again, as if the inputs had been baked in."""
+
+    def __call__(self, compute):
+        first = super().__call__(compute)().clone()
+        return lambda: first
+
+
+class Refused(CudaGraphs):
+    """The driver refuses to record."""
+
+    def __call__(self, compute):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nAnd more.")
+
+
+def test_whether_graphs_are_used(gpu, monkeypatch):
+    model, tokenizer = make_policy("pieces", seed=4).to("cuda"), make_tokenizer("pieces")
+
+    def decided(setting):
+        return decided_recorder(setting, model, tokenizer, "bfloat16")
+
+    assert decided("off") == (None, "rollout.cuda_graphs=off")
+    assert not gpu.launches["CUDA graph"]
+    assert decided("auto") == (CudaGraphs, "auto: greedy tokens are the same")
+    assert gpu.launches["CUDA graph"] >= 31
+    for trouble, said in (
+        (Spoiled, "auto: greedy tokens differ in 4 of 4 rows"),
+        (Refused, "auto: recording fails (RuntimeError: CUDA error: operation not permitted when stream is capturing)"),
+    ):
+        monkeypatch.setattr(cuda_graphs, "CudaGraphs", trouble)
+        assert decided("auto") == (None, said)
+        assert decided("on") == (trouble, "rollout.cuda_graphs=on")
+
+
+def test_a_machine_without_a_gpu_has_no_graphs():
+    model, tokenizer = make_policy("pieces"), make_tokenizer("pieces")
+    assert decided_recorder("auto", model, tokenizer, "float32") == (None, "auto: there is no GPU")
+    with pytest.raises(ConfigurationError, match="needs a GPU"):
+        decided_recorder("on", model, tokenizer, "float32")
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
@@ -198,20 +296,23 @@ def growth(gpu: PretendedGpu, times: int, small: Callable[[], object], large: Ca
 
 
 #: A norm counts as the six operations of a CPU; a GPU launches one.
-@pytest.mark.parametrize(("precision", "most_launches"), [("float32", 850), ("bfloat16", 1050)])
-def test_a_decode_step_waits_once_and_launches_no_more_than_its_budget(precision, most_launches, gpu):
+@pytest.mark.parametrize(
+    ("precision", "recorder", "most_launches"),
+    [("float32", None, 850), ("bfloat16", None, 1050), ("bfloat16", CudaGraphs, 3)],
+)
+def test_a_decode_step_waits_once_and_launches_no_more_than_its_budget(precision, recorder, most_launches, gpu):
     model, tokenizer = deep_model(), make_tokenizer("pieces")
 
     def write(num_tokens: int) -> None:
         config = RolloutConfig(max_new_tokens=num_tokens, max_tokens=40)
-        settings = {"vocab_size": len(tokenizer), "precision": precision}
+        settings = {"vocab_size": len(tokenizer), "precision": precision, "recorder": recorder}
         engine = CachedEngine(model, tokenizer, config, num_rows=3, action_ends=["</never>"], **settings)
         for row in range(3):
-            engine.open(row, np.arange(4 + row), np.full(num_tokens, 0.1))
+            engine.open(row, np.arange(21 + row), np.full(num_tokens, 0.1))
         assert [len(action.ids) for action in engine.write()] == [num_tokens] * 3
 
     waits, launches = growth(gpu, 4, lambda: write(3), lambda: write(7))
-    print(f"decode step, {precision}: {waits} waits, {launches} launches")
+    print(f"decode step, {precision}, {recorder}: {waits} waits, {launches} launches")
     assert waits == 1
     assert launches <= most_launches
 

@@ -247,7 +247,8 @@ def test_one_stage_from_the_raw_model(ppo_run):
 def test_a_run_in_bfloat16_says_so_and_how_far_its_rollouts_are_from_training(ppo_run, tmp_path, cache, recwarn):
     settings = ["algo=ppo", *PPO, "algo.steps=2", "algo.critic_warmup_steps=0", GREEDY, "evaluation.num_questions=4"]
     run = train(tmp_path / "run", cache, *settings, "learner.precision=bfloat16")
-    assert "computing in bfloat16 (learner.precision=bfloat16) on" in run.out
+    assert "computing in bfloat16 (learner.precision=bfloat16) on cpu, attention by flash\n" in run.out
+    assert run.summary["attention"] == dict.fromkeys(("training", "prefill", "decode"), "flash")
     assert (run.summary["precision"], run.summary["precision_reason"]) == ("bfloat16", "learner.precision=bfloat16")
     gaps = [row["rollout/logprob_gap_mean"] for row in run.metrics]
     assert all(1e-4 < mean < row["rollout/logprob_gap_max"] for mean, row in zip(gaps, run.metrics, strict=True))

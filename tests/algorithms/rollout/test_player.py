@@ -322,16 +322,16 @@ def test_growing_and_chunked_prefill_change_nothing(monkeypatch):
 
 
 def test_keys_and_values_take_little_more_room_than_they_need():
-    backbone, cache = make_policy("whole").base_model, kv_cache.EpisodeCache(2)
+    backbone, cache = make_policy("whole").base_model, kv_cache.EpisodeCache(2, 2000)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         for start, stop in ((0, 5), (5, 70), (70, 1200), (1200, 1201), (1201, 1900)):
             positions = torch.arange(start, stop).expand(2, -1)
             cache.forward(backbone, torch.ones_like(positions), positions, length=int(positions.max()) + 1)
-            for layer in cache._layers:
-                assert layer.keys.dtype == layer.values.dtype == torch.bfloat16, "as attention reads them"
-                capacity = layer.keys.shape[1]
-                assert layer.keys.shape == layer.values.shape
-                assert stop <= capacity < max(stop + 512, 2 * stop + 64)
+            keys, values = cache.stored
+            assert keys.dtype == values.dtype == torch.bfloat16, "as attention reads them"
+            assert keys.shape == values.shape
+            assert stop <= keys.shape[2] < 2 * stop + 64
+            assert keys.shape[2] <= 2000
 
 
 def test_end_of_text_is_out_of_the_text_and_not_read_in_an_episode_that_goes_on():
