@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from algorithms.learner import ops
-from algorithms.learner.networks import autocast, load_model, load_tokenizer
+from algorithms.learner.networks import load_model, load_tokenizer
+from algorithms.learner.precision import autocast
 from algorithms.learner.scoring import Scorer
 from algorithms.learner.types import Batch
 from algorithms.rollout.config import RolloutConfig

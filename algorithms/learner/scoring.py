@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from algorithms.learner import ops, ranks, sharding
 from algorithms.learner.collate import micro_batches, predicting_positions
-from algorithms.learner.networks import Critic, autocast, backbone_hidden, lm_logits
+from algorithms.learner.networks import Critic, backbone_hidden, lm_logits
+from algorithms.learner.precision import autocast
 from algorithms.learner.types import Batch, Tokens
 
 #: Most logits of a chunk on a CPU. Beyond 32 MiB the allocator gives a tensor back to the system when it is freed, and
@@ -53,7 +54,7 @@ class Scorer:
     Attributes:
         vocab_size: V; logits beyond it are cut off before any softmax.
         temperature: Logits are divided by it.
-        precision: Precision of the computation, see `networks.autocast`.
+        precision: Precision of the computation, see `precision.autocast`.
         micro_batch_tokens: Tokens, padding included, that go through a backbone at once.
         chunk_tokens: Model-written tokens that go through an LM head at once.
         in_step: Every process computes as many micro-batches as any other, as sharded networks need it.

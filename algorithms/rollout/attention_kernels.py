@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from algorithms.learner.networks import autocast, backbone_hidden
+from algorithms.learner.networks import backbone_hidden
+from algorithms.learner.precision import autocast
 from algorithms.rollout.kv_cache import EpisodeCache, check_cache
 
 _FUSED = re.compile("aten::_scaled_dot_product_(.+?)_attention")  # ..._flash_attention, ..._flash_attention_for_cpu
@@ -20,7 +21,7 @@ def attention_kernels(model: PreTrainedModel, precision: str) -> dict[str, str]:
 
     Args:
         model: A causal language model, whole, on its device.
-        precision: See `networks.autocast`.
+        precision: See `precision.autocast`.
 
     Returns:
         The kernel of "training", "prefill" and "decode": "flash", "efficient", "cudnn"; "math" for plain products and

@@ -47,7 +47,7 @@ def decided_recorder(
         setting: `RolloutConfig.cuda_graphs`.
         model: The model on its device, whole.
         tokenizer: Its tokenizer.
-        precision: See `networks.autocast`.
+        precision: See `precision.autocast`.
 
     Returns:
         What `CachedEngine` takes as `recorder`, and the reason, for people.

@@ -19,7 +19,8 @@ from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.collate import num_shared
 from algorithms.learner.config import working_dtype
 from algorithms.learner.decoder import pays_to_share
-from algorithms.learner.networks import autocast, computes_in_bfloat16, lm_logits, logit_width, pad_id
+from algorithms.learner.networks import lm_logits, logit_width, pad_id
+from algorithms.learner.precision import autocast, computes_in_bfloat16
 from algorithms.rollout.bfloat16_copy import Bfloat16Copy, bfloat16_copy
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.kv_cache import EpisodeCache, check_cache
@@ -117,7 +118,7 @@ class CachedEngine:
         num_rows: Most rows at once.
         action_ends: Texts that end an action, such as closing tags.
         vocab_size: Only ids below it are sampled, and probabilities are normalized over these; None: all ids.
-        precision: Precision of the computation, see `networks.autocast`.
+        precision: Precision of the computation, see `precision.autocast`.
         recorder: Makes what records decode steps, for each life of the cache; None: every step is computed anew.
 
     Raises:

@@ -25,7 +25,6 @@ from algorithms.learner.algorithm import ALGORITHMS, Algorithm, OptimizerConfig
 from algorithms.learner.config import DemonstrationsConfig, working_dtype
 from algorithms.learner.networks import (
     Network,
-    decided_precision,
     declared_vocab_size,
     freeze,
     load_model,
@@ -35,6 +34,7 @@ from algorithms.learner.networks import (
     shared_vocab_size,
     soften,
 )
+from algorithms.learner.precision import decided_precision
 from algorithms.rollout.attention_kernels import attention_kernels
 from algorithms.rollout.cuda_graphs import decided_recorder
 from algorithms.rollout.engine import CachedEngine, Engine

@@ -17,7 +17,6 @@ from algorithms.learner.networks import (
     Critic,
     backbone_hidden,
     check_lm_head,
-    decided_precision,
     freeze,
     lm_logits,
     load_model,
@@ -27,6 +26,7 @@ from algorithms.learner.networks import (
     shared_vocab_size,
     soften,
 )
+from algorithms.learner.precision import decided_precision
 
 
 @pytest.fixture

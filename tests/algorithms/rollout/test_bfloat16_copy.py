@@ -13,7 +13,8 @@ from toy_policy import make_envs, make_policy, make_tokenizer
 
 from agentic_rag_env.actions import CLOSING_TAGS
 from algorithms.learner.collate import collate
-from algorithms.learner.networks import autocast, backbone_hidden, lm_logits
+from algorithms.learner.networks import backbone_hidden, lm_logits
+from algorithms.learner.precision import autocast
 from algorithms.learner.scoring import Scorer
 from algorithms.rollout.bfloat16_copy import bfloat16_copy
 from algorithms.rollout.config import RolloutConfig
