@@ -5,9 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Processes that share `make demo`, as in `make demo PROCESSES=2`. Each needs a free core, and loads the libraries anew.
-PROCESSES ?= 1
-
 # Where `make real` has its model from, and where it writes.
 SMOLLM2 ?= $(HOME)/.cache/agentic_rag_env/smollm2
 RUN := outputs/real/$(shell date +%Y-%m-%d_%H-%M-%S)
@@ -15,12 +12,12 @@ RUN := outputs/real/$(shell date +%Y-%m-%d_%H-%M-%S)
 .PHONY: demo real test nightly lowest benchmark gpu-check lint clean
 
 demo: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/$(if $(filter 1,$(PROCESSES)),python,torchrun --nproc-per-node $(PROCESSES)) -m algorithms.run algo=dgpo
+	$(BIN)/python -m algorithms.run algo=dgpo
 
 # A pretrained model of 135M parameters learns to search Wikipedia passages from 240 demonstrations.
 real: $(SMOLLM2)/config.json
 	$(BIN)/python -m algorithms.run algo=sft model=smollm2_135m model.policy=$(SMOLLM2) dataset=nq_mini \
-		algo.demonstrations.source=expert algo.num_demonstrations=240 env.max_turns=2 hydra.run.dir=$(RUN)
+		algo.num_demonstrations=240 env.max_turns=2 hydra.run.dir=$(RUN)
 	$(BIN)/python -m algorithms.evaluate checkpoint=$(RUN) evaluation.num_questions=500 evaluation.temperatures=[0] \
 		probes=[] hydra.run.dir=$(RUN)/test
 	@echo 'Ask it: $(BIN)/python -m algorithms.ask checkpoint=$(RUN)'
