@@ -238,11 +238,12 @@ def backbone_hidden(
         # go on through the padding: transformers takes equal ones for the start of a packed sequence.
         length = input_ids.shape[1]
         mask, position_ids = None, torch.arange(length, device=input_ids.device)[None]
-        if folded_decoder.can_fold(model.base_model):
-            return folded_decoder.FoldedDecoder(model.base_model).read(input_ids, position_ids, length=length, at=at)
         if decoder.is_readable(model.base_model):
             if at is not None and decoder.pays_to_share(len(input_ids), num_shared, input_ids.device):
                 return decoder.read_shared(model.base_model, input_ids, num_shared, at)
+            if folded_decoder.can_fold(model.base_model):
+                folded = folded_decoder.FoldedDecoder(model.base_model)
+                return folded.read(input_ids, position_ids, length=length, at=at)
             return decoder.read(model.base_model, input_ids, position_ids, at=at)
     else:
         mask, position_ids = attention_mask.long(), (attention_mask.long().cumsum(dim=1) - 1).clamp_(min=0)

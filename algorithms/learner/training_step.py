@@ -311,8 +311,9 @@ class Learner:
             yield chunk, part, leaf
 
     def _teacher_hidden(self, of: Part) -> Tensor:
-        if self.teacher_states is not None and of.micro.first_states is not None:
-            return self.teacher_states.of(of)
+        states = self.teacher_states
+        if states is not None and of.micro.first_states is not None:
+            return sharding.gathered(self.teacher, lambda: states.of(of))  # whose head is read next
         return self.scorer.hidden_of_teacher(self.teacher, of.micro, *of.at)
 
     def _fill_in_logits(self, tokens: Tokens, hidden: Tensor, teacher_hidden: Tensor | None) -> None:

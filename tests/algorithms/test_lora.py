@@ -255,9 +255,8 @@ def test_an_adapter_is_a_teacher_and_a_start(lora_run, tmp_path, cache):
     assert further.summary["evaluation"]["raw"] == lora_run.summary["evaluation"]["sft_ppo"]
     mine, theirs = (load_file(checkpoint(*each) / ADAPTER_WEIGHTS) for each in ((lora_run,), (further, 1)))
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 0.02, "one step from where it was"
-    whole = train(tmp_path / "whole", cache, "algo=kd", *sft[1:], f"model.policy={lora_run.path}",
-                  f"model.teacher={lora_run.path}", "algo.demonstrations.filters=[]", "algo.correct_only=false",
-                  "model.teacher_temperature=1.5")  # fmt: skip
+    whole = train(tmp_path / "whole", cache, "algo=gkd", *sft[1:], "algo.warm_start=null", "algo.on_policy_fraction=1",
+                  f"model.policy={lora_run.path}", f"model.teacher={lora_run.path}")  # fmt: skip
     assert (checkpoint(whole, 1) / "model.safetensors").is_file()
 
 
