@@ -65,6 +65,11 @@ def test_a_run_directory_holds_what_that_of_any_run_holds(run):
         assert shown in run.out
 
 
+def test_that_adapters_have_no_effect_is_said(tmp_path):
+    with pytest.warns(UserWarning, match=r"trains no language model, so model.lora.rank=4 has no effect\."):
+        train(tmp_path / "run", "model.lora.rank=4")
+
+
 def test_the_summary_has_the_shape_of_every_summary(run):
     summary = run.summary
     assert summary["algo"] == "maskable_ppo"
