@@ -43,7 +43,7 @@ def collate(
             written_ids[row, written] = turn.action_ids
             response_mask[row, written] = True
             old_logprobs[row, written] = turn.action_logprobs
-            start, end = end, end + len(turn.read_ids)
+            start, end = end, end + turn.num_read
             input_ids[row, start:end] = turn.read_ids
         attention_mask[row, :end] = True
     rewards = np.array([trajectory.reward for trajectory in trajectories], dtype=old_logprobs.dtype)

@@ -48,6 +48,11 @@ class Turn:
         """What later tokens have before them: action and observation, without an end of text that is not read."""
         return np.concatenate((self.action_ids[: len(self.action_ids) - self.end_unread], self.observation_ids))
 
+    @property
+    def num_read(self) -> int:
+        """Length of `read_ids`."""
+        return len(self.action_ids) - self.end_unread + len(self.observation_ids)
+
 
 @dataclass(slots=True)
 class Trajectory:
@@ -88,7 +93,7 @@ class Trajectory:
     @property
     def num_tokens(self) -> int:
         """Length of the episode as a model reads it: prompt, actions and observations."""
-        return len(self.prompt_ids) + sum(len(turn.read_ids) for turn in self.turns)
+        return len(self.prompt_ids) + sum(turn.num_read for turn in self.turns)
 
 
 @dataclass(slots=True)

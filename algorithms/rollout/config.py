@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from agentic_rag_env.settings import COUNT, Allowed, at_least, check_settings, one_of
 from algorithms.learner.config import WITHOUT_EFFECT
@@ -41,7 +40,3 @@ class RolloutConfig:
         check_settings(self, COUNT, "max_new_tokens")
         check_settings(self, at_least(2), "max_tokens")
         check_settings(self, one_of(CUDA_GRAPHS), "cuda_graphs")
-
-    def with_effect(self) -> dict[str, Any]:
-        """The settings that decide what is written, by name."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if not each.metadata.get("without_effect")}

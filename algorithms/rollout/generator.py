@@ -40,7 +40,8 @@ class Generator:
         """Continue this process's share of the prompts, and return what all processes have written."""
         return ranks.in_order(self._continued(ranks.share(prompts)))
 
-    def _continued(self, prompts: Sequence[str]) -> list[str | None]:
+    def _continued(self, given: Sequence[str]) -> list[str | None]:
+        prompts = [each if isinstance(each, Prompt) else Prompt(each) for each in given]
         encoded = self._encode(prompts) if prompts else []
         max_tokens = self.engine.config.max_tokens
         fitting = [number for number, ids in enumerate(encoded) if len(ids) < max_tokens]
@@ -66,14 +67,14 @@ class Generator:
                 for action in actions:
                     number = number_of.pop(action.row)
                     # Text that a chat template has begun for the model belongs to the model's first turn.
-                    is_first = not "".join(_parts(prompts[number])[1:])
+                    is_first = not (prompts[number].transcript or prompts[number].opening)
                     texts[number] = (self.opened_thought if is_first else "") + action.text
                     self.engine.close([action.row])
                     free.append(action.row)
         finally:
             self.engine.close(list(number_of))
 
-    def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
+    def _encode(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         messages, transcripts, openings = zip(*map(self._behind_template, prompts), strict=True)
         # Tokenized apart, as in an episode, where the environment's text and the model's are never tokenized together.
         encoded = zip(
@@ -84,9 +85,9 @@ class Generator:
         )
         return [np.concatenate(pieces) for pieces in encoded]
 
-    def _behind_template(self, prompt: str) -> tuple[str, str, str]:
+    def _behind_template(self, prompt: Prompt) -> tuple[str, str, str]:
         """The parts of a prompt, without the tag with which the chat template opens the model's reply already."""
-        message, transcript, opening = _parts(prompt)
+        message, transcript, opening = prompt.message, prompt.transcript, prompt.opening
         begun = self.opened_thought
         if not begun or not (transcript or opening):
             return message, transcript, opening
@@ -95,9 +96,3 @@ class Generator:
         if not transcript and opening.startswith(begun):
             return message, transcript, opening.removeprefix(begun)
         return message, THINK_CLOSE + transcript, opening
-
-
-def _parts(prompt: str) -> tuple[str, str, str]:
-    """Message, transcript and opening."""
-    parts = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
-    return parts.message, parts.transcript, parts.opening

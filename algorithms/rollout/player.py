@@ -247,11 +247,8 @@ class _Rollout:
                 cut = self.envs.cut_off(env)
                 reward, info = reward + cut.reward, cut.info
             ended = terminated or truncated
-            if ended:
-                turn = Turn(action.ids, action.logprobs, action.ids[:0], info)
-            else:
-                turn = Turn(action.ids, action.logprobs, observation, info, end_unread)
-            self._record_turn(episode, turn)
+            reply = observation[:0] if ended else observation
+            self._record_turn(episode, Turn(action.ids, action.logprobs, reply, info, end_unread and not ended))
             episode.reward += reward
             if ended:
                 self._finish(env, info, terminated)

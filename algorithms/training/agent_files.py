@@ -22,7 +22,7 @@ from algorithms.learner.config import PRECISIONS
 from algorithms.learner.model_folders import as_folder
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training.run_files import differences, require_plain
-from algorithms.training.settings import RunConfig, ScoringConfig
+from algorithms.training.settings import RunConfig, ScoringConfig, settings_with_effect
 from algorithms.training.typed import typed
 
 AGENT_FILE = "agent.json"
@@ -109,7 +109,7 @@ def described(config: RunConfig, precision: str, vocab_size: int, action_ends: S
         "format": _FORMAT,
         "env": config.env,
         "action_ends": list(action_ends),
-        "rollout": config.rollout.with_effect(),
+        "rollout": settings_with_effect(vars(config.rollout), "rollout."),
         "precision": precision,
         "vocab_size": vocab_size,
         "measured": {**data, "evaluation": scoring, "num_envs": config.num_envs},
@@ -181,7 +181,8 @@ def _checked(content: Any) -> Agent:
         raise ValueError(f"action_ends must be a list of texts, got {ends!r}")
     env = _part("env", content["env"], withheld)
     vocab_size = _whole(content["vocab_size"], "vocab_size", 2**31)
-    return Agent(env, tuple(ends), rollout.with_effect(), content["precision"], vocab_size, measured, withheld)
+    written_with = settings_with_effect(vars(rollout), "rollout.")
+    return Agent(env, tuple(ends), written_with, content["precision"], vocab_size, measured, withheld)
 
 
 def _part(group: str, settings: Any, withheld: dict[str, Any]) -> dict[str, Any]:

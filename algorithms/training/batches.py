@@ -24,7 +24,7 @@ from algorithms.training import demonstrations
 from algorithms.training.build import Environments, Networks
 from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, Demonstrations
 from algorithms.training.fingerprints import of_playing, of_retriever
-from algorithms.training.settings import RunConfig
+from algorithms.training.settings import RunConfig, settings_with_effect
 
 
 class Sources:
@@ -119,7 +119,7 @@ class Sources:
         """Get the demonstrations that an algorithm's settings ask for."""
         config, envs = self._config, self._environments.envs("train")
         settings = {name: getattr(config, name) for name in ("env", "retriever", "reward", "seed", "num_envs")}
-        settings["rollout"] = config.rollout.with_effect()
+        settings["rollout"] = settings_with_effect(vars(config.rollout), "rollout.")
         networks, chosen = self._networks, wanted.demonstrations
         name = self._source_name(wanted)
         source = DEMONSTRATION_SOURCES.get(name).factory(chosen, networks, envs, config.rollout)

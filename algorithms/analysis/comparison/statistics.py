@@ -99,7 +99,8 @@ def paired(first: np.ndarray, second: np.ndarray, by_seed: bool = False) -> Pair
     difference = first.mean(axis=0) - second.mean(axis=0)
     count, value = difference.size, float(difference.mean())
     questions = (float(difference.var(ddof=1)) / count, count - 1) if count > 1 else (0.0, 1)
-    components = [questions, *_seed_components(first, second, by_seed)]
+    of_seeds = [part for each in _samples(first, second, by_seed) for part in _seed_component(each.mean(axis=1))]
+    components = [questions, *of_seeds]
     half = _half_width(components)
     center = value
     if not half:  # all these questions are alike, yet another one may differ: Clopper and Pearson
@@ -165,8 +166,8 @@ class Power:
 
     def __init__(self, first: np.ndarray, second: np.ndarray, by_seed: bool = False) -> None:
         self.num_seeds = min(len(first), len(second))
-        self._freedom_of_seed = 1 if by_seed else 2
-        samples = [first.astype(float) - second] if by_seed else [first, second]
+        samples = _samples(first, second, by_seed)
+        self._freedom_of_seed = len(samples)
         of_answers = sum(float(each.var(axis=0, ddof=1).mean()) / len(each) for each in samples)
         of_means = float((first.mean(axis=0) - second.mean(axis=0)).var(ddof=1))
         self._of_questions = max(0.0, of_means - of_answers) / first.shape[1]
@@ -249,6 +250,11 @@ def _with_bounds(value: float, drawn: np.ndarray, num_seeds: int) -> Estimate:
     return Estimate(value, *map(float, np.quantile(drawn, _TAILS))) if num_seeds > 1 else Estimate(value)
 
 
+def _samples(first: np.ndarray, second: np.ndarray, by_seed: bool) -> list[np.ndarray]:
+    """The independent samples of seeds, each [seeds, questions]: the differences of the pairs, or both methods."""
+    return [first.astype(float) - second] if by_seed else [first, second]
+
+
 # --- Satterthwaite ---------------------------------------------------------------------------------------------------
 
 
@@ -258,12 +264,6 @@ def _seed_component(by_seed: np.ndarray) -> list[tuple[float, int]]:
     if count > 1 and np.ptp(by_seed) < 1e-12:
         return [(0.0, count - 1)]
     return [(float(by_seed.var(ddof=1)) / count, count - 1)] if count > 1 else []
-
-
-def _seed_components(first: np.ndarray, second: np.ndarray, by_seed: bool) -> list[tuple[float, int]]:
-    """The part of the seeds in the variance of a difference, with its degrees of freedom."""
-    one, other = first.mean(axis=1), second.mean(axis=1)
-    return _seed_component(one - other) if by_seed else [*_seed_component(one), *_seed_component(other)]
 
 
 def _degrees(components: Sequence[tuple[float, int]]) -> float:
