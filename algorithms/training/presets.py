@@ -1,14 +1,16 @@
-"""Model presets: `conf/model/<name>.yaml` also says what other settings suit the model, and `config.yaml` takes them.
+"""Model presets: `conf/model/<name>.yaml` also says what other settings suit the model, and a run takes them.
 
-The `settings` of a preset override the defaults; experiments and the command line override the preset. Most keys are
-those of a run (`rollout`, `learner`, `evaluation`, ...). Four of them depend on what else was chosen:
+The `settings` of a preset override the defaults; stages, experiments and the command line override the preset. Most
+keys are those of a run (`rollout`, `learner`, `evaluation`, ...). Four of them depend on what else was chosen:
 
 | key | goes to |
 | --- | --- |
 | `env` | the environment, if it has all these settings |
-| `imitation` | every algorithm of the run that trains on demonstrations, as far as it has the setting |
-| `policy_gradient` | every policy-gradient algorithm of the run, as far as it has the setting |
+| `imitation` | every algorithm that trains on demonstrations, as far as it has the setting |
+| `policy_gradient` | every policy-gradient algorithm, as far as it has the setting |
 | `critic` | `critic_optimizer` of those algorithms that have a critic |
+
+What goes to an algorithm goes there wherever it stands in a chain of warm starts.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import yaml
 
 from agentic_rag_env.registry import ENVS
 from algorithms.learner.algorithm import ALGORITHMS
-from algorithms.learner.config import AlgorithmConfig, CriticConfig, DemonstrationConfig, PolicyGradientConfig
+from algorithms.learner.config import CriticConfig, DemonstrationConfig, PolicyGradientConfig
 
 #: The presets that come with the project.
 FOLDER = Path(__file__).parents[2] / "conf" / "model"
@@ -33,29 +35,33 @@ _TOY_NEW_TOKENS = 48
 _BY_CHOICE = ("env", "imitation", "policy_gradient", "critic")
 
 
-def options() -> dict[str, dict[str, Any]]:
-    """Collect the settings of presets for each choice of `<model>-<algorithm>-<environment>`."""
+def of_runs() -> dict[str, dict[str, Any]]:
+    """Collect what presets say of everything but algorithms, for each choice of `<model>-<environment>`."""
     found = {}
-    for file in sorted(FOLDER.glob("*.yaml")):
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")).get("settings", {})
-        for algorithm in ALGORITHMS.names() if settings else ():
-            for env in ENVS.names():
-                found[f"{file.stem}-{algorithm}-{env}"] = _chosen(settings, algorithm, env)
+    for model, settings in _presets().items():
+        common = {key: value for key, value in settings.items() if key not in _BY_CHOICE}
+        of_env = settings.get("env", {})
+        for env in ENVS.names():
+            fits = of_env.keys() <= ENVS.get(env).settings.keys()
+            found[f"{model}-{env}"] = {**common, "env": dict(of_env)} if fits else common
     return found
 
 
-def _chosen(settings: Mapping[str, Any], algorithm: str, env: str) -> dict[str, Any]:
-    chosen = {key: value for key, value in settings.items() if key not in _BY_CHOICE}
-    if of_algorithm := _of_algorithm(settings, algorithm):
-        chosen["algo"] = of_algorithm
-    of_env = settings.get("env", {})
-    if of_env.keys() <= ENVS.get(env).settings.keys():
-        chosen["env"] = dict(of_env)
-    return chosen
+def of_algorithms() -> dict[str, dict[str, Any]]:
+    """Collect what presets say of algorithms, for each choice of `<model>-<algorithm>`."""
+    return {
+        f"{model}-{algorithm}": _of_algorithm(settings, algorithm)
+        for model, settings in _presets().items()
+        for algorithm in ALGORITHMS.names()
+    }
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    found = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.yaml"))}
+    return {name: content["settings"] for name, content in found.items() if content.get("settings")}
 
 
 def _of_algorithm(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Collect the settings of an algorithm and of its default warm starts."""
     algorithm = ALGORITHMS.get(name)
     config = algorithm.config
     kinds = {DemonstrationConfig: "imitation", PolicyGradientConfig: "policy_gradient"}
@@ -65,8 +71,6 @@ def _of_algorithm(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
             chosen |= {name: value for name, value in settings.get(key, {}).items() if name in algorithm.settings}
     if config is not None and issubclass(config, CriticConfig) and "critic" in settings:
         chosen["critic_optimizer"] = settings["critic"]
-    if config is not None and issubclass(config, AlgorithmConfig) and (start := config().warm_start):
-        chosen["warm_start"] = _of_algorithm(settings, start["name"])
     return chosen
 
 

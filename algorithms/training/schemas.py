@@ -43,8 +43,11 @@ def register_schemas() -> None:
     store.store("evaluate_schema", _with_free_mappings(EvaluateConfig))
     store.store("ask_schema", _with_free_mappings(AskConfig))
     store.store("model", ModelConfig, group="schema/model")
-    for name, settings in presets.options().items():
-        store.store(name, settings, group="schema/preset", package="_global_")
+    store.store("of_model", {}, group="preset", package="_global_")  # the choice; without it, presets count for nothing
+    for name, settings in presets.of_runs().items():
+        store.store(f"of_model-{name}", settings, group="schema/preset", package="_global_")
+    for name, settings in presets.of_algorithms().items():
+        store.store(f"of_model-{name}", settings, group="schema/preset_of_algorithm")
     registries: tuple[Registry, ...] = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
     for registry in registries:
         for name in registry.names():
@@ -77,8 +80,8 @@ def _selectable(registry: Registry, name: str, schema: type) -> Any:
     """Make a config-group option.
 
     The option of an algorithm composes the warm start in place, so that its settings are typed too. The algorithm takes
-    what the chosen `stages` say of it, wherever it stands in a chain. The option of an environment that brings its own
-    questions leaves out the default dataset, retriever and reward.
+    what the model's preset and then the chosen `stages` say of it, wherever it stands in a chain. The option of an
+    environment that brings its own questions leaves out the default dataset, retriever and reward.
     """
     if registry is ENVS and brings_questions({"name": name}):
         left_out = [{f"override /{group}@_global_.{group}": None} for group in QUESTION_PARTS]
@@ -91,6 +94,7 @@ def _selectable(registry: Registry, name: str, schema: type) -> Any:
             make = setting.default_factory
             start = None if make is dataclasses.MISSING else make()["name"]
             parts.append({f"/{registry.group}@warm_start": start})
+    parts.append({"optional /schema/preset_of_algorithm@_here_": f"${{preset}}-${{model}}-{name}"})
     return {"defaults": [*parts, {"optional /stages@_here_": f"${{stages}}/{name}"}]}
 
 

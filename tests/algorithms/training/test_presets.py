@@ -12,6 +12,7 @@ import algorithms.run  # noqa: F401  # its launcher is named in the configuratio
 from algorithms.learner.config import OptimizerConfig
 from algorithms.training import presets
 from algorithms.training.build import build_stages
+from algorithms.training.schemas import by_group
 from algorithms.training.settings import RunConfig
 from algorithms.training.typed import run_config
 
@@ -21,7 +22,7 @@ PRESETS = sorted(file.stem for file in presets.FOLDER.glob("*.yaml") if file.ste
 def composed(*overrides: str) -> RunConfig:
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base="1.3"):
-        return run_config(compose("config", overrides=list(overrides)))
+        return run_config(compose("config", overrides=list(map(by_group, overrides))))
 
 
 def test_a_preset_is_enough():
@@ -41,6 +42,20 @@ def test_imitation_policy_gradients_and_critics_get_rates_of_their_own():
     assert dgpo.config.optimizer.learning_rate == 3e-5
     assert dgpo.config.critic_optimizer.learning_rate == 1e-4
     assert list(dgpo.config.optimizer.betas) == [0.9, 0.99], "what the preset does not say stays"
+
+
+def test_a_warm_start_of_any_chain_gets_the_preset():
+    config = composed("algo=ppo", "algo.warm_start=gkd", "algo.warm_start.warm_start=kd", "model=smollm2_135m")
+    rates = {stage.name: stage.config.optimizer.learning_rate for stage in build_stages(config.algo)}
+    assert rates == {"kd": 2e-4, "gkd": 2e-4, "ppo": 3e-5}
+    assert config.algo["warm_start"]["warm_start"]["batch_size"] == 8
+
+
+def test_chosen_stages_win_over_the_preset():
+    config = composed("algo=dgpo", "model=smollm2_135m", "stages=main_table")
+    cold_start, dgpo = build_stages(config.algo)
+    assert (cold_start.config.epochs, cold_start.config.optimizer.learning_rate) == (12, 3e-3), "those of the stages"
+    assert (dgpo.config.steps, dgpo.config.batch_size) == (60, 48), "the second is the preset's"
 
 
 def test_the_command_line_and_experiments_win():
