@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 from agentic_rag_env.corpus import read_corpus
@@ -16,6 +17,9 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, did_you_mean
 from agentic_rag_env.settings import COUNT, Allowed, check_value
 from agentic_rag_env.types import Passage, Question
+
+#: Corpora that have been joined, by their identities (kept here, so that no other object takes them), and the result.
+_JOINED: dict[tuple[int, ...], tuple[Sequence[Sequence[Passage]], list[Passage]]] = {}
 
 
 @dataclass
@@ -30,8 +34,8 @@ class MixtureConfig:
             whole. Without weights, the split holds every question of every source.
         members: The sources of a split where not all belong to it, such as `{train: [nq, hotpotqa]}`.
         path: Value for the sources that have a setting `path` and leave it open.
-        corpus: File of passages for all sources (see `agentic_rag_env.corpus.read_corpus`); None: the corpus that the
-            sources bring; they may not bring two different ones.
+        corpus: File of passages for all sources (see `agentic_rag_env.corpus.read_corpus`); None: the passages that the
+            sources bring, joined in memory; one that several bring is there once.
         split: `train`, `dev` or `test`.
         num_questions: Size of the split, divided by weight; None: as large as it can be.
         seed: Decides which questions of a source are drawn; the same seed draws the same ones.
@@ -57,7 +61,7 @@ def mixture(config: MixtureConfig) -> QuestionSet:
 
     Raises:
         ConfigurationError: There are no sources, a name or a weight can't work, more questions are asked for than there
-            are, or the sources have different corpora.
+            are, or two sources give one passage id to different texts.
         DataError: The files of a source are missing or malformed.
     """
     names = _members(config)
@@ -150,9 +154,19 @@ def _corpus(config: MixtureConfig, parts: Sequence[QuestionSet]) -> Sequence[Pas
     for part in parts:
         if part.corpus is not None and part.corpus not in corpora:
             corpora.append(part.corpus)
-    if len(corpora) > 1:
-        raise ConfigurationError(
-            f"the sources of the mixture bring {len(corpora)} corpora, but a search goes over one; give corpus=... "
-            "the file with the passages of all."
-        )
-    return corpora[0] if corpora else None
+    return _joined(corpora) if len(corpora) > 1 else next(iter(corpora), None)
+
+
+def _joined(corpora: Sequence[Sequence[Passage]]) -> Sequence[Passage]:
+    """All passages, each once; the splits of a mixture get the same object, so that one retriever serves them."""
+    key = tuple(map(id, corpora))
+    if key not in _JOINED:
+        passages: dict[str, Passage] = {}
+        for passage in chain.from_iterable(corpora):
+            if passages.setdefault(passage.id, passage).contents != passage.contents:
+                raise ConfigurationError(
+                    f"the sources of the mixture bring {len(corpora)} corpora, and id {passage.id!r} stands for "
+                    "different passages in them, but a search goes over all; give corpus=... one file for all sources."
+                )
+        _JOINED[key] = corpora, list(passages.values())
+    return _JOINED[key][1]

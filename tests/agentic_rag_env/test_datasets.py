@@ -384,8 +384,13 @@ def test_sources_of_every_kind(two: dict[str, Any], tmp_path: Path) -> None:
 
 def test_one_corpus_for_all(two: dict[str, Any], tmp_path: Path) -> None:
     for name in two:
-        two[name]["corpus"] = str(write(tmp_path / f"{name}-corpus.jsonl", [{"id": name, "contents": name}]))
-    with pytest.raises(ConfigurationError, match=r"bring 2 corpora.* give corpus="):
+        passages = [{"id": "both", "contents": "in both"}, {"id": name, "contents": name}]
+        two[name]["corpus"] = str(write(tmp_path / f"{name}-corpus.jsonl", passages))
+    train, test = mix(two), mix(two, split="test")
+    assert [passage.id for passage in train.corpus or ()] == ["both", "nq", "hotpotqa"]
+    assert train.corpus is test.corpus  # one retriever serves both
+    two["nq"]["corpus"] = str(write(tmp_path / "other.jsonl", [{"id": "both", "contents": "only here"}]))
+    with pytest.raises(ConfigurationError, match=r"2 corpora, and id 'both' stands for different .* give corpus="):
         mix(two)
     whole = str(write(tmp_path / "whole.jsonl", [{"id": name, "contents": name} for name in two]))
     train, test = mix(two, corpus=whole), mix(two, corpus=whole, split="test")
