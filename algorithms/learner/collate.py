@@ -81,14 +81,15 @@ def predicting_positions(response_mask: Tensor) -> tuple[Tensor, Tensor]:
     return rows, columns - 1
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], max_tokens: int, num_shared: int = 0) -> list[list[int]]:
     """Split trajectories into groups of similar length whose padded size fits a budget, with the least work.
 
     The work of a group is its padded size plus `_PASS_TOKENS` for the pass itself.
 
     Args:
-        lengths: Tokens of each trajectory.
+        lengths: Tokens of each trajectory, more than `num_shared`.
         max_tokens: Most tokens of a group, padding included. A longer trajectory gets a group of its own.
+        num_shared: Leading tokens of all trajectories that a group computes once.
 
     Returns:
         Row indices of each group, longest first, so that a budget too large for the memory fails on the first group.
@@ -98,8 +99,10 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     work, begins = np.full(len(order) + 1, np.inf), np.zeros(len(order) + 1, dtype=np.int64)
     work[0] = 0
     for start, row in enumerate(order):
-        sizes = np.arange(1, min(len(order) - start, max(1, max_tokens // lengths[row])) + 1)
-        with_group = work[start] + _PASS_TOKENS + sizes * lengths[row]
+        own = lengths[row] - num_shared
+        most = max(1, (max_tokens - num_shared) // own)
+        sizes = np.arange(1, min(len(order) - start, most) + 1)
+        with_group = work[start] + _PASS_TOKENS + num_shared + sizes * own
         better = start + sizes[with_group < work[start + sizes]]
         work[better], begins[better] = with_group[better - start - 1], start
     groups, end = [], len(order)

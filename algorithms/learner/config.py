@@ -268,7 +268,8 @@ class LearnerConfig:
             parameters; else float32. Weights and optimizer are float32. Rollouts under bfloat16 read a copy of the
             linear layers, which takes half of their memory and is refreshed after every update. "float64" is for
             proofs: everything from the rollout to the optimizer is float64, so that the order of sums hardly shows.
-        micro_batch_tokens: Tokens, padding included, that go through the backbone at once.
+        micro_batch_tokens: Tokens, padding included, that go through the backbone at once. A start that trajectories
+            have in common counts once where it is computed once.
         chunk_tokens: Model-written tokens that go through the LM head at once. A chunk of logits takes this times the
             vocabulary times 4 bytes, and about four chunks exist at the peak. On a CPU, a chunk of a large vocabulary
             has fewer (52 at 152k), because that is faster.

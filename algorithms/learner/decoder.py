@@ -18,6 +18,8 @@ from torch.nn.functional import rms_norm
 from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from algorithms.learner.short_gradients import normed
+
 #: Takes keys and values [B, heads, T, head_dim] of the tokens, and the number of the layer; returns those to attend to.
 Remember = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 #: Takes a layer's attention, with queries, keys and values as above; returns what was gathered [B, T, heads, head_dim].
@@ -148,4 +150,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _norm(norm: Any, x: Tensor) -> Tensor:
     if isinstance(norm, nn.RMSNorm):  # that of a float64 model
         return norm(x)
+    if x.device.type == "cpu" and x.dtype == torch.float32:  # where rms_norm is put together from single operations
+        return normed(x, norm.variance_epsilon) * norm.weight
     return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from algorithms.learner import ops, ranks, sharding
 from algorithms.learner.collate import micro_batches, predicting_positions
+from algorithms.learner.decoder import pays_to_share
 from algorithms.learner.networks import Critic, backbone_hidden, lm_logits
 from algorithms.learner.precision import autocast
 from algorithms.learner.types import Batch, Tokens
@@ -55,7 +56,8 @@ class Scorer:
         vocab_size: V; logits beyond it are cut off before any softmax.
         temperature: Logits are divided by it.
         precision: Precision of the computation, see `precision.autocast`.
-        micro_batch_tokens: Tokens, padding included, that go through a backbone at once.
+        micro_batch_tokens: Tokens, padding included, that go through a backbone at once. A start that trajectories
+            have in common counts once where it is computed once.
         chunk_tokens: Model-written tokens that go through an LM head at once.
         in_step: Every process computes as many micro-batches as any other, as sharded networks need it.
     """
@@ -158,9 +160,10 @@ class Scorer:
         lengths, has_words = attention_mask.sum(dim=1).tolist(), response_mask.any(dim=1).tolist()
         counted = range(len(lengths)) if only is None else only.nonzero()[:, 0].tolist()
         own = ranks.share(sorted((row for row in counted if has_words[row]), key=lambda row: -lengths[row]))
+        num_shared = batch.num_shared if pays_to_share(len(own), batch.num_shared, device) else 0
         parts = [
             [own[place] for place in places]
-            for places in micro_batches([lengths[row] for row in own], self.micro_batch_tokens)
+            for places in micro_batches([lengths[row] for row in own], self.micro_batch_tokens, num_shared)
         ]
         num_own = len(parts)
         if self.in_step and (missing := max(ranks.gathered(num_own)) - num_own):

@@ -119,6 +119,14 @@ def test_micro_batches_by_hand():
     assert micro_batches([100, 2000, 100], max_tokens=10_000) == [[1], [0, 2]], "and these 3,800 are more"
 
 
+def test_what_a_micro_batch_computes_once_counts_once():
+    lengths = [300, 300, 280]
+    assert micro_batches(lengths, max_tokens=600) == [[0, 1], [2]]
+    assert micro_batches(lengths, max_tokens=600, num_shared=150) == [[0, 1, 2]], "150 + 3 * 150"
+    assert micro_batches(lengths, max_tokens=599, num_shared=150) == [[0, 1], [2]]
+    assert micro_batches(lengths, max_tokens=100, num_shared=150) == [[0], [1], [2]], "one row is always let through"
+
+
 @given(lengths=st.lists(st.integers(1, 50), max_size=30), max_tokens=st.integers(1, 200))
 def test_micro_batches_hold_every_row_once_within_the_budget(lengths, max_tokens):
     groups = micro_batches(lengths, max_tokens)

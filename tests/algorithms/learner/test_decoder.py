@@ -65,7 +65,8 @@ def test_states_and_gradients_are_those_of_the_familys_own_pass(family):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+        rounding = max(1e-5, 2e-6 * float(gradient.abs().max()))
+        torch.testing.assert_close(gradients[1][name], gradient, atol=rounding, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +87,8 @@ def test_what_rows_have_in_common_is_read_once(family):
     assert num_read == [70 + 3 * 20]
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+        rounding = max(1e-5, 2e-6 * float(gradient.abs().max()))
+        torch.testing.assert_close(gradients[1][name], gradient, atol=rounding, rtol=1e-5, msg=name)
 
 
 def test_little_in_common_or_a_single_row_is_read_in_one_pass():
