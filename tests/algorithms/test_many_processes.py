@@ -23,6 +23,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import rank_runs
+import torch
 from rank_processes import join, run, start, told
 from safetensors.numpy import load_file
 from small_runs import TINY, Run, command
@@ -83,6 +84,30 @@ def test_two_processes_that_share_the_networks_make_the_run_of_one(alone, tmp_pa
     assert_same(alone.path, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("setting", "counts"),
+    [
+        ("model.lora.rank=4", [2, 1]),
+        pytest.param("model.lora.rank=4", [3, 2], marks=pytest.mark.nightly),
+        # Three processes share out no size of the student evenly: 749 tokens, widths of 64 and 256.
+        pytest.param("learner.sharding=fsdp2", [3, 2, 1], marks=pytest.mark.nightly),
+    ],
+)
+def test_adapters_and_shares_go_on_in_another_number_of_processes(tmp_path, setting, counts):
+    """From the middle of the second stage, where policy, critic and both optimizers have moved."""
+    small = [*SMALL, "algo.steps=3", "checkpoint_every=1", f"cache_dir={tmp_path}/cache", setting]
+    assert many(1, tmp_path / "err", [*small, f"hydra.run.dir={tmp_path}/alone"]) == [0], told(tmp_path / "err")
+    path = tmp_path / "run"
+    for count in counts:
+        if path.exists():
+            shutil.rmtree(path / "checkpoints" / f"{STEPS + 1:06d}")
+            (path / "summary.json").unlink()
+        arguments = [f"resume={path}"] if path.exists() else [*small, f"hydra.run.dir={path}"]
+        assert many(count, tmp_path / "err", arguments) == [0] * count, told(tmp_path / "err")
+        assert Run(path).summary["machine"]["processes"] == count
+        print(f"{setting}, {count} processes: weights differ by {assert_same(tmp_path / 'alone', path):.1e}")
+
+
 def evaluated(*arguments: str) -> None:
     """`python -m algorithms.evaluate` in one of the processes."""
     with patch.object(sys, "argv", ["evaluate", *arguments]):
@@ -128,13 +153,20 @@ def without_clocks(value: Any) -> Any:
     return [without_clocks(item) for item in value] if isinstance(value, list) else value
 
 
+def weights(checkpoint: Path) -> dict[str, np.ndarray]:
+    """What was trained: the policy or its adapter, and the critic or its adapter."""
+    (file,) = checkpoint.glob("*model.safetensors")
+    critic = torch.load(checkpoint / "training_state.pt", weights_only=True)["critic"] or {}
+    return load_file(file) | {f"critic.{name}": value.numpy() for name, value in critic.items()}
+
+
 def assert_same(first: Path, second: Path) -> float:
     """Compare two runs in float64; return the largest difference of weights."""
     steps = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (first, second)]
     assert steps[0] == steps[1]
     worst = 0.0
-    for file in sorted((first / "checkpoints").glob("*/*model.safetensors")):
-        mine, theirs = load_file(file), load_file(second / file.relative_to(first))
+    for step in steps[0]:
+        mine, theirs = (weights(run / "checkpoints" / step) for run in (first, second))
         assert mine.keys() == theirs.keys()
         assert {values.dtype for values in mine.values()} == {np.dtype("float64")}
         worst = max(worst, *(float(np.abs(mine[name] - theirs[name]).max()) for name in mine))
