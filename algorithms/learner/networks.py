@@ -21,6 +21,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.weight_files import require_own_weights
 from algorithms.learner import adapters, decoder, folded_decoder, ops
 from algorithms.learner.adapter_folders import Adapter, find_adapter, whole_model
 from algorithms.learner.config import working_dtype
@@ -84,6 +85,7 @@ def load_model(
         return _load_merged(adapter, device, dtype)
     require_config(path)
     refuse_pickles(path)
+    _load(require_own_weights, path)
     # Weights of another shape are let through here, so that the error below can name them.
     model, report = _load(
         AutoModelForCausalLM.from_pretrained,
@@ -375,5 +377,7 @@ def _load(loader: Callable[..., Any], path: str | Path, **settings: Any) -> Any:
     try:
         with no_progress_bars():
             return loader(str(as_folder(path) or path), **settings)
+    except ConfigurationError:
+        raise
     except Exception as error:  # a stranger's files can make the parsing libraries raise anything
         raise ConfigurationError(f"Cannot load {str(path)!r}. {hint_for(path, error)}") from error

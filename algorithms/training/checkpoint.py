@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.files import sha256, sync, sync_all
 from agentic_rag_env.settings import COUNT, check_value, or_none
+from agentic_rag_env.weight_files import require_own_weights
 from algorithms.learner import sharding
 from algorithms.learner.adapter_folders import require_adapter
 from algorithms.learner.adapters import is_adapted, load_adapter, load_trained_state
@@ -203,7 +204,8 @@ def _load_policy(path: Path, policy: PreTrainedModel) -> None:
         load_adapter(policy, require_adapter(path))
     else:
         with no_progress_bars():
-            saved = type(policy).from_pretrained(path, dtype=policy.dtype, local_files_only=True)
+            require_own_weights(str(path))
+            saved = type(policy).from_pretrained(path, dtype=policy.dtype, use_safetensors=True, local_files_only=True)
         sharding.load_state(policy, saved.state_dict())
 
 

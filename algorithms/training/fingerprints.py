@@ -20,14 +20,15 @@ from agentic_rag_env.files import sha256
 from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS
 from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.types import Question
+from agentic_rag_env.weight_files import WEIGHT_INDEX
 from algorithms.learner.adapter_folders import find_adapter
 
 if TYPE_CHECKING:
     from algorithms.training.build import RunEnvs
 
 _PACKAGES = ("torch", "transformers", "gymnasium", "bm25s", "hydra-core", "agentic-rag-env")
-#: The architecture, and which tokens end a text.
-_MODEL_SETTINGS = ("config.json", "generation_config.json")
+#: The architecture, which tokens end a text, and which of several files hold the weights.
+_MODEL_SETTINGS = ("config.json", "generation_config.json", WEIGHT_INDEX)
 #: The code that an episode and its figures may depend on: the environment's package, and the rooms that play and
 #: measure.
 _ZOO = Path(__file__).parents[1]

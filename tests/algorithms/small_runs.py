@@ -55,8 +55,9 @@ class Run:
         return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in self.metrics]
 
     def weights(self, step: int) -> dict[str, torch.Tensor]:
-        (weights,) = (self.path / "checkpoints" / f"{step:06d}").glob("*model.safetensors")  # or those of an adapter
-        return load_file(weights)
+        files = list((self.path / "checkpoints" / f"{step:06d}").glob("*model*.safetensors"))  # or that of an adapter
+        assert files, step
+        return {name: value for file in files for name, value in load_file(file).items()}
 
     def transcripts(self) -> dict[str, str]:
         files = (self.path / "trajectories").iterdir()

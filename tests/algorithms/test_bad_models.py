@@ -9,16 +9,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import TINY, command
 from transformers import AutoTokenizer
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.types import Passage
+from agentic_rag_env.weight_files import WEIGHT_INDEX
 from algorithms.assets import ASSETS
-from algorithms.learner.networks import load_tokenizer
+from algorithms.learner.networks import load_model, load_tokenizer
 from algorithms.rollout.tokenization import encode_prompts
+from algorithms.training import checkpoint
 from algorithms.training.trainer import Trainer
 
 
@@ -102,3 +104,74 @@ def test_code_that_a_model_brings_is_never_run(refused, student, tmp_path):
     message = refused(f"model.policy={student}")
     assert f"Cannot load '{student}'" in message
     assert not (tmp_path / "ran").exists()
+
+
+def lead_to(student: Path, name: str) -> Path:
+    """Put the weights of the student elsewhere, and let its index name the place."""
+    weights = load_file(student / "model.safetensors")
+    (student / "model.safetensors").rename(student / "other.safetensors")
+    place = student / name
+    place.parent.mkdir(exist_ok=True)
+    (torch.save if name.endswith(".bin") else save_file)(weights, place)
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, name)}
+    (student / WEIGHT_INDEX).write_text(json.dumps(index))
+    return place
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "deeper/weights.safetensors", "weights.bin", "/absolute"])
+def test_an_index_that_names_weights_elsewhere_or_a_pickle(student, tmp_path, name):
+    if name == "/absolute":
+        name = str(tmp_path / "elsewhere.safetensors")
+    lead_to(student, name)
+    said = f"{WEIGHT_INDEX} of '{student}' names {name!r}, which is no safetensors file beside it"
+    assert_refused_wherever_models_are_read(student, said)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "other.safetensors", "other.safetensors.index.json"])
+def test_a_configuration_that_names_the_file_of_its_weights(student, name):
+    torch.save(load_file(student / "model.safetensors"), student / "adapter_model.bin")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+    assert_refused_wherever_models_are_read(
+        student, f"names a file of its own for the weights (transformers_weights={name!r})"
+    )
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "[" * 100_000, '{"weight_map": {}}', '{"weight_map": [], "metadata": {}}']
+)
+def test_an_index_that_is_damaged(student, content):
+    (student / WEIGHT_INDEX).write_text(content)
+    assert_refused_wherever_models_are_read(student, f"{WEIGHT_INDEX} of '{student}' is damaged")
+
+
+def test_an_encoder_that_is_an_adapter_of_a_model_elsewhere(student, tmp_path):
+    base = shutil.copytree(student, tmp_path / "base")
+    (student / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    (student / "config.json").unlink()
+    with pytest.raises(ConfigurationError, match=r"holds an adapter \(adapter_config\.json\), and a whole model is"):
+        encode(student)
+
+
+def encode(folder: Path) -> None:
+    spec = {"name": "dense", "encoder": {"name": "huggingface", "model": str(folder), "pooling": "mean"}}
+    RETRIEVERS.build(spec, corpus=[Passage("p", "x")])
+
+
+def assert_refused_wherever_models_are_read(folder: Path, said: str) -> None:
+    """As a policy or teacher, as an encoder, and as a checkpoint whose manifest is in order."""
+    policy = load_model(ASSETS / "tiny-student")
+    saved = checkpoint.save(folder.parent, 1, policy=policy, tokenizer=load_tokenizer(ASSETS / "tiny-student"),
+                            learner_state={}, trainer_state={})  # fmt: skip
+    state = (saved / checkpoint.TRAINING_STATE).read_bytes()
+    shutil.rmtree(saved)
+    shutil.copytree(folder, saved)
+    (saved / checkpoint.TRAINING_STATE).write_bytes(state)
+    checkpoint._write_manifest(saved, 1)
+    for read in (load_model, encode):
+        with pytest.raises(ConfigurationError) as error:
+            read(folder)
+        assert said in str(error.value)
+    with pytest.raises(DataError) as refusal:
+        checkpoint.load(saved, policy=policy)
+    assert said.replace(str(folder), str(saved)) in str(refusal.value)

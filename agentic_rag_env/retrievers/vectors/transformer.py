@@ -7,6 +7,7 @@ from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 from agentic_rag_env.errors import ConfigurationError, required_library
+from agentic_rag_env.weight_files import require_own_weights
 
 
 class Pretrained(NamedTuple):
@@ -47,11 +48,14 @@ def load_pretrained(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     try:
+        require_own_weights(model)
         # A model's own code is never executed, nor a pickle read; left unset, the library would ask at the terminal.
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         loaded, loading = getattr(transformers, auto_class).from_pretrained(
             model, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{user} model {model!r} cannot be used. {error}") from error
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"{user} model {model!r} cannot be loaded; give a folder made by save_pretrained or a hub id. {error}"
