@@ -5,7 +5,8 @@ weights and a manifest of sizes and checksums. It is written under another name,
 final name never holds half a checkpoint. The manifest shows what a broken disk does to the folder later.
 
 Networks in shares are saved whole, tensor after tensor, so plain transformers and any number of processes can read
-them. The sharded format of `torch.distributed.checkpoint` has a pickle in it, which is never read here.
+them. `save_pretrained` divides weights of more than 50 GB into several files with an index. The sharded
+format of `torch.distributed.checkpoint` has a pickle in it, which is never read here.
 """
 
 from __future__ import annotations

@@ -113,9 +113,14 @@ def test_evaluating_asking_exporting_and_going_on(run, tmp_path, cache, capsys):
         into = tmp_path / f"score{number}"
         called(evaluate, f"checkpoint={place}", "threads=1", "probes=[]", f"hydra.run.dir={into}")
         assert read_summary(into)["evaluation"] == {"checkpoint": figures}, place
-    capsys.readouterr()
-    called(ask, f"checkpoint={tmp_path / 'out'}", "question='Who?'", "threads=1")
-    assert "Who?" in capsys.readouterr().out
+    told = []
+    for place in (run.path, tmp_path / "out"):
+        capsys.readouterr()
+        called(ask, f"checkpoint={place}", "question='Who?'", "threads=1")
+        first, *rest = capsys.readouterr().out.splitlines()
+        assert "on cpu, float32, greedy" in first
+        told.append(rest)
+    assert told[0] == told[1] != []
     # As a policy and as a teacher.
     more = train(tmp_path / "more", cache, *SFT, f"model.policy={tmp_path / 'out'}", "evaluation.every=0")
     assert more.summary["evaluation"]["raw"] == figures
