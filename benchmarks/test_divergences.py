@@ -2,7 +2,7 @@
 
 Run with `pytest benchmarks/test_divergences.py -s`. TRL itself is not needed: `whole_step` is the formula of its
 `generalized_jsd_loss`, written down independently (log-softmax of both, the mixture by logsumexp, two divergences from
-it). DIVERGENCE_TOKENS=1024 asks for as many model-written tokens, for which the formula takes 10 GiB.
+it). DIVERGENCE_TOKENS=1024 asks for as many model-written tokens, for which the formula takes 9 GiB.
 """
 
 from __future__ import annotations
@@ -106,4 +106,4 @@ def test_gkd_against_the_formula_of_trl(capsys: pytest.CaptureFixture[str]) -> N
         print(f"all at once {their_s:.2f} s, {their_mib:.0f} MiB")
         print(f"ratios {our_s / their_s:.2f} and 1/{their_mib / our_mib:.1f}")
     assert ours == pytest.approx(theirs, rel=1e-4), "both are the same loss"
-    assert their_mib > 2 * our_mib
+    assert their_mib > 14 * our_mib * TOKENS / 1024, "their memory grows with the tokens, and ours hardly does"

@@ -1,6 +1,6 @@
 """The chunked training step against a plain one that builds [B, T, V], and micro-batches against padding.
 
-Run with `pytest benchmarks/test_learner.py -s`; the last test prints the peak memory of each step.
+Run with `pytest benchmarks/test_learner.py -s`; the last test prints time and peak memory of each step.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,14 +34,15 @@ from algorithms.rollout.tokenization import PlainEncoder
 from algorithms.sft import SFT, SFTConfig
 
 VOCAB, ROWS, LENGTH, WRITTEN = 151_936, 4, 256, 96
+VOCABS = (32_000, VOCAB)
 STEPS = ("chunked", "plain")
 LOSSES = ("sft", "kd")
 
 
-def make_model(seed: int) -> Qwen2ForCausalLM:
+def make_model(seed: int, vocab_size: int = VOCAB) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -51,14 +53,14 @@ def make_model(seed: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).eval()
 
 
-def make_batch() -> Batch:
+def make_batch(vocab_size: int = VOCAB) -> Batch:
     """Make a batch like episodes of a search agent: more than half of it is prompt and passages."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     mask[:, 64 : 64 + WRITTEN // 2] = True
     mask[:, LENGTH - WRITTEN // 2 :] = True
     return Batch(
-        input_ids=torch.randint(VOCAB, (ROWS, LENGTH), generator=generator),
+        input_ids=torch.randint(vocab_size, (ROWS, LENGTH), generator=generator),
         attention_mask=torch.ones(ROWS, LENGTH, dtype=torch.bool),
         response_mask=mask,
         old_logprobs=torch.zeros(ROWS, LENGTH),
@@ -68,23 +70,23 @@ def make_batch() -> Batch:
     )
 
 
-def chunked_step(loss: str) -> Callable[[], object]:
+def chunked_step(loss: str, vocab_size: int) -> Callable[[], object]:
     algorithm = KD(KDConfig()) if loss == "kd" else SFT(SFTConfig())
     learner = Learner(
         algorithm,
-        make_model(0),
-        teacher=freeze(make_model(1)) if loss == "kd" else None,
+        make_model(0, vocab_size),
+        teacher=freeze(make_model(1, vocab_size)) if loss == "kd" else None,
         config=LearnerConfig(),
         total_steps=1000,
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
     )
-    batch = make_batch()
+    batch = make_batch(vocab_size)
     return lambda: learner.update(batch, np.random.default_rng(0))
 
 
-def plain_step(loss: str) -> Callable[[], object]:
-    policy, batch = make_model(0), make_batch()
-    teacher = freeze(make_model(1)) if loss == "kd" else None
+def plain_step(loss: str, vocab_size: int) -> Callable[[], object]:
+    policy, batch = make_model(0, vocab_size), make_batch(vocab_size)
+    teacher = freeze(make_model(1, vocab_size)) if loss == "kd" else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
 
     def step() -> None:
@@ -102,8 +104,8 @@ def plain_step(loss: str) -> Callable[[], object]:
     return step
 
 
-def make_step(kind: str, loss: str) -> Callable[[], object]:
-    return chunked_step(loss) if kind == "chunked" else plain_step(loss)
+def make_step(kind: str, loss: str, vocab_size: int = VOCAB) -> Callable[[], object]:
+    return (chunked_step if kind == "chunked" else plain_step)(loss, vocab_size)
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -113,15 +115,17 @@ def test_step_time(benchmark, loss, kind):
     benchmark.pedantic(make_step(kind, loss), rounds=2, warmup_rounds=1)
 
 
-def _peak_growth(kind: str, loss: str, threads: int, result: multiprocessing.Queue) -> None:
-    """Peak resident memory of the second step without weights, gradients and moments."""
-    torch.set_num_threads(threads)
-    step = make_step(kind, loss)
-    weights = sum(p.numel() * 4 for p in make_model(0).parameters())
+def _measure(kind: str, loss: str, vocab_size: int, result: multiprocessing.Queue) -> None:
+    """Processor time of the fastest of three steps, and the peak beyond weights, gradients and moments in MiB."""
+    torch.set_num_threads(1)
+    step, seconds = make_step(kind, loss, vocab_size), []
+    weights = sum(p.numel() * 4 for p in make_model(0, vocab_size).parameters())
     before = _peak_memory()
-    step()
-    step()
-    result.put((_peak_memory() - before - 3 * weights) / 2**20)
+    for _ in range(4):
+        started = time.process_time()
+        step()
+        seconds.append(time.process_time() - started)
+    result.put((min(seconds[1:]), (_peak_memory() - before - 3 * weights) / 2**20))
 
 
 def _peak_memory() -> int:
@@ -167,20 +171,21 @@ def test_step_time_of_unequal_lengths(benchmark, monkeypatch, split):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("vocab_size", VOCABS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_step_memory(loss):
+def test_step_memory(loss, vocab_size, capsys):
     """The plain step's memory grows with every token of the batch, the chunked step's with the tokens of a chunk."""
     context = multiprocessing.get_context("spawn")  # each step has a fresh process, because the peak never falls again
-    peaks = {}
+    found = {}
     for kind in STEPS:
         result = context.Queue()
-        process = context.Process(target=_peak_growth, args=(kind, loss, torch.get_num_threads(), result))
+        process = context.Process(target=_measure, args=(kind, loss, vocab_size, result))
         process.start()
-        peaks[kind] = result.get(timeout=300)
+        found[kind] = result.get(timeout=300)
         process.join()
-    print(
-        f"\n{loss}: peak of a step beyond weights, gradients and moments: "
-        + ", ".join(f"{kind} {peak:.0f} MiB" for kind, peak in peaks.items())
-        + f", ratio {peaks['plain'] / peaks['chunked']:.1f}"
-    )
-    assert peaks["plain"] > 3 * peaks["chunked"]
+    (seconds, peak), (plain_seconds, plain_peak) = found["chunked"], found["plain"]
+    with capsys.disabled():
+        print(f"\n{loss}, V={vocab_size}: chunked {seconds:.2f} s, {peak:.0f} MiB;", end=" ")
+        print(f"all logits at once {plain_seconds:.2f} s, {plain_peak:.0f} MiB;", end=" ")
+        print(f"{plain_seconds / seconds:.1f} times as fast, 1/{plain_peak / peak:.1f} of the memory")
+    assert plain_peak > 4 * peak

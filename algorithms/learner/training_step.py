@@ -1,31 +1,29 @@
 """The training step: score a batch, let the algorithm turn it into losses per token, and apply them.
 
 The learner never asks which algorithm it serves. It keeps the backbone's hidden states only at the positions that
-predict model-written tokens. It takes these through the LM head in chunks, forward and backward at once. So one chunk
-of logits exists at a time, and never a [B, T, V] tensor.
+predict model-written tokens. It takes these through the LM head in chunks, forward and backward at once, and the logits
+of a chunk through the losses in blocks. So one chunk of logits exists at a time, and never a [B, T, V] tensor.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner import ops, ranks, sharding
+from algorithms.learner import checkpointing, ops, ranks, sharding
 from algorithms.learner.algorithm import NEEDS, Algorithm, Role
 from algorithms.learner.config import LearnerConfig, PolicyGradientConfig
 from algorithms.learner.figures import Figures
 from algorithms.learner.networks import Critic
 from algorithms.learner.optimizer import Optimizer
-from algorithms.learner.scoring import Part, Scorer, chunk_tokens, gather_tokens, slice_tokens
+from algorithms.learner.scoring import Part, Scorer, chunk_tokens, gather_tokens, slice_tokens, slices
 from algorithms.learner.short_gradients import logprobs_and_entropy
 from algorithms.learner.teacher_states import TeacherStates
 from algorithms.learner.types import Batch, Tokens
@@ -94,7 +92,7 @@ class Learner:
             self.critic_optimizer = Optimizer("critic", critic.parameters(), settings.critic_optimizer, total_steps)
         if config.gradient_checkpointing:
             for network in self._trained():
-                _enable_checkpointing(network)
+                checkpointing.enable(network)
 
     def score(self, batch: Batch, *, fresh: bool = True) -> None:
         """Fill in the values, log-probabilities and divergences of a batch, each only if the algorithm needs it.
@@ -126,9 +124,9 @@ class Learner:
         for part in self.scorer.split(batch):
             tokens = gather_tokens(part.micro, part.rows, *part.at)
             hidden = self.scorer.hidden(self.policy, part.micro, *part.at)
-            for _, chunk, _ in self._chunks(part, tokens, hidden):
-                total += float(self.algorithm.token_loss(chunk).sum()) * part.counts
-                num_tokens += len(chunk.ids) * part.counts
+            for _, told, _ in self._blocks(part, tokens, hidden):
+                total += float(self.algorithm.token_loss(told).sum()) * part.counts
+                num_tokens += len(told.ids) * part.counts
             sharding.release(self.policy, self.teacher)
         total, num_tokens = map(sum, zip(*ranks.gathered((total, num_tokens)), strict=True))
         return total / num_tokens
@@ -164,7 +162,7 @@ class Learner:
         figures = Figures(fresh)
         trains_policy = self.critic is None or self.step >= config.critic_warmup_steps
         device = batch.input_ids.device
-        with _checkpointing(self._trained() if self.config.gradient_checkpointing else []):
+        with checkpointing.active(self._trained() if self.config.gradient_checkpointing else []):
             for _ in range(config.num_epochs):
                 for rows in np.array_split(rng.permutation(len(batch)), config.num_minibatches):
                     self._step_minibatch(batch, torch.from_numpy(np.sort(rows)).to(device), trains_policy, figures)
@@ -276,39 +274,59 @@ class Learner:
         return {"value_loss": loss.detach()}
 
     def _policy_backward(self, part: Part, tokens: Tokens, weights: Tensor, figures: Figures) -> _Losses:
-        """Run the backbone once, the head forward and backward chunk by chunk, then the backbone backward."""
+        """Run the backbone once, head and losses forward and backward chunk by chunk, then the backbone backward."""
         hidden = self.scorer.hidden(self.policy, part.micro, *part.at)
+        gradient = torch.empty_like(hidden)
         losses: _Losses = {}
-        gradients = []
-        for chunk, told, leaf in self._chunks(part, tokens, hidden):
-            of_chunk = {"loss": (self.algorithm.token_loss(told) * weights[chunk]).sum()}
-            objective = of_chunk["loss"]
-            if self.shared_critic:
-                told.values = self.critic.read(leaf)
-                of_chunk["value_loss"] = (self.algorithm.value_loss(told) * weights[chunk]).sum()
-                objective = objective + self.config.value_coef * of_chunk["value_loss"]
-            objective.backward()
-            assert leaf.grad is not None
-            gradients.append(leaf.grad)
-            for name, loss in of_chunk.items():
-                losses[name] = losses.get(name, 0) + loss.detach()
-            self._measure(told, figures)
-        hidden.backward(torch.cat(gradients))
+        for block, told, states in self._blocks(part, tokens, hidden, gradient):
+            for name, loss in self._block_backward(told, states, weights[block], figures).items():
+                losses[name] = losses.get(name, 0) + loss
+        hidden.backward(gradient)
         sharding.release(self.teacher)
         return losses
 
-    def _chunks(self, of: Part, tokens: Tokens, hidden: Tensor) -> Iterator[tuple[slice, Tokens, Tensor]]:
-        """Yield for each chunk which tokens it has, what a loss may read, and the leaf [n, d] of the gradient."""
+    def _block_backward(self, told: Tokens, states: Tensor, weights: Tensor, figures: Figures) -> _Losses:
+        losses = {"loss": (self.algorithm.token_loss(told) * weights).sum()}
+        objective = losses["loss"]
+        if self.shared_critic:
+            told.values = self.critic.read(states)
+            losses["value_loss"] = (self.algorithm.value_loss(told) * weights).sum()
+            objective = objective + self.config.value_coef * losses["value_loss"]
+        objective.backward()
+        self._measure(told, figures)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _blocks(
+        self, of: Part, tokens: Tokens, hidden: Tensor, gradient: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tokens, Tensor]]:
+        """Yield for each block which tokens it has, what a loss may read, and their hidden states.
+
+        With `gradient`, [n, d], the caller takes the backward pass of each block, which ends at the block's logits and
+        hidden states. From there the gradient goes through the head, a chunk at once, and into `gradient`.
+        """
         teacher_hidden = None
         if "teacher_logits" in self.algorithm.needs:
             with torch.no_grad():
                 teacher_hidden = self._teacher_hidden(of)
-        for start in range(0, len(hidden), self.scorer.chunk_tokens):
-            chunk = slice(start, start + self.scorer.chunk_tokens)
+        for chunk in slices(len(hidden), self.scorer.chunk_tokens):
             leaf = hidden[chunk].detach().requires_grad_()
-            part = slice_tokens(tokens, chunk)
-            self._fill_in_logits(part, leaf, None if teacher_hidden is None else teacher_hidden[chunk])
-            yield chunk, part, leaf
+            logits, of_teacher = self.scorer.logits(self.policy, leaf), None
+            if teacher_hidden is not None:
+                with torch.no_grad():
+                    of_teacher = self.scorer.logits(self.teacher, teacher_hidden[chunk])
+            for rows in slices(len(leaf), self.scorer.block_tokens):
+                block = slice(chunk.start + rows.start, chunk.start + rows.stop)
+                told, of_policy = slice_tokens(tokens, block), logits[rows].detach().requires_grad_()
+                self._fill_in_logits(told, of_policy, None if of_teacher is None else of_teacher[rows])
+                yield block, told, leaf[rows]
+                if gradient is not None:
+                    assert of_policy.grad is not None
+                    logits.detach()[rows] = of_policy.grad  # nobody reads these logits again
+                # The caller still holds the last block while the logits of the next chunk are computed.
+                told.logits = told.teacher_logits = told.logprobs = told.entropy = None
+            if gradient is not None:
+                logits.backward(logits.detach())
+                gradient[chunk] = leaf.grad
 
     def _teacher_hidden(self, of: Part) -> Tensor:
         states = self.teacher_states
@@ -316,16 +334,13 @@ class Learner:
             return sharding.gathered(self.teacher, lambda: states.of(of))  # whose head is read next
         return self.scorer.hidden_of_teacher(self.teacher, of.micro, *of.at)
 
-    def _fill_in_logits(self, tokens: Tokens, hidden: Tensor, teacher_hidden: Tensor | None) -> None:
+    def _fill_in_logits(self, tokens: Tokens, logits: Tensor, teacher_logits: Tensor | None) -> None:
         needs = self.algorithm.needs
-        logits = self.scorer.logits(self.policy, hidden)
         tokens.logprobs, entropy = logprobs_and_entropy(logits, tokens.ids)
         tokens.entropy = entropy if "entropy" in needs else entropy.detach()
         if "logits" in needs:
             tokens.logits = logits
-        if teacher_hidden is not None:
-            with torch.no_grad():
-                tokens.teacher_logits = self.scorer.logits(self.teacher, teacher_hidden)
+        tokens.teacher_logits = teacher_logits
 
     @torch.no_grad()
     def _measure(self, tokens: Tokens, figures: Figures) -> None:
@@ -375,25 +390,3 @@ class Learner:
                 f"The batch holds token id {largest}, written by a model, but the vocabulary shared by all"
                 f" networks has {self.scorer.vocab_size} entries; check that all have the same tokenizer."
             )
-
-
-def _enable_checkpointing(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, PreTrainedModel):
-            # The second name is that of transformers before 5.20 or so.
-            enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            return
-
-
-@contextmanager
-def _checkpointing(networks: list[nn.Module]) -> Iterator[None]:
-    """Put only the layers themselves in training mode: they recompute only then, and dropout inside them stays off."""
-    layers = [m for network in networks for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False

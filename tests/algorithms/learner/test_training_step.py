@@ -39,6 +39,13 @@ def make_kd(**settings) -> KD:
     return KD(KDConfig(**{"optimizer": sgd_free(), **settings}))
 
 
+@pytest.fixture(params=[1, 10**6])
+def blocks(request, monkeypatch):
+    """The least size of a block of logits: tokens go through the losses two at a time, or a chunk at a time."""
+    monkeypatch.setattr(scoring, "_BLOCKS_OF_CHUNK", 2)
+    monkeypatch.setattr(scoring, "_MIN_BLOCK_LOGITS", request.param)
+
+
 def full_logits(model, batch: Batch, temperature: float = 1.0) -> Tensor:
     """[B, T, V]: entry t is the distribution of token t, entry 0 is meaningless."""
     positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
@@ -149,7 +156,7 @@ def test_ends_of_text_that_lose_become_rarer():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_kd_gradient_equals_the_plain_one(temperature):
+def test_kd_gradient_equals_the_plain_one(temperature, blocks):
     batch = make_batch()
     learner = make_learner(make_kd(kl_coef=0.5), temperature=temperature, chunk_tokens=4, micro_batch_tokens=40)
     found = gradients(learner, batch)
@@ -163,7 +170,7 @@ def test_kd_gradient_equals_the_plain_one(temperature):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_ppo_gradient_equals_the_plain_one(shared):
+def test_ppo_gradient_equals_the_plain_one(shared, blocks):
     batch = make_batch()
     algorithm = make_ppo(entropy_coef=0.1, kl_coef=0.05, gae_lambda=0.9)
     learner = make_learner(algorithm, shared=shared, chunk_tokens=4, micro_batch_tokens=40, value_coef=0.3)
@@ -427,7 +434,7 @@ def test_constant_reduction_divides_the_sum_by_a_length_of_its_own():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_exact_divergence_of_the_networks_is_the_sum_over_the_vocabulary(temperature):
+def test_exact_divergence_of_the_networks_is_the_sum_over_the_vocabulary(temperature, blocks):
     batch, policy, teacher = make_batch(), make_model(0), make_model(200)
     algorithm = DGPO(DGPOConfig(kl_estimator="exact", selective=False))
     learner = make_learner(algorithm, policy=policy, temperature=temperature, chunk_tokens=4, micro_batch_tokens=40)
@@ -439,10 +446,10 @@ def test_exact_divergence_of_the_networks_is_the_sum_over_the_vocabulary(tempera
     torch.testing.assert_close(batch.teacher_kl, expected, rtol=0, atol=1e-5)
 
 
-def test_validation_is_the_mean_loss_and_changes_nothing():
+def test_validation_is_the_mean_loss_and_changes_nothing(blocks):
     batch, policy = make_batch(), make_model(0)
     before = copy.deepcopy(policy.state_dict())
-    learner = make_learner(make_kd(), policy=policy, chunk_tokens=3, micro_batch_tokens=30)
+    learner = make_learner(make_kd(), policy=policy, chunk_tokens=4, micro_batch_tokens=30)
     loss = learner.validate(batch)
     teacher = make_model(200)
     log_q, log_p = (full_logits(model, batch).log_softmax(-1) for model in (policy, teacher))
