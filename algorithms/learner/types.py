@@ -178,7 +178,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Tokens:
-    """A chunk of n model-written tokens, as an algorithm's losses see it.
+    """A block of n model-written tokens, as an algorithm's losses see it.
 
     Attributes:
         ids: [n] int64.
