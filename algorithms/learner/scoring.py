@@ -92,8 +92,8 @@ class Scorer:
             ids = micro.written_ids[rows, columns + 1].split(self.chunk_tokens)
             hidden = read(network, micro, rows, columns).split(self.chunk_tokens)
             chunks = zip(hidden, ids, strict=True)
-            read_ids = ops.gather_logprobs
-            return torch.cat([self._in_blocks(read_ids, self.logits(network, part), each) for part, each in chunks])
+            logprobs_of = ops.gather_logprobs
+            return torch.cat([self._in_blocks(logprobs_of, self.logits(network, part), each) for part, each in chunks])
 
         return self._at_model_tokens(batch, compute, network, only=only)
 

@@ -31,7 +31,8 @@ class LiveLogits(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.most, self._live = 0, {}
+        self.most = 0
+        self._live: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
