@@ -37,8 +37,7 @@ def join() -> None:
     """Join the processes that `torchrun` has started beside this one, if there are any. A second call does nothing."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
+    use_device()
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     _Together.objects = dist.new_group(backend="gloo", timeout=PATIENCE)
     _Together.lifeline = Lifeline(dist.get_rank(), dist.get_world_size())
@@ -66,6 +65,12 @@ def device() -> torch.device:
     if "LOCAL_RANK" not in os.environ:
         return torch.device("cuda")
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def use_device() -> None:
+    """Let this thread compute on the GPU of this process; a new thread begins on the first GPU."""
+    if (place := device()).index is not None:
+        torch.cuda.set_device(place)
 
 
 def count() -> int:

@@ -25,6 +25,11 @@ class RolloutConfig:
             each of their operations. "auto": so, if some greedy tokens come out the same, and else without. "off":
             without. Tokens are decided in the same way, but rows are computed in larger groups, which round otherwise.
             A file of settings must put "on" and "off" into quotes, because YAML takes them for true and false.
+        decode_during_search: Most tokens that each of the other rows writes while environments take a turn; 0: they
+            pause. It pays where a search takes long, such as one behind HTTP. It should be as many tokens as take about
+            the time of a search: results that come earlier wait for them. The environments then take their turns in a
+            thread of their own. What is computed never depends on time. Tokens are decided in the same way, but rows
+            are computed in other groups, which round otherwise.
     """
 
     temperature: float = 1.0
@@ -33,9 +38,10 @@ class RolloutConfig:
     max_new_tokens: int = 48
     max_tokens: int = 4096
     cuda_graphs: str = field(default="off", metadata=WITHOUT_EFFECT)
+    decode_during_search: int = field(default=0, metadata=WITHOUT_EFFECT)
 
     def __post_init__(self) -> None:
-        check_settings(self, at_least(0), "temperature", "top_k")
+        check_settings(self, at_least(0), "temperature", "top_k", "decode_during_search")
         check_settings(self, Allowed("in (0, 1]", lambda value: 0 < value <= 1), "top_p")
         check_settings(self, COUNT, "max_new_tokens")
         check_settings(self, at_least(2), "max_tokens")

@@ -28,7 +28,8 @@ class CudaGraphs:
         """See `Recorder`. The computation may neither make the host wait nor take anything from it."""
         compute()  # libraries make their workspaces in a first call, which can't be recorded
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Another thread may search on the same GPU meanwhile; that is no part of the recording, and does it no harm.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = compute()
 
         def replay() -> Tensor:

@@ -1,12 +1,14 @@
 """The engine writes: rows of token ids in, actions out, every token computed once.
 
 The engine knows no environment and no question. The player of episodes and the generator of the probes both use the
-verbs of `Engine`: open rows with a prompt, write until actions end, append what came back, close.
+verbs of `Engine`: open rows with a prompt, write until actions end, append what came back, close. While the answers to
+some rows are under way, the player lets the others advance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,7 +86,7 @@ class Engine(Protocol):
         ...
 
     def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
-        """Continue a row whose action has ended. The arguments are those of `open`; `ids` follow the row's tokens.
+        """Continue a row whose action was returned. The arguments are those of `open`; `ids` follow the row's tokens.
 
         An end-of-text token that ended the action is left out first, as in Search-R1, unless no ids are given: the
         observation follows the model's words inside the same message.
@@ -100,8 +102,19 @@ class Engine(Protocol):
         """
         ...
 
+    def advance(self, max_steps: int) -> None:
+        """Write on in the rows that are in the middle of an action, while others are neither continued nor closed yet.
+
+        Actions that end here are returned by the next `write`. How far each row gets may depend on the rows, but never
+        on time. An engine that can't pause within an action does nothing.
+
+        Args:
+            max_steps: Most tokens that each of these rows writes.
+        """
+        ...
+
     def close(self, rows: Iterable[int]) -> None:
-        """End rows. Before the next `write`, each row whose action has ended must be continued or closed."""
+        """End rows. Before the next `write`, each row whose action was returned must be continued or closed."""
         ...
 
 
@@ -154,6 +167,8 @@ class CachedEngine:
         self._logprobs = np.zeros((num_rows, config.max_new_tokens), dtype=working_dtype(precision))
         self._uniforms = np.zeros((num_rows, config.max_new_tokens))
         self._open: set[int] = set()
+        # Rows whose action was returned, and which have been neither continued nor closed.
+        self._returned: set[int] = set()
         self.set_weights(model)
 
     def _forget(self) -> None:
@@ -186,6 +201,7 @@ class CachedEngine:
 
     def append(self, row: int, ids: np.ndarray, uniforms: np.ndarray | None = None) -> None:
         """See `Engine`."""
+        self._returned.remove(row)
         # The last token of an action is sampled but not yet read.
         last = self._ids[row, self._counts[row] - 1 : self._counts[row]]
         kept = last if len(ids) == 0 else last[~self.action_end.is_eos[last]]
@@ -201,6 +217,9 @@ class CachedEngine:
         """See `Engine`."""
         closed = list(rows)
         self._open.difference_update(closed)
+        self._returned.difference_update(closed)
+        for row in closed:
+            self._pending.pop(row, None)
         self._lengths[closed] = 0
         if self._num_running and not self._open:  # these rows are given up in the middle of their actions
             self._forget()
@@ -210,16 +229,31 @@ class CachedEngine:
         if not self._open:
             self._forget()
             return []
+        with self._computing():
+            self._read_pending()
+            while self._num_running > self._num_open // 2:
+                self._decode()
+        ended = self._row_at[self._num_running : self._num_open].tolist()
+        self._returned.update(ended)
+        return [self._action(row) for row in ended]
+
+    def advance(self, max_steps: int) -> None:
+        """See `Engine`."""
+        with self._computing():
+            for _ in range(max_steps):
+                if self._num_running == 0:
+                    return
+                self._decode()
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
         was_training = self._reads.training
         self._reads.eval()
         try:
             with torch.inference_mode(), autocast(self.model.device, self.precision):
-                self._read_pending()
-                while self._num_running > self._num_open // 2:
-                    self._decode()
+                yield
         finally:
             self._reads.train(was_training)
-        return [self._action(row) for row in self._row_at[self._num_running : self._num_open].tolist()]
 
     def _action(self, row: int) -> Action:
         ids = self._ids[row, : self._counts[row]].copy()
@@ -248,31 +282,36 @@ class CachedEngine:
 
     def _read_pending(self) -> None:
         """Read what was opened and appended, and draw the first token of each action."""
+        assert not self._returned
         pending, self._pending = self._pending, {}
-        is_pending = np.zeros(self.num_rows, dtype=bool)
-        is_pending[list(pending)] = True
-        assert len(pending) + self._num_running == len(self._open)
-        self._num_open = self._to_front(is_pending, self._num_running, self.num_rows)
+        end = self._to_front(self._flags(pending), self._num_running, self.num_rows)
+        # What is open and neither running nor pending has ended its action in `advance`.
+        self._num_open = self._to_front(self._flags(self._open), end, self.num_rows)
+        assert self._num_open == len(self._open)
         if not pending:
             return
-        self._read_shared(pending)
+        self._read_shared(pending, end)
         longest = max(map(len, pending.values()))
-        is_long = np.zeros(self.num_rows, dtype=bool)
-        is_long[[row for row, ids in pending.items() if 2 * len(ids) > longest]] = True
+        is_long = self._flags(row for row, ids in pending.items() if 2 * len(ids) > longest)
         # A hint of few tokens is not padded to the length of a passage.
-        middle = self._to_front(is_long, self._num_running, self._num_open)
-        rows = self._row_at[self._num_running : self._num_open].copy()
+        middle = self._to_front(is_long, self._num_running, end)
+        rows = self._row_at[self._num_running : end].copy()
         uniforms = self._tensor(self._uniforms[rows, 0].view(np.int64))
         hidden = self._prefill(pending, self._num_running, middle)
-        hidden += self._prefill(pending, middle, self._num_open)
+        hidden += self._prefill(pending, middle, end)
         self._counts[rows] = 0
         self._limits[rows] = np.minimum(self.config.max_new_tokens, self.config.max_tokens - self._lengths[rows])
-        self._num_running = self._num_open
+        self._num_running = end
         self._take(rows, self._sample(torch.cat(hidden), uniforms))
 
-    def _read_shared(self, pending: dict[int, np.ndarray]) -> None:
+    def _flags(self, rows: Iterable[int]) -> np.ndarray:
+        flags = np.zeros(self.num_rows, dtype=bool)
+        flags[list(rows)] = True
+        return flags
+
+    def _read_shared(self, pending: dict[int, np.ndarray], end: int) -> None:
         """Read once what all rows that begin now have in common, and leave the rest of their prompts pending."""
-        places = [place for place in range(self._num_running, self._num_open) if not self._lengths[self._row_at[place]]]
+        places = [place for place in range(self._num_running, end) if not self._lengths[self._row_at[place]]]
         begun = self._row_at[places].tolist()
         count = num_shared([pending[row] for row in begun]) if begun else 0
         if not pays_to_share(len(begun), count, self.model.device):
@@ -329,9 +368,7 @@ class CachedEngine:
         for place in np.flatnonzero(end.may_close[tokens] & ~ended):
             ended[place] = end.closes(self._ids[rows[place], : counts[place] + 1])
         if ended.any():
-            goes_on = np.ones(self.num_rows, dtype=bool)
-            goes_on[rows[ended]] = False
-            self._num_running = self._to_front(goes_on, 0, self._num_running)
+            self._num_running = self._to_front(~self._flags(rows[ended]), 0, self._num_running)
 
     def _to_front(self, chosen: np.ndarray, start: int, stop: int) -> int:
         """Swap places between `start` and `stop` so that the chosen rows come first, and return where they end."""

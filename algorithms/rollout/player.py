@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +28,9 @@ Progress = Callable[[int, int], None]
 
 class TextEnvs(Protocol):
     """What the player needs of a vector environment: texts in and out, row by row.
+
+    With `RolloutConfig.decode_during_search`, steps are taken in another thread than the rest. There are never two
+    calls at once.
 
     Attributes:
         num_envs: Number of rows.
@@ -74,8 +78,9 @@ class Player:
     """Plays episodes with an engine.
 
     Each environment has a row of the engine. As soon as the engine returns some actions, these take one step of the
-    environment together, with one call of the retriever. The other rows pause meanwhile. The row of a finished episode
-    goes to the next question.
+    environment together, with one call of the retriever. The other rows pause meanwhile, or write on as far as
+    `RolloutConfig.decode_during_search` says; those whose actions end wait for the next step. The row of a finished
+    episode goes to the next question.
 
     Args:
         engine: The engine that writes, with a row for each environment.
@@ -181,10 +186,11 @@ class _Rollout:
         """Play until every question of this process has its trajectory."""
         retriever = getattr(self.envs, "retriever", None)
         start, before, computed = time.perf_counter(), stats_of(retriever), self.engine.computed_tokens
-        self._start(range(self.envs.num_envs))
-        while actions := self.engine.write():
-            self._step(actions)
-            self._start([action.row for action in actions if action.row not in self.episodes])
+        with ThreadPoolExecutor(1, initializer=ranks.use_device) as self.worker:  # its thread begins with its work
+            self._start(range(self.envs.num_envs))
+            while actions := self.engine.write():
+                self._step(actions)
+                self._start([action.row for action in actions if action.row not in self.episodes])
         self.stats.seconds = time.perf_counter() - start
         self.stats.computed_tokens = self.engine.computed_tokens - computed
         after = stats_of(retriever)
@@ -230,7 +236,7 @@ class _Rollout:
             # Text that a chat template has begun for the model belongs to the model's first turn.
             begun = "" if self.episodes[action.row].turns else self.player.opened_thought
             sent[action.row] = begun + action.text
-        texts, rewards, terminations, truncations, infos = self.envs.step(sent)
+        texts, rewards, terminations, truncations, infos = self._answered(sent)
         observations = encode_plain(self.engine.tokenizer, [texts[action.row] for action in actions])
         for action, observation in zip(actions, observations, strict=True):
             env = action.row
@@ -257,6 +263,18 @@ class _Rollout:
                 self.engine.append(env, observation, self._draws(episode))
         if self.progress and any(action.row not in self.episodes for action in actions):
             self.progress(min(self.num_finished * ranks.count(), len(self.questions)), len(self.questions))
+
+    def _answered(self, sent: Sequence[str | None]) -> Any:
+        """Let the environments take a step, and the rows that wait for none write on as far as the settings say."""
+        max_steps = self.engine.config.decode_during_search
+        if max_steps == 0:
+            return self.envs.step(sent)
+        step = self.worker.submit(self.envs.step, sent)
+        try:
+            self.engine.advance(max_steps)
+        finally:
+            answer = step.result()  # nobody touches the environments before this step is over
+        return answer
 
     def _record_turn(self, episode: _Episode, turn: Turn) -> None:
         episode.turns.append(turn)

@@ -45,6 +45,9 @@ class NaiveEngine:
         row = min(self.pending)
         return [self._write_one(row, self.pending.pop(row))]
 
+    def advance(self, max_steps):
+        """Do nothing: `generate` writes whole actions."""
+
     def _write_one(self, row, uniforms):
         history = self.histories[row]
         draw = _Draw(uniforms, self.config.temperature)

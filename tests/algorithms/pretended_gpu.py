@@ -124,7 +124,7 @@ def _graph_class(gpu: PretendedGpu) -> type:
 
 
 @contextlib.contextmanager
-def _recording(gpu: PretendedGpu, graph: Any, pool: Any = None) -> Iterator[None]:
+def _recording(gpu: PretendedGpu, graph: Any, pool: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
     gpu.tape = graph.tape
     try:
         yield

@@ -177,7 +177,7 @@ def test_a_whole_run_and_its_evaluation(gpu, tmp_path, cache):
     assert measured["evaluation"]["checkpoint"] == run.summary["evaluation"]["dgpo"]
     assert measured["cuda_graphs"] == "no (rollout.cuda_graphs=off)"
     assert not gpu.launches["CUDA graph"]
-    measured = evaluated("graphs", "rollout.cuda_graphs=auto")
+    measured = evaluated("graphs", "rollout.cuda_graphs=auto", "rollout.decode_during_search=4")
     assert measured["evaluation"]["checkpoint"]["greedy"]["all"]["n"] == 3
     assert measured["cuda_graphs"] == "yes (auto: greedy tokens are the same)"
     assert gpu.launches["CUDA graph"] > 100, "the player's and the generator's, beside those that are compared"

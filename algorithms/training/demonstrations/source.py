@@ -186,6 +186,9 @@ class _TextEngine:
             actions.append(action)
         return actions
 
+    def advance(self, max_steps: int) -> None:
+        """Do nothing: an author writes whole actions."""
+
     def close(self, rows: Iterable[int]) -> None:
         """See `Engine`."""
         for row in rows:

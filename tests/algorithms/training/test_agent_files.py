@@ -73,7 +73,7 @@ def test_what_is_written_is_read(dgpo_run):
     assert agent.protocol == {"env": config["env"], "rollout": {"max_new_tokens": 24, "max_tokens": 512}}
     for part in ("env", "dataset", "retriever", "reward", "num_envs"):
         assert agent.settings[part] == config[part], part
-    how_it_is_computed = {"cuda_graphs": "off"}
+    how_it_is_computed = {"cuda_graphs": "off", "decode_during_search": 0}
     assert agent.settings["rollout"] | how_it_is_computed == config["rollout"]
     assert not how_it_is_computed.keys() & agent.settings["rollout"].keys()
     assert agent.settings["learner"] == {"precision": "float32"}

@@ -221,6 +221,7 @@ BAD = [
     ("+model.polcy=x", ["no setting model.polcy", "Did you mean 'policy'"]),
     ("learner.precision=float8", ["precision must be one of", "got 'float8'"]),
     ("rollout.top_p=0", ["top_p must be in (0, 1], got 0"]),
+    ("rollout.decode_during_search=-1", ["decode_during_search must be at least 0, got -1"]),
     ("rollout.cuda_graphs=yes", ["cuda_graphs must be one of off, auto, on, got 'yes'"]),
     ("evaluation.num_questions=0", ["num_questions must be an integer of at least 1, or None for all, got 0"]),
     ("evaluation.temperatures=[]", ["temperatures must be one or more numbers of at least 0, got []"]),
