@@ -1,13 +1,14 @@
 """Sampled tokens per second: the rollout engine, and `model.generate` called for every turn on the whole transcript.
 
 Run with `pytest benchmarks/test_rollout.py -s`; the last tests print both and their ratio, over the tiny world and at
-three lengths of the history. They compare processor time, so that other load on the machine counts less.
+three lengths of the history. They compare processor time, so that other load on the machine counts less. One test
+compares elapsed time: rows that write on during a slow search against rows that pause.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, 
 from agentic_rag_env import FreeText
 from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.lifted import LiftedVectorEnv
+from agentic_rag_env.types import Found
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets.tokenizer import build_tokenizer
 from algorithms.rollout.config import RolloutConfig
@@ -103,14 +105,19 @@ def play_with_generate(player: Player) -> int:
     return num_tokens
 
 
-@pytest.fixture(scope="module")
-def player() -> Player:
+def make_player(**settings: Any) -> Player:
+    """Make a player of the tiny world with the random policy."""
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     envs = AgenticRAGVectorEnv(NUM_ENVS, autoreset_mode=AutoresetMode.DISABLED)
-    config = RolloutConfig(max_new_tokens=MAX_NEW_TOKENS, max_tokens=1024)
+    config = RolloutConfig(max_new_tokens=MAX_NEW_TOKENS, max_tokens=1024, **settings)
     engine = CachedEngine(make_policy(tokenizer), tokenizer, config, num_rows=NUM_ENVS, action_ends=CLOSING_TAGS)
     return Player(engine, envs)
+
+
+@pytest.fixture(scope="module")
+def player() -> Player:
+    return make_player()
 
 
 @pytest.mark.parametrize("play", [play_with_engine, play_with_generate])
@@ -133,6 +140,41 @@ def test_the_engine_is_several_times_faster(player, capsys):
     with capsys.disabled():
         print("\n" + ", ".join(f"{name}: {rate:.0f} tokens/s" for name, rate in rates.items()) + f", ratio {ratio:.1f}")
     assert ratio > 2
+
+
+#: How long a search takes [seconds], and about how many decode steps take as long.
+SEARCH_S, DURING_SEARCH = 0.05, 16
+
+
+class SlowSearch:
+    """A retriever that answers as late as a service elsewhere."""
+
+    def __init__(self, retriever: Any) -> None:
+        self.retriever = retriever
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
+        time.sleep(SEARCH_S)
+        return self.retriever.search(queries, top_k)
+
+
+def test_rows_that_write_on_during_a_search_take_less_time(capsys):
+    seconds, questions = {}, np.arange(4 * NUM_ENVS)
+    for max_steps in (0, DURING_SEARCH):
+        player = make_player(decode_during_search=max_steps)
+        player.envs.retriever = SlowSearch(player.envs.retriever)
+        runs = []
+        for _ in range(4):
+            start = time.perf_counter()
+            player.rollout(questions, seed=(0,))
+            runs.append(time.perf_counter() - start)
+        seconds[max_steps] = min(runs)
+    ratio = seconds[0] / seconds[DURING_SEARCH]
+    with capsys.disabled():
+        print(
+            f"\nsearches of {SEARCH_S} s: rows pause {seconds[0]:.2f} s, write on {seconds[DURING_SEARCH]:.2f} s, "
+            f"ratio {ratio:.2f}"
+        )
+    assert ratio > 1.1
 
 
 NUM_TALKS, NUM_TURNS, END = 16, 4, "</search>"

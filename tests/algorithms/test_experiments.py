@@ -194,6 +194,17 @@ def test_the_ablations_have_one_regime(method):
             assert stage.config.kl_coef == (0.0 if method == "no_penalty" else 0.001)
 
 
+@pytest.mark.parametrize("scale", sorted(file.stem for file in (CONF / "scale").glob("*.yaml")))
+def test_a_scale_composes_by_itself(scale):
+    assert run_settings(f"+scale={scale}") != run_settings()
+
+
+def test_on_eight_gpus_rows_write_on_while_the_shared_service_searches():
+    config = run_settings("+experiment=paper", "+scale=h200x8")
+    assert config.retriever["name"] == "http"
+    assert (config.rollout.decode_during_search, config.rollout.max_new_tokens) == (16, 500)
+
+
 def gpu_commands() -> dict[str, list[str]]:
     """What the header of the preset says to give beside a method, by method."""
     lines = (CONF / "scale" / "gpu.yaml").read_text().splitlines()
