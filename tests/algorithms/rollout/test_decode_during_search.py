@@ -280,7 +280,8 @@ def test_the_order_of_calls(max_steps):
 
 @pytest.mark.parametrize("max_steps", [0, 3])
 def test_the_environments_are_never_called_by_two_threads_at_once(max_steps, monkeypatch):
-    player = make_toy_player(max_tokens=120, decode_during_search=max_steps)  # so short that episodes are cut off
+    # In 120 tokens some episodes have no room for another action.
+    player = make_toy_player(spelling="bytes", max_tokens=120, decode_during_search=max_steps)
     held, called = threading.Lock(), set()
 
     def alone(name, call):
