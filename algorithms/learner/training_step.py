@@ -326,6 +326,7 @@ class Learner:
                 told.logits = told.teacher_logits = told.logprobs = told.entropy = None
             if gradient is not None:
                 logits.backward(logits.detach())
+                assert leaf.grad is not None
                 gradient[chunk] = leaf.grad
 
     def _teacher_hidden(self, of: Part) -> Tensor:
