@@ -150,6 +150,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _norm(norm: Any, x: Tensor) -> Tensor:
     if isinstance(norm, nn.RMSNorm):  # that of a float64 model
         return norm(x)
-    if x.device.type == "cpu" and x.dtype == torch.float32:  # where rms_norm is put together from single operations
+    if x.device.type == "cpu" and x.dtype.itemsize >= 4:  # where rms_norm is put together from single operations
         return normed(x, norm.variance_epsilon) * norm.weight
     return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)

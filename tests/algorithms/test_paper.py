@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from test_experiments import METHODS, run_settings
 
@@ -154,4 +156,5 @@ def test_eight_gpus_make_the_run_of_the_paper(pair):
     # All episodes of a step are played at once.
     assert eight.num_envs * eight.hardware.count == eight.algo["batch_size"] == 512
     assert plan(eight)["fits"]
-    assert (eight.algo, eight.env, eight.rollout, eight.evaluation) == (one.algo, one.env, one.rollout, one.evaluation)
+    assert (eight.algo, eight.env, eight.evaluation) == (one.algo, one.env, one.evaluation)
+    assert eight.rollout == dataclasses.replace(one.rollout, decode_during_search=16)
