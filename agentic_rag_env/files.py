@@ -1,4 +1,4 @@
-"""Writes files that are there with all of their content or not at all, names files, and reads JSON lines one by one."""
+"""Writes files that are there with all of their content or not at all, names files, and reads JSON."""
 
 from __future__ import annotations
 
@@ -96,6 +96,28 @@ def sha256(path: Path) -> str:
     """The SHA-256 checksum of a file, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
+    """The JSON object in a file, which may be a stranger's.
+
+    Args:
+        path: The file.
+        most_bytes: Most bytes of it.
+
+    Raises:
+        ValueError: The file is larger, or holds something else; the message says what is wrong in one short line.
+        OSError: The file cannot be read.
+    """
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"it has more than {most_bytes} bytes")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())[:200]) from error
+    if not isinstance(content, dict):
+        raise ValueError("it holds no settings")
+    return content
 
 
 def lines_of(path: Path, most_bytes: int = MAX_LINE) -> Iterator[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.files import read_object
 
 #: Says which of several files holds which weight.
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -55,17 +55,9 @@ def _read(model: str, name: str) -> dict[str, Any]:
     if (file := _find(model, name)) is None:
         return {}
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no entries")
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigurationError(
-            f"{name} of {model!r} is damaged ({reason}). Put the model's own file back."
-        ) from error
-    return content
+        return read_object(file, _MAX_BYTES)
+    except ValueError as error:
+        raise ConfigurationError(f"{name} of {model!r} is damaged ({error}). Put the model's own file back.") from error
 
 
 def _find(model: str, name: str) -> Path | None:

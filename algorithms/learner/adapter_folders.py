@@ -7,7 +7,6 @@ checkpoint of a run directory, or where the caller gives the base.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.files import read_object
 from algorithms.learner.model_folders import as_folder, file_on_hub
 from algorithms.training.run_files import CONFIG_FILE
 
@@ -109,17 +109,11 @@ def _file(path: str | Path, name: str) -> Path | None:
 
 def _read(file: Path, path: str | Path) -> dict[str, Any]:
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("it holds no settings")
-    except (ValueError, RecursionError) as error:
+        return read_object(file, _MAX_BYTES)
+    except ValueError as error:
         raise ConfigurationError(
-            f"{ADAPTER_FILE} in {str(path)!r} is damaged ({' '.join(str(error).split())[:200]}). Put the file of this "
-            "adapter back."
+            f"{ADAPTER_FILE} in {str(path)!r} is damaged ({error}). Put the file of this adapter back."
         ) from error
-    return settings
 
 
 def _reason_to_refuse(settings: dict[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ What goes to an algorithm goes there wherever it stands in a chain of warm start
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def of_algorithms() -> dict[str, dict[str, Any]]:
     }
 
 
+@cache
 def _presets() -> dict[str, dict[str, Any]]:
     found = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.yaml"))}
     return {name: content["settings"] for name, content in found.items() if content.get("settings")}

@@ -5,28 +5,17 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
+from test_experiments import run_settings
 
-import algorithms.run  # noqa: F401  # its launcher is named in the configuration
 from algorithms.learner.config import OptimizerConfig
 from algorithms.training import presets
 from algorithms.training.build import build_stages
-from algorithms.training.schemas import by_group
-from algorithms.training.settings import RunConfig
-from algorithms.training.typed import run_config
 
 PRESETS = sorted(file.stem for file in presets.FOLDER.glob("*.yaml") if file.stem != "tiny")
 
 
-def composed(*overrides: str) -> RunConfig:
-    GlobalHydra.instance().clear()
-    with initialize_config_module("conf", version_base="1.3"):
-        return run_config(compose("config", overrides=list(map(by_group, overrides))))
-
-
 def test_a_preset_is_enough():
-    config = composed("algo=sft", "model=smollm2_135m", "dataset=nq_mini")
+    config = run_settings("algo=sft", "model=smollm2_135m", "dataset=nq_mini")
     assert config.model.policy == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (config.env["prompt"], config.env["top_k"], config.env["max_observation_tokens"]) == ("search_r1", 1, 128)
     assert (config.rollout.max_new_tokens, config.learner.micro_batch_tokens) == (64, 3072)
@@ -36,7 +25,7 @@ def test_a_preset_is_enough():
 
 
 def test_imitation_policy_gradients_and_critics_get_rates_of_their_own():
-    config = composed("algo=dgpo", "model=smollm2_135m")
+    config = run_settings("algo=dgpo", "model=smollm2_135m")
     cold_start, dgpo = build_stages(config.algo)
     assert cold_start.config.optimizer.learning_rate == 2e-4
     assert dgpo.config.optimizer.learning_rate == 3e-5
@@ -45,30 +34,31 @@ def test_imitation_policy_gradients_and_critics_get_rates_of_their_own():
 
 
 def test_a_warm_start_of_any_chain_gets_the_preset():
-    config = composed("algo=ppo", "algo.warm_start=gkd", "algo.warm_start.warm_start=kd", "model=smollm2_135m")
+    config = run_settings("algo=ppo", "algo.warm_start=gkd", "algo.warm_start.warm_start=kd", "model=smollm2_135m")
     rates = {stage.name: stage.config.optimizer.learning_rate for stage in build_stages(config.algo)}
     assert rates == {"kd": 2e-4, "gkd": 2e-4, "ppo": 3e-5}
     assert config.algo["warm_start"]["warm_start"]["batch_size"] == 8
 
 
 def test_chosen_stages_win_over_the_preset():
-    config = composed("algo=dgpo", "model=smollm2_135m", "stages=main_table")
+    config = run_settings("algo=dgpo", "model=smollm2_135m", "stages=main_table")
     cold_start, dgpo = build_stages(config.algo)
     assert (cold_start.config.epochs, cold_start.config.optimizer.learning_rate) == (12, 3e-3), "those of the stages"
     assert (dgpo.config.steps, dgpo.config.batch_size) == (60, 48), "the second is the preset's"
 
 
 def test_the_command_line_and_experiments_win():
-    config = composed("algo=sft", "model=smollm2_135m", "algo.epochs=5", "env.prompt=bare", "rollout.max_new_tokens=48")
+    own = ["algo.epochs=5", "env.prompt=bare", "rollout.max_new_tokens=48"]
+    config = run_settings("algo=sft", "model=smollm2_135m", *own)
     assert (config.algo["epochs"], config.env["prompt"], config.rollout.max_new_tokens) == (5, "bare", 48)
-    config = composed("+experiment=paper", "model=smollm2_135m")
+    config = run_settings("+experiment=paper", "model=smollm2_135m")
     assert (config.env["top_k"], config.rollout.max_new_tokens) == (3, 500)
     assert config.algo["optimizer"]["learning_rate"] == 1e-6
     assert config.algo["warm_start"]["optimizer"]["learning_rate"] == 1e-4
 
 
 def test_the_toy_is_as_it_was():
-    config = composed("algo=sft")
+    config = run_settings("algo=sft")
     assert (config.env["prompt"], config.rollout.max_new_tokens) == ("bare", 48)
     assert config.algo["optimizer"]["learning_rate"] == 3e-3
 
@@ -76,7 +66,7 @@ def test_the_toy_is_as_it_was():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("algorithm", ["sft", "ppo", "dgpo", "grpo", "maskable_ppo"])
 def test_no_preset_leaves_a_real_model_with_the_settings_of_the_toy(preset, algorithm):
-    config = composed(f"algo={algorithm}", f"model={preset}")
+    config = run_settings(f"algo={algorithm}", f"model={preset}")
     assert config.env["prompt"] == "search_r1"
     if algorithm != "maskable_ppo":
         assert presets.toy_settings(config, build_stages(config.algo), 135_000_000) is None
@@ -85,7 +75,7 @@ def test_no_preset_leaves_a_real_model_with_the_settings_of_the_toy(preset, algo
 def test_a_real_model_that_meets_the_settings_of_the_toy_is_told_once_which_preset_helps():
     optimizer = OptimizerConfig(learning_rate=3e-3)
     stage = SimpleNamespace(name="sft", config=SimpleNamespace(optimizer=optimizer))
-    config = composed("algo=sft")
+    config = run_settings("algo=sft")
     said = presets.toy_settings(config, [stage], 135_000_000)
     assert said is not None
     for part in ("135M", "0.003 of sft", "env.prompt=bare", "max_new_tokens=48", "model=smollm2_135m", "qwen2.5_0.5b"):
