@@ -36,9 +36,10 @@ from algorithms.learner.networks import Critic, freeze, load_tokenizer
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Trajectory, Turn
 from algorithms.rollout.attention_kernels import attention_kernels, in_words
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.cuda_graphs import CudaGraphs, decided_recorder
-from algorithms.rollout.engine import Action, CachedEngine
+from algorithms.rollout.engine import Action
 from algorithms.rollout.recorded_steps import Recorder, unrecorded
 from algorithms.training.hardware import GPUS, Device, HardwareConfig, device_of
 from algorithms.training.schemas import import_zoo

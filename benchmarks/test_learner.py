@@ -27,8 +27,8 @@ from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import freeze, load_model, load_tokenizer, pad_id
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
-from algorithms.rollout.engine import CachedEngine
 from algorithms.rollout.player import Player
 from algorithms.rollout.tokenization import PlainEncoder
 from algorithms.sft import SFT, SFTConfig

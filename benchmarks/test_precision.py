@@ -21,8 +21,8 @@ from algorithms.learner.networks import load_model, load_tokenizer
 from algorithms.learner.precision import autocast
 from algorithms.learner.scoring import Scorer
 from algorithms.learner.types import Batch
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
-from algorithms.rollout.engine import CachedEngine
 
 FOLDER = os.environ.get("SMOLLM2", "")
 #: How many times faster bfloat16 is to be.

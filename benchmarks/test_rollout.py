@@ -24,8 +24,8 @@ from agentic_rag_env.lifted import LiftedVectorEnv
 from agentic_rag_env.types import Found
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets.tokenizer import build_tokenizer
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
-from algorithms.rollout.engine import CachedEngine
 from algorithms.rollout.player import Player
 from algorithms.rollout.tokenization import encode_plain, encode_prompts
 

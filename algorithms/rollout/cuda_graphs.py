@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.errors import ConfigurationError
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
-from algorithms.rollout.engine import CachedEngine
 from algorithms.rollout.recorded_steps import Recorder, unrecorded
 
 #: Rows and greedy tokens of each that are compared at the start.

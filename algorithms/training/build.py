@@ -36,8 +36,9 @@ from algorithms.learner.networks import (
 )
 from algorithms.learner.precision import decided_precision
 from algorithms.rollout.attention_kernels import attention_kernels
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.cuda_graphs import decided_recorder
-from algorithms.rollout.engine import CachedEngine, Engine
+from algorithms.rollout.engine import Engine
 from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player, TextEnvs
 from algorithms.rollout.recorded_steps import Recorder

@@ -27,9 +27,9 @@ from algorithms.learner.networks import Critic, freeze
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch
 from algorithms.rollout import cuda_graphs
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.cuda_graphs import CudaGraphs, decided_recorder
-from algorithms.rollout.engine import CachedEngine
 from algorithms.rollout.recorded_steps import unrecorded
 
 

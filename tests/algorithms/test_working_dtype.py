@@ -28,7 +28,7 @@ ALLOWED = {
     "learner/precision.py": 2,
     "learner/scoring.py": 1,
     "rollout/bfloat16_copy.py": 1,
-    "rollout/engine.py": 1,
+    "rollout/cached_engine.py": 1,
     "learner/folded_decoder.py": 1,
     "rollout/trajectory_files.py": 1,
     "training/build.py": 1,

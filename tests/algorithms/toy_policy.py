@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.types import Passage, Question
 from agentic_rag_env.vector import AgenticRAGVectorEnv
-from algorithms.rollout.engine import CachedEngine
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.player import Player
 
 WORDS = [" ada", " bob", " city", " lives", " works", " in", " rome", " oslo", " who", " where", "?"]

@@ -17,8 +17,8 @@ from algorithms.learner.networks import backbone_hidden, lm_logits
 from algorithms.learner.precision import autocast
 from algorithms.learner.scoring import Scorer
 from algorithms.rollout.bfloat16_copy import bfloat16_copy
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
-from algorithms.rollout.engine import CachedEngine
 from algorithms.rollout.player import Player
 
 

@@ -17,8 +17,9 @@ from toy_policy import make_envs, make_player, make_policy, make_tokenizer, make
 from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.errors import RetrieverError
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
-from algorithms.rollout.engine import Action, CachedEngine
+from algorithms.rollout.engine import Action
 from algorithms.rollout.player import Player
 from algorithms.rollout.recorded_steps import unrecorded
 

@@ -10,8 +10,8 @@ from toy_policy import SPELLINGS, make_envs, make_policy, make_tokenizer
 
 from agentic_rag_env.actions import CLOSING_TAGS
 from agentic_rag_env.probes import Prompt
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
-from algorithms.rollout.engine import CachedEngine
 from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player
 

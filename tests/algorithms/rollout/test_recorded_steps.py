@@ -9,8 +9,8 @@ from naive_engine import NaiveEngine
 from toy_policy import SPELLINGS, make_envs, make_policy, make_tokenizer
 
 from agentic_rag_env.actions import CLOSING_TAGS
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
-from algorithms.rollout.engine import CachedEngine
 from algorithms.rollout.kv_cache import EpisodeCache
 from algorithms.rollout.player import Player
 from algorithms.rollout.recorded_steps import RecordedSteps, unrecorded

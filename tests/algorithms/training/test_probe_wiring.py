@@ -22,8 +22,8 @@ from agentic_rag_env.types import Question, StepInfo
 from algorithms import evaluate
 from algorithms.learner.types import Trajectory, Turn
 from algorithms.rollout import engine as engine_module
+from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
-from algorithms.rollout.engine import CachedEngine
 from algorithms.rollout.generator import Generator
 from algorithms.rollout.tokenization import encode_plain
 from algorithms.rollout.trajectory_files import read_trajectories
