@@ -20,6 +20,7 @@ from algorithms.learner.collate import micro_batches, predicting_positions
 from algorithms.learner.decoder import pays_to_share
 from algorithms.learner.networks import Critic, backbone_hidden, lm_logits
 from algorithms.learner.precision import autocast
+from algorithms.learner.transfers import send
 from algorithms.learner.types import Batch, Tokens
 
 #: Most logits of a chunk on a CPU. Beyond 32 MiB the allocator gives a tensor back to the system when it is freed, and
@@ -189,9 +190,9 @@ class Scorer:
         if self.in_step and (missing := max(ranks.gathered(num_own)) - num_own):
             parts += missing * [[min((row for row in range(len(lengths)) if has_words[row]), key=lengths.__getitem__)]]
         for number, picked in enumerate(parts):
-            rows, length = torch.tensor(picked), max(lengths[row] for row in picked)
-            at = torch.stack(predicting_positions(response_mask[rows, :length])).to(device, non_blocking=True)
-            rows = rows.to(device, non_blocking=True)
+            here, length = torch.tensor(picked), max(lengths[row] for row in picked)
+            at = send(torch.stack(predicting_positions(response_mask[here, :length])), device)
+            rows = send(here, device)
             yield Part(rows, batch.select(rows, length), (at[0], at[1]), counts=number < num_own)
 
     def _at_model_tokens(

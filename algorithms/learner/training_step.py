@@ -26,6 +26,7 @@ from algorithms.learner.optimizer import Optimizer
 from algorithms.learner.scoring import Part, Scorer, chunk_tokens, gather_tokens, slice_tokens, slices
 from algorithms.learner.short_gradients import logprobs_and_entropy
 from algorithms.learner.teacher_states import TeacherStates
+from algorithms.learner.transfers import send
 from algorithms.learner.types import Batch, Tokens
 
 _Losses = dict[str, Tensor]
@@ -165,7 +166,7 @@ class Learner:
         with checkpointing.active(self._trained() if self.config.gradient_checkpointing else []):
             for _ in range(config.num_epochs):
                 for rows in np.array_split(rng.permutation(len(batch)), config.num_minibatches):
-                    self._step_minibatch(batch, torch.from_numpy(np.sort(rows)).to(device), trains_policy, figures)
+                    self._step_minibatch(batch, send(torch.from_numpy(np.sort(rows)), device), trains_policy, figures)
         metrics = {**figures.means(), "learning_rate": self.policy_optimizer.learning_rate(self.step)}
         if batch.values is not None and batch.returns is not None:
             metrics["explained_variance"] = ops.explained_variance(batch.values, batch.returns, batch.response_mask)

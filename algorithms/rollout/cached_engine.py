@@ -17,6 +17,7 @@ from algorithms.learner.config import working_dtype
 from algorithms.learner.decoder import pays_to_share
 from algorithms.learner.networks import lm_logits, logit_width, pad_id
 from algorithms.learner.precision import autocast, computes_in_bfloat16
+from algorithms.learner.transfers import Arriving, send
 from algorithms.rollout.bfloat16_copy import Bfloat16Copy, bfloat16_copy
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.engine import Action
@@ -89,6 +90,8 @@ class CachedEngine:
         # the row in each of them.
         self._row_at = np.arange(self.num_rows)
         self._num_running = self._num_open = 0
+        # A recorded step that the device computes: the rows, and what is drawn for them.
+        self._under_way: tuple[np.ndarray, Arriving] | None = None
 
     def set_weights(self, model: PreTrainedModel) -> None:
         """See `Engine`."""
@@ -142,6 +145,7 @@ class CachedEngine:
             self._read_pending()
             while self._num_running > self._num_open // 2:
                 self._decode()
+            self._finish_step()
         ended = self._row_at[self._num_running : self._num_open].tolist()
         self._returned.update(ended)
         return [self._action(row) for row in ended]
@@ -151,8 +155,9 @@ class CachedEngine:
         with self._computing():
             for _ in range(max_steps):
                 if self._num_running == 0:
-                    return
+                    break
                 self._decode()
+            self._finish_step()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -170,21 +175,52 @@ class CachedEngine:
         return Action(row, ids, logprobs, self.action_end.text(ids), bool(self.action_end.is_eos[ids[-1]]))
 
     def _decode(self) -> None:
-        """Draw one more token in every running row."""
-        rows = self._row_at[: self._num_running]
-        counts, lengths = self._counts[rows], self._lengths[rows]
-        # All that the device needs goes there at once, while it has nothing to do.
-        inputs = np.stack((self._ids[rows, counts - 1], lengths, self._uniforms[rows, counts].view(np.int64)))
+        """Draw one more token in every running row.
+
+        A recorded step is read one step late: the device goes on with the tokens that it drew, and meanwhile the host
+        looks at the step before. A row that turns out to have ended gets a token too many, which nobody takes.
+        """
+        rows = self._row_at[: self._num_running].copy()
         if self._recorded is None:
-            drawn = self._draw(self._tensor(inputs), int(lengths.max()) + 1)
-        else:
-            drawn = self._recorded.draw(self._draw, inputs, self._lengths[self._row_at])
+            # All that the device needs goes there at once, while it has nothing to do.
+            drawn = self._draw(self._tensor(self._inputs(rows)), int(self._lengths[rows].max()) + 1)
+            self._take_step(rows, drawn.cpu().numpy())
+            return
+        places_before = None
+        if self._under_way is not None:
+            place_of = np.empty(self.num_rows, dtype=np.int64)
+            place_of[self._under_way[0]] = np.arange(len(self._under_way[0]))
+            places_before = place_of[rows]
+        inputs = self._inputs(rows, ahead=int(places_before is not None))
+        drawn = self._recorded.draw(self._draw, inputs, self._lengths[self._row_at], places_before)
+        self._finish_step(following=(rows, Arriving(drawn)))
+
+    def _finish_step(self, following: tuple[np.ndarray, Arriving] | None = None) -> None:
+        """Take what the step under way has drawn, while the following one is computed."""
+        step, self._under_way = self._under_way, following
+        if step is not None:
+            rows, drawn = step
+            running = self._flags(self._row_at[: self._num_running])[rows]
+            self._take_step(rows[running], drawn.numpy()[:, running])
+
+    def _inputs(self, rows: np.ndarray, ahead: int = 0) -> np.ndarray:
+        """What the next step reads, [3, n]: last token, place in the row, and bits of the uniform.
+
+        Args:
+            rows: [n] int64, running.
+            ahead: Number of tokens that each row has beyond those that were taken; then the last one is not known here.
+        """
+        counts = self._counts[rows] + ahead
+        uniforms = self._uniforms[rows, np.minimum(counts, self.config.max_new_tokens - 1)]
+        return np.stack((self._ids[rows, counts - 1], self._lengths[rows] + ahead, uniforms.view(np.int64)))
+
+    def _take_step(self, rows: np.ndarray, drawn: np.ndarray) -> None:
         self._lengths[rows] += 1
         self.computed_tokens += len(rows)
         self._take(rows, drawn)
 
     def _draw(self, inputs: Tensor, length: int) -> Tensor:
-        """Compute a step on the device: inputs [3, n] as `_decode` stacks them, to what `_sample` returns."""
+        """Compute a step on the device: inputs [3, n] as `_inputs` stacks them, to what `_sample` returns."""
         last, places, uniforms = inputs
         hidden = self._cache.forward(self._backbone, last[:, None], places[:, None], length=length)
         return self._sample(hidden[:, 0], uniforms)
@@ -211,7 +247,7 @@ class CachedEngine:
         self._counts[rows] = 0
         self._limits[rows] = np.minimum(self.config.max_new_tokens, self.config.max_tokens - self._lengths[rows])
         self._num_running = end
-        self._take(rows, self._sample(torch.cat(hidden), uniforms))
+        self._take(rows, self._sample(torch.cat(hidden), uniforms).cpu().numpy())
 
     def _flags(self, rows: Iterable[int]) -> np.ndarray:
         flags = np.zeros(self.num_rows, dtype=bool)
@@ -264,11 +300,10 @@ class CachedEngine:
         ids, logprobs = sample(logits, uniforms.view(torch.float64), self.config)
         return torch.stack((ids, logprobs.double().view(torch.int64)))
 
-    def _take(self, rows: np.ndarray, drawn: Tensor) -> None:
+    def _take(self, rows: np.ndarray, drawn: np.ndarray) -> None:
         """Give each of these running rows the token drawn for it, and set those aside whose action it ends."""
         counts = self._counts[rows]
-        # The one moment of a step at which the host waits for the device.
-        tokens, bits = drawn.cpu().numpy()
+        tokens, bits = drawn
         self._ids[rows, counts] = tokens
         self._logprobs[rows, counts] = bits.view(np.float64)
         self._counts[rows] = counts + 1
@@ -287,12 +322,12 @@ class CachedEngine:
         those = end + np.flatnonzero(flags[end - start :])
         if len(these):
             moved, back = self._tensor(np.stack((these, those)))
-            self._cache.swap(moved, back, int(self._lengths.max()))
+            self._cache.swap(moved, back, int(self._lengths.max()) + int(self._under_way is not None))
             self._row_at[these], self._row_at[those] = self._row_at[those], self._row_at[these]
         return end
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
+        return send(torch.from_numpy(array), self.model.device)
 
 
 def _check_context(model: PreTrainedModel, config: RolloutConfig) -> None:

@@ -1,8 +1,9 @@
 """A GPU that this machine does not have: tensors compute on the CPU, but say that they lie on one, and act like it.
 
 The numbers are real, so whole runs work. What a GPU would refuse is refused: operations on tensors of two devices, and
-`numpy` of a tensor on the GPU. What would make the host wait for it, and what it would launch, is counted. It knows
-nothing of kernels that only CUDA has, of memory and of speed.
+`numpy` of a tensor on the GPU. What would make the host wait for it, and what it would launch, is counted. A copy to
+pinned memory of the host for which nobody waits arrives when the host waits next; before, other numbers are there. It
+knows nothing of kernels that only CUDA has, of memory and of speed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 CUDA = torch.device("cuda", 0)
-_MARK = "lies_on_the_pretended_gpu"
+_MARK, _PINNED = "lies_on_the_pretended_gpu", "is_pinned_for_the_pretended_gpu"
 #: These make new tensors, on the device that they are told.
 _MAKERS = (
     "arange asarray as_tensor empty empty_like eye full full_like linspace ones ones_like rand rand_like randint "
@@ -52,6 +53,7 @@ class PretendedGpu:
             that blocks.
         places: The same by file and line of our code.
         tape: What the CUDA graph that is being recorded consists of; None: nothing is recorded.
+        arriving: Copies to the host that have not arrived, and what they copy.
     """
 
     def __init__(self) -> None:
@@ -59,6 +61,7 @@ class PretendedGpu:
         self.waits: Counter[str] = Counter()
         self.places: Counter[str] = Counter()
         self.tape: list[tuple[Any, ...]] | None = None
+        self.arriving: list[tuple[Tensor, Tensor]] = []
 
     def reset(self) -> None:
         """Count from zero."""
@@ -75,6 +78,9 @@ class PretendedGpu:
         if self.tape is not None:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({why})")
         self.waits[why] += 1
+        arriving, self.arriving = self.arriving, []
+        for copy, sent in arriving:
+            copy.copy_(sent)
         frame = sys._getframe(1)
         while frame.f_back is not None:
             file = frame.f_code.co_filename
@@ -100,6 +106,11 @@ def _marked(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _pinned(tensor: Tensor) -> Tensor:
+    setattr(tensor.untyped_storage(), _PINNED, True)
+    return tensor
+
+
 def _is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
@@ -121,6 +132,19 @@ def _graph_class(gpu: PretendedGpu) -> type:
                             old.copy_(new)
 
     return CUDAGraph
+
+
+class _Event:
+    """The host can wait for what was begun before it; here it then waits for everything."""
+
+    def __init__(self, gpu: PretendedGpu) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        """Done by `synchronize`."""
+
+    def synchronize(self) -> None:
+        self.gpu.waited("event")
 
 
 @contextlib.contextmanager
@@ -171,9 +195,14 @@ class _Operations(TorchDispatchMode):
     def _copy(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         self.gpu.launched(name)
         if name == "aten::copy_" and lies_on_it(args[0]) != lies_on_it(args[1]):
-            is_async = lies_on_it(args[0]) and (args[2:] == (True,) or kwargs.get("non_blocking"))
-            if not is_async or self.gpu.tape is not None:
+            on_host = args[1] if lies_on_it(args[0]) else args[0]
+            is_async = args[2:] == (True,) or kwargs.get("non_blocking")
+            if not is_async or self.gpu.tape is not None or not hasattr(on_host.untyped_storage(), _PINNED):
                 self.gpu.waited("copy_")
+            elif on_host is args[0]:
+                with _disable_current_modes():
+                    self.gpu.arriving.append((on_host, args[1].clone()))
+                    return on_host.fill_(-77)
         result = func(*args, **kwargs)
         return _marked(result) if lies_on_it(args[0]) else result
 
@@ -197,7 +226,7 @@ def _patches(gpu: PretendedGpu) -> Iterator[Any]:
 
     def up(tensor: Tensor, blocks: bool = True) -> Tensor:
         gpu.launched("copy to the GPU")
-        if blocks or gpu.tape is not None:
+        if blocks or not hasattr(tensor.untyped_storage(), _PINNED) or gpu.tape is not None:
             gpu.waited("copy to the GPU")
         return _marked(tensor.clone())
 
@@ -242,6 +271,7 @@ def _patches(gpu: PretendedGpu) -> Iterator[Any]:
         "cpu": lambda self: self.to("cpu"),
         "cuda": lambda self, *args, **kwargs: self.to("cuda"),
         "new_tensor": new_tensor,
+        "pin_memory": lambda self: _pinned(self.clone()),
         "__deepcopy__": deepcopied,
         **{name: reading(name) for name in ("tolist", "numpy", "__array__")},
     }
@@ -257,6 +287,7 @@ def _patches(gpu: PretendedGpu) -> Iterator[Any]:
     for name, answer in {**answers, "empty_cache": None, "synchronize": None}.items():
         yield patch.object(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     yield patch.object(torch.cuda, "CUDAGraph", _graph_class(gpu))
+    yield patch.object(torch.cuda, "Event", functools.partial(_Event, gpu))
     yield patch.object(torch.cuda, "graph", functools.partial(_recording, gpu))
     yield patch.object(torch.cuda, "graph_pool_handle", object)
 
@@ -266,9 +297,9 @@ def _maker(make: Any, up: Any) -> Any:
 
     @functools.wraps(make)
     def made(*args: Any, **kwargs: Any) -> Tensor:
-        device = kwargs.get("device")
+        device, is_pinned = kwargs.get("device"), kwargs.pop("pin_memory", False)
         if not _is_cuda(device):
-            return make(*args, **kwargs)
+            return _pinned(make(*args, **kwargs)) if is_pinned else make(*args, **kwargs)
         kwargs["device"] = "cpu"
         if make.__name__ in ("tensor", "as_tensor", "asarray"):  # from data on the host, which go there in a copy
             data = args[0]

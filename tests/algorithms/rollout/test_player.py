@@ -22,8 +22,7 @@ from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner.collate import collate, predicting_positions
 from algorithms.learner.seeding import rng
 from algorithms.learner.types import Trajectory, Turn
-from algorithms.rollout import engine as engine_module
-from algorithms.rollout import kv_cache
+from algorithms.rollout import cached_engine, kv_cache
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.engine import Action
 from algorithms.rollout.generator import Generator
@@ -317,7 +316,7 @@ def test_growing_and_chunked_prefill_change_nothing(monkeypatch):
     questions = list(range(8))
     expected, _ = make_toy_player("bytes", num_envs=8).rollout(questions, seed=(3,))
     monkeypatch.setattr(kv_cache, "_FIRST_CAPACITY", 1)
-    monkeypatch.setattr(engine_module, "_MAX_PREFILL_TOKENS", 100)
+    monkeypatch.setattr(cached_engine, "_MAX_PREFILL_TOKENS", 100)
     assert_same(make_toy_player("bytes", num_envs=8).rollout(questions, seed=(3,))[0], expected)
 
 

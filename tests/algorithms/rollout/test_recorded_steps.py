@@ -72,27 +72,33 @@ def test_an_episode_may_fill_the_cache_to_the_last_column():
 
 
 def test_shapes_are_recorded_once_and_anew_when_the_cache_has_moved():
-    cache, recorded = EpisodeCache(8, 4096), []
+    cache, recorded, computed = EpisodeCache(8, 4096), [], []
 
     def record(compute):
-        recorded.append(tuple(compute().shape))
+        compute()
+        recorded.append(computed[-1])
         return compute
 
     steps = RecordedSteps(cache, 4096, record, torch.device("cpu"))
 
     def compute(inputs, length):
-        return torch.cat((inputs[:2], torch.full_like(inputs[:1], length)))
+        computed.append((inputs.shape[1], length))
+        return inputs[:2]
 
     def draw(number, *lengths):
         running = np.stack([np.arange(number) + 100, np.array(lengths[:number]), np.zeros(number, dtype=np.int64)])
         return steps.draw(compute, running, np.array(lengths)).tolist()
 
     for _ in range(2):
-        assert draw(2, 500, 511, 0, 0, 0, 0, 0, 0) == [[100, 101], [500, 511], [512, 512]]
-        assert draw(2, 500, 510, 0, 0, 4000, 0, 0, 0) == [[100, 101], [500, 510], [512, 512]], "it isn't computed"
-        assert draw(3, 5, 6, 7, 600, 4000, 0, 0, 0) == [[100, 101, 102], [5, 6, 7], [1024] * 3], "a row beside them is"
-        assert draw(5, 1, 1, 1, 1, 4095, 9, 9, 9)[2] == [4096] * 5
-    assert recorded == [(3, 2), (3, 4), (3, 8)]
+        assert draw(2, 500, 511, 0, 0, 0, 0, 0, 0) == [[100, 101], [500, 511]]
+        assert computed[-1] == (2, 512)
+        assert draw(2, 500, 510, 0, 0, 4000, 0, 0, 0) == [[100, 101], [500, 510]]
+        assert computed[-1] == (2, 512), "the long row isn't computed"
+        assert draw(3, 5, 6, 7, 600, 4000, 0, 0, 0) == [[100, 101, 102], [5, 6, 7]]
+        assert computed[-1] == (4, 1024), "a row beside them is"
+        draw(5, 1, 1, 1, 1, 4095, 9, 9, 9)
+        assert computed[-1] == (8, 4096)
+    assert recorded == [(2, 512), (4, 1024), (8, 4096)]
     assert not cache.stored
     backbone = make_policy("whole").base_model
     with torch.no_grad():
@@ -100,7 +106,42 @@ def test_shapes_are_recorded_once_and_anew_when_the_cache_has_moved():
     draw(2, 5, 5, 0, 0, 0, 0, 0, 0)
     assert cache.stored[0].shape[2] >= 512
     draw(2, 5, 5, 0, 0, 0, 0, 0, 0)
-    assert recorded[3:] == [(3, 2)]
+    assert recorded[3:] == [(2, 512)]
+
+
+def test_a_step_reads_the_tokens_that_the_step_before_drew():
+    """Also where recording computes it twice."""
+
+    def record(compute):
+        compute()
+        return compute
+
+    steps = RecordedSteps(EpisodeCache(4, 8), 8, record, torch.device("cpu"))
+
+    def draw(places_before, *last):
+        running = np.stack([np.array(last), np.ones_like(last), np.zeros_like(last)])
+        drawn = steps.draw(lambda inputs, length: inputs[:2] * 2, running, np.ones(4, dtype=np.int64), places_before)
+        return drawn[0].tolist()
+
+    assert draw(None, 10, 20, 30) == [20, 40, 60]
+    assert draw(np.array([2, 0]), 7, 7) == [120, 40]
+    assert draw(np.array([1]), 7) == [80], "of the step before, not of an earlier one"
+    assert draw(None, 5, 6) == [10, 12]
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_a_token_too_many_is_neither_taken_nor_counted(num_rows):
+    """Recorded steps are read one step late; rows that have ended by then are computed once more."""
+    policy, computed, counts = make_policy("whole", seed=4), [], {}
+    for recorder in (None, lambda: unrecorded):
+        config = RolloutConfig(**SETTINGS)
+        settings = {"num_rows": num_rows, "action_ends": CLOSING_TAGS, "recorder": recorder}
+        engine = CachedEngine(policy, make_tokenizer("whole"), config, **settings)
+        written = Player(engine, make_envs(num_rows)).rollout(np.arange(9) % 8, seed=(1, 2))[0]
+        computed.append(engine.computed_tokens)
+        counts[recorder is None] = [len(turn.action_ids) for episode in written for turn in episode.turns]
+    assert counts[True] == counts[False]
+    assert computed[0] == computed[1]
 
 
 def test_there_are_at_most_twelve_shapes():

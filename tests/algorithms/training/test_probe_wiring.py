@@ -21,7 +21,7 @@ from agentic_rag_env.probes import DEFAULT_PROBES, Prompt, figure, interval, sha
 from agentic_rag_env.types import Question, StepInfo
 from algorithms import evaluate
 from algorithms.learner.types import Trajectory, Turn
-from algorithms.rollout import engine as engine_module
+from algorithms.rollout import cached_engine
 from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.generator import Generator
@@ -77,7 +77,7 @@ def test_generated_text_is_that_of_plain_greedy_decoding(spelling):
 
 def test_generated_text_does_not_depend_on_how_prompts_share_a_pass(monkeypatch):
     expected = Generator(engine("pieces", num_rows=1))(PROMPTS)
-    monkeypatch.setattr(engine_module, "_MAX_PREFILL_TOKENS", 60)
+    monkeypatch.setattr(cached_engine, "_MAX_PREFILL_TOKENS", 60)
     assert Generator(engine("pieces", num_rows=14))(PROMPTS) == expected
     assert Generator(engine("pieces", num_rows=4))(PROMPTS[::-1]) == expected[::-1]
 
