@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pkgutil
@@ -41,6 +42,7 @@ def _begin(rank: int, count: int, port: int, folder: Path, work: Callable[..., A
     with (folder / f"stderr-{rank}").open("wb", buffering=0) as errors:
         os.dup2(errors.fileno(), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.enable(sys.stderr)  # where a process was that dies of a fault in a library
     sys.exit(work(*arguments))
 
 
