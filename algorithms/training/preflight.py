@@ -171,19 +171,27 @@ class _Stage:
         phases: dict[str, float] = {}
         if "policy" in self.stage.trains_on:
             phases["rollout"] = self.play_s(self.policy, element, config.batch_size)
-        scored = [self.teacher] if self.teacher else []
+        # What the teacher reads once, it need not read in a step; where the policy plays, too, there is more to read.
+        reads_once = self.states_of_teacher() > 0
+        scored = [] if self.teacher is None or (reads_once and "policy" not in self.stage.trains_on) else [self.teacher]
         scored += [self.policy] * (bool(self.reference) + bool(self.critic))
         phases["score"] = sum(self.forward_s(shape, config.batch_size) for shape in scored)
         # A forward pass, and two backward: one of them for the gradients of weights, which frozen ones need not.
         passes = (4 if self.config.learner.gradient_checkpointing else 3) - (1 if self.shared else 0)
         trained = 2 if self.critic else 1
         phases["update"] = passes * trained * config.num_epochs * self.forward_s(self.policy, config.batch_size)
-        total = steps * sum(phases.values())
+        once: dict[str, float] = {}
         if self.demonstrator is not None:
-            played = self.play_s(self.demonstrator, 2 if self.has_half_teacher else 4, self.num_demonstrations)
-            phases["demonstrations, once"] = played
-            total += played
-        return {"steps": steps, "seconds of a step": {k: round(v, 2) for k, v in phases.items()}, "hours": total / 3600}
+            element = 2 if self.has_half_teacher else 4
+            once["demonstrations"] = self.play_s(self.demonstrator, element, self.num_demonstrations)
+        if self.teacher is not None and reads_once:
+            once["teacher reads demonstrations"] = self.forward_s(self.teacher, self.num_demonstrations)
+        return {
+            "steps": steps,
+            "seconds of a step": {name: round(seconds, 2) for name, seconds in phases.items()},
+            "seconds once": {name: round(seconds, 2) for name, seconds in once.items()},
+            "hours": (steps * sum(phases.values()) + sum(once.values())) / 3600,
+        }
 
 
 def plan(config: RunConfig) -> dict[str, Any]:

@@ -160,6 +160,21 @@ def test_time_by_hand():
     assert stage["steps"] == 150
 
 
+def test_a_teacher_reads_demonstrations_once():
+    """2.8 billion parameters in 36 layers; 10 passes over 400 demonstrations."""
+    settings = ["model=qwen2.5_3b_0.5b", *H200, "algo.num_demonstrations=400", "algo.batch_size=40"]
+    stage = plan(composed("algo=kd", *settings, "algo.epochs=10"))["time"]["kd"]
+    matrices, attention = 36 * (2 * 2048 * 128 * (16 + 2) + 3 * 2048 * 11_008), 2 * 36 * 2048 * 1450
+    reading = 400 * (1450 * (2 * matrices + attention) + 250 * 2 * 151_936 * 2048) / (0.4 * 989e12)
+    assert stage["seconds once"]["teacher reads demonstrations"] == round(reading, 2)
+    assert (stage["steps"], stage["seconds of a step"]["score"]) == (100, 0)
+    seconds = 100 * stage["seconds of a step"]["update"] + sum(stage["seconds once"].values())
+    assert stage["hours"] == pytest.approx(seconds / 3600, rel=0.01)
+    # Of what a policy plays, too, it reads every batch.
+    own = plan(composed("algo=gkd", *settings, "algo.warm_start=null"))["time"]["gkd"]
+    assert own["seconds of a step"]["score"] == pytest.approx(reading / 10, rel=0.01)
+
+
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_pairs_of_the_paper_fit(pair, count):
