@@ -66,7 +66,7 @@ class _Stage:
         self.chunk = chunk_tokens(config.learner.chunk_tokens, policy.vocab, on_cpu=not self.on_gpu)
         self.tokens = min(_TOKENS, config.rollout.max_tokens)
         self.written = min(_WRITTEN, self.tokens // 4)
-        self.rows = -(-config.num_envs // self.count)
+        self.rows = config.num_envs  # in each process
         self.num_demonstrations, self.demonstrator = 0, None
         if isinstance(stage.config, DemonstrationConfig) and "teacher" in stage.trains_on:
             self.num_demonstrations = stage.config.num_demonstrations
