@@ -38,6 +38,16 @@ def require_model(path: str | Path) -> None:
         raise ConfigurationError(f"There is no folder {str(path)!r}.{hint}")
 
 
+def is_here(path: str | Path) -> bool:
+    """Whether a model can be read without the network: it is a folder, or the hub's cache has a copy."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+    return as_folder(path) is not None or any(
+        isinstance(try_to_load_from_cache(str(path), file), str) for file in files
+    )
+
+
 def file_on_hub(name: str, file: str) -> Path | None:
     """Find a file of a model on the hub, or of its copy in the hub's cache; None if it has none.
 

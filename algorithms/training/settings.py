@@ -145,7 +145,8 @@ class RunConfig:
         probe_every: Training steps between probes on the questions of a check on the dev split; 0 for none.
         threads: CPU threads of each process; None leaves PyTorch's choice.
         allow: Addresses and files outside of the run directory that the settings saved in `resume` may name.
-        preflight: Write a plan of memory, disk, tokens and time to `preflight.json` instead of training.
+        preflight: Write a plan of memory, disk, tokens and time to `preflight.json` instead of training. If this
+            process can carry out the run, the times are those of three real steps of every stage.
         logger: Where the numbers go: "jsonl" (`metrics.jsonl`, which every run writes), "tensorboard", "wandb", or one
             of your own; by name, or as a mapping with `name` and settings. `resume` takes it from the command line.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import shlex
 import shutil
 import subprocess
@@ -37,13 +36,11 @@ from algorithms.training.evaluation import Evaluated, mode_name
 from algorithms.training.evaluation_cache import place
 from algorithms.training.file_locks import exclusively
 from algorithms.training.fingerprints import fingerprints, versions
+from algorithms.training.host_memory import peak_memory
 from algorithms.training.run_files import write_summary
 from algorithms.training.run_logger import write_results
 from algorithms.training.settings import RunConfig, settings_without_effect
 from algorithms.training.trainer import Trainer
-
-#: Linux counts in kilobytes, macOS in bytes.
-_MAXRSS_PER_MB = 2**20 if sys.platform == "darwin" else 2**10
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
@@ -135,7 +132,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_PER_MB),
+        "peak_memory_mb": round(peak_memory() / 2**20),
         "versions": versions(),
         "machine": {"device": str(device), "processor": platform.machine(), "processes": ranks.count()},
     }

@@ -47,14 +47,15 @@ class Trainer:
     Args:
         config: The run's settings.
         run_dir: Where everything is written. If it holds checkpoints, training goes on after the newest.
+        most_steps: Steps after which a stage ends that would take more; None: it takes all.
 
     Attributes:
         stages: The algorithms, first to last.
         position: Where the run stands.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
-        self.config, self.run_dir = config, run_dir
+    def __init__(self, config: RunConfig, run_dir: Path, most_steps: int | None = None) -> None:
+        self.config, self.run_dir, self._most_steps = config, run_dir, most_steps
         self.stages = build_stages(config.algo)
         self.networks = Networks(config)
         self.environments = Environments(config, self.networks.tokenizer)
@@ -209,7 +210,7 @@ class Trainer:
                 self._save(learner)
 
     def _stage_is_over(self, algorithm: Algorithm, total_steps: int) -> bool:
-        if self.position.stage_step >= total_steps:
+        if self.position.stage_step >= min(total_steps, self._most_steps or total_steps):
             return True
         threshold = _hand_over(algorithm)
         reached = self.position.dev_exact_match

@@ -13,7 +13,6 @@ from small_runs import command
 
 import algorithms.run  # noqa: F401  # its launcher is named in the configuration
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.assets import ASSETS
 from algorithms.training.hardware import GIB, GPUS, HardwareConfig
 from algorithms.training.model_shapes import KNOWN, shape_of
 from algorithms.training.preflight import plan
@@ -186,7 +185,7 @@ def test_the_pairs_of_the_paper_fit(pair, count):
     assert (found["models"]["policy"], found["models"]["teacher"]) == PAIRS[pair]
     assert found["fits"]
     assert found["peak"]["GiB"] < 139 * 0.92
-    assert found["trained tokens"] == 250 * (64 * 160 + 240 * 150)
+    assert found["trained tokens"] == 1450 * (64 * 160 + 240 * 150)
     if count == 8:
         alone = plan(dataclasses.replace(config, hardware=HardwareConfig("h200", 1)))
         assert found["hours"] < alone["hours"]
@@ -285,17 +284,6 @@ def test_a_teacher_takes_what_its_dtype_takes(dtype, size):
 
 
 # The command
-
-
-def test_the_command_writes_the_plan_and_trains_nothing(tmp_path):
-    run = command("algo=dgpo", "preflight=true", f"hydra.run.dir={tmp_path / 'run'}")
-    assert run.code == 0, run.err
-    found = json.loads((tmp_path / "run" / "preflight.json").read_text())
-    assert found["fits"]
-    assert found["hardware"]["device"] == "cpu"
-    assert found["models"]["policy"] == shape_of(str(ASSETS / "tiny-student")).parameters
-    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == [".hydra", "preflight.json"]
-    assert "Plan for 1 x cpu" in run.out
 
 
 def test_the_command_refuses_what_does_not_fit(tmp_path):
