@@ -29,7 +29,7 @@ from algorithms.launch.run_guard import settings_of
 from algorithms.training import file_locks
 from algorithms.training.compose import PARTS, explanation
 from algorithms.training.event_files import EventFile
-from algorithms.training.run_directory import begun, complete, require_same
+from algorithms.training.run_directory import PLAN_FILE, begun, complete, has_plan, require_same
 from algorithms.training.run_files import allowed, places, read_settings
 from algorithms.training.schemas import by_group
 
@@ -79,6 +79,7 @@ class SlotsLauncher(Launcher):
         """Take the sweep directory before Hydra writes into it."""
         self._loader, self._config = hydra_context.config_loader, config
         self._sweep_dir = Path(config.hydra.sweep.dir)
+        self._is_done = complete
         self._hold()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -93,7 +94,8 @@ class SlotsLauncher(Launcher):
         try:
             planned = self._plan(job_overrides, initial_job_idx)
             self._lay_out(job_overrides)
-            display = JobDisplay([job for job in planned if not complete(job.directory)], len(planned), self._sweep_dir)
+            missing = [job for job in planned if not self._is_done(job.directory)]
+            display = JobDisplay(missing, len(planned), self._sweep_dir)
             with display:
                 failed = job_pool.Launcher(self._slots, self._sweep_dir / _LOCKS, display).run(planned)
         except KeyboardInterrupt as error:
@@ -107,7 +109,11 @@ class SlotsLauncher(Launcher):
             display.show_failures(failed)
             self._say_how_to_go_on(planned, f"{len(failed)} of {len(planned)} runs failed.")
             raise SystemExit(1)
-        print(f"all {len(planned)} runs are done: python -m algorithms.compare {self._sweep_dir}")
+        print(
+            f"all {len(planned)} plans are written: {self._sweep_dir}/*/{PLAN_FILE}"
+            if self._is_done is has_plan
+            else f"all {len(planned)} runs are done: python -m algorithms.compare {self._sweep_dir}"
+        )
         return [JobReturn(overrides, status=JobStatus.COMPLETED) for overrides in job_overrides]
 
     @property
@@ -150,7 +156,12 @@ class SlotsLauncher(Launcher):
                 )
             directory = self._sweep_dir / name
             if begun(directory):
+                if config.preflight:
+                    raise ConfigurationError(f"{directory} holds a run; plan with another hydra.sweep.dir.")
                 require_same(directory, settings_of(config))
+            if config.preflight:
+                self._is_done = has_plan
+                (directory / PLAN_FILE).unlink(missing_ok=True)  # it may be the plan of other settings
             command = self._command(directory, overrides, set_threads=config.threads is None)
             planned[name] = job_pool.Job(name, directory, command, " ".join(each.lstrip("+") for each in own) or name)
         return list(planned.values())
@@ -200,7 +211,7 @@ class SlotsLauncher(Launcher):
         """See `job_pool.Job.command`."""
 
         def command(slot: job_pool.Slot) -> list[str] | None:
-            if complete(directory):
+            if self._is_done(directory):
                 return None
             start = [sys.executable, *_path_flag(), *self._torchrun(), "-m", "algorithms.run", *self._hydra_flags()]
             if begun(directory):
@@ -231,7 +242,7 @@ class SlotsLauncher(Launcher):
         return flags
 
     def _say_how_to_go_on(self, planned: Sequence[job_pool.Job], what: str) -> None:
-        missing = sum(not complete(job.directory) for job in planned) or "all"
+        missing = sum(not self._is_done(job.directory) for job in planned) or "all"
         given = sys.argv[1:]
         if not any(argument.startswith("hydra.sweep.dir=") for argument in given):
             given = [*given, f"hydra.sweep.dir={self._sweep_dir}"]

@@ -230,3 +230,13 @@ class Algorithm:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def trains_language_model(name: str) -> bool:
+    """Whether an algorithm is one of ours; others are learners of other libraries, such as `maskable_ppo`.
+
+    Raises:
+        UnknownNameError: There is no such algorithm.
+    """
+    factory = ALGORITHMS.get(name).factory
+    return isinstance(factory, type) and issubclass(factory, Algorithm)

@@ -11,7 +11,7 @@ import yaml
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import write_whole
-from algorithms.learner.algorithm import ALGORITHMS, Algorithm
+from algorithms.learner.algorithm import ALGORITHMS, trains_language_model
 from algorithms.training import compose, run_directory
 from algorithms.training.run_files import OVERRIDES_FILE, plain_data, read_metrics, read_summary, write_settings
 from algorithms.training.settings import RunConfig
@@ -125,8 +125,7 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     seeding.seed_everything(config.seed)
-    factory = ALGORITHMS.get(config.algo["name"]).factory
-    if not (isinstance(factory, type) and issubclass(factory, Algorithm)):  # a learner of another library
+    if not trains_language_model(config.algo["name"]):  # a learner of another library
         outside = ALGORITHMS.build(config.algo)
         if ranks.count() > 1:
             warnings.warn(f"{outside.name} trains in one process; the others wait for it.", stacklevel=2)

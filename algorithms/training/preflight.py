@@ -16,18 +16,19 @@ from typing import Any
 
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from agentic_rag_env.files import write_whole
+from algorithms.learner.algorithm import trains_language_model
 from algorithms.learner.model_folders import is_here
 from algorithms.training.build import build_stages
 from algorithms.training.hardware import GIB, device_of
 from algorithms.training.model_names import resolve_model
 from algorithms.training.model_shapes import shape_of
+from algorithms.training.run_directory import PLAN_FILE
 from algorithms.training.settings import RunConfig
 from algorithms.training.stage_plan import StagePlan
 from algorithms.training.trial import STEPS, Trial, try_out
 
 #: Share of a device's memory that a plan may fill.
 _FILL = 0.92
-_FILE = "preflight.json"
 
 
 def plan(config: RunConfig, trial: Trial | None = None) -> dict[str, Any]:
@@ -93,19 +94,23 @@ def preflight(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     Raises:
         ConfigurationError: The run does not fit; the message says why and what would do.
     """
+    if not trains_language_model(config.algo["name"]):
+        raise ConfigurationError(
+            f"Only runs that train a language model can be planned; {config.algo['name']} trains none."
+        )
     found = plan(config)
     if found["fits"]:
         try:
             found = _tried(config, run_dir) or found
         except AgenticRAGError as error:
             print(f"No step could be measured: {error}")
-    write_whole(run_dir / _FILE, json.dumps(found, indent=2).encode())
+    write_whole(run_dir / PLAN_FILE, json.dumps(found, indent=2).encode())
     hardware, peak = found["hardware"], found["peak"]
     print(
         f"Plan for {hardware['count']} x {hardware['device']} ({hardware['GiB each']} GiB each): {peak['GiB']} GiB at "
         f"the peak ({peak['stage']}, {peak['phase']}; computed), about {_in_words(found['hours'])} of training"
         f"{_evaluation_in_words(found)} (times are {found['times are']}), {found['disk']['GiB']} GiB of checkpoints. "
-        f"{run_dir / _FILE}"
+        f"{run_dir / PLAN_FILE}"
     )
     if not found["fits"]:
         raise ConfigurationError(f"{found['reason']} {found['change']}")
@@ -131,7 +136,7 @@ def _questions(config: RunConfig, trial: Trial, num_stages: int) -> int:
 
 
 def _in_words(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
 def _evaluation_in_words(found: dict[str, Any]) -> str:

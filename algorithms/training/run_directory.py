@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from algorithms.training.run_files import CONFIG_FILE, METRICS_FILE, differences
 from algorithms.training.settings import settings_without_effect
 
 LOCK_FILE = CONFIG_FILE.parent / "lock"
+PLAN_FILE = Path("preflight.json")
 
 
 def begun(run_dir: Path) -> bool:
@@ -31,6 +33,12 @@ def complete(run_dir: Path) -> bool:
     except DataError as error:
         warnings.warn(f"{error}; it is made again.", stacklevel=2)
         return False
+
+
+def has_plan(run_dir: Path) -> bool:
+    """Whether a directory holds the plan of a run that fits."""
+    file = run_dir / PLAN_FILE
+    return file.is_file() and json.loads(file.read_bytes())["fits"]
 
 
 def hold(run_dir: Path) -> None:

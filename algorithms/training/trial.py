@@ -63,6 +63,7 @@ def try_out(config: RunConfig, folder: Path) -> Trial:
     if config.threads:
         torch.set_num_threads(config.threads)
     seeding.seed_everything(config.seed)
+    shutil.rmtree(folder, ignore_errors=True)  # a trial that was killed would be gone on with
     try:
         trainer = Trainer(_shortened(config, folder), folder / "run", most_steps=STEPS)
         trainer.train()

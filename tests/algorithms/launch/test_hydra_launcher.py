@@ -297,6 +297,34 @@ def test_a_restart_runs_what_is_missing_and_resumes_what_has_begun(tmp_path, lau
     assert "seed=2" in started["algo-ppo+seed-2"]
 
 
+def test_plans_of_a_multirun(tmp_path, launched, monkeypatch):
+    plan = tmp_path / "seed-0" / "preflight.json"
+    plan.parent.mkdir()
+    plan.write_text('{"fits": true}')  # of an earlier command
+    words = ["-m", "seed=0,1", "preflight=true", f"hydra.sweep.dir={tmp_path}"]
+    run = command(*words)
+    assert run.code == 0, run.err
+    assert list(launched[0]) == ["seed-0", "seed-1"]
+    assert {"preflight=True", "seed=1"} <= set(launched[0]["seed-1"])
+    assert f"all 2 plans are written: {tmp_path}/*/preflight.json" in run.out
+
+    def planned(self, jobs):
+        for job, fits in zip(jobs, ("true", "false"), strict=True):
+            job.directory.mkdir(exist_ok=True)
+            (job.directory / "preflight.json").write_text(f'{{"fits": {fits}}}')
+        slot = Slot(0, {"OMP_NUM_THREADS": "2"})
+        return [job_pool.Attempt(job, slot, code=1) for job in jobs if job.command(slot) is not None]
+
+    monkeypatch.setattr(Launcher, "run", planned)
+    run = command(*words)
+    assert run.code == 1, "one doesn't fit"
+    assert "1 of 2 runs failed" in run.err
+    pretend_run(tmp_path / "seed-1", "seed=1", done=False)
+    run = command(*words)
+    assert run.code == 1
+    assert "seed-1 holds a run; plan with another hydra.sweep.dir." in run.err
+
+
 def test_a_run_with_other_settings_is_not_taken_for_the_one_that_is_wanted(tmp_path, launched):
     pretend_run(tmp_path / "seed-0", "seed=0", "algo.kl_coef=0.25")
     run = command("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}")

@@ -79,7 +79,7 @@ def test_the_command_tries_the_run_out(tmp_path):
     assert found["time"]["sft"]["seconds of a step"].keys() == {"rollout", "score", "update"}
     assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == [".hydra", "preflight.json"]
     assert "Plan for 1 x cpu" in run.out
-    assert "minutes of training and" in run.out
+    assert "min of training and" in run.out
 
 
 @pytest.mark.parametrize("setting", ["hardware.gpu=h200", "hardware.count=2", "model.policy=owner/absent"])
@@ -108,3 +108,17 @@ def test_the_files_of_a_trial_are_removed_when_it_fails(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         try_out(composed(*TINY, *DGPO), tmp_path / "trial")
     assert not (tmp_path / "trial").exists()
+
+
+def test_a_trial_that_was_killed_is_not_gone_on_with(tmp_path):
+    config = composed(*TINY, "algo=sft", *SFT)
+    left = tmp_path / "trial" / "run" / "checkpoints" / "000003"
+    left.mkdir(parents=True)
+    (stage,) = try_out(config, tmp_path / "trial").stages
+    assert stage is not None
+
+
+def test_what_trains_no_language_model_has_no_plan(tmp_path):
+    run = command("algo=maskable_ppo", "preflight=true", f"hydra.run.dir={tmp_path / 'run'}")
+    assert run.code == 1
+    assert "Only runs that train a language model can be planned; maskable_ppo trains none." in run.err
