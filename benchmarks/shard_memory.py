@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import resource
 import socket
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from algorithms.learner.config import LearnerConfig
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch
 from algorithms.sft import SFT, SFTConfig
+from algorithms.training.host_memory import peak_memory
 
 VOCAB, HIDDEN, LAYERS = 32_000, 1024, 13
 MIB = 2**20
@@ -62,7 +62,7 @@ def work(rank: int, port: int, in_shares: bool, file: Path) -> None:
     os.environ |= {name: str(value) for name, value in given.items()}
     torch.set_num_threads(1)
     ranks.join()
-    before = peak()
+    before = peak_memory()
     policy = sharding.shard(model()) if in_shares else model()
     algorithm = SFT(SFTConfig(batch_size=4))
     learner = Learner(algorithm, policy, config=LearnerConfig(micro_batch_tokens=128), total_steps=3, vocab_size=VOCAB)
@@ -72,13 +72,10 @@ def work(rank: int, port: int, in_shares: bool, file: Path) -> None:
     taken = sum(2 * held(p) + sum(held(value) for value in states[p].values()) for p in parameters)
     if rank == 0:
         file.write_text(json.dumps({
-            "losses": losses, "parameters": sum(p.numel() for p in parameters), "peak": peak() - before, "held": taken,
+            "losses": losses, "parameters": sum(p.numel() for p in parameters), "held": taken,
+            "peak": peak_memory() - before,
         }))  # fmt: skip
     ranks.leave()
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(in_shares: bool) -> dict[str, Any]:

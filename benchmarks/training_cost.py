@@ -9,7 +9,6 @@ The settings are those of a run; the policy may be a shape with random weights:
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from algorithms.assets import ASSETS
 from algorithms.learner.networks import load_tokenizer
 from algorithms.learner.training_step import Learner
 from algorithms.training.compose import composed
+from algorithms.training.host_memory import peak_memory
 from algorithms.training.model_shapes import KNOWN
 from algorithms.training.trainer import Trainer
 from algorithms.training.typed import run_config
@@ -55,11 +55,6 @@ def measured(name: str, seconds: dict[str, float]) -> None:
     setattr(Learner, name, call)
 
 
-def peak_mib() -> float:
-    """Most memory that this process has had at a time."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
 def main(overrides: list[str]) -> None:
     """Train, and print what it took."""
     seconds: dict[str, float] = {}
@@ -68,10 +63,10 @@ def main(overrides: list[str]) -> None:
     config = composed("config", [*overrides, "evaluation.every=0", "logger=[jsonl]"])
     OmegaConf.set_struct(config, False)
     del config["hydra"]
-    imported, start = peak_mib(), time.process_time()
+    imported, start = peak_memory() / 2**20, time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(run_config(config), Path(folder))
-        loaded = peak_mib()
+        loaded = peak_memory() / 2**20
         trainer.train()
         files = [file for file in Path(folder).rglob("checkpoints/*/*") if file.is_file()]
         policy = trainer.networks.policy
@@ -79,7 +74,7 @@ def main(overrides: list[str]) -> None:
             "steps": trainer.position.step,
             "trained parameters": sum(each.numel() for each in policy.parameters() if each.requires_grad),
             "precision": trainer.networks.precision,
-            "peak MiB above import": round(peak_mib() - imported),
+            "peak MiB above import": round(peak_memory() / 2**20 - imported),
             "of it once loaded": round(loaded - imported),
             "processor seconds": {name: round(value, 1) for name, value in seconds.items()},
             "in all": round(time.process_time() - start, 1),

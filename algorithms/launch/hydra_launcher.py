@@ -79,7 +79,7 @@ class SlotsLauncher(Launcher):
         """Take the sweep directory before Hydra writes into it."""
         self._loader, self._config = hydra_context.config_loader, config
         self._sweep_dir = Path(config.hydra.sweep.dir)
-        self._is_done = complete
+        self._plans = False
         self._hold()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -111,10 +111,13 @@ class SlotsLauncher(Launcher):
             raise SystemExit(1)
         print(
             f"all {len(planned)} plans are written: {self._sweep_dir}/*/{PLAN_FILE}"
-            if self._is_done is has_plan
+            if self._plans
             else f"all {len(planned)} runs are done: python -m algorithms.compare {self._sweep_dir}"
         )
         return [JobReturn(overrides, status=JobStatus.COMPLETED) for overrides in job_overrides]
+
+    def _is_done(self, directory: Path) -> bool:
+        return has_plan(directory) if self._plans else complete(directory)
 
     @property
     def _lock_file(self) -> Path:
@@ -160,7 +163,7 @@ class SlotsLauncher(Launcher):
                     raise ConfigurationError(f"{directory} holds a run; plan with another hydra.sweep.dir.")
                 require_same(directory, settings_of(config))
             if config.preflight:
-                self._is_done = has_plan
+                self._plans = True
                 (directory / PLAN_FILE).unlink(missing_ok=True)  # it may be the plan of other settings
             command = self._command(directory, overrides, set_threads=config.threads is None)
             planned[name] = job_pool.Job(name, directory, command, " ".join(each.lstrip("+") for each in own) or name)

@@ -38,14 +38,11 @@ def require_model(path: str | Path) -> None:
         raise ConfigurationError(f"There is no folder {str(path)!r}.{hint}")
 
 
-def is_here(path: str | Path) -> bool:
-    """Whether a model can be read without the network: it is a folder, or the hub's cache has a copy."""
+def is_cached(name: str, *files: str) -> bool:
+    """Whether the hub's cache on this machine has one of these files of a model."""
     from huggingface_hub import try_to_load_from_cache
 
-    files = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-    return as_folder(path) is not None or any(
-        isinstance(try_to_load_from_cache(str(path), file), str) for file in files
-    )
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
 
 
 def file_on_hub(name: str, file: str) -> Path | None:
@@ -132,10 +129,10 @@ def hint_for(path: str | Path, error: Exception) -> str:
 @functools.cache  # which keeps no errors
 def _require_on_hub(name: str) -> None:
     """Ask the hub once and report its answer. The loaders by themselves would try for most of a minute."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi
 
     try:
-        if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
+        if is_cached(name, "config.json", "adapter_config.json"):
             return
         print(f"{name} is no folder here; asking the Hugging Face hub for it.", flush=True)
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)

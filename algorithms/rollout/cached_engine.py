@@ -180,7 +180,7 @@ class CachedEngine:
         A recorded step is read one step late: the device goes on with the tokens that it drew, and meanwhile the host
         looks at the step before. A row that turns out to have ended gets a token too many, which nobody takes.
         """
-        rows = self._row_at[: self._num_running].copy()
+        rows = self._row_at[: self._num_running]
         if self._recorded is None:
             # All that the device needs goes there at once, while it has nothing to do.
             drawn = self._draw(self._tensor(self._inputs(rows)), int(self._lengths[rows].max()) + 1)
@@ -193,7 +193,7 @@ class CachedEngine:
             places_before = place_of[rows]
         inputs = self._inputs(rows, ahead=int(places_before is not None))
         drawn = self._recorded.draw(self._draw, inputs, self._lengths[self._row_at], places_before)
-        self._finish_step(following=(rows, Arriving(drawn)))
+        self._finish_step(following=(rows.copy(), Arriving(drawn)))
 
     def _finish_step(self, following: tuple[np.ndarray, Arriving] | None = None) -> None:
         """Take what the step under way has drawn, while the following one is computed."""

@@ -28,7 +28,7 @@ from algorithms.training.episode_figures import episode_means
 from algorithms.training.evaluation_cache import Kept
 from algorithms.training.loggers.base import without_surrogates
 from algorithms.training.run_logger import progress
-from algorithms.training.settings import ScoringConfig
+from algorithms.training.settings import RunConfig, ScoringConfig
 
 #: Scores of an episode. Their means, with intervals, are figures of an evaluation.
 SCORES = ("exact_match", "f1", "sub_exact_match")
@@ -212,6 +212,19 @@ def write_predictions(path: Path, trajectories: Sequence[Trajectory], dataset: Q
         lines.append(without_surrogates(json.dumps(row, ensure_ascii=False)) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(lines).encode())
+
+
+def questions_at_end(config: RunConfig, num_stages: int, num_test: int) -> int:
+    """How many questions the final evaluation asks of all models and in all modes, if no answers are kept already.
+
+    Args:
+        config: The run's settings.
+        num_stages: Number of stages, each of which leaves a policy; the raw one and the teacher are asked, too.
+        num_test: Questions of the test split.
+    """
+    scoring = config.evaluation
+    models = 1 + num_stages + (config.model.teacher is not None)
+    return min(num_test, scoring.num_questions or num_test) * len(scoring.temperatures) * models
 
 
 def mode_name(temperature: float) -> str:

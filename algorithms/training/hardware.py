@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ def device_of(config: HardwareConfig) -> Device:
     return device if config.memory_gib is None else device._replace(memory=config.memory_gib * GIB)
 
 
+@functools.cache
 def _this_machine() -> Device:
     import torch
 

@@ -16,9 +16,12 @@ from typing import Any
 
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from agentic_rag_env.files import write_whole
+from agentic_rag_env.weight_files import WEIGHT_INDEX
+from algorithms.learner.adapter_folders import ADAPTER_WEIGHTS
 from algorithms.learner.algorithm import trains_language_model
-from algorithms.learner.model_folders import is_here
+from algorithms.learner.model_folders import as_folder, is_cached
 from algorithms.training.build import build_stages
+from algorithms.training.evaluation import questions_at_end
 from algorithms.training.hardware import GIB, device_of
 from algorithms.training.model_names import resolve_model
 from algorithms.training.model_shapes import shape_of
@@ -80,7 +83,8 @@ def plan(config: RunConfig, trial: Trial | None = None) -> dict[str, Any]:
         for stage, one in zip(found["time"].values(), made, strict=True)
     )
     if trial is not None:
-        found["evaluation hours, at most"] = round(_questions(config, trial, len(made)) * trial.question_s / 3600, 3)
+        questions = questions_at_end(config, len(made), trial.num_test)
+        found["evaluation hours, at most"] = round(questions * trial.question_s / 3600, 3)
         found["peak of the trial, GiB"] = round(trial.peak / GIB, 2)
     if not found["fits"]:
         found["reason"] = _reason(memory, found)
@@ -121,18 +125,19 @@ def _tried(config: RunConfig, run_dir: Path) -> dict[str, Any] | None:
     """The plan with measured times; None where a run with these settings would not run in this process."""
     if config.hardware.gpu is not None or config.hardware.count > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return None
-    models = [resolve_model(name, config.cache_dir) for name in (config.model.policy, config.model.teacher) if name]
-    if absent := [name for name in models if not is_here(name)]:
+    policy, teacher = resolve_model(config.model.policy, config.cache_dir), config.model.teacher
+    teacher = teacher and resolve_model(teacher, config.cache_dir)
+    if absent := [name for name in (policy, teacher) if name and not _is_here(name)]:
         print(f"No step is measured, since {' and '.join(absent)} would have to be downloaded first.")
         return None
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, policy=policy, teacher=teacher))
     return plan(config, try_out(config, run_dir / "trial"))
 
 
-def _questions(config: RunConfig, trial: Trial, num_stages: int) -> int:
-    """How many questions the final evaluation asks, if no model's answers are kept already."""
-    scoring = config.evaluation
-    models = 1 + num_stages + (config.model.teacher is not None)
-    return min(trial.num_test, scoring.num_questions or trial.num_test) * len(scoring.temperatures) * models
+def _is_here(model: str) -> bool:
+    """Whether the weights of a model can be read without the network."""
+    weights = ("model.safetensors", WEIGHT_INDEX, ADAPTER_WEIGHTS)
+    return as_folder(model) is not None or is_cached(model, *weights)
 
 
 def _in_words(hours: float) -> str:

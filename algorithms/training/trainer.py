@@ -142,11 +142,9 @@ class Trainer:
 
     def _checks_at_end(self) -> float:
         """How many checks on the dev split the final evaluation is worth, at most: a part of it may be kept already."""
-        scoring = self.config.evaluation
         num_test, num_dev = (len(self.environments.dataset(split)) for split in ("test", "dev"))
-        models = 1 + len(self.stages) + (self.config.model.teacher is not None)
-        questions = min(num_test, scoring.num_questions or num_test) * len(scoring.temperatures) * models
-        return questions / min(scoring.num_dev_questions, num_dev)
+        questions = evaluation.questions_at_end(self.config, len(self.stages), num_test)
+        return questions / min(self.config.evaluation.num_dev_questions, num_dev)
 
     def train(self) -> None:
         """Train all stages to their end. The teacher is out of memory afterwards."""

@@ -16,7 +16,6 @@ import torch
 from agentic_rag_env.terminal import print_line
 from algorithms.learner import seeding
 from algorithms.training.host_memory import peak_memory
-from algorithms.training.model_names import resolve_model
 from algorithms.training.run_files import read_metrics
 from algorithms.training.settings import RunConfig
 from algorithms.training.trainer import Trainer
@@ -53,7 +52,7 @@ def try_out(config: RunConfig, folder: Path) -> Trial:
     A policy after a few steps writes otherwise than later: one that has not learned to answer writes longer.
 
     Args:
-        config: The run's settings, for this process alone.
+        config: The run's settings, for this process alone; `.gguf` files of models are converted anew.
         folder: Where the trial writes; removed afterwards.
 
     Raises:
@@ -73,16 +72,9 @@ def try_out(config: RunConfig, folder: Path) -> Trial:
 
 
 def _shortened(config: RunConfig, folder: Path) -> RunConfig:
-    teacher = config.model.teacher
-    model = dataclasses.replace(
-        config.model,
-        policy=resolve_model(config.model.policy, config.cache_dir),
-        teacher=teacher and resolve_model(teacher, config.cache_dir),
-    )
     return dataclasses.replace(
         config,
         algo=_with_few_demonstrations(config.algo),
-        model=model,
         evaluation=dataclasses.replace(config.evaluation, every=STEPS),
         probe_every=0,
         logger=["jsonl"],

@@ -7,13 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
+from test_experiments import run_settings
 
 from algorithms.training.preflight import plan
-from algorithms.training.schemas import by_group, register_schemas
-from algorithms.training.settings import RunConfig
-from algorithms.training.typed import run_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "algorithms/README.md", "agentic_rag_env/README.md"]
@@ -42,16 +38,9 @@ def settings_of(command: str) -> list[str]:
     return [word for word in words if word != "preflight=true"]
 
 
-def composed(settings: list[str]) -> RunConfig:
-    register_schemas()
-    GlobalHydra.instance().clear()
-    with initialize_config_module("conf", version_base="1.3"):
-        return run_config(compose("config", overrides=list(map(by_group, settings))))
-
-
 @pytest.mark.parametrize("command", commands())
 def test_a_command_composes(command):
-    assert composed(settings_of(command)) is not None
+    assert run_settings(*settings_of(command)) is not None
 
 
 LARGE = [command for command in commands() if re.search("qwen|llama|h200|paper", command.lower())]
@@ -60,7 +49,7 @@ LARGE = [command for command in commands() if re.search("qwen|llama|h200|paper",
 @pytest.mark.parametrize("command", LARGE)
 def test_a_command_for_a_large_model_fits_an_h200(command):
     settings = settings_of(command)
-    found = plan(composed(settings if "+scale=h200x8" in settings else [*settings, "hardware.gpu=h200"]))
+    found = plan(run_settings(*settings, *([] if "+scale=h200x8" in settings else ["hardware.gpu=h200"])))
     assert found["fits"], (found["peak"], found.get("change"))
 
 
