@@ -90,13 +90,26 @@ class Scorer:
         read = self.hidden_of_teacher if is_teacher else self.hidden
 
         def compute(micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-            ids = micro.written_ids[rows, columns + 1].split(self.chunk_tokens)
-            hidden = read(network, micro, rows, columns).split(self.chunk_tokens)
-            chunks = zip(hidden, ids, strict=True)
-            logprobs_of = ops.gather_logprobs
-            return torch.cat([self._in_blocks(logprobs_of, self.logits(network, part), each) for part, each in chunks])
+            return self._logprobs(network, read(network, micro, rows, columns), micro.written_ids[rows, columns + 1])
 
         return self._at_model_tokens(batch, compute, network, only=only)
+
+    @torch.no_grad()
+    def logprobs_and_values(self, policy: PreTrainedModel, critic: Critic, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The policy's `logprobs`, and the `values` of a critic that shares its hidden states, in one forward pass."""
+
+        def compute(micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+            hidden = self.hidden(policy, micro, rows, columns)
+            logprobs = self._logprobs(policy, hidden, micro.written_ids[rows, columns + 1])
+            return torch.stack((logprobs, critic.read(hidden)))
+
+        logprobs, values = self._at_model_tokens(batch, compute, policy, outputs=(2,))
+        return logprobs, values
+
+    def _logprobs(self, network: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
+        chunks = zip(hidden.split(self.chunk_tokens), ids.split(self.chunk_tokens), strict=True)
+        logprobs_of = ops.gather_logprobs
+        return torch.cat([self._in_blocks(logprobs_of, self.logits(network, part), each) for part, each in chunks])
 
     @torch.no_grad()
     def kl(
@@ -201,13 +214,14 @@ class Scorer:
         compute: Callable[[Batch, Tensor, Tensor], Tensor],
         *networks: nn.Module,
         only: Tensor | None = None,
+        outputs: tuple[int, ...] = (),
     ) -> Tensor:
-        result = torch.zeros_like(batch.old_logprobs)
+        result = batch.old_logprobs.new_zeros((*outputs, *batch.old_logprobs.shape))
         for part in self.split(batch, only):
             rows, columns = part.at
             computed = compute(part.micro, rows, columns)
             if part.counts:
-                result[part.rows[rows], columns + 1] = computed.to(result.dtype)
+                result[..., part.rows[rows], columns + 1] = computed.to(result.dtype)
         sharding.release(*networks)
         return ranks.summed(result)
 

@@ -106,11 +106,16 @@ class Learner:
             fresh: Whether the policy as it is now has sampled the batch.
         """
         needs, policy, only = self.algorithm.needs, self.policy, self.algorithm.anchored(batch)
-        if fresh and self.rescores:
+        rescores = fresh and self.rescores
+        if rescores:
             batch.sampled_logprobs = batch.old_logprobs
-            batch.old_logprobs = self.scorer.logprobs(policy, batch)
-        if "values" in needs:
-            batch.values = self.scorer.values(self.critic, batch)
+        if rescores and self.shared_critic:
+            batch.old_logprobs, batch.values = self.scorer.logprobs_and_values(policy, self.critic, batch)
+        else:
+            if rescores:
+                batch.old_logprobs = self.scorer.logprobs(policy, batch)
+            if "values" in needs:
+                batch.values = self.scorer.values(self.critic, batch)
         for name, network in (("ref", self.reference), ("teacher", self.teacher)):
             is_teacher = name == "teacher"
             if f"{name}_logprobs" in needs:

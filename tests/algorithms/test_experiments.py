@@ -39,7 +39,8 @@ STAGES = {
 }
 #: The rows that others are compared with, and the one without a language model.
 BASES = {"sft", "ppo", "maskable_ppo"}
-EXPERIMENTS = {name: [f"+experiment={name}"] for name in ("main_table", "ablations", "kl_sweep")} | {
+SWEEPS = ("main_table", "ablations", "kl_sweep", "real_text")
+EXPERIMENTS = {name: [f"+experiment={name}"] for name in SWEEPS} | {
     "": [],
     "paper": ["+experiment=paper"],
 }
@@ -86,7 +87,14 @@ def test_the_experiments_cover_every_method_once():
 
 @pytest.mark.parametrize(
     ("experiment", "num_runs"),
-    [("main_table", 30), ("ablations", 64), ("ablations_long", 6), ("kl_sweep", 60), ("demonstrations_dgpo", 12)],
+    [
+        ("main_table", 30),
+        ("ablations", 64),
+        ("ablations_long", 6),
+        ("kl_sweep", 60),
+        ("demonstrations_dgpo", 12),
+        ("real_text", 10),
+    ],
 )
 def test_the_jobs_of_an_experiment_compose(experiment, num_runs):
     params = swept(experiment)
@@ -112,7 +120,7 @@ def test_a_row_is_the_same_before_and_after_the_experiment(method):
 def rows_to_compare() -> list[tuple[str, str, str]]:
     """Each row with the row that it says it differs from, by itself and in every experiment that has both."""
     rows = {"": METHODS, "paper": METHODS}
-    rows |= {experiment: swept(experiment)["+method"] for experiment in ("main_table", "ablations", "kl_sweep")}
+    rows |= {experiment: swept(experiment)["+method"] for experiment in SWEEPS}
     declared = {method: said(CONF / "method" / f"{method}.yaml", "Differs from") for method in METHODS}
     assert {method for method, found in declared.items() if found is None} == BASES
     return [

@@ -375,6 +375,21 @@ def test_past_a_gap_the_learner_scores_old_logprobs_from_the_next_batch_on():
     assert torch.equal(stored.old_logprobs, before), "another policy sampled it, so this one can't know"
 
 
+def test_a_critic_on_the_hidden_states_of_the_policy_reads_them_with_the_old_logprobs():
+    """One forward pass gives both, and they are those of a pass each."""
+    learner = make_learner(make_ppo(importance_sampling_cap=2.0), shared=True, micro_batch_tokens=40, chunk_tokens=4)
+    torch.nn.init.normal_(learner.critic.head.weight)
+    batch, passes = make_batch(), []
+    with torch.no_grad():
+        logprobs, values = learner.scorer.logprobs(learner.policy, batch), learner.scorer.values(learner.critic, batch)
+    learner.policy.base_model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
+    learner.score(batch)
+    torch.testing.assert_close(batch.old_logprobs, logprobs, atol=0, rtol=0)
+    torch.testing.assert_close(batch.values, values, atol=0, rtol=0)
+    assert values.any()
+    assert len(passes) == len(list(learner.scorer.split(batch))) > 1
+
+
 def test_truncated_importance_weighs_advantages_by_hand():
     """A sampler of twice, half and a tenth of the policy's probability gives weights of 1/2, 2 and the cap, 2."""
     factors = torch.tensor([0.5, 2.0, 10.0])
