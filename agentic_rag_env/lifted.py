@@ -3,7 +3,8 @@
 What it must be: strings in, strings out; `reset` observes the whole prompt, `step` only what follows the action; and
 
 - `metadata["action_ends"]`: texts that end an action, such as `["</calc>", "</answer>"]`;
-- `info["correct"]` on the last step: a bool, whether the task was solved.
+- `info["correct"]` on the last step: a bool, whether the task was solved. A time limit that truncates an episode may
+  leave it out, which counts as unsolved.
 
 Further keys of `StepInfo` are passed on where its infos have them, such as `answer`, `action` or `ending`.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, overload
 
 import gymnasium
@@ -35,6 +37,9 @@ SEEDS_OF_A_SPLIT = 1_000_000_000
 #: The first seed of each split; so that no episode is both trained on and measured.
 FIRST_SEEDS = {split: place * SEEDS_OF_A_SPLIT for place, split in enumerate(("train", "dev", "test"))}
 
+#: Infos of several environments are stacked into columns, so the numbers of an info have one type each.
+_NUMBERS: dict[str, type] = {"exact_match": float, "f1": float, "num_searches": int}
+_NUMBER = Allowed("a finite number", lambda value: isinstance(value, (Real, np.bool_)) and math.isfinite(value))
 _ACTION_ENDS = Allowed(
     "a list of the texts that end an action, such as ['</answer>']",
     lambda value: (
@@ -224,23 +229,27 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
     def _filled(self, info: StepInfo, given: Mapping[str, Any]) -> StepInfo:
         """An info with what the environment knows of it, while the episode goes on."""
         known = {key: given[key] for key in StepInfo.__annotations__ if key in given}
+        for key, kind in _NUMBERS.items():
+            if key in known:
+                check_value(f"info[{key!r}] of {self._name}", known[key], _NUMBER)
+                known[key] = kind(known[key])
         of_the_player = {key: info[key] for key in ("question_id", "turn")}
         return StepInfo(**{**info, **known, **of_the_player, "correct": False, "ending": None})  # type: ignore[typeddict-item]
 
     def _at_the_end(self, info: StepInfo, given: Mapping[str, Any], terminated: bool) -> StepInfo:
-        if not isinstance(given.get("correct"), (bool, np.bool_)):
+        correct = given.get("correct", None if terminated else False)
+        if not isinstance(correct, (bool, np.bool_)):
             raise ConfigurationError(
                 f"info of the last step of {self._name} must have 'correct', a bool that says whether the task was "
-                f"solved, got {given.get('correct')!r}; the info has {', '.join(given) or 'nothing'}."
+                f"solved, got {correct!r}; the info has {', '.join(given) or 'nothing'}."
             )
-        correct = bool(given["correct"])
         ending = given.get("ending")
         if ending is None:
             failed = Ending.SEARCH_FAILED if info["error"] is not None else Ending.OUT_OF_TURNS
             ending = Ending.ANSWERED if terminated else failed
         check_value(f"info['ending'] of {self._name}", str(ending), one_of(Ending))
-        scores = {name: given.get(name, float(correct)) for name in ("exact_match", "f1")}
-        return StepInfo(**{**info, **scores, "correct": correct, "ending": Ending(ending)})  # type: ignore[typeddict-item]
+        scores = {name: float(correct) for name in ("exact_match", "f1") if name not in given}
+        return StepInfo(**{**info, **scores, "correct": bool(correct), "ending": Ending(ending)})  # type: ignore[typeddict-item]
 
 
 def _make(env_id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias, TypedDict
 
-from agentic_rag_env.errors import RetrieverError
+from agentic_rag_env.errors import ConfigurationError, RetrieverError
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,22 @@ class Question:
         golden_answers: Accepted answers, the canonical one first; empty only where an environment brings its own
             tasks and says itself what is correct.
         metadata: Whatever the source knows. Used by name here: `hops` (int) and `supporting` (gold passage ids).
+
+    Raises:
+        ConfigurationError: The accepted answers are one text, which would be read letter by letter.
     """
 
     id: str
     text: str
     golden_answers: tuple[str, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.golden_answers, str):
+            raise ConfigurationError(
+                f"golden_answers of question {self.id!r} must be a tuple of texts, got the text "
+                f"{self.golden_answers!r}; write ({self.golden_answers!r},)."
+            )
 
 
 @dataclass(frozen=True, slots=True)

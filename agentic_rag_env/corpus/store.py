@@ -149,7 +149,10 @@ def _read_corpus(path: str, mtime_ns: int, size: int) -> Sequence[Passage]:
 
 
 def open_corpus(
-    path: str | Path, store: str | Path | None = None, advance: Callable[[int], None] = lambda count: None
+    path: str | Path,
+    store: str | Path | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+    needed: str | None = None,
 ) -> CorpusStore:
     """The store of a file's passages. It is written first if it is missing or if the file has changed since.
 
@@ -157,9 +160,11 @@ def open_corpus(
         path: A store, which is opened as it is, or a file that `passages_in` reads.
         store: Where the store of such a file lies; None: in the cache folder, under a hash of the file.
         advance: Called during writing with the number of further passages.
+        needed: The fingerprint that a store must have to take the place of the one at `store`; None: any.
 
     Raises:
-        DataError: `read_corpus` would raise it, something else lies at `store`, or the store cannot be written.
+        DataError: `read_corpus` would raise it, something else lies at `store`, the store cannot be written, or the
+            passages are not the needed ones.
     """
     _, mtime_ns, size = file_version(path)
     if _is_store(path):
@@ -167,7 +172,7 @@ def open_corpus(
     source = f"{Path(path).name}, {size} bytes, modified {mtime_ns}"
 
     def write(target: Path) -> None:
-        write_store((passage for _, passage in passages_in(path)), target, source, advance)
+        write_store((passage for _, passage in passages_in(path)), target, source, advance, needed)
 
     try:
         if store is None:
@@ -227,6 +232,7 @@ def write_store(
     path: str | Path,
     source: str = "",
     advance: Callable[[int], None] = lambda count: None,
+    needed: str | None = None,
 ) -> CorpusStore:
     """Write a store. This takes the memory of one record batch and 8 bytes for each passage.
 
@@ -235,9 +241,11 @@ def write_store(
         path: The file; it is replaced if it exists.
         source: What the passages come from, see `CorpusStore`.
         advance: Called with the number of further passages written.
+        needed: The fingerprint that the passages must have; None: any.
 
     Raises:
-        DataError: There is no passage, two have the same id, or the name does not end in `.arrow`.
+        DataError: There is no passage, two have the same id, they are not the needed ones, or the name does not end in
+            `.arrow`. A file that was there stays as it was.
     """
     import pyarrow as pa
 
@@ -262,6 +270,11 @@ def write_store(
         if not id_hashes:
             raise DataError(f"{path}: would be empty; a corpus needs at least one passage.")
         _refuse_repeated_ids(CorpusStore(partial), np.asarray(id_hashes), path)
+        if needed not in (None, found := digest.hexdigest()):
+            raise DataError(
+                f"{path}: belongs to files that were made from the passages {needed}, but the passages given are "
+                f"{found}, {len(id_hashes)} of them; choose another folder, or delete this one."
+            )
     return CorpusStore(path)
 
 

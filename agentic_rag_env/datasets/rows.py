@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import logging
+import tokenize
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +22,7 @@ GENERIC_STEMS = frozenset({"all", "train", "dev", "test", "val", "valid", "valid
 _PROMPT_MARKER = "Question:"
 #: Most characters of a list of answers that is written as text; every published one is far shorter.
 _LONGEST_LIST = 100_000
+_BLANK_TOKENS = (tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER)
 
 _logger = logging.getLogger(__name__)
 
@@ -220,18 +223,31 @@ def _given_answers(row: dict[str, Any], where: str) -> tuple[list[str], str]:
 
 
 def answers_in_text(text: str) -> list[str] | None:
-    """The members of a list of strings that is written as text, in the form of JSON or of Python; None for other text.
+    """The members of a list of strings that is written as text, as JSON, Python or NumPy do; None for other text.
 
-    PopQA is published in one of the two forms, and copies of it in the other.
+    PopQA is published in one of the first two forms, and copies of it in the other. NumPy, and so a table of pandas
+    that was saved as text, puts no commas between the members.
     """
     text = text.strip()
     if not text.startswith(("['", '["')) or not text.endswith(("']", '"]')) or len(text) > _LONGEST_LIST:
         return None
-    for read in (json.loads, ast.literal_eval):  # neither of them runs anything
+    for read in (json.loads, _listed_literals):  # neither of them runs anything
         try:
             found = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
             continue
         if isinstance(found, list) and all(isinstance(member, str) for member in found):
             return found
     return None
+
+
+def _listed_literals(text: str) -> list[Any]:
+    """The literals of a flat list with commas between all of them or none; Python would join them where none is."""
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    members = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+    signs = "".join(token.string for token in tokens if token.type == tokenize.OP)
+    others = [token for token in tokens if token.type not in (tokenize.STRING, tokenize.OP, *_BLANK_TOKENS)]
+    gaps = len(members) - 1
+    if others or signs not in ("[]", f"[{',' * gaps}]"):
+        raise ValueError("no flat list of strings")
+    return members

@@ -12,7 +12,7 @@ import numpy as np
 from agentic_rag_env.actions import Answer, parse_action
 from agentic_rag_env.answers import holds_answer
 from agentic_rag_env.datasets.base import QuestionSet
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.probes.figures import Figures
 from agentic_rag_env.probes.gold import Gold
 from agentic_rag_env.probes.material import (
@@ -30,7 +30,7 @@ from agentic_rag_env.registry import PROBES
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import exact_match, normalize_answer
 from agentic_rag_env.settings import at_least, check_settings
-from agentic_rag_env.types import Passage, Question, StepInfo
+from agentic_rag_env.types import Found, Passage, Question, StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 
 _MONTHS = "january february march april may june july august september october november december".split()
@@ -164,10 +164,14 @@ class Overlaid:
     def __init__(self, retriever: Retriever, passages: Mapping[str, Passage]) -> None:
         self._retriever, self._passages = retriever, passages
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+    def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`."""
-        results = self._retriever.search(queries, top_k)
-        return [[replace(self._passages.get(one.id, one), score=one.score) for one in found] for found in results]
+        return [
+            found
+            if isinstance(found, RetrieverError)
+            else [replace(self._passages.get(one.id, one), score=one.score) for one in found]
+            for found in self._retriever.search(queries, top_k)
+        ]
 
 
 class Misplaced:
@@ -184,7 +188,7 @@ class Misplaced:
             raise ConfigurationError(f"Shuffled passages need at least 2 questions, got {len(questions)}.")
         self._retriever, self._questions, self._seed = retriever, questions, seed
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+    def search(self, queries: Sequence[str], top_k: int) -> Sequence[Found]:
         """See `Retriever.search`."""
         return self._retriever.search([self._other(query) for query in queries], top_k)
 

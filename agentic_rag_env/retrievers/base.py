@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -32,7 +34,7 @@ OUTSIDE = "outside"
 class Retriever(Protocol):
     """Finds passages for queries, many at a time."""
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+    def search(self, queries: Sequence[str], top_k: int) -> Sequence[Found]:
         """Search for the passages that match each query best.
 
         Args:
@@ -165,8 +167,8 @@ def fingerprint_of(retriever: Any, spec: Any, corpus: Sequence[Passage] | None) 
 
     A retriever says its identity in an attribute `fingerprint` (str): a hash of corpus, encoder and all settings that a
     result depends on. None says that it has no identity. Without the attribute, the identity of a retriever that
-    was made from a name or mapping over a corpus is a hash of settings and passages. A retriever whose results depend
-    on anything else must have the attribute.
+    was made from a name or mapping over a corpus is a hash of settings, passages and, if it is from outside of this
+    package, the file of its code. A retriever whose results depend on anything else must have the attribute.
 
     Args:
         retriever: The retriever.
@@ -185,13 +187,25 @@ def fingerprint_of(retriever: Any, spec: Any, corpus: Sequence[Passage] | None) 
         raise _no_identity(retriever, "it has no attribute 'fingerprint' and is not built over a corpus by name")
     settings = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = settings.pop("name")
-    if (config := RETRIEVERS.get(name).config) is not None:
-        settings = vars(config(**settings))
+    entry = RETRIEVERS.get(name)
+    if entry.config is not None:
+        settings = vars(entry.config(**settings))
     try:
         plain = json.dumps({"name": name, **settings}, sort_keys=True, default=dataclasses.asdict)
     except (TypeError, ValueError) as error:
         raise _no_identity(retriever, f"its settings are no plain data ({error})") from error
-    return f"{plain} corpus={fingerprint(corpus)} version={version('agentic-rag-env')}"
+    return f"{plain} corpus={fingerprint(corpus)} version={_version(retriever, entry.factory)}"
+
+
+def _version(retriever: Any, factory: Any) -> str:
+    """The version of the code behind a registered retriever: this package's, or the hash of a plug-in's file."""
+    module = factory.__module__
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        return version("agentic-rag-env")
+    try:
+        return hash_of(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError) as error:
+        raise _no_identity(retriever, f"the code of {module} is in no file") from error
 
 
 def build_wrapped(wrapper: str, spec: Any, corpus: Sequence[Passage] | None) -> Retriever:

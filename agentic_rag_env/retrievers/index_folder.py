@@ -65,7 +65,7 @@ def corpus_of_index(
         return require_corpus(name, corpus)
     built_from = manifest["corpus"]
     if corpus is None:
-        store = Path(manifest["folder"]) / built_from["path"]
+        store = store_of_index(manifest["folder"], built_from)
         if not store.exists():
             raise DataError(
                 f"{manifest['folder']}: its corpus is not at {store} any more; give retriever {name!r} a corpus=<file>."
@@ -78,6 +78,25 @@ def corpus_of_index(
             "corpus, or build the index again."
         )
     return corpus
+
+
+def store_of_index(folder: str | Path, built_from: Mapping[str, Any]) -> Path:
+    """The store that the manifest of an index folder names.
+
+    Args:
+        folder: The folder.
+        built_from: The entry `corpus` of its manifest.
+
+    Raises:
+        DataError: The store is named by an absolute path, as no builder of this package names it.
+    """
+    path = Path(built_from["path"])
+    if path.is_absolute():
+        raise DataError(
+            f"{folder}: its manifest names the corpus {path}; only a path that begins at the folder is followed. Give "
+            "the retriever a corpus=<file>, or build the index again."
+        )
+    return Path(folder) / path
 
 
 def read_json(file: Path) -> dict[str, Any]:

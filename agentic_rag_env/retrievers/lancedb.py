@@ -36,7 +36,7 @@ from agentic_rag_env.retrievers.vectors.lance_tables import (
 )
 from agentic_rag_env.retrievers.vectors.ranking import MARGIN, SCORE_DECIMALS
 from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
-from agentic_rag_env.types import Passage
+from agentic_rag_env.types import Found, Passage
 
 SEARCHES = ("dense", "text", "hybrid")
 #: Most words of a query for a search by words.
@@ -135,7 +135,7 @@ class LanceDBRetriever:
         made = {key: value for key, value in self._facts.items() if key != "state"}
         return hash_of(["lancedb", self._config.search, self._config.nprobes, made])
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+    def search(self, queries: Sequence[str], top_k: int) -> Sequence[Found]:
         """See `Retriever.search`. A query that occurs more than once is searched once."""
         if self._config.search == "hybrid":
             return self._hybrid.search(queries, top_k)

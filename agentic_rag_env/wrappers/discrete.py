@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,8 @@ class DiscreteActions(View[np.ndarray, np.integer]):
         self.reply, info = self.env.reset(seed=seed, options=options)
         assert self.env.question is not None
         self._question = self.env.question.text
+        # What is written may spell no tag of the protocol, whatever the question says.
+        self._searched_question = re.sub(r"\s*[<>]+\s*", " ", self._question).strip()
         self._question_set = frozenset(words(self._question))
         self._question_tail = " ".join(word for word in words(self._question) if word in self._common)
         self._read, self._turn, self._num_searches = {}, 0, 0
@@ -198,7 +201,7 @@ class DiscreteActions(View[np.ndarray, np.integer]):
         if action >= self._first_answer:
             return Answer(self._candidates[action - self._first_answer].text)
         if action == 0:
-            return Search(self._question)
+            return Search(self._searched_question)
         candidate, kind = divmod(action - 1, self._searches_per_candidate)
         tail = ("", self._question_tail, *self.query_words)[kind]
         return Search(f"{self._candidates[candidate].text} {tail}".strip())

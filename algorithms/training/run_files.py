@@ -193,7 +193,9 @@ def require_named(settings: Mapping[str, Any], allowed: Sequence[str], origin: s
             f"you trust them, add {allow(settings)}"
         )
     for key, value in _leaves(settings):
-        names_model = key.rpartition(".")[2] in _MODELS and isinstance(value, str)
+        setting = key.rpartition(".")[2]
+        # An encoder without a slash is the name of a registered one.
+        names_model = isinstance(value, str) and (setting in _MODELS or (setting == "encoder" and "/" in value))
         if names_model and not Path(value).expanduser().exists() and value not in BUNDLED:
             print(f"{key} is {printable(value)}, which is looked for on the Hugging Face hub.", flush=True)
 

@@ -145,6 +145,12 @@ def test_a_prompt_behind_a_system_message_and_answers_in_the_way_of_verl(tmp_pat
         ('["politician", "statesman"]', ("politician", "statesman")),
         (['["politician", "statesman"]'], ("politician", "statesman")),
         (["Rome", "['Roma']"], ("Rome", "Roma")),
+        ("['Rome' 'Roma']", ("Rome", "Roma")),  # as NumPy prints an array
+        ("['Rome'\n \"d'Or\" 'x, y']", ("Rome", "d'Or", "x, y")),
+        ('["x" "y"]', ("x", "y")),
+        ("['a' 'b', 'c']", ("['a' 'b', 'c']",)),
+        ("['a', ['b']]", ("['a', ['b']]",)),
+        ("[b'a' 'b']", ("[b'a' 'b']",)),
         ("""["O'Brien", 'say "x"']""", ("O'Brien", 'say "x"')),
         ("[1, 2]", ("[1, 2]",)),
         ("[sic]", ("[sic]",)),

@@ -11,7 +11,7 @@ from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.probes import Material, play, run_probes
 from agentic_rag_env.probes.grounding import Misplaced, answer_kind, change
-from agentic_rag_env.registry import DATASETS
+from agentic_rag_env.registry import DATASETS, RETRIEVERS
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
 from agentic_rag_env.rewards import normalize_answer
 from agentic_rag_env.types import Passage, Question
@@ -69,6 +69,19 @@ def test_an_agent_that_reads_answers_what_the_passages_say_now():
     }
     assert figures["reads"]["n"] == 6
     assert (figures["reads"]["best"], figures["remembers"]["best"]) == ("high", "low")
+
+
+def test_a_search_that_fails_ends_its_own_episode_alone():
+    """As in training: the probes of a flaky service lose the episodes whose search failed, and no others."""
+    dataset = world()
+    faulty = RETRIEVERS.build(
+        {"name": "faulty", "retriever": "bm25", "error_fraction": 0.3, "seed": 1}, corpus=dataset.corpus
+    )
+    envs = AgenticRAGVectorEnv(4, dataset=dataset, retriever=faulty, top_k=1, autoreset_mode="Disabled")
+    one = Material(dataset.questions, reader, play(reader, envs), faulty, dataset.corpus, top_k=1, envs=envs)
+    figures = run_probes(one, ["counterfactual", "shuffled"])
+    assert 0 < figures["counterfactual"]["reads"]["value"] < 1
+    assert figures["shuffled"]["exact_match"]["value"] < 1
 
 
 def test_an_agent_that_remembers_gets_the_opposite():

@@ -54,6 +54,13 @@ class Calculator(gymnasium.Env[str, str]):
         return {"correct": correct}
 
 
+class Scored(Calculator):
+    """Says the score that the action spells."""
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        return "", 0.0, True, False, {"correct": False, "f1": eval(action)}
+
+
 class Silent(Calculator):
     """Says neither where actions end nor what is correct, by choice."""
 
@@ -82,7 +89,7 @@ class Raising(Calculator):
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
     known = dict(registered)
-    for name in (Calculator, Silent, Numbers, Raising):
+    for name in (Calculator, Scored, Silent, Numbers, Raising):
         gymnasium.register(f"{name.__name__}-v0", entry_point=name)
     yield
     registered.clear()
@@ -220,6 +227,7 @@ def test_what_is_missing_at_the_end_is_refused_by_name(says: dict[str, Any], mes
         ({"correct": False, "ending": "out_of_tokens"}, True, "out_of_tokens"),
         ({"correct": False, "error": "no tool"}, False, "search_failed"),
         ({"correct": False}, False, "out_of_turns"),
+        ({}, False, "out_of_turns"),  # a time limit can't know what is correct
     ],
 )
 def test_the_ending_is_what_the_environment_says_or_shows(says: dict[str, Any], terminated: bool, ending: str) -> None:
@@ -229,7 +237,7 @@ def test_the_ending_is_what_the_environment_says_or_shows(says: dict[str, Any], 
         infos = envs.step((text,))[4]
     info = info_at(infos, 0)
     assert (info["ending"], info["error"]) == (ending, says.get("error"))
-    assert info["correct"] is bool(says["correct"])
+    assert info["correct"] is bool(says.get("correct", False))
     assert type(info["exact_match"]) is float
 
 
@@ -286,6 +294,17 @@ def test_splits_share_no_episode() -> None:
     assert not issubclass(ENVS.get("agentic_rag").config or object, BringsQuestions)
     with pytest.raises(UnknownNameError):
         ENVS.build("gymnasum")
+
+
+def test_numbers_of_infos_keep_their_values_whatever_ends_beside_them() -> None:
+    envs = lift("Scored-v0", 3)
+    envs.reset()
+    infos = envs.step(("0", "2 / 3", "np.float32(0.5)"))[4]
+    assert [info_at(infos, row)["f1"] for row in range(3)] == [0.0, 2 / 3, 0.5]
+    assert all(type(info_at(infos, row)["f1"]) is float for row in range(3))
+    envs.reset()
+    with pytest.raises(ConfigurationError, match=r"info\['f1'\] of Scored-v0 must be a finite number, got 'much'"):
+        envs.step(("'much'", None, None))
 
 
 def test_infos_are_those_of_every_environment() -> None:

@@ -296,3 +296,9 @@ def test_the_guard_of_search_r1_does_its_work_where_the_prompt_has_one_example()
 def test_search_r1_refuses_a_prompt_without_an_example() -> None:
     with pytest.raises(ConfigurationError, match="set prompt='search_r1'"):
         search_r1(outcome(RIGHT, answer="Paris", prompt="What is the capital of France?\n"))
+
+
+def test_one_text_is_no_list_of_answers():
+    """It would be read letter by letter: 'e' would be an answer, and the text itself none."""
+    with pytest.raises(ConfigurationError, match=r"question 'q' must be a tuple of texts, got the text 'Seine'; write"):
+        Question("q", "Which river?", "Seine")

@@ -34,7 +34,7 @@ from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_enc
 from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
 
 #: The file that says which corpus and encoder the vectors in an index folder belong to.
-_ENCODING = "encoding.json"
+_ENCODING = "vectors/encoding.json"
 
 
 @dataclass
@@ -93,7 +93,8 @@ def build_dense(
     """
     folder = Path(folder).expanduser()
     with _builder_of(folder):
-        store = _corpus_store(corpus, folder, phase)
+        note = folder / _ENCODING
+        store = _corpus_store(corpus, folder, phase, read_json(note).get("corpus") if note.exists() else None)
         encoder = _fitted_encoder(store, folder, config.encoder, phase)
         factory = default_index(len(store)) if config.index == "auto" else config.index
         manifest: dict[str, Any] = {
@@ -187,9 +188,10 @@ def _builder_of(folder: Path) -> Iterator[None]:
         yield
 
 
-def _corpus_store(corpus: str | Path, folder: Path, phase: Phase) -> CorpusStore:
+def _corpus_store(corpus: str | Path, folder: Path, phase: Phase, needed: str | None = None) -> CorpusStore:
+    """The passages as a store, which is written into the folder unless the corpus is one."""
     with phase("Reading passages", None) as advance:
-        return open_corpus(corpus, folder / "corpus.arrow", advance)
+        return open_corpus(corpus, folder / "corpus.arrow", advance, needed)
 
 
 def _corpus_entry(store: CorpusStore, folder: Path) -> dict[str, Any]:
@@ -231,7 +233,7 @@ def _fitted_encoder(store: CorpusStore, folder: Path, spec: Any, phase: Phase) -
         return encoder
     with phase("Fitting the encoder", None):
         encoder.fit(Texts(store))
-    if not (folder / "vectors" / _ENCODING).exists():
+    if not (folder / _ENCODING).exists():
         write_json(file, {"learned_by": known, "state": encoder.state()})
     return encoder
 
@@ -252,7 +254,7 @@ def _encode(
         "encoder": manifest["encoder"]["fingerprint"],
         "dtype": config.dtype,
     }
-    note = whole.parent / _ENCODING
+    note = folder / _ENCODING
     if note.exists() and (found := read_json(note)) != belongs_to:
         raise DataError(
             f"{folder}: holds vectors of {found}, but asked for are {belongs_to}; choose another folder, or delete it."

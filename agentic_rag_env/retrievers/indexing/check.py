@@ -8,7 +8,7 @@ from typing import Any
 from agentic_rag_env.cache_folder import digest_of
 from agentic_rag_env.corpus import CorpusStore, check_corpus
 from agentic_rag_env.errors import DataError
-from agentic_rag_env.retrievers.index_folder import MANIFEST, VECTORS_FILE, read_json
+from agentic_rag_env.retrievers.index_folder import MANIFEST, VECTORS_FILE, read_json, store_of_index
 from agentic_rag_env.retrievers.indexing.progress import Phase
 
 
@@ -33,7 +33,7 @@ def check(path: str | Path, phase: Phase) -> str:
     manifest = read_json(folder / MANIFEST)
     try:
         built_from, files = manifest["corpus"], dict(manifest.get("files", {}))
-        store = CorpusStore(folder / built_from["path"])
+        store = CorpusStore(store_of_index(folder, built_from))
         expected = (built_from["fingerprint"], built_from["num_passages"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST}: is damaged ({error!r}); build the index again.") from error

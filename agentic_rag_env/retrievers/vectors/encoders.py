@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.registry import Registry
 from agentic_rag_env.retrievers.index_folder import ENCODER_STATE, read_json
+from agentic_rag_env.terminal import printable
 
 ENCODERS = Registry("encoder")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -100,6 +101,12 @@ def encoder_of_index(manifest: Mapping[str, Any], given: Any) -> Encoder:
         DataError: The encoder is not the one that the index was built with.
     """
     built_with = manifest["encoder"]
+    model = built_with["settings"].get("model")
+    if given is None and isinstance(model, str) and not Path(model).expanduser().exists():
+        print(
+            f"The encoder of {manifest['folder']}, {printable(model)}, is looked for on the Hugging Face hub.",
+            flush=True,
+        )
     asked = build_encoder(built_with["settings"] if given is None else given)
     encoder = stored(asked, f"be compared with that of the index {manifest['folder']}")
     encoder.load_state(read_json(Path(manifest["folder"]) / ENCODER_STATE)["state"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import linecache
 import os
 import pickle
 import random
 import signal
 import sqlite3
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -188,6 +191,32 @@ def test_a_corpus_may_bring_its_fingerprint(world: QuestionSet, tmp_path: Path) 
 @pytest.mark.parametrize("retriever", [{"name": "static", "passages": [Passage("1", "x")]}, "bm25"])
 def test_settings_of_plain_data_have_an_identity(world: QuestionSet, tmp_path: Path, retriever: Any) -> None:
     assert build(tmp_path / "c", world.corpus, retriever).fingerprint
+
+
+def test_a_plug_in_whose_code_changed_is_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the recipe of the README, without a fingerprint of its own; its code is a part of what it is."""
+    code = """
+from dataclasses import make_dataclass
+from agentic_rag_env import RETRIEVERS
+@RETRIEVERS.register("of_a_plug_in", make_dataclass("Config", []))
+def make(config, corpus):
+    return type("Found", (), {"search": lambda self, queries, top_k: [[corpus[%d]] for query in queries]})()
+"""
+    corpus, found = (Passage("1", "first"), Passage("2", "second")), []
+    monkeypatch.syspath_prepend(tmp_path)
+    for place in (0, 1, 1):
+        (tmp_path / "of_a_plug_in.py").write_text(code % place)
+        linecache.clearcache()
+        sys.modules.pop("of_a_plug_in", None)
+        importlib.invalidate_caches()
+        monkeypatch.setattr(RETRIEVERS, "_entries", {**RETRIEVERS._entries})
+        RETRIEVERS._entries.pop("of_a_plug_in", None)
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        importlib.import_module("of_a_plug_in")
+        retriever = build(tmp_path / "c", corpus, "of_a_plug_in")
+        (result,) = retriever.search(["x"], 1)
+        found.append((result[0].id, retriever.stats()["cache_hits"]))
+    assert found == [("1", 0), ("2", 0), ("2", 1)]
 
 
 def test_without_identity_nothing_is_cached(world: QuestionSet) -> None:

@@ -493,6 +493,47 @@ def test_a_folder_keeps_to_its_corpus_and_encoder(tmp_path: Path, store: CorpusS
     assert files_in(tmp_path) == before
 
 
+def test_a_folder_keeps_its_corpus_where_the_file_has_grown(tmp_path: Path, store: CorpusStore) -> None:
+    """The command that is refused leaves the index as it was, the passages written out beside it included."""
+    corpus, folder = tmp_path / "c.jsonl", tmp_path / "index"
+    rows = [json.dumps({"id": passage.id, "contents": passage.contents}) + "\n" for passage in PASSAGES]
+    corpus.write_text("".join(rows[:-1]))
+    build_dense(corpus, folder, DenseIndexConfig(encoder=CrcEncoder(), index="Flat"))
+    before = files_in(folder)
+    corpus.write_text("".join(rows))
+    with pytest.raises(
+        DataError, match=r"belongs to files .* but the passages given are .*, 600 of them; choose another"
+    ):
+        build_dense(corpus, folder, DenseIndexConfig(encoder=CrcEncoder(), index="Flat"))
+    assert files_in(folder) == before
+    retriever = RETRIEVERS.build({"name": "dense", "index": str(folder), "encoder": CrcEncoder()}, corpus=None)
+    assert len(retriever.corpus) == 599
+    corpus.write_text("".join(rows[:-1]))  # the same passages, written anew
+    build_dense(corpus, folder, DenseIndexConfig(encoder=CrcEncoder(), index="Flat"))
+
+
+def test_a_strangers_index_names_no_place_of_this_machine(
+    copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(
+        json.dumps({**manifest, "corpus": {**manifest["corpus"], "path": "/etc/hostname"}})
+    )
+    spec = {"name": "dense", "index": str(copied), "encoder": CrcEncoder()}
+    with pytest.raises(DataError, match="names the corpus /etc/hostname; only a path that begins at the folder"):
+        RETRIEVERS.build(spec, corpus=None)
+    assert main(["check", str(copied)]) == 2
+    assert "names the corpus /etc/hostname" in capsys.readouterr().err
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = {"name": "huggingface", "model": "stranger/model"}
+    encoder = {**manifest["encoder"], "settings": settings}
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "encoder": encoder}))
+    with pytest.raises(ConfigurationError, match="stranger/model"):
+        RETRIEVERS.build({"name": "dense", "index": str(copied)}, corpus=None)
+    assert f"The encoder of {copied}, stranger/model, is looked for on the Hugging Face hub." in capsys.readouterr().out
+
+
 def test_a_moved_corpus_is_asked_for(tmp_path: Path, store: CorpusStore) -> None:
     shutil.copy(store.path, tmp_path / "c.arrow")
     build_dense(tmp_path / "c.arrow", tmp_path / "index", DenseIndexConfig(encoder=CrcEncoder(), index="Flat"))
