@@ -79,6 +79,10 @@ class GRPO(Algorithm):
         """Select tokens or trajectories whose KL estimate counts, [n] bool, by whether they are right; here all."""
         return correct.new_ones(correct.shape)
 
+    def anchored(self, batch: Batch) -> Tensor:
+        """Select the trajectories whose estimate counts, [B] bool; nobody asks for that of the others."""
+        return self.pays(batch.correct)
+
     def token_loss(self, tokens: Tokens) -> Tensor:
         """Clipped surrogate plus KL estimate minus entropy bonus, [n]."""
         config = self.config
@@ -109,5 +113,7 @@ class GRPO(Algorithm):
     def _anchor_kl(self, scored: Batch | Tokens, logprobs: Tensor, pays: Tensor) -> Tensor:
         """The KL estimate of tokens with these log-probabilities, in nats, 0 where it does not count."""
         config = self.config
-        estimate = ops.kl_estimate(logprobs, getattr(scored, self._anchor), config.kl_estimator, config.kl_clip)
+        # Where nobody has asked, an estimate could overflow, and then even its masked gradient would be NaN.
+        anchor = getattr(scored, self._anchor).where(pays, logprobs.detach())
+        estimate = ops.kl_estimate(logprobs, anchor, config.kl_estimator, config.kl_clip)
         return estimate.masked_fill(~pays, 0.0)

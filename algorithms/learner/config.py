@@ -220,7 +220,7 @@ class CriticConfig(AlgorithmConfig):
 
     Attributes:
         critic_optimizer: Optimizer of the critic.
-        critic_warmup_steps: Steps at the start in which only the critic learns.
+        critic_warmup_steps: Steps at the start in which only the critic learns; the policy's schedule begins after.
         value_clip_range: Bound of a value's distance to the value before the update.
     """
 
@@ -275,7 +275,7 @@ class LearnerConfig:
             has fewer (52 at 152k), because that is faster.
         gradient_checkpointing: Keep one activation per layer and compute the others again in the backward pass.
         critic: "separate": a network of its own; "shared": a head on the policy's backbone.
-        value_coef: Weight of the value loss in the gradient of a shared backbone.
+        value_coef: Weight of the value loss in the gradient of a shared backbone. The head learns from all of it.
         sharding: "none": each process holds the networks whole. "fsdp2": of several processes, each holds a share of
             policy, critic, reference and teacher, for models that fit no GPU in full. The policy is gathered whole to
             write with. A single process has nothing to share.

@@ -21,13 +21,19 @@ class Optimizer:
         name: Name of the network, for error messages.
         parameters: Those that require a gradient are trained. Vectors (biases, norms) get no weight decay.
         config: Settings.
-        total_steps: Training steps of the whole run, for the schedule.
+        total_steps: Training steps of the whole run.
+        first_step: The first of them in which this network is trained, and in which its schedule begins.
     """
 
     def __init__(
-        self, name: str, parameters: Iterable[nn.Parameter], config: OptimizerConfig, total_steps: int
+        self,
+        name: str,
+        parameters: Iterable[nn.Parameter],
+        config: OptimizerConfig,
+        total_steps: int,
+        first_step: int = 0,
     ) -> None:
-        self.name, self.config, self.total_steps = name, config, total_steps
+        self.name, self.config, self.total_steps, self.first_step = name, config, total_steps, first_step
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         groups = [
             {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -39,13 +45,19 @@ class Optimizer:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of a training step, counted from 0: linear warm-up, then constant or a cosine down to zero."""
-        warmup_steps = round(self.config.warmup_fraction * self.total_steps)
+        """Learning rate of a training step, counted from 0: linear warm-up, then constant or a cosine down to zero.
+
+        The steps before the first one have 0.
+        """
+        step, total_steps = step - self.first_step, self.total_steps - self.first_step
+        if step < 0:
+            return 0.0
+        warmup_steps = round(self.config.warmup_fraction * total_steps)
         if step < warmup_steps:
             return self.config.learning_rate * (step + 1) / warmup_steps
         if self.config.schedule == "constant":
             return self.config.learning_rate
-        progress = min(1.0, (step - warmup_steps) / max(1, self.total_steps - warmup_steps))
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return self.config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
     def zero_grad(self) -> None:

@@ -70,6 +70,7 @@ class Scorer:
             have in common counts once where it is computed once.
         chunk_tokens: Model-written tokens that go through an LM head at once.
         in_step: Every process computes as many micro-batches as any other, as sharded networks need it.
+        reads_once: The networks compute a start in common once, where that pays.
     """
 
     vocab_size: int
@@ -78,6 +79,7 @@ class Scorer:
     micro_batch_tokens: int = 4096
     chunk_tokens: int = 1024
     in_step: bool = False
+    reads_once: bool = True
 
     @torch.no_grad()
     def logprobs(
@@ -194,7 +196,7 @@ class Scorer:
         lengths, has_words = attention_mask.sum(dim=1).tolist(), response_mask.any(dim=1).tolist()
         counted = range(len(lengths)) if only is None else only.nonzero()[:, 0].tolist()
         own = ranks.share(sorted((row for row in counted if has_words[row]), key=lambda row: -lengths[row]))
-        num_shared = batch.num_shared if pays_to_share(len(own), batch.num_shared, device) else 0
+        num_shared = batch.num_shared if self.reads_once and pays_to_share(len(own), batch.num_shared, device) else 0
         parts = [
             [own[place] for place in places]
             for places in micro_batches([lengths[row] for row in own], self.micro_batch_tokens, num_shared)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner import checkpointing, ops, ranks, sharding
+from algorithms.learner import checkpointing, decoder, ops, ranks, sharding
 from algorithms.learner.algorithm import NEEDS, Algorithm, Role
 from algorithms.learner.config import LearnerConfig, PolicyGradientConfig
 from algorithms.learner.figures import Figures
@@ -79,6 +79,7 @@ class Learner:
             micro_batch_tokens=config.micro_batch_tokens,
             chunk_tokens=chunk_tokens(config.chunk_tokens, vocab_size, on_cpu=policy.device.type == "cpu"),
             in_step=sharding.is_sharded(policy),
+            reads_once=decoder.is_readable(policy.base_model) and not config.gradient_checkpointing,
         )
         self._check_settings()
         self.shared_critic = critic is not None and critic.shared
@@ -87,10 +88,16 @@ class Learner:
         settings: Any = algorithm.config
         self.importance_cap = settings.importance_sampling_cap if isinstance(settings, PolicyGradientConfig) else None
         self.rescores = self.importance_cap is not None
-        self.policy_optimizer = Optimizer("policy", policy.parameters(), algorithm.config.optimizer, total_steps)
         self.critic_optimizer: Optimizer | None = None
         if critic is not None:
             self.critic_optimizer = Optimizer("critic", critic.parameters(), settings.critic_optimizer, total_steps)
+        self.policy_optimizer = Optimizer(
+            "policy",
+            policy.parameters(),
+            algorithm.config.optimizer,
+            total_steps,
+            first_step=0 if critic is None else settings.critic_warmup_steps,
+        )
         if config.gradient_checkpointing:
             for network in self._trained():
                 checkpointing.enable(network)
@@ -166,7 +173,7 @@ class Learner:
                 )
         self._zero_grad()
         figures = Figures(fresh)
-        trains_policy = self.critic is None or self.step >= config.critic_warmup_steps
+        trains_policy = self.step >= self.policy_optimizer.first_step
         device = batch.input_ids.device
         with checkpointing.active(self._trained() if self.config.gradient_checkpointing else []):
             for _ in range(config.num_epochs):
@@ -175,7 +182,8 @@ class Learner:
         metrics = {**figures.means(), "learning_rate": self.policy_optimizer.learning_rate(self.step)}
         if batch.values is not None and batch.returns is not None:
             metrics["explained_variance"] = ops.explained_variance(batch.values, batch.returns, batch.response_mask)
-        self._mind_gap(metrics.get("rollout/logprob_gap_mean", 0.0))
+        if estimate is not None:
+            self._mind_gap(metrics.get("rollout/logprob_gap_mean", 0.0))
         metrics.update(self.algorithm.step_metrics(batch))
         self.algorithm.after_step({**metrics, "progress": self.step / self.total_steps})
         self.step += 1
@@ -295,9 +303,10 @@ class Learner:
         losses = {"loss": (self.algorithm.token_loss(told) * weights).sum()}
         objective = losses["loss"]
         if self.shared_critic:
-            told.values = self.critic.read(states)
+            # The same states, of whose gradient the backbone gets `value_coef`; the head, with its own optimizer, all.
+            told.values = self.critic.read(states.detach().lerp(states, self.config.value_coef))
             losses["value_loss"] = (self.algorithm.value_loss(told) * weights).sum()
-            objective = objective + self.config.value_coef * losses["value_loss"]
+            objective = objective + losses["value_loss"]
         objective.backward()
         self._measure(told, figures)
         return {name: loss.detach() for name, loss in losses.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -109,7 +108,8 @@ class ActionEnd:
         self.eos_ids = _eos_ids(model, tokenizer)
         self.is_eos = np.isin(np.arange(vocab_size), list(self.eos_ids))
         self.may_close = _may_complete(tokenizer, vocab_size, {text[-1] for text in action_ends})
-        self._piece = lru_cache(maxsize=None)(lambda token_id: decode(tokenizer, [token_id]))
+        # Each token of such a text holds at least one of its bytes; one more, since a decoder may drop a leading blank.
+        self._most_tokens = 1 + max(len(text.encode()) for text in self.action_ends)
 
     def text(self, action_ids: np.ndarray) -> str:
         """Decode an action as the environment reads it, without the end-of-text token."""
@@ -118,8 +118,7 @@ class ActionEnd:
 
     def closes(self, action_ids: np.ndarray) -> bool:
         """Whether the last of these tokens completes a text that ends actions."""
-        # Each token of such a text holds at least one of its characters, so it has at most that many tokens.
-        tail = "".join(map(self._piece, action_ids[-max(map(len, self.action_ends)) :].tolist()))
+        tail = decode(self.tokenizer, action_ids[-self._most_tokens :].tolist())
         if not any(end in tail for end in self.action_ends):
             return False
         text = self.text(action_ids)

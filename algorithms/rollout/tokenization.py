@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,18 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
         Ids [p] int64 of each text.
     """
     if tokenizer.chat_template:
-        return [_in_template(tokenizer, text) for text in texts]
+        # Llama 3 names two of its control tokens as special; the others are so without a name.
+        unnamed = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        control_tokens = {*tokenizer.all_special_tokens, *unnamed}
+        return [_in_template(tokenizer, text, control_tokens) for text in texts]
     bos = tokenizer.bos_token_id
     prefix = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
     return [np.concatenate((np.array(prefix, dtype=np.int64), ids)) for ids in encode_plain(tokenizer, texts)]
 
 
-def _in_template(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+def _in_template(tokenizer: PreTrainedTokenizerBase, text: str, control_tokens: Iterable[str]) -> np.ndarray:
     """Encode a text as the message of a user; the template then opens the reply, [p] int64."""
-    if not any(token in text for token in tokenizer.all_special_tokens):
+    if not any(token in text for token in control_tokens):
         chat = [{"role": "user", "content": text}]
         return np.array(_rendered(tokenizer, chat, return_dict=False), dtype=np.int64)
     # A question that spells a control token stays text: such tokens are read only in what the template puts around it.

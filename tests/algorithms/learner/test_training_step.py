@@ -17,6 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.dgpo import DGPO, DGPOConfig
+from algorithms.dgpo_grpo import DGPOGRPO, DGPOGRPOConfig
+from algorithms.gkd import GKD, GKDConfig
 from algorithms.grpo import GRPO, GRPOConfig
 from algorithms.kd import KD, KDConfig
 from algorithms.learner import scoring
@@ -25,7 +27,7 @@ from algorithms.learner.collate import collate
 from algorithms.learner.config import LearnerConfig
 from algorithms.learner.networks import freeze
 from algorithms.learner.training_step import Learner
-from algorithms.learner.types import Batch, Trajectory, Turn
+from algorithms.learner.types import Batch, Tokens, Trajectory, Turn
 from algorithms.ppo import PPO, PPOConfig
 from algorithms.sft import SFT, SFTConfig
 
@@ -169,11 +171,12 @@ def test_kd_gradient_equals_the_plain_one(temperature, blocks):
     assert_same(found, {name: p.grad for name, p in model.named_parameters()})
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_ppo_gradient_equals_the_plain_one(shared, blocks):
+@pytest.mark.parametrize(("shared", "value_coef"), [(False, 0.3), (True, 0.0), (True, 0.3), (True, 1.0)])
+def test_ppo_gradient_equals_the_plain_one(shared, value_coef, blocks):
+    """A shared backbone gets `value_coef` of the value loss's gradient, and a head of its own optimizer gets it all."""
     batch = make_batch()
     algorithm = make_ppo(entropy_coef=0.1, kl_coef=0.05, gae_lambda=0.9)
-    learner = make_learner(algorithm, shared=shared, chunk_tokens=4, micro_batch_tokens=40, value_coef=0.3)
+    learner = make_learner(algorithm, shared=shared, chunk_tokens=4, micro_batch_tokens=40, value_coef=value_coef)
     torch.nn.init.normal_(learner.critic.head.weight, std=0.3)
     head = copy.deepcopy(learner.critic.head)
     found = gradients(learner, batch)
@@ -190,10 +193,11 @@ def test_ppo_gradient_equals_the_plain_one(shared, blocks):
     policy_loss = (surrogate - 0.1 * entropy)[mask].mean()
     values_of = model if shared else trunk
     hidden = values_of.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).last_hidden_state
-    values = torch.roll(head(hidden)[..., 0], 1, dims=1)
+    of_backbone = hidden.detach() + value_coef * (hidden - hidden.detach()) if shared else hidden
+    values = torch.roll(head(of_backbone)[..., 0], 1, dims=1)
     torch.testing.assert_close(batch.values[mask], values[mask].detach())
     value_loss = 0.5 * (values - batch.returns)[mask].square().mean()
-    (policy_loss + (0.3 if shared else 1.0) * value_loss).backward()
+    (policy_loss + value_loss).backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     if not shared:
         expected |= {f"critic.backbone.{name}": p.grad for name, p in trunk.model.named_parameters()}
@@ -375,6 +379,18 @@ def test_past_a_gap_the_learner_scores_old_logprobs_from_the_next_batch_on():
     assert torch.equal(stored.old_logprobs, before), "another policy sampled it, so this one can't know"
 
 
+def test_a_gap_does_not_matter_where_old_logprobs_are_in_no_loss():
+    learner = make_learner(GKD(GKDConfig(optimizer=sgd_free())))
+    for _ in range(2):
+        batch = make_batch()
+        batch.old_logprobs -= 0.3 * batch.response_mask
+        learner.score(batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            learner.update(batch, np.random.default_rng(0))
+    assert not learner.rescores
+
+
 def test_a_critic_on_the_hidden_states_of_the_policy_reads_them_with_the_old_logprobs():
     """One forward pass gives both, and they are those of a pass each."""
     learner = make_learner(make_ppo(importance_sampling_cap=2.0), shared=True, micro_batch_tokens=40, chunk_tokens=4)
@@ -430,6 +446,7 @@ def test_only_the_critic_trains_during_its_warm_up(shared):
     assert all(torch.equal(value, before[name]) for name, value in learner.policy.state_dict().items())
     assert learner.critic.head.weight.any()
     assert "loss" not in metrics
+    assert metrics["learning_rate"] == 0
     assert metrics["value_loss"] > 0
     learner.score(batch)
     assert "loss" in learner.update(batch, np.random.default_rng(0))
@@ -557,6 +574,23 @@ def test_metrics_follow_the_schedule():
     assert [learner.policy_optimizer.learning_rate(step) for step in (3, 4, 9)] == [1.0, 1.0, 1.0]
 
 
+def test_the_schedule_of_a_policy_begins_after_the_warm_up_of_its_critic():
+    optimizer = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.25, schedule="cosine")
+    settings = {"critic_warmup_steps": 2, "optimizer": optimizer, "critic_optimizer": optimizer}
+    learner = make_learner(make_ppo(**settings))  # of 10 steps
+    policy, critic = learner.policy_optimizer.learning_rate, learner.critic_optimizer.learning_rate
+    falling = [(1 + np.cos(np.pi * k / 6)) / 2 for k in range(7)]
+    assert [policy(step) for step in range(11)] == pytest.approx([0, 0, 0.5, 1, *falling], abs=1e-12)
+    assert [critic(step) for step in range(3)] == [0.5, 1.0, 1.0]
+    rates = []
+    for _ in range(4):
+        batch = make_batch()
+        learner.score(batch)
+        rates.append(learner.update(batch, np.random.default_rng(0))["learning_rate"])
+    assert rates == [0, 0, 0.5, 1]
+    assert {group["lr"] for group in learner.policy_optimizer.adamw.param_groups} == {1.0}
+
+
 def test_clipping_bounds_the_step_and_reports_the_norm_before():
     learner = make_learner(SFT(SFTConfig(optimizer=OptimizerConfig(max_grad_norm=1e-3))))
     adamw = learner.policy_optimizer.adamw
@@ -650,6 +684,45 @@ def behind_other_prompts(batch: Batch, seed: int = 9) -> Batch:
         "old_logprobs": torch.nn.functional.pad(batch.old_logprobs, (2, 0)),
     }
     return dataclasses.replace(batch, **widened)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_groups_that_pay_alone_are_scored_by_the_teacher(estimator):
+    """The loss is that of a teacher who has read all; one that is a hundred nats away from a right token is no NaN."""
+    found = []
+    for reads_all in (False, True):
+        settings = {"batch_size": 6, "rollouts_per_prompt": 2, "num_minibatches": 1, "kl_coef": 0.1}
+        algorithm = DGPOGRPO(DGPOGRPOConfig(**settings, kl_estimator=estimator, optimizer=sgd_free()))
+        if reads_all:
+            algorithm.anchored = lambda batch: torch.ones_like(batch.correct)
+        batch = make_batch()
+        right = batch.correct[:, None] & batch.response_mask
+        batch.group_ids = torch.arange(6) // 2
+        learner = make_learner(algorithm)
+        found.append(gradients(learner, batch))
+        assert bool(batch.teacher_logprobs[right].any()) == reads_all
+    assert_same(*found, 0.0)
+    tokens = Tokens(**{each.name: torch.zeros(1) for each in dataclasses.fields(Tokens)})
+    logprobs = torch.full((1,), -150.0, requires_grad=True)
+    estimate = algorithm._anchor_kl(tokens, logprobs, torch.tensor([False]))
+    estimate.sum().backward()
+    assert (float(estimate), float(logprobs.grad)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_micro_batch_is_bounded_by_what_is_computed(checkpointing):
+    """Whoever recomputes layers reads a common start once a row, so it counts once a row."""
+    ids = torch.randint(VOCAB, (24, 120), generator=torch.Generator().manual_seed(0))
+    ids[:, :100] = ids[0, :100]
+    written = torch.zeros(24, 120, dtype=torch.bool)
+    written[:, 110:] = True
+    batch = dataclasses.replace(
+        make_batch(num_rows=24), input_ids=ids, written_ids=ids, attention_mask=torch.ones_like(written),
+        response_mask=written, old_logprobs=torch.zeros(24, 120), num_shared=100,
+    )  # fmt: skip
+    learner = make_learner(make_kd(), micro_batch_tokens=500, gradient_checkpointing=checkpointing)
+    sizes = [len(part.rows) for part in learner.scorer.split(batch)]
+    assert sorted(sizes) == ([4] * 6 if checkpointing else [4, 20])
 
 
 @pytest.mark.parametrize("estimator", ["k1", "exact"])

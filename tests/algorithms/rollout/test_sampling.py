@@ -1,12 +1,16 @@
 """Draws among many ids go through blocks, and give the token that a cumulative sum in full precision gives."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from algorithms.rollout import sampling
 from algorithms.rollout.config import RolloutConfig
-from algorithms.rollout.sampling import sample
+from algorithms.rollout.sampling import ActionEnd, sample
 
 WIDTHS = (151_936, sampling._MIN_FOR_BLOCKS, 50_257, sampling._MIN_FOR_BLOCKS - 1)
 DRAWS = 40
@@ -75,3 +79,44 @@ def test_impossible_ids_at_the_ends_of_blocks_are_never_drawn():
     draws = [LOWEST, third - 1e-5, third + 1e-5, 2 * third - 1e-5, 2 * third + 1e-5, HIGHEST]
     ids, _ = sample(logits.expand(6, -1), torch.tensor(draws, dtype=torch.float64), RolloutConfig())
     assert ids.tolist() == [possible[0]] * 2 + [possible[1]] * 2 + [possible[2]] * 2
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token, as in the vocabulary of an English model that reads another script."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: number for number, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Words with their leading blank, which the decoder drops at the start of a text, as Llama 2's does."""
+    words = ["<unk>", "\u2581It", "\u2581is", "\u2581FINAL", "\u2581ANSWER", ":"]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Split(":", "isolated")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize(
+    ("make_tokenizer", "end", "text"),
+    [
+        (byte_tokenizer, "</answer>", "so </answer>"),
+        (byte_tokenizer, "</\u7b54\u6848>", "so </\u7b54\u6848>"),
+        (byte_tokenizer, "\u3011", "so \u3011"),
+        (byte_tokenizer, "</r\u00e9ponse>", "</r\u00e9ponse>"),
+        (byte_tokenizer, "no more", "it is no more"),
+        (word_tokenizer, "FINAL ANSWER:", "It is FINAL ANSWER:"),
+        (word_tokenizer, "FINAL ANSWER:", "FINAL ANSWER:"),
+    ],
+)
+def test_an_action_ends_with_the_token_that_completes_its_end(make_tokenizer, end, text):
+    tokenizer = make_tokenizer()
+    action_end = ActionEnd(SimpleNamespace(generation_config=None), tokenizer, len(tokenizer), [end])
+    ids = np.array(tokenizer.encode(text))
+    assert tokenizer.decode(ids) == text
+    closing = [bool(action_end.may_close[ids[n - 1]]) and action_end.closes(ids[:n]) for n in range(1, len(ids) + 1)]
+    assert closing == [False] * (len(ids) - 1) + [True]
