@@ -173,6 +173,13 @@ def _failures(runs: Sequence[tuple[Method, Run]]) -> list[Finding]:
             findings.append(Finding(f"{errors} test episodes of {method.label} ({run.path}) ended by a failed search."))
         if run.summary.get("teacher_in_memory_during_policy_evaluation"):
             findings.append(Finding(f"{run.path}: a teacher was in memory while the policy was evaluated."))
+        for stage, of in run.summary.get("demonstrations", {}).items():
+            if of["found"] < of["wanted"]:
+                text = f"{method.label} ({run.path}) had {of['found']} of {of['wanted']} demonstrations for {stage}."
+                findings.append(Finding(text))
+        skipped = [stage["name"] for stage in run.summary.get("stages", []) if not stage["steps"]]
+        if skipped:
+            findings.append(Finding(f"{method.label} ({run.path}) skipped {', '.join(skipped)}: it is another method."))
     return findings
 
 

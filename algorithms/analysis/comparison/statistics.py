@@ -3,8 +3,9 @@
 Chance enters every figure twice: by the seeds of training and by the questions of the test. All methods answer
 the same questions, so the two are crossed: the variance of a mean over both is at most the sum of the variance between
 seeds over their number and the variance between questions over theirs. (The sum counts the noise of single answers
-twice, so the interval is rather too wide.) Student's t accounts for few seeds; its degrees of freedom follow
-Satterthwaite; a bootstrap over three seeds would be too narrow by a third.
+twice, so the interval is rather too wide.) Each of the two enters with Student's quantile for its own degrees of
+freedom, so that two seeds are not trusted as much as hundreds of questions: the half-width of an interval is the root
+of the sum of quantile squared times variance. A bootstrap over three seeds would be too narrow by a third.
 
 Runs of two methods with the same seed share what the seed decides: demonstrations, cold start, order of the data.
 Methods that have the same seeds are therefore compared seed by seed, which leaves out what the seeds have in common.
@@ -12,11 +13,12 @@ Methods that have the same seeds are therefore compared seed by seed, which leav
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import signal, stats
+from scipy import optimize, signal, stats
 
 LEVEL = 0.95
 #: Chance to find a difference that exists.
@@ -24,6 +26,10 @@ POWER = 0.8
 _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 #: A smaller variance comes from rounding; a single answer among a million questions gives a larger one.
 _ROUNDING = 1e-20
+#: Over these quantiles a chi-squared variable is averaged.
+_SHARES = (np.arange(50) + 0.5) / 50
+#: P-values below this one's exponential are 0.
+_LEAST_LOG_P = -200.0
 
 
 class Estimate(NamedTuple):
@@ -79,7 +85,7 @@ def crossed_mean(by_seed: np.ndarray, item_variance: float, num_items: int) -> E
         num_items: How many items there were.
     """
     value = float(by_seed.mean())
-    half = _half_width([(item_variance, max(1, num_items - 1)), *_seed_component(by_seed)])
+    half = _half_width([_Part(item_variance, max(1, num_items - 1)), *_between_seeds(by_seed)])
     return Estimate(value, value - half, value + half)
 
 
@@ -98,10 +104,10 @@ def paired(first: np.ndarray, second: np.ndarray, by_seed: bool = False) -> Pair
     """
     difference = first.mean(axis=0) - second.mean(axis=0)
     count, value = difference.size, float(difference.mean())
-    questions = (float(difference.var(ddof=1)) / count, count - 1) if count > 1 else (0.0, 1)
-    of_seeds = [part for each in _samples(first, second, by_seed) for part in _seed_component(each.mean(axis=1))]
-    components = [questions, *of_seeds]
-    half = _half_width(components)
+    between_questions = float(difference.var(ddof=1)) / count if count > 1 else 0.0
+    of_seeds = _between_seeds(*(each.mean(axis=1) for each in _samples(first, second, by_seed)))
+    parts = [_Part(between_questions, max(1, count - 1)), *of_seeds]
+    half = _half_width(parts)
     center = value
     if not half:  # all these questions are alike, yet another one may differ: Clopper and Pearson
         half = 1 - _TAILS[0] ** (1 / count)
@@ -112,7 +118,7 @@ def paired(first: np.ndarray, second: np.ndarray, by_seed: bool = False) -> Pair
     return Paired(
         Estimate(value, max(-1.0, center - half), min(1.0, center + half)),
         p_questions,
-        max(p_questions, _t_p_value(value, components)) if enough else None,
+        max(p_questions, _t_p_value(value, parts)) if enough else None,
     )
 
 
@@ -153,10 +159,10 @@ def rank_agreement(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
 
 
 class Power:
-    """Power of a paired comparison of two methods, from the variances among its runs.
+    """Power of `paired` for two methods, from the variances among their runs.
 
     The variance of a difference has two parts: that of the questions over their number, which no further seed reduces;
-    and that of the seeds, with the noise of single answers, over their number.
+    and that of the seeds, with the noise of single answers, over their number. The test counts that noise twice.
 
     Args:
         first: Right or wrong, [seeds, questions] bool; at least two seeds.
@@ -166,23 +172,34 @@ class Power:
 
     def __init__(self, first: np.ndarray, second: np.ndarray, by_seed: bool = False) -> None:
         self.num_seeds = min(len(first), len(second))
-        samples = _samples(first, second, by_seed)
-        self._freedom_of_seed = len(samples)
-        of_answers = sum(float(each.var(axis=0, ddof=1).mean()) / len(each) for each in samples)
-        of_means = float((first.mean(axis=0) - second.mean(axis=0)).var(ddof=1))
-        self._of_questions = max(0.0, of_means - of_answers) / first.shape[1]
-        self._of_seeds = sum(float(each.mean(axis=1).var(ddof=1)) for each in samples)
+        self._samples = _samples(first, second, by_seed)
+        self._num_questions = first.shape[1]
+        answers = [float(each.var(axis=0, ddof=1).mean()) / self._num_questions for each in self._samples]
+        of_means = float((first.mean(axis=0) - second.mean(axis=0)).var(ddof=1)) / self._num_questions
+        shown = sum(noise / len(each) for noise, each in zip(answers, self._samples, strict=True))
+        self._of_answers, self._of_questions = sum(answers), max(0.0, of_means - shown)
 
     def detectable(self, num_seeds: int | None = None) -> float:
         """The difference that so many seeds of each method (default: the present ones) find with chance `POWER`."""
         seeds = num_seeds or self.num_seeds
-        freedom = self._freedom_of_seed * (seeds - 1)
-        factor = float(stats.t.ppf((1 + LEVEL) / 2, freedom) + stats.t.ppf(POWER, freedom))
-        return factor * float(np.sqrt(self._of_questions + self._of_seeds / seeds))
+        (of_seeds,) = _between_seeds(*(each.mean(axis=1) for each in self._samples), num_seeds=seeds)
+        if (spread := float(np.sqrt(self._of_questions + of_seeds.variance))) ** 2 <= _ROUNDING:
+            return 0.0
+        of_questions = _Part(self._of_questions + self._of_answers / seeds, self._num_questions - 1)
+        # The seeds' variance that an experiment shows is chi-squared, and its intervals are as wide as that says.
+        shown = of_seeds.variance * stats.chi2.ppf(_SHARES, of_seeds.freedom) / of_seeds.freedom
+        halves = np.array([_half_width([of_questions, _Part(one, of_seeds.freedom)]) for one in shown])
+
+        def excess(difference: float) -> float:
+            return float(stats.norm.cdf((difference - halves) / spread).mean()) - POWER
+
+        return float(optimize.brentq(excess, 0.0, halves.max() + 5 * spread))
 
     def seeds_for(self, difference: float, most: int = 1000) -> int | None:
         """The fewest seeds of each method that find a difference on these questions; None if `most` seeds do not."""
-        return next((seeds for seeds in range(2, most + 1) if self.detectable(seeds) <= difference), None)
+        if self.detectable(most) > difference:
+            return None
+        return 2 + bisect_left(range(2, most), True, key=lambda seeds: self.detectable(seeds) <= difference)
 
 
 # --- aggregates over seeds and groups of questions (Agarwal et al., arXiv:2108.13264) ---------------------------------
@@ -255,29 +272,57 @@ def _samples(first: np.ndarray, second: np.ndarray, by_seed: bool) -> list[np.nd
     return [first.astype(float) - second] if by_seed else [first, second]
 
 
-# --- Satterthwaite ---------------------------------------------------------------------------------------------------
+# --- Student's t -----------------------------------------------------------------------------------------------------
 
 
-def _seed_component(by_seed: np.ndarray) -> list[tuple[float, int]]:
-    """Variance of a mean over seeds and its degrees of freedom; empty for one seed, which shows no variance."""
-    count = len(by_seed)
-    if count > 1 and np.ptp(by_seed) < 1e-12:
-        return [(0.0, count - 1)]
-    return [(float(by_seed.var(ddof=1)) / count, count - 1)] if count > 1 else []
+class _Part(NamedTuple):
+    """A part of the variance of a figure, and its degrees of freedom."""
+
+    variance: float
+    freedom: float
 
 
-def _degrees(components: Sequence[tuple[float, int]]) -> float:
-    total = sum(variance for variance, _ in components)
-    return total**2 / sum(variance**2 / freedom for variance, freedom in components if variance)
+def _between_seeds(*by_seed: np.ndarray, num_seeds: int | None = None) -> list[_Part]:
+    """The variance of a sum of means over independent samples of seeds; empty if none has more than one seed.
+
+    Args:
+        by_seed: For each sample the figure of each seed.
+        num_seeds: The variance of means over so many seeds of each sample; None: over those that there are.
+    """
+    parts = []
+    for sample in by_seed:
+        count = num_seeds or len(sample)
+        if len(sample) > 1:
+            alike = np.ptp(sample) < 1e-12  # but for rounding
+            parts.append(_Part(0.0 if alike else float(sample.var(ddof=1)) / count, count - 1))
+    if not parts:
+        return []
+    total = sum(part.variance for part in parts)
+    spread = sum(part.variance**2 / part.freedom for part in parts)
+    return [_Part(total, total**2 / spread if spread else parts[0].freedom)]  # after Satterthwaite
 
 
-def _half_width(components: Sequence[tuple[float, int]]) -> float:
-    total = sum(variance for variance, _ in components)
-    return float(stats.t.ppf((1 + LEVEL) / 2, _degrees(components)) * np.sqrt(total)) if total > _ROUNDING else 0.0
+def _half_width(parts: Sequence[_Part], level: float = LEVEL) -> float:
+    """Half of the interval that holds this share of the cases; 0 if nothing varies."""
+    return _of_quantiles(parts, (1 - level) / 2)
 
 
-def _t_p_value(value: float, components: Sequence[tuple[float, int]]) -> float:
-    total = sum(variance for variance, _ in components)
-    if total <= _ROUNDING:
+def _of_quantiles(parts: Sequence[_Part], tail: float) -> float:
+    """Root of the sum of the variances, each times the square of the quantile with this chance above it."""
+    if sum(part.variance for part in parts) <= _ROUNDING:
+        return 0.0
+    squares = [part.variance * stats.t.isf(tail, part.freedom) ** 2 for part in parts if part.variance]
+    return float(np.sqrt(sum(squares)))
+
+
+def _t_p_value(value: float, parts: Sequence[_Part]) -> float:
+    """The chance of the widest interval around the value that does not hold 0, taken from 1."""
+    if not _half_width(parts):
         return 1.0 if abs(value) < 1e-12 else 0.0
-    return float(2 * stats.t.sf(abs(value) / np.sqrt(total), _degrees(components)))
+
+    def excess(log_p: float) -> float:
+        return _of_quantiles(parts, np.exp(log_p) / 2) - abs(value)
+
+    if excess(_LEAST_LOG_P) <= 0:
+        return 0.0
+    return float(np.exp(optimize.brentq(excess, _LEAST_LOG_P, 0.0))) if value else 1.0

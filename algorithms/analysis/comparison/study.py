@@ -146,7 +146,7 @@ def _sections(runs: Sequence[Run], methods: Sequence[Method], modes: Sequence[st
     labels = [method.label for method in methods]
     shown, main = groups(finished), modes[0]
     found = {mode: pairwise.compare_pairs(methods, mode, options.against) for mode in modes}
-    letters = {mode: pairwise.letters(labels, found[mode]) if found[mode] else None for mode in modes}
+    letters = {mode: pairwise.letters(labels, found[mode]) for mode in modes}
     results = [tables.results(methods, mode, shown, letters[mode], options.with_paper) for mode in modes]
     orders = [order for mode in modes if options.with_paper and (order := tables.order(methods, mode)) is not None]
     sections = [

@@ -35,7 +35,7 @@ def results(
         methods: Methods in the order of the rows.
         mode: Mode of decoding.
         groups: Groups of questions; the group of all questions comes first.
-        letters: Letters by label, see `pairwise.letters`; None: the column is left out.
+        letters: Letters by label, see `pairwise.letters`; None or empty: the column is left out.
         with_paper: Show the paper's average even if no dataset is one of the paper's.
     """
     parts = groups[1:]
