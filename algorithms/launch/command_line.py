@@ -40,7 +40,7 @@ def prepare(config_name: str) -> None:
     if any(word in _MULTIRUN for word in given) or any(word.startswith("resume=") for word in given):
         # A job, or the run to resume, may have another algorithm than this command line's default.
         sys.argv[1:] = [f"++{word}" if _SETTING.match(word) else word for word in given]
-    elif all("=" in word or word[0] == "~" for word in given):
+    elif all("=" in word or word.startswith("~") for word in given):
         composed(config_name, given)
 
 

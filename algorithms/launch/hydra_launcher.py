@@ -29,9 +29,11 @@ from algorithms.launch.run_guard import settings_of
 from algorithms.training import file_locks
 from algorithms.training.compose import PARTS, explanation
 from algorithms.training.event_files import EventFile
+from algorithms.training.protocol import with_protocol
 from algorithms.training.run_directory import PLAN_FILE, begun, complete, has_plan, require_same
 from algorithms.training.run_files import allowed, places, read_settings
 from algorithms.training.schemas import by_group
+from algorithms.training.settings import settings_without_effect
 
 _LOCKS = ".launcher"
 #: Hydra takes launchers from the package `hydra_plugins` only, so this module has a second name.
@@ -161,7 +163,7 @@ class SlotsLauncher(Launcher):
             if begun(directory):
                 if config.preflight:
                     raise ConfigurationError(f"{directory} holds a run; plan with another hydra.sweep.dir.")
-                require_same(directory, settings_of(config))
+                require_same(directory, settings_of(with_protocol(config, overrides, quiet=True)))
             if config.preflight:
                 self._plans = True
                 (directory / PLAN_FILE).unlink(missing_ok=True)  # it may be the plan of other settings
@@ -220,8 +222,9 @@ class SlotsLauncher(Launcher):
             if begun(directory):
                 # `_plan` has checked that its settings are this command's, so the job may use the places they name.
                 named = allowed([place for _, place in places(read_settings(directory))])
-                loggers = [each for each in overrides if each.startswith("logger=")]
-                return [*start, f"resume={_quoted(directory)}", named, *loggers, "hydra.mode=RUN"]
+                # How it is carried out may have changed since.
+                free = [each for each in overrides if each.lstrip("+").partition("=")[0] in settings_without_effect()]
+                return [*start, f"resume={_quoted(directory)}", named, *free, "hydra.mode=RUN"]
             given = [*self._config.hydra.overrides.hydra, *overrides]
             threads = [f"threads={slot.environment['OMP_NUM_THREADS']}"] if set_threads else []
             return [*start, *given, *threads, f"hydra.run.dir={_quoted(directory)}", "hydra.mode=RUN"]

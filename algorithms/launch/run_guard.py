@@ -59,6 +59,17 @@ class KeepRuns(Callback):
             _refuse("resume goes on with a single run; give it without -m and without lists of values.")
 
 
+class SpareRuns(Callback):
+    """Refuses to write anything else over a run."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before Hydra writes anything."""
+        if begun(run_dir := Path(config.hydra.run.dir)):
+            _refuse(
+                f"{run_dir} holds a run. Choose another directory for what is found, say hydra.run.dir={run_dir}/test."
+            )
+
+
 def _hold(run_dir: Path) -> None:
     try:
         hold(run_dir)
@@ -113,7 +124,12 @@ def left_to_run(run_dir: Path, given: DictConfig) -> DictConfig | None:
         write_settings(run_dir, plain(given))
         return given
     require_same(run_dir, settings_of(given))
-    return None if complete(run_dir) else OmegaConf.create(read_settings(run_dir))
+    if complete(run_dir):
+        return None
+    saved = OmegaConf.create(read_settings(run_dir))
+    for key in settings_without_effect():
+        OmegaConf.update(saved, key, OmegaConf.select(given, key))
+    return saved
 
 
 def drop_settings_of_others(given: DictConfig) -> None:

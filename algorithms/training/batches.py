@@ -23,7 +23,7 @@ from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training import demonstrations
 from algorithms.training.build import Environments, Networks
 from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, Demonstrations
-from algorithms.training.fingerprints import of_playing, of_retriever
+from algorithms.training.fingerprints import of_playing, of_plugins, of_retriever
 from algorithms.training.settings import RunConfig, settings_with_effect
 
 
@@ -137,6 +137,8 @@ class Sources:
             settings["teacher_dtype"] = config.model.teacher_dtype
         settings["teacher_temperature"] = config.model.teacher_temperature
         settings |= {"searched": of_retriever(envs.retriever), "source": name, "of": source.fingerprint}
+        if plugins := of_plugins(source):
+            settings["plugins"] = plugins
         teacher = networks.place_of_teacher if source.by_model else None
         tokenizer = networks.teacher_tokenizer if source.by_model else networks.tokenizer
         key = of_playing(settings, teacher or f"no model: {name}", tokenizer, envs.dataset)

@@ -8,7 +8,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +22,20 @@ from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.types import Question
 from agentic_rag_env.weight_files import WEIGHT_INDEX
 from algorithms.learner.adapter_folders import find_adapter
+from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES
 
 if TYPE_CHECKING:
     from algorithms.training.build import RunEnvs
 
 _PACKAGES = ("torch", "transformers", "gymnasium", "bm25s", "hydra-core", "agentic-rag-env")
+#: Those whose parts decide what an episode is.
+_REGISTRIES = (ENVS, DATASETS, RETRIEVERS, REWARDS, PROBES)
 #: The architecture, which tokens end a text, and which of several files hold the weights.
 _MODEL_SETTINGS = ("config.json", "generation_config.json", WEIGHT_INDEX)
 #: The code that an episode and its figures may depend on: the environment's package, and the rooms that play and
 #: measure.
-_ZOO = Path(__file__).parents[1]
-_CODE = (Path(agentic_rag_env.__file__).parent, *(_ZOO / room for room in ("learner", "rollout", "training")))
+_ZOO, _PACKAGE = Path(__file__).parents[1], Path(agentic_rag_env.__file__).parent
+_CODE = (_PACKAGE, *(_ZOO / room for room in ("learner", "rollout", "training")))
 
 
 def fingerprints(tested: RunEnvs, num_tested: int, trained: Sequence[Question] | None = None) -> dict[str, str | None]:
@@ -109,6 +112,23 @@ def of_code() -> str | None:
     return hash_of([versions(), *map(sha256, sorted(files))])
 
 
+def of_plugins(*parts: Any) -> str:
+    """Hash of the files of plug-ins that an episode may depend on; empty without plug-ins.
+
+    Args:
+        parts: Further objects whose code counts.
+    """
+    modules = [*(sys.modules[type(part).__module__] for part in parts), *_registering_modules()]
+    for registry in (*_REGISTRIES, DEMONSTRATION_SOURCES):
+        points = entry_points(group=f"agentic_rag_env.{registry.group}")
+        modules += [sys.modules[point.module] for point in points if point.module in sys.modules]
+    # The module of a single file goes by the file's path, see `registry`.
+    modules += [module for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) == name]
+    files = {Path(file) for module in modules if (file := getattr(module, "__file__", None)) is not None}
+    foreign = sorted(file for file in files if not any(file.is_relative_to(own) for own in (_ZOO, _PACKAGE)))
+    return hash_of([*map(sha256, foreign)]) if foreign else ""
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that figures may depend on; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -122,8 +142,7 @@ def versions() -> dict[str, str | None]:
 
 def _registering_modules() -> Iterator[Any]:
     """Find the modules that parts of an environment come from, with all loaded modules of their packages."""
-    registries = (ENVS, DATASETS, RETRIEVERS, REWARDS, PROBES)
-    origins = {registry.get(name).factory.__module__ for registry in registries for name in registry.names()}
+    origins = {registry.get(name).factory.__module__ for registry in _REGISTRIES for name in registry.names()}
     packages = tuple(origin.partition(".")[0] + "." for origin in origins)
     for name, module in list(sys.modules.items()):
         if name in origins or name.startswith(packages):

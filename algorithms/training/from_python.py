@@ -70,6 +70,8 @@ def train(config: RunConfig, run_dir: str | Path) -> RunResult:
     run_dir, config = Path(run_dir).expanduser(), compose.complete(config)
     if config.resume is not None:
         raise ConfigurationError("resume is for the command line; to go on, call train with the run's own directory.")
+    if config.preflight:
+        raise ConfigurationError("preflight is for the command line: python -m algorithms.run preflight=true ...")
     settings = plain_data(config)
     run_directory.hold(run_dir)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -59,6 +60,10 @@ def plan(config: RunConfig, trial: Trial | None = None) -> dict[str, Any]:
     memory = _memory(made)
     needs, (where, phase) = _peak(memory)
     allowed = device.memory * _FILL
+    times = {
+        one.stage.name: one.time() if trial is None else one.time_as_tried(trial, number)
+        for number, one in enumerate(made)
+    }
     found: dict[str, Any] = {
         "times are": "computed" if trial is None else f"of {STEPS} steps of each stage, measured here",
         "hardware": {"device": device.name, "count": config.hardware.count, "GiB each": round(device.memory / GIB, 1)},
@@ -71,11 +76,8 @@ def plan(config: RunConfig, trial: Trial | None = None) -> dict[str, Any]:
         "fits": needs <= allowed,
         "peak": {"GiB": round(needs / GIB, 2), "stage": where, "phase": phase, "allowed GiB": round(allowed / GIB, 2)},
         "memory of each device, GiB": _in_gib(memory),
-        "time": {
-            one.stage.name: one.time() if trial is None else one.time_as_tried(trial, number)
-            for number, one in enumerate(made)
-        },
-        "disk": _disk(config, made),
+        "time": times,
+        "disk": _disk(config, made, [time["steps"] for time in times.values()]),
     }
     found["hours"] = round(sum(stage["hours"] for stage in found["time"].values()), 3)
     found["trained tokens"] = sum(
@@ -165,10 +167,11 @@ def _in_gib(memory: Any) -> Any:
     return round(memory / GIB, 3)
 
 
-def _disk(config: RunConfig, made: list[StagePlan]) -> dict[str, Any]:
+def _disk(config: RunConfig, made: list[StagePlan], steps: list[int]) -> dict[str, Any]:
     """The checkpoints: weights and optimizer of policy and critic; of every stage the last and the best one stay."""
     each = max(12 * (one.trained + one.critic) for one in made)
-    count = (config.keep_checkpoints or 2) + 2 * len(made)
+    written = sum(math.ceil(number / config.checkpoint_every) for number in steps)
+    count = (written if config.keep_checkpoints is None else config.keep_checkpoints + len(made)) + len(made)
     free = shutil.disk_usage(Path.cwd()).free
     return {"GiB": round(each * count / GIB, 2), "checkpoints": count, "free GiB here": round(free / GIB, 1)}
 

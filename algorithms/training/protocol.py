@@ -18,7 +18,7 @@ from algorithms.training.run_files import differences
 from algorithms.training.schemas import named_config
 
 
-def with_protocol(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def with_protocol(config: DictConfig, overrides: Sequence[str], quiet: bool = False) -> DictConfig:
     """Take over the protocol that the policy of a new run was trained in; without one, that of its teacher.
 
     The command line counts before it, and defaults, presets and experiments count behind it. A line says what was taken
@@ -27,6 +27,7 @@ def with_protocol(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     Args:
         config: A composed configuration.
         overrides: What the user said: the command line, or the names of the settings that a program gave.
+        quiet: Print no line.
 
     Raises:
         ConfigurationError: Policy and teacher were trained in different protocols, and the command line does not say
@@ -47,6 +48,8 @@ def with_protocol(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     who = f"model.{role}={config.model[role]}"
     agent.require_said(lambda key: not key.startswith("env.") or is_said(key), who)
     adopted = _adopted(config, agent, is_said)
+    if quiet:
+        return adopted
     before, after = (_protocol_of(each) for each in (config, adopted))
     if found := differences(before, after):
         told, instead = listed(found, 2), listed(found, 1)

@@ -12,7 +12,7 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.files import remove_partial
 from algorithms.training import file_locks
 from algorithms.training.run_files import CONFIG_FILE, METRICS_FILE, differences, read_settings, read_summary
-from algorithms.training.settings import settings_without_effect
+from algorithms.training.settings import settings_with_effect
 
 LOCK_FILE = CONFIG_FILE.parent / "lock"
 PLAN_FILE = Path("preflight.json")
@@ -73,10 +73,9 @@ def require_same(run_dir: Path, wanted: Mapping[str, Any]) -> None:
     Raises:
         ConfigurationError: A setting differs; the message names it.
     """
-    wanted = {key: value for key, value in wanted.items() if key not in settings_without_effect()}
     found = [
         f"{key} is {_shown(there)} there, {_shown(here)} here"
-        for key, there, here in differences(read_settings(run_dir), wanted)
+        for key, there, here in differences(read_settings(run_dir), settings_with_effect(wanted))
     ]
     if found:
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""

@@ -139,13 +139,15 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the code, with `+` behind it if files have been changed; None where it lies in no git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    """The commit of the code, with `+` behind it if files have been changed; None where no git checkout tracks it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:  # an installed package may lie in the environment of another project's checkout
+        tracked = subprocess.run([*git, "ls-files", Path(__file__).name], capture_output=True, text=True, timeout=10)
+        described = [*git, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(described, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return (tracked.stdout and done.stdout.strip()) or None
 
 
 def console() -> Console:

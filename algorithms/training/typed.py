@@ -119,7 +119,12 @@ def run_config(composed: DictConfig) -> RunConfig:
     # The run may be older than these settings.
     settings = {"demonstrations": {"num": None}, "hardware": vars(HardwareConfig()), "preflight": False, **settings}
     settings.setdefault("logger", RunConfig().logger)
-    settings["model"] = {"teacher_dtype": ModelConfig.teacher_dtype, "lora": vars(LoraConfig()), **settings["model"]}
+    if "model" in settings:
+        settings["model"] = {
+            "teacher_dtype": ModelConfig.teacher_dtype,
+            "lora": vars(LoraConfig()),
+            **settings["model"],
+        }
     _check_names(RunConfig, "", settings)
     for setting in dataclasses.fields(RunConfig):
         name, section = setting.name, setting.default_factory

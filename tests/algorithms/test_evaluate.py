@@ -66,6 +66,16 @@ def test_a_run_directory_scores_as_the_run_did(dgpo_run, scored, monkeypatch):
         assert score.transcripts()[f"test-checkpoint-{mode}.jsonl.gz"] == theirs
 
 
+def test_a_run_is_not_overwritten_by_what_is_measured_of_it(dgpo_run):
+    before = {path: path.read_bytes() for path in dgpo_run.path.rglob("*") if path.is_file()}
+    line = ["evaluate", f"checkpoint={dgpo_run.path}", *FEW, f"hydra.run.dir={dgpo_run.path}"]
+    with patch.object(sys, "argv", line), pytest.raises(SystemExit) as refused:
+        evaluate.main()
+    assert f"{dgpo_run.path} holds a run. Choose another directory" in str(refused.value.code)
+    assert f"hydra.run.dir={dgpo_run.path}/test" in str(refused.value.code)
+    assert {path: path.read_bytes() for path in dgpo_run.path.rglob("*") if path.is_file()} == before
+
+
 def test_the_table_shows_every_mode_with_all_figures(dgpo_run, scored):
     score = scored(f"checkpoint={dgpo_run.path}", *FEW[:3])
     figures = score.summary["evaluation"]["checkpoint"]["T=1"]["all"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from algorithms.analysis.comparison.methods import Method
+from algorithms.analysis.comparison.methods import Method, is_below
 from algorithms.analysis.runs import ALL, Run
 
 #: Settings that must agree: from a prefix to the meaning of a difference.
@@ -62,8 +62,12 @@ def check(methods: Sequence[Method]) -> list[Finding]:
     findings = []
     # If a checkpoint was only evaluated, `model.policy` is the compared model and not where its training started.
     trained = [(method, run) for method, run in runs if "checkpoint" not in run.summary]
+    free = frozenset[str]().union(*(run.settings_without_effect for _, run in runs))
+    names = [
+        name for name in dict.fromkeys(name for _, run in runs for name in run.settings) if not is_below(name, free)
+    ]
     for table, refuses in ((_MUST_AGREE, True), (_SHOULD_AGREE, False)):
-        for name in dict.fromkeys(name for _, run in runs for name in run.settings):
+        for name in names:
             for prefix, meaning in table.items():
                 concerned = trained if prefix == "model.policy" else runs
                 if not name.startswith(prefix):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,8 +122,13 @@ def _place(base: str) -> int:
     return known.index(base) if base in known else len(known)
 
 
+def is_below(name: str, sections: Iterable[str]) -> bool:
+    """Whether a dotted name is one of these, or of a setting inside of one of them."""
+    return any(f"{name}.".startswith(f"{section}.") for section in sections)
+
+
 def _relevant(run: Run, ignored: Set[str]) -> dict[str, Any]:
-    return {name: value for name, value in run.settings.items() if name not in ignored}
+    return {name: value for name, value in run.settings.items() if not is_below(name, ignored)}
 
 
 def _key(run: Run, ignored: Set[str]) -> str:

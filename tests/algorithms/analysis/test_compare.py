@@ -910,3 +910,15 @@ def test_a_stage_that_was_skipped_or_had_too_few_demonstrations_is_told(tmp_path
     for seed, number in ((1, 0), (2, 250)):
         assert f"dgpo ({tmp_path / str(seed)}) had {number} of 400 demonstrations for kd." in told
     assert not any(str(tmp_path / "0") in text for text in told)
+
+
+def test_how_a_run_was_carried_out_makes_no_other_method_and_no_other_decoding(tmp_path):
+    for seed in range(2):
+        own = {"rollout": {"temperature": 1.0, "decode_during_search": 16 * seed}}
+        own["model"] = {"policy": "tiny-student", "teacher": "tiny-teacher", "settings": {"num_envs": 4 + seed}}
+        run = make_run(tmp_path / str(seed), "kd", seed, answers(0.5, seed), config=own)
+        summary = json.loads((run / "summary.json").read_text())
+        summary["settings_without_effect"] = sorted(settings_without_effect())
+        (run / "summary.json").write_text(json.dumps(summary))
+    (method,) = study([tmp_path], Options(resamples=10)).methods
+    assert (method.label, method.seeds) == ("kd", [0, 1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from algorithms.launch.hydra_launcher import _path_flag, make_slots
 from algorithms.launch.job_pool import Job, Launcher, Slot
 from algorithms.launch.resolvers import job_name
 from algorithms.training import demonstrations, file_locks
+from algorithms.training.model_names import resolve_model
 
 # --- jobs and slots --------------------------------------------------------------------------------------------------
 
@@ -295,6 +298,48 @@ def test_a_restart_runs_what_is_missing_and_resumes_what_has_begun(tmp_path, lau
     assert f"resume='{tmp_path}/algo-ppo+seed-1'" in resumed
     assert not any(part.startswith(("seed=", "algo=", "threads=")) for part in resumed)
     assert "seed=2" in started["algo-ppo+seed-2"]
+
+
+def test_a_restart_may_say_otherwise_how_the_rest_is_carried_out(tmp_path, launched):
+    """After a full disk, say. What has no effect on results is no other setting, and begun runs hear of it."""
+    pretend_run(tmp_path / "algo-ppo+seed-0", "algo=ppo", "seed=0", done=False)
+    free = ["keep_checkpoints=1", "checkpoint_every=5", "rollout.decode_during_search=16", "logger=[jsonl]"]
+    run = command("-m", "seed=0,1", "algo=ppo", *free, f"hydra.sweep.dir={tmp_path}")
+    assert run.code == 0, run.err
+    (started,) = launched
+    assert {each.partition("=")[0] for each in free} <= {
+        part.lstrip("+").partition("=")[0] for part in started["algo-ppo+seed-0"]
+    }
+    resumed = started["algo-ppo+seed-0"]
+    shown = command(*resumed[resumed.index("algorithms.run") + 1 :], "--cfg", "job")
+    assert shown.code == 0, shown.err
+
+
+def test_a_restart_knows_the_protocol_that_a_policy_has_brought(tmp_path, launched):
+    """Its run holds the policy's protocol, which is not on the command line."""
+    policy = tmp_path / "policy"
+    shutil.copytree(resolve_model("tiny-student"), policy)
+    agent = {
+        "format": 1, "action_ends": ["</search>", "</answer>"], "precision": "float32", "vocab_size": 749,
+        "env": {"name": "agentic_rag", "prompt": "bare", "max_turns": 2, "top_k": 3, "final_turn": "no_search",
+                "max_observation_chars": None, "max_observation_tokens": 500},
+        "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24, "max_tokens": 512},
+        "measured": {
+            "dataset": {"name": "tiny", "split": "train"}, "retriever": {"name": "bm25"},
+            "reward": {"name": "exact_match"}, "num_envs": 5,
+            "evaluation": {"num_questions": 7, "temperatures": [0.0], "corpus": "own", "seed": 3},
+        },
+    }  # fmt: skip
+    (policy / "agent.json").write_text(json.dumps(agent))
+    words = ["algo=ppo", f"model.policy={policy}"]
+    sweep = tmp_path / "sweep"
+    as_played = ["env.max_turns=2", "rollout.max_new_tokens=24", "rollout.max_tokens=512"]
+    pretend_run(sweep / "algo-ppo+seed-0", *words, "seed=0", *as_played)
+    run = command("-m", "seed=0,1", *words, f"hydra.sweep.dir={sweep}")
+    assert run.code == 0, run.err
+    assert list(launched[0]) == ["algo-ppo+seed-1"]
+    run = command("-m", "seed=0,1", *words, "env.max_turns=3", f"hydra.sweep.dir={sweep}")
+    assert "env.max_turns is 2 there, 3 here" in run.err
 
 
 def test_plans_of_a_multirun(tmp_path, launched, monkeypatch):

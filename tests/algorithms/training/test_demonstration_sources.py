@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from small_runs import SFT, command, train
+from small_runs import SFT, TINY, command, train
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import PLUGINS_VARIABLE
 from agentic_rag_env.types import Question
 from algorithms.learner.config import DemonstrationConfig, DemonstrationsConfig
 from algorithms.rollout.tokenization import decode
@@ -22,6 +27,7 @@ from algorithms.training.model_names import resolve_model
 from algorithms.training.settings import EvaluateConfig
 from algorithms.training.typed import evaluate_config
 
+ROOT = Path(__file__).parents[3]
 PASSAGES = [
     ("p0", "Ada Park", "Ada Park lives in Riverton beside the mill."),
     ("p1", "Riverton", "Riverton lies on the Silver Lake in the north."),
@@ -195,3 +201,38 @@ def test_a_source_that_does_not_exist_or_lacks_something_says_so(tmp_path, cache
         run = command("algo=sft", *SFT, "num_envs=4", *settings, f"hydra.run.dir={tmp_path}/run", f"cache_dir={cache}")
         assert run.code == 1
         assert said in run.err
+
+
+SCRIPT = '''
+from agentic_rag_env.registry import REWARDS
+from algorithms.training.demonstrations import DEMONSTRATION_SOURCES
+from algorithms.training.demonstrations.expert import Expert
+from algorithms.learner.config import DemonstrationsConfig
+
+
+@REWARDS.register("of_a_script")
+def of_a_script(outcome):
+    return {reward}
+
+
+@DEMONSTRATION_SOURCES.register("a_script", DemonstrationsConfig)
+class Script(Expert):
+    """The expert, with a thought of its own."""
+'''
+
+
+def test_demonstrations_of_a_plug_in_are_collected_again_when_its_code_changes(tmp_path):
+    """As its author does it: edit the file, run again. What was kept belongs to the file as it was."""
+    plugin, found = tmp_path / "script.py", []
+    given = [*TINY, "algo=sft", *SFT, "reward=of_a_script", "algo.demonstrations.source=a_script", "model.teacher=null",
+             "rollout.max_new_tokens=120", "rollout.max_tokens=1024"]  # fmt: skip
+    for number, reward in enumerate((1.0, 2.0, 2.0)):
+        plugin.write_text(SCRIPT.format(reward=reward))
+        line = [sys.executable, "-m", "algorithms.run", *given, f"hydra.run.dir={tmp_path / str(number)}"]
+        environment = {**os.environ, PLUGINS_VARIABLE: str(plugin)}
+        done = subprocess.run(
+            [*line, f"cache_dir={tmp_path / 'cache'}"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(len(list((tmp_path / "cache" / "demonstrations").glob("*.jsonl.gz"))))
+    assert found == [1, 2, 2]

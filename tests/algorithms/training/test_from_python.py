@@ -42,6 +42,12 @@ def composed_like_the_command_line(*overrides: str) -> RunConfig:
     return run_config(config)
 
 
+def test_a_plan_is_not_mistaken_for_a_run(tmp_path):
+    with pytest.raises(ConfigurationError, match="preflight is for the command line"):
+        train(configure(algo="ppo", preflight=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 

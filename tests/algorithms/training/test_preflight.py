@@ -266,6 +266,13 @@ def test_adapters_by_hand():
         plan(composed("algo=ppo", "model=qwen2.5_3b_0.5b", *H200, *lora, "model.lora.targets=[qproj]"))
 
 
+def test_all_checkpoints_take_more_than_the_newest():
+    """Of 60 steps of kd and 150 of dgpo, each 25th and the last of a stage, and the best of each."""
+    given = ["algo=dgpo", "algo.steps=150", "algo.warm_start.epochs=2", "algo.warm_start.num_demonstrations=480"]
+    counts = [plan(composed(*given, f"keep_checkpoints={kept}"))["disk"]["checkpoints"] for kept in (2, "null")]
+    assert counts == [2 + 2 + 2, 3 + 6 + 2]
+
+
 def test_on_a_cpu_chunks_of_a_large_vocabulary_are_planned_as_small_as_they_are():
     found = plan(composed("algo=ppo", "model=qwen2.5_3b_0.5b", "model.teacher=null", "hardware.memory_gib=1"))
     assert found["hardware"]["device"] == "cpu"
