@@ -93,8 +93,11 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         number = int(self.np_random.integers(len(self._tasks))) if seed is None else seed % SEEDS_OF_A_SPLIT
         prompt, task = self._tasks[number % len(self._tasks)]
         self.close()
-        self._env = self._make(self._name, env_config=self._config, extras=task)
-        messages, info = self._env.init(prompt)
+        try:
+            self._env = self._make(self._name, env_config=self._config, extras=task)
+            messages, info = self._env.init(prompt)
+        except AssertionError as error:  # so it says what a task lacks
+            raise DataError(f"Task {number % len(self._tasks)} is none of {self._name}: {error}.") from error
         return _text(messages), dict(info)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -119,8 +122,9 @@ def _task(row: Any) -> tuple[list[dict[str, str]], dict[str, Any]]:
     prompt = row.get("prompt")
     if not isinstance(prompt, list) or not all(isinstance(one, dict) and "content" in one for one in prompt):
         raise DataError("a task needs 'prompt', a list of messages with 'content'")
-    if "ground_truth" not in (row.get("reward_spec") or {}):
-        raise DataError("a task needs 'reward_spec' with 'ground_truth'")
+    # Of the package's environments, only aime reads the other name.
+    if not any("ground_truth" in (row.get(name) or {}) for name in ("reward_spec", "reward_model")):
+        raise DataError("a task needs 'reward_spec' (or, for aime, 'reward_model') with 'ground_truth'")
     return prompt, {name: value for name, value in row.items() if name != "prompt"}
 
 

@@ -195,13 +195,17 @@ class World:
 
     def draw_questions(self, num_questions: int, subset: str, rng: np.random.Generator) -> Iterator[Question]:
         """Distinct questions in random order, with shares of hops as near to the intended ones as the world allows."""
-        hops_wanted = {hops for hops in CHAINS if subset == "all" or (hops == 1) == (subset == "single_hop")}
+        hops_wanted = sorted(hops for hops in CHAINS if subset == "all" or (hops == 1) == (subset == "single_hop"))
         total_share = sum(_HOP_SHARES[hops] for hops in hops_wanted)
+        exact = {hops: num_questions * _HOP_SHARES[hops] / total_share for hops in hops_wanted}
+        counts = {hops: int(number) for hops, number in exact.items()}
+        largest_rests = sorted(hops_wanted, key=lambda hops: counts[hops] - exact[hops])
+        for hops in largest_rests[: num_questions - sum(counts.values())]:
+            counts[hops] += 1
         picked: list[tuple[tuple[str, ...], str]] = []
-        for hops in sorted(hops_wanted):
+        for hops in hops_wanted:
             pool = [(chain, name) for chain in CHAINS[hops] for name in self.facts[chain[0]]]
-            count = round(num_questions * _HOP_SHARES[hops] / total_share)
-            picked += [pool[int(index)] for index in rng.permutation(len(pool))[:count]]
+            picked += [pool[int(index)] for index in rng.permutation(len(pool))[: counts[hops]]]
         for index in rng.permutation(len(picked)):
             yield self._ask(*picked[int(index)], rng)
 

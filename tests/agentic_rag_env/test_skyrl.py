@@ -48,6 +48,17 @@ def test_sums_of_gsm8k(sums: Path) -> None:
     assert info_at(infos, 3)["ending"] is Ending.ANSWERED
 
 
+def test_tasks_of_aime_have_their_solution_under_another_name(tmp_path: Path) -> None:
+    task = {"prompt": APPLES, "reward_model": {"ground_truth": "7"}}
+    tasks = write(tmp_path / "t.jsonl", task)
+    env = gymnasium.make("SkyRL-v0", env_class="aime", tasks=tasks)
+    env.reset(seed=0)
+    _, reward, terminated, _, info = env.step("So 3 + 4 is 7. Answer: 7")
+    assert (reward, terminated, info["correct"]) == (1.0, True, True)
+    with pytest.raises(DataError, match="Task 0 is none of gsm8k: reward_spec field is required"):
+        gymnasium.make("SkyRL-v0", env_class="gsm8k", tasks=tasks).reset(seed=0)
+
+
 def test_turns_of_gsm8k_go_on_until_the_answer_is_right(tmp_path: Path) -> None:
     task = {"prompt": APPLES, "reward_spec": {"ground_truth": "7"}, "max_turns": 4, "extra_info": {}}
     env = gymnasium.make("SkyRL-v0", env_class="gsm8k_multi_turn", tasks=write(tmp_path / "t.jsonl", task))
@@ -121,7 +132,7 @@ def test_its_search_is_a_client_of_our_server(server: tuple[str, list[Any]], tmp
         ({"tasks": "nowhere-{split}.jsonl"}, ConfigurationError, "tasks=nowhere-{split}.jsonl of split 'train' is no"),
         ({"rows": []}, ConfigurationError, "has no tasks"),
         ({"rows": [{"prompt": "Ann?"}]}, DataError, "line 1: no such row .*'prompt', a list of messages"),
-        ({"rows": [{"prompt": APPLES}]}, DataError, "a task needs 'reward_spec' with 'ground_truth'"),
+        ({"rows": [{"prompt": APPLES}]}, DataError, r"a task needs 'reward_spec' \(or, for aime, 'reward_model'\) with 'ground_truth'"),
     ],
 )
 def test_what_cant_work_is_refused(kwargs: dict[str, Any], error: type, message: str, tmp_path: Path) -> None:

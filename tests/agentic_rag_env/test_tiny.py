@@ -78,6 +78,12 @@ def test_shares_subsets_and_distinct_ids(dataset):
     assert {question.metadata["hops"] for question in multi} == {2, 3}
 
 
+@pytest.mark.parametrize("num_questions", [1, 2, 3, 4, 7, 60])
+@pytest.mark.parametrize("subset", ["all", "multi_hop"])
+def test_as_many_questions_as_asked_for(num_questions, subset):
+    assert len(tiny(TinyConfig(subset=subset, num_questions=num_questions))) == num_questions
+
+
 def test_same_seed_same_world_other_seed_other_facts():
     first, again, other = (make_world(TinyConfig(seed=seed)) for seed in (0, 0, 1))
     assert first.facts == again.facts
