@@ -109,7 +109,7 @@ class ActionEnd:
         self.is_eos = np.isin(np.arange(vocab_size), list(self.eos_ids))
         self.may_close = _may_complete(tokenizer, vocab_size, {text[-1] for text in action_ends})
         # Each token of such a text holds at least one of its bytes; one more, since a decoder may drop a leading blank.
-        self._most_tokens = 1 + max(len(text.encode()) for text in self.action_ends)
+        self._most_tokens = 1 + max((len(text.encode()) for text in self.action_ends), default=0)
 
     def text(self, action_ids: np.ndarray) -> str:
         """Decode an action as the environment reads it, without the end-of-text token."""

@@ -132,7 +132,11 @@ def test_its_search_is_a_client_of_our_server(server: tuple[str, list[Any]], tmp
         ({"tasks": "nowhere-{split}.jsonl"}, ConfigurationError, "tasks=nowhere-{split}.jsonl of split 'train' is no"),
         ({"rows": []}, ConfigurationError, "has no tasks"),
         ({"rows": [{"prompt": "Ann?"}]}, DataError, "line 1: no such row .*'prompt', a list of messages"),
-        ({"rows": [{"prompt": APPLES}]}, DataError, r"a task needs 'reward_spec' \(or, for aime, 'reward_model'\) with 'ground_truth'"),
+        (
+            {"rows": [{"prompt": APPLES}]},
+            DataError,
+            r"a task needs 'reward_spec' \(or, for aime, 'reward_model'\) with 'ground_truth'",
+        ),
     ],
 )
 def test_what_cant_work_is_refused(kwargs: dict[str, Any], error: type, message: str, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def _results_note(methods: Sequence[Method], mode: str, groups: Sequence[str]) -
     run = methods[0].runs[0]
     sizes = ", ".join(f"{group} {run.figures(mode)[group]['n']}" for group in groups)
     return (
-        f"Questions: {sizes}. Means with 95 % t intervals over seeds and questions (crossed, after Satterthwaite); "
+        f"Questions: {sizes}. Means with 95 % t intervals over seeds and questions (crossed); "
         "with one seed over questions alone, so they say nothing about another seed. F1, searches per episode and "
         "malformed turns are means."
     )
