@@ -220,7 +220,7 @@ class CriticConfig(AlgorithmConfig):
 
     Attributes:
         critic_optimizer: Optimizer of the critic.
-        critic_warmup_steps: Steps at the start in which only the critic learns. The policy's schedule begins then.
+        critic_warmup_steps: Steps in which only the critic learns, before the policy's schedule begins.
         value_clip_range: Bound of a value's distance to the value before the update.
     """
 

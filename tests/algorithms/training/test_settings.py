@@ -270,7 +270,10 @@ def test_help_says_what_it_is_how_to_use_it_and_what_there_is():
     assert lines[0] == "Train a search agent, measure it, and write everything into a run directory."
     assert any("python -m algorithms.run resume=outputs/dgpo/<time>" in line for line in lines)
     assert f"  algo: {', '.join(ALGORITHMS.names())}" in lines
-    assert "  algo.critic_warmup_steps=6  # Steps at the start in which only the critic learns." in lines
+    assert (
+        "  algo.critic_warmup_steps=6  # Steps in which only the critic learns, before the policy's schedule begins."
+        in lines
+    )
     assert (
         command("--help", "algo.warm_start.epochs").out
         == "  algo.warm_start.epochs=12  # Passes over the demonstrations.\n"
