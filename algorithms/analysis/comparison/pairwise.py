@@ -54,11 +54,11 @@ def told_power(methods: Sequence[Method], mode: str) -> str | None:
             found.append(statistics.Power(*_split(right, first), by_seed=first.shares_seeds(second)))
     if not found:
         return None
-    seen = float(np.mean([power.detectable() for power in found]))
+    seen = float(np.median([power.detectable() for power in found]))
     needed = sorted(power.seeds_for(published.GUIDANCE) or np.inf for power in found)[len(found) // 2]
     enough = f"{needed} seeds a method" if needed < np.inf else "more questions, whatever the number of seeds"
     return (
-        f"these runs can tell apart differences of {seen:.3f}, {mode} (mean over {len(found)} pairs; found in four "
+        f"these runs can tell apart differences of {seen:.3f}, {mode} (median over {len(found)} pairs; found in four "
         f"of five cases at the 5 % level, before correction); the paper's {published.GUIDANCE:.3f} of the teacher's "
         f"guidance would take {enough}."
     )

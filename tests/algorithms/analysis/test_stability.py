@@ -138,7 +138,7 @@ def test_compare_says_what_it_can_see(tmp_path):
     first, second = (np.array([run.outcomes["greedy"][f"q{n}"] for run in m.runs for n in range(300)]).reshape(4, 300)
                      for m in found.methods)  # fmt: skip
     power = Power(first, second, by_seed=True)
-    assert f"differences of {power.detectable():.3f}, greedy (mean over 1 pairs" in text
+    assert f"differences of {power.detectable():.3f}, greedy (median over 1 pairs" in text
     assert pytest.approx(0.023) == published.GUIDANCE
     assert "the paper's 0.023 of the teacher's guidance would take more questions" in text
     assert power.seeds_for(0.023) is None
