@@ -119,11 +119,6 @@ def of_plugins(*parts: Any) -> str:
         parts: Further objects whose code counts.
     """
     modules = [*(sys.modules[type(part).__module__] for part in parts), *_registering_modules()]
-    for registry in (*_REGISTRIES, DEMONSTRATION_SOURCES):
-        points = entry_points(group=f"agentic_rag_env.{registry.group}")
-        modules += [sys.modules[point.module] for point in points if point.module in sys.modules]
-    # The module of a single file goes by the file's path, see `registry`.
-    modules += [module for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) == name]
     files = {Path(file) for module in modules if (file := getattr(module, "__file__", None)) is not None}
     foreign = sorted(file for file in files if not any(file.is_relative_to(own) for own in (_ZOO, _PACKAGE)))
     return hash_of([*map(sha256, foreign)]) if foreign else ""
@@ -141,9 +136,15 @@ def versions() -> dict[str, str | None]:
 
 
 def _registering_modules() -> Iterator[Any]:
-    """Find the modules that parts of an environment come from, with all loaded modules of their packages."""
+    """Find the modules of environments' parts and of plug-ins, with all loaded modules of their packages.
+
+    A plug-in may bring an environment to Gymnasium alone, which no registry here knows.
+    """
     origins = {registry.get(name).factory.__module__ for registry in _REGISTRIES for name in registry.names()}
+    for registry in (*_REGISTRIES, DEMONSTRATION_SOURCES):
+        origins |= {point.module for point in entry_points(group=f"agentic_rag_env.{registry.group}")}
     packages = tuple(origin.partition(".")[0] + "." for origin in origins)
     for name, module in list(sys.modules.items()):
-        if name in origins or name.startswith(packages):
+        is_single_file = getattr(module, "__file__", None) == name  # as `registry` names those of plug-ins
+        if name in origins or name.startswith(packages) or is_single_file:
             yield module

@@ -129,9 +129,9 @@ def letters(labels: Sequence[str], pairs: Sequence[Pair]) -> dict[str, str]:
         pairs: The result of `compare_pairs`.
 
     Returns:
-        Empty if a pair was not compared, since a letter would say of it what nobody has tested.
+        Empty if a pair was not compared, since a letter would say of it what nobody has tested; and without pairs.
     """
-    if len(pairs) < len(labels) * (len(labels) - 1) // 2:
+    if not pairs or len(pairs) < len(labels) * (len(labels) - 1) // 2:
         return {}
     alike = {frozenset(labels)}
     for pair, verdict in zip(pairs, judge(pairs), strict=True):

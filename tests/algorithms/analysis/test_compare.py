@@ -420,6 +420,7 @@ def test_methods_that_share_a_letter_are_not_told_apart():
     assert pairwise.letters("abcd", found) == {"a": "a", "b": "ab", "c": "b", "d": "c"}
     assert pairwise.letters("ab", [pair("a", "b", 1e-6)]) == {"a": "a", "b": "b"}
     assert pairwise.letters("abc", [pair("a", "b", 0.5), pair("a", "c", 1e-6)]) == {}, "b and c were not compared"
+    assert pairwise.letters("a", []) == {}
     # With several seeds it is they that count.
     assert pairwise.letters("ab", [pair("a", "b", 1e-6, 0.2)]) == {"a": "a", "b": "a"}
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from algorithms.rollout.player import Player
 from algorithms.training import fingerprints
 from algorithms.training.build import Environments, Networks
 from algorithms.training.evaluation_cache import Kept, place
-from algorithms.training.fingerprints import of_code
+from algorithms.training.fingerprints import of_code, of_plugins
 from algorithms.training.model_names import resolve_model
 from algorithms.training.settings import EvaluateConfig
 from algorithms.training.typed import evaluate_config
@@ -148,6 +148,18 @@ def test_code_of_plug_ins_counts_with_the_rest_of_their_package(plugged_in, monk
         Path(module.__file__).write_text("second")
         seen.append(of_code())
     assert len(set(seen)) == 4
+
+
+def test_code_of_a_file_that_registers_with_gymnasium_alone_counts(monkeypatch, tmp_path):
+    """Its environment plays the episodes, though no registry of ours knows it."""
+    file, seen = tmp_path / "sums.py", [(of_code(), of_plugins())]
+    module = ModuleType(str(file))
+    module.__file__ = str(file)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for content in ("first", "second"):
+        file.write_text(content)
+        seen.append((of_code(), of_plugins()))
+    assert [len(set(found)) for found in zip(*seen, strict=True)] == [3, 3]
 
 
 def test_where_something_is_not_known_nothing_is_kept(conditions, plugged_in):
