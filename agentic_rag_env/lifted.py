@@ -6,7 +6,8 @@ What it must be: strings in, strings out; `reset` observes the whole prompt, `st
 - `info["correct"]` on the last step: a bool, whether the task was solved. A time limit that truncates an episode may
   leave it out, which counts as unsolved.
 
-Further keys of `StepInfo` are passed on where its infos have them, such as `answer`, `action` or `ending`.
+Further keys of `StepInfo` are passed on where its infos have them, such as `answer`, `action` or `ending`. A value of
+another type than there is refused by name.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from agentic_rag_env.episode import StepResult
 from agentic_rag_env.errors import ConfigurationError, ResetNeededError
 from agentic_rag_env.registry import ENVS, PLUGINS_VARIABLE
 from agentic_rag_env.resets import rows_and_questions
-from agentic_rag_env.settings import COUNT, Allowed, check_settings, check_value, one_of
+from agentic_rag_env.settings import COUNT, Allowed, check_settings, check_value, one_of, or_none
 from agentic_rag_env.spaces import FreeText
-from agentic_rag_env.types import Ending, Question, StepInfo, blank_info
+from agentic_rag_env.types import Ending, Passage, Question, StepInfo, blank_info
 from agentic_rag_env.vector import BringsQuestions, stack_infos
 
 #: Seeds that belong to a split at most.
@@ -40,6 +41,18 @@ FIRST_SEEDS = {split: place * SEEDS_OF_A_SPLIT for place, split in enumerate(("t
 #: Infos of several environments are stacked into columns, so the numbers of an info have one type each.
 _NUMBERS: dict[str, type] = {"exact_match": float, "f1": float, "num_searches": int}
 _NUMBER = Allowed("a finite number", lambda value: isinstance(value, (Real, np.bool_)) and math.isfinite(value))
+_TEXT = or_none(Allowed("a text (str)", lambda value: isinstance(value, str)))
+#: What the other keys of an info may hold. Infos are stacked, compared with answers, and written to files.
+_OTHERS: dict[str, Allowed] = {
+    "action": _TEXT,
+    "query": _TEXT,
+    "answer": _TEXT,
+    "error": or_none(Allowed("a text (str) that is not empty", lambda value: isinstance(value, str) and bool(value))),
+    "passages": Allowed(
+        "a list of Passage (from agentic_rag_env)",
+        lambda value: isinstance(value, (list, tuple)) and all(isinstance(each, Passage) for each in value),
+    ),
+}
 _ACTION_ENDS = Allowed(
     "a list of the texts that end an action, such as ['</answer>']",
     lambda value: (
@@ -233,6 +246,11 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
             if key in known:
                 check_value(f"info[{key!r}] of {self._name}", known[key], _NUMBER)
                 known[key] = kind(known[key])
+        for key, allowed in _OTHERS.items():
+            if key in known:
+                check_value(f"info[{key!r}] of {self._name}", known[key], allowed)
+        if "passages" in known:
+            known["passages"] = tuple(known["passages"])
         of_the_player = {key: info[key] for key in ("question_id", "turn")}
         return StepInfo(**{**info, **known, **of_the_player, "correct": False, "ending": None})  # type: ignore[typeddict-item]
 

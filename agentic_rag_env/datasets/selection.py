@@ -16,7 +16,7 @@ def share(question_id: str, num_shares: int) -> int:
 
     All shares have about equal size.
     """
-    digest = hashlib.blake2b(question_id.encode("utf-8"), digest_size=8).digest()
+    digest = hashlib.blake2b(question_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % num_shares
 
 

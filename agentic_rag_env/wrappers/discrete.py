@@ -297,7 +297,8 @@ def _overlap(wanted: frozenset[str], contained: frozenset[str]) -> float:
 def _hashed_trigrams(text: str) -> np.ndarray:
     """Which buckets the letter trigrams of a text fall into, [16] float32; the same on every machine."""
     padded = f"  {text.lower()} "
-    buckets = [zlib.crc32(padded[start : start + 3].encode()) % _NUM_HASHES for start in range(len(padded) - 2)]
+    grams = [padded[start : start + 3].encode("utf-8", "surrogatepass") for start in range(len(padded) - 2)]
+    buckets = [zlib.crc32(gram) % _NUM_HASHES for gram in grams]
     row = np.zeros(_NUM_HASHES, dtype=np.float32)
     row[buckets] = 1.0
     return row

@@ -136,7 +136,7 @@ class OutsideRun:
             folder.mkdir(parents=True, exist_ok=True)
             self.learner.save(folder)
             settings = {"max_candidates": self.learner.max_candidates, **self.words}
-            write_whole(folder / "view.json", json.dumps(settings, ensure_ascii=False).encode())
+            write_whole(folder / "view.json", json.dumps(settings).encode())
 
 
 def episode_metrics(last: Sequence[StepInfo], rewards: Sequence[float], config: RunConfig) -> dict[str, float]:

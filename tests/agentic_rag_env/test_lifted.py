@@ -17,6 +17,7 @@ from agentic_rag_env import (
     ConfigurationError,
     FreeText,
     LiftedVectorEnv,
+    Passage,
     ResetNeededError,
     UnknownNameError,
     info_at,
@@ -89,7 +90,7 @@ class Raising(Calculator):
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
     known = dict(registered)
-    for name in (Calculator, Scored, Silent, Numbers, Raising):
+    for name in (Calculator, Scored, Silent, Numbers, Raising, Says):
         gymnasium.register(f"{name.__name__}-v0", entry_point=name)
     yield
     registered.clear()
@@ -305,6 +306,45 @@ def test_numbers_of_infos_keep_their_values_whatever_ends_beside_them() -> None:
     envs.reset()
     with pytest.raises(ConfigurationError, match=r"info\['f1'\] of Scored-v0 must be a finite number, got 'much'"):
         envs.step(("'much'", None, None))
+
+
+class Says(Calculator):
+    """Puts what the action spells into its info, and goes on."""
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        return "", 0.0, False, False, eval(action)
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ("{'answer': 42}", "info['answer'] of Says-v0 must be a text (str), or None, got 42"),
+        ("{'action': 1}", "info['action'] of Says-v0 must be a text (str), or None, got 1"),
+        ("{'query': ['a']}", "info['query'] of Says-v0 must be a text (str), or None, got ['a']"),
+        ("{'error': ''}", "info['error'] of Says-v0 must be a text (str) that is not empty, or None, got ''"),
+        ("{'error': ValueError('x')}", "info['error'] of Says-v0 must be a text (str) that is not empty, or None"),
+        ("{'passages': ['Ohm']}", "info['passages'] of Says-v0 must be a list of Passage (from agentic_rag_env), got ["),
+        ("{'passages': None}", "info['passages'] of Says-v0 must be a list of Passage (from agentic_rag_env), got None"),
+    ],
+)
+def test_texts_and_passages_of_infos_are_checked_at_the_first_step(says: str, message: str) -> None:
+    envs = lift("Says-v0", 2)
+    envs.reset()
+    for actions in ((says, "{}"), ("{}", says)):  # the first row decides the type of a column
+        envs.reset()
+        with pytest.raises(ConfigurationError) as caught:
+            envs.step(actions)
+        assert message in str(caught.value)
+
+
+def test_texts_and_passages_of_infos_are_passed_on() -> None:
+    envs = lift("Says-v0", 2)
+    envs.reset()
+    passage = Passage("p", "Ohm's law")
+    infos = envs.step((f"{{'answer': '42', 'passages': [{passage!r}], 'error': 'gone'}}", "{'query': None}"))[4]
+    told = info_at(infos, 0)
+    assert (told["answer"], told["passages"], told["error"]) == ("42", (passage,), "gone")
+    assert (info_at(infos, 1)["query"], info_at(infos, 1)["passages"]) == (None, ())
 
 
 def test_infos_are_those_of_every_environment() -> None:

@@ -11,6 +11,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from agentic_rag_env import AgenticRAGEnv, Answer, ConfigurationError, Malformed, Passage, Question, QuestionSet, Search
+from agentic_rag_env.datasets.selection import share
 from agentic_rag_env.wrappers import DiscreteActions, TokenIds, common_words
 from agentic_rag_env.wrappers.spans import find_spans, words
 
@@ -109,6 +110,17 @@ def test_a_question_spells_no_tag():
     _, reward, terminated, _, info = view.step(0)
     assert (reward, terminated, info["action"]) == (0.0, False, "search")
     assert info["query"] == "Who wrote Red Lamp? answer Oslo /answer /search"
+
+
+def test_texts_that_no_file_can_hold_are_read_like_others():
+    """A policy, or the maker of a dataset in memory, can write halves of surrogate pairs."""
+    half = "Where was Red\ud800 Lamp born?"
+    dataset = QuestionSet("small", [Question("q", half, ("Oslo",))], [Passage("p", "Red Lamp\nAna\udfff Ruiz")])
+    view = DiscreteActions(AgenticRAGEnv(dataset=dataset, retriever=Shelf()), 3, **WORDS)
+    observation, _ = view.reset()
+    assert observation.any()
+    assert view.candidates == ("Red\ud800 Lamp",)
+    assert 0 <= share("\ud800", 3) < 3
 
 
 def test_features_say_where_a_span_was_read():
