@@ -61,7 +61,7 @@ class Run:
             if group in ("method", "ablation"):
                 return choice
         if "checkpoint" in self.summary:
-            return Path(self.summary["checkpoint"]).name
+            return _name_of_checkpoint(self.summary["checkpoint"])
         algo = self.config.get("algo") or {}
         return self.summary.get("algo") or (algo.get("name") if isinstance(algo, Mapping) else algo) or "unknown"
 
@@ -177,6 +177,14 @@ def _read(folder: Path) -> Run:
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         return Run(folder, {}, config, given, f"summary.json is not that of a run ({type(error).__name__}: {error})")
     return run
+
+
+def _name_of_checkpoint(place: str) -> str:
+    """Name a model by its place: `<run>@<step>` in a run, the whole hub id, else the last part of the path."""
+    *folders, last = Path(place).parts
+    if len(folders) > 1 and folders[-1] == "checkpoints":
+        return f"{folders[-2]}@{last}"
+    return place if len(folders) == 1 else last
 
 
 def _shown(plain: Any) -> Any:

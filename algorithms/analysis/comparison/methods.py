@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -141,12 +142,13 @@ def _differences(groups: Sequence[Sequence[Run]], ignored: Set[str]) -> list[str
         return [""]
     settings = [_relevant(members[0], ignored) for members in groups]
     names = [name for name in dict.fromkeys(name for each in settings for name in each) if _varies(name, settings)]
+    values = {name: _without_common_folders([each.get(name) for each in settings]) for name in names}
     said = {
         override.lstrip("+~").partition("=")[0] for members in groups for run in members for override in run.overrides
     }
     for chosen in ([name for name in names if name in said], names):
         short = _short(chosen)
-        suffixes = [", ".join(f"{short[name]}={each.get(name)}" for name in chosen) for each in settings]
+        suffixes = [", ".join(f"{short[name]}={values[name][at]}" for name in chosen) for at in range(len(groups))]
         if len(set(suffixes)) == len(suffixes):
             return suffixes
     return [f"{number}" for number in range(1, len(groups) + 1)]
@@ -154,6 +156,14 @@ def _differences(groups: Sequence[Sequence[Run]], ignored: Set[str]) -> list[str
 
 def _varies(name: str, settings: Sequence[Mapping[str, Any]]) -> bool:
     return len({repr(each.get(name, "absent")) for each in settings}) > 1
+
+
+def _without_common_folders(values: Sequence[Any]) -> Sequence[Any]:
+    """The values of a setting; if all are texts, without the folders that all of them begin with."""
+    if not all(isinstance(value, str) for value in values):
+        return values
+    common = len(os.path.commonprefix(values).rpartition("/")[0])
+    return [value[common:].removeprefix("/") if common else value for value in values]
 
 
 def _short(names: Sequence[str]) -> dict[str, str]:

@@ -127,7 +127,7 @@ def study(folders: Sequence[Path], options: Options) -> Comparison:
     if reasons and not options.force:
         told = "\n".join(f"  - {reason}" for reason in reasons)
         raise ConfigurationError(f"these runs are not comparable:\n{told}\nGive runs that agree, or --force to go on.")
-    if left_out := [f"{run.name} seed {run.seed} ({run.missing})" for run in runs if run.missing]:
+    if left_out := [f"{run.path} ({run.missing})" for run in runs if run.missing]:
         findings.append(Finding(f"{len(left_out)} of {len(runs)} runs are left out: {'; '.join(left_out)}."))
     findings += [Finding(f"{run.path} repeats another run's seed and figures; counted once.") for run in copies]
     modes = [mode for mode in counted[0].modes if all(mode in run.modes for run in counted)]

@@ -533,6 +533,25 @@ def test_methods_are_told_apart_by_what_differs(tmp_path):
     assert lines[0].scores[0].value == pytest.approx(right["greedy"].mean())
 
 
+@pytest.mark.parametrize(
+    ("places", "labels"),
+    [
+        (["/runs/dgpo/checkpoints/000450", "/runs/kd/checkpoints/000450"], ["dgpo@000450", "kd@000450"]),
+        (["runs/kd/checkpoints/000300", "runs/kd/checkpoints/000450"], ["kd@000300", "kd@000450"]),
+        (["HuggingFaceTB/SmolLM2-135M", "/models/mine/v2"], ["HuggingFaceTB/SmolLM2-135M", "v2"]),
+        (["/a/b/x/kd/checkpoints/000450", "/a/b/y/kd/checkpoints/000450"],
+         ["kd@000450 (policy=x/kd/checkpoints/000450)", "kd@000450 (policy=y/kd/checkpoints/000450)"]),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_were_evaluated_are_told_apart(tmp_path, places, labels):
+    for number, place in enumerate(places):
+        run = make_run(tmp_path / str(number), "kd", 0, answers(0.5, number), config={"model": {"policy": place}})
+        summary = json.loads((run / "summary.json").read_text())
+        summary = {name: value for name, value in summary.items() if name not in ("algo", "stages", "seed")}
+        (run / "summary.json").write_text(json.dumps(summary | {"checkpoint": place}))
+    assert sorted(method.label for method in make_methods(find_runs([tmp_path]))) == sorted(labels)
+
+
 @pytest.mark.parametrize("is_told", [False, True], ids=["older summaries", "summaries that name them"])
 def test_what_says_only_how_a_run_is_carried_out_makes_no_method(tmp_path, is_told):
     one = {"cache_dir": "/here", "threads": 2, "checkpoint_every": 5, "keep_checkpoints": None, "probe_every": 10}
@@ -562,8 +581,8 @@ def test_unfinished_runs_are_told(tmp_path):
     assert runs["killed"][1:4] == ["dgpo", "1", "unfinished: no summary.json, stopped after step 3"]
     assert "summary.json is damaged" in runs["broken"][3]
     told = " ".join(finding.text for finding in found.findings)
-    assert "2 of 3 runs are left out: kd seed 2 (" in told
-    assert "dgpo seed 1 (unfinished: no summary.json, stopped after step 3)" in told
+    assert f"2 of 3 runs are left out: {tmp_path / 'broken'} (" in told
+    assert f"{tmp_path / 'killed'} (unfinished: no summary.json, stopped after step 3)" in told
 
 
 def test_nothing_finished_and_nothing_at_all(tmp_path):
