@@ -133,9 +133,9 @@ def make_panel(methods: Sequence[Method]) -> Panel | None:
     meanings = _meanings(of_run for _, of_runs in named for of_run in of_runs)
     estimates: dict[tuple[str, tuple[str, str]], Estimate] = {}
     for label, of_runs in named:
-        for column in dict.fromkeys(column for of_run in of_runs for column in of_run):
-            figures = [figure for of_run in of_runs if (figure := _figure(of_run, column)) is not None]
-            estimates[label, column] = _estimate(figures, meanings[column].share)
+        for column, meaning in meanings.items():
+            if figures := [figure for of_run in of_runs if (figure := _figure(of_run, column)) is not None]:
+                estimates[label, column] = _estimate(figures, meaning.share)
     models = tuple(label for label, of_runs in named if any(of_runs))
     ordered = sorted(meanings, key=lambda column: [probe for probe, _ in meanings].index(column[0]))
     return Panel(models, tuple(ordered), estimates, meanings) if estimates else None

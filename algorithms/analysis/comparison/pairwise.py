@@ -11,7 +11,7 @@ import numpy as np
 
 from algorithms.analysis.comparison import published, statistics
 from algorithms.analysis.comparison.methods import Method, answers
-from algorithms.analysis.comparison.statistics import Paired
+from algorithms.analysis.comparison.statistics import Paired, Power
 from algorithms.analysis.comparison.table_formats import Cell, Number, Table
 
 SIGNIFICANT = 0.05
@@ -47,21 +47,41 @@ def compare_pairs(methods: Sequence[Method], mode: str, against: str | None = No
 
 
 def told_power(methods: Sequence[Method], mode: str) -> str | None:
-    """Say which differences these runs can detect, and how many seeds the paper's would take; None for single seeds."""
-    found = []
+    """Say which differences these runs can detect, and how many seeds the paper's would take.
+
+    Returns:
+        None where no pair of methods tells it: they have single seeds, a single question, or answers without variance.
+    """
+    found: list[tuple[Power, float]] = []
     for first, second in combinations([method for method in methods if len(method.runs) > 1], 2):
-        if (right := answers([*first.runs, *second.runs], mode)) is not None:
-            found.append(statistics.Power(*_split(right, first), by_seed=first.shares_seeds(second)))
+        right = answers([*first.runs, *second.runs], mode)
+        if right is not None and right.shape[1] > 1:
+            power = Power(*_split(right, first), by_seed=first.shares_seeds(second))
+            if detectable := power.detectable():
+                found.append((power, detectable))
     if not found:
         return None
-    seen = float(np.median([power.detectable() for power in found]))
-    needed = sorted(power.seeds_for(published.GUIDANCE) or np.inf for power in found)[len(found) // 2]
-    enough = f"{needed} seeds a method" if needed < np.inf else "more questions, whatever the number of seeds"
-    return (
-        f"these runs can tell apart differences of {seen:.3f}, {mode} (median over {len(found)} pairs; found in four "
-        f"of five cases at the 5 % level, before correction); the paper's {published.GUIDANCE:.3f} of the teacher's "
-        f"guidance would take {enough}."
+    seen = float(np.median([detectable for _, detectable in found]))
+    told = (
+        f"these runs can tell apart differences of {seen:.3f}, {mode}"
+        if seen < 1
+        else f"these runs can't tell any difference apart, {mode}, not even one of 1"
     )
+    return (
+        f"{told} (median over {len(found)} pairs; found in four of five cases at the 5 % level, before correction); "
+        f"{_told_seeds([power for power, _ in found])}."
+    )
+
+
+def _told_seeds(found: Sequence[Power]) -> str:
+    """How many seeds the paper's difference would take, by the pairs whose seeds show how far seeds differ."""
+    paper = f"the paper's {published.GUIDANCE:.3f} of the teacher's guidance"
+    needed = sorted(power.seeds_for(published.GUIDANCE) or np.inf for power in found if power.num_seeds > 2)
+    if not needed:
+        return f"two seeds can't tell how many seeds {paper} would take"
+    middle = needed[len(needed) // 2]
+    enough = f"{middle} seeds a method" if middle < np.inf else "more questions, whatever the number of seeds"
+    return f"{paper} would take {enough}"
 
 
 def _split(right: np.ndarray, first: Method) -> tuple[np.ndarray, np.ndarray]:

@@ -61,7 +61,7 @@ def table(methods: Sequence[Method]) -> Table | None:
             rows.append([method.label, *figures, share, str(min(fallen)) if fallen else NOTHING])
     note = (
         "Exact match of the checks on the dev split in the last stage: means over seeds with 95 % t intervals over "
-        "seeds alone. Area: mean over the steps. A run has collapsed at the first check that is at most half of the "
+        "seeds alone, none where all seeds agree. Area: mean over the steps. A run has collapsed at the first check that is at most half of the "
         "best one before it, and at least 0.1 below it; the step is that of the seed that did so first."
     )
     columns = ["method", "best", "last", "area", "collapsed", "first collapse"]
@@ -69,5 +69,8 @@ def table(methods: Sequence[Method]) -> Table | None:
 
 
 def _mean(by_seed: Sequence[float]) -> Estimate:
-    values = np.array(by_seed)
-    return statistics.crossed_mean(values, 0.0, 1) if len(values) > 1 else Estimate(float(values[0]))
+    """Mean of a share over seeds; its interval is cut at 0 and 1, and there is none where nothing varies."""
+    value, low, high = statistics.crossed_mean(np.array(by_seed), 0.0, 1)
+    assert low is not None
+    assert high is not None
+    return Estimate(value) if low == high else Estimate(value, max(0.0, low), min(1.0, high))

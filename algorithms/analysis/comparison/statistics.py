@@ -165,7 +165,7 @@ class Power:
     and that of the seeds, with the noise of single answers, over their number. The test counts that noise twice.
 
     Args:
-        first: Right or wrong, [seeds, questions] bool; at least two seeds.
+        first: Right or wrong, [seeds, questions] bool; at least two of each.
         second: Right or wrong on the same questions, with at least two seeds.
         by_seed: As in `paired`.
     """
@@ -180,7 +180,10 @@ class Power:
         self._of_answers, self._of_questions = sum(answers), max(0.0, of_means - shown)
 
     def detectable(self, num_seeds: int | None = None) -> float:
-        """The difference that so many seeds of each method (default: the present ones) find with chance `POWER`."""
+        """The difference that so many seeds of each method (default: the present ones) find with chance `POWER`.
+
+        It is 0 where nothing varies, and above 1 where the seeds are too few to find any difference.
+        """
         seeds = num_seeds or self.num_seeds
         (of_seeds,) = _between_seeds(*(each.mean(axis=1) for each in self._samples), num_seeds=seeds)
         if (spread := float(np.sqrt(self._of_questions + of_seeds.variance))) ** 2 <= _ROUNDING:

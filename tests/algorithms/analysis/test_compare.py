@@ -219,6 +219,12 @@ def test_a_number_of_searches_that_a_seed_never_made_counts_as_none(tmp_path):
     panel = arc_panel.make_panel(make_methods(find_runs([tmp_path])))
     means = [panel.estimates["kd", ("search_behaviour", f"searches_{j}")][0] for j in range(3)]
     assert means == pytest.approx([1.9 / 3, 0.8 / 3, 0.1])
+    # Nor is it unknown where another method alone has made so many.
+    made = {"search_behaviour": {"searches_0": figures["searches_0"]}, "thinking": {"gain": figures["searches_0"]}}
+    make_run(tmp_path / "other", "dgpo", 0, answers(0.5, 0), arc={"dgpo": made})
+    panel = arc_panel.make_panel(make_methods(find_runs([tmp_path])))
+    assert [panel.estimates["dgpo", ("search_behaviour", f"searches_{j}")].value for j in range(3)] == [1.0, 0.0, 0.0]
+    assert ("kd", ("thinking", "gain")) not in panel.estimates
 
 
 def made_figure(value: float, **declared: Any) -> dict:

@@ -53,7 +53,21 @@ def test_the_table_has_means_over_seeds_and_counts_collapses(tmp_path):
     assert (row["collapsed"], row["first collapse"]) == ("2 of 3", "30")
     mean, low, high = row["last"]
     half = stats.t.ppf(0.975, 2) * np.std([0.1, 0.4, 0.0], ddof=1) / 3**0.5
-    assert (mean, low, high) == (pytest.approx(1 / 6), pytest.approx(1 / 6 - half), pytest.approx(1 / 6 + half))
+    assert (mean, low, high) == (pytest.approx(1 / 6), 0.0, pytest.approx(1 / 6 + half))  # cut at 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([0.9, 1.0, 0.95], [0.95, 0.95 - 2.4841377 * 0.05, 1.0]),  # t(0.975, 2) / sqrt(3), times the spread of 0.05
+        ([0.0, 0.02, 0.01], [0.01, 0.0, 0.01 + 2.4841377 * 0.01]),
+        ([0.0, 0.0, 0.0], 0.0),
+        ([0.3], 0.3),
+    ],
+)
+def test_shares_stay_shares_and_seeds_that_agree_prove_nothing(tmp_path, scores, expected):
+    (row,) = stability.table(methods_of(tmp_path, {seed: [score] for seed, score in enumerate(scores)})).records()
+    assert row["last"] == pytest.approx(expected)
 
 
 def test_runs_without_checks_have_no_table(tmp_path):
@@ -144,3 +158,34 @@ def test_compare_says_what_it_can_see(tmp_path):
     assert power.seeds_for(0.023) is None
     single = [method for method in found.methods if method.base == "kd"]
     assert pairwise.told_power(single, "greedy") is None
+
+
+def told_of(folder, **right: np.ndarray) -> str | None:
+    """What is said of methods with these answers, [seeds, questions] bool."""
+    for algo, of_seeds in right.items():
+        for seed, answers in enumerate(of_seeds):
+            make_run(folder / algo / str(seed), algo, seed, {"greedy": answers}, groups=["all"])
+    return pairwise.told_power(make_methods(find_runs([folder])), "greedy")
+
+
+def test_nothing_is_said_of_pairs_that_tell_nothing(tmp_path):
+    same = np.repeat([[True, False] * 10], 3, axis=0)
+    assert told_of(tmp_path / "no variance", kd=same, dgpo=same) is None
+    one = np.array([[True], [False]])
+    assert told_of(tmp_path / "one question", kd=one, dgpo=~one) is None
+    rng = np.random.default_rng(0)
+    chances = rng.uniform(0.3, 0.6, 300)
+    drawn_ones = {algo: drawn(chances, 3, 0.02, rng) for algo in ("kd", "dgpo")}
+    same = np.repeat([[True, False] * 150], 3, axis=0)
+    told = told_of(tmp_path / "one of them", **drawn_ones, sft=same, gkd=same)
+    assert "(median over 5 pairs;" in told  # of six, one without variance
+    assert "0.000" not in told
+
+
+def test_two_seeds_promise_nothing(tmp_path):
+    # By hand: differences of seeds of 0.5 and -0.1, one degree of freedom; no difference of shares is so large.
+    two = np.array([[True] * 6 + [False] * 4, [True] * 4 + [False] * 6])
+    other = np.array([[True] + [False] * 9, [True] * 5 + [False] * 5])
+    told = told_of(tmp_path, kd=two, dgpo=other)
+    assert told.startswith("these runs can't tell any difference apart, greedy, not even one of 1 (median over 1 pairs;")
+    assert told.endswith("two seeds can't tell how many seeds the paper's 0.023 of the teacher's guidance would take.")
