@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     escape_what_streams_lack()
     given = parser().parse_args(arguments)
     with clear_errors():
-        show(given, Console(width=None if sys.stdout.isatty() else 120, emoji=False))
+        show(given, Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False))
 
 
 def show(given: argparse.Namespace, terminal: Console) -> None:

@@ -32,7 +32,7 @@ class JobDisplay:
     """
 
     def __init__(self, missing: Sequence[Job], total: int, sweep_dir: Path) -> None:
-        self._console = Console(emoji=False)
+        self._console = Console(markup=False, emoji=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True) if sys.stdout.isatty() else None
         self._total, self._done, self._failed = total, total - len(missing), 0
         self._missing = {job.name for job in missing}
@@ -98,7 +98,7 @@ class JobDisplay:
         for column in ("job", "slot", "progress"):
             table.add_column(column)
         for attempt in running:
-            table.add_row(attempt.job.label, attempt.slot.label, _progress(attempt))
+            table.add_row(printable(attempt.job.label), attempt.slot.label, _progress(attempt))
         return table
 
 

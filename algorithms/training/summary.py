@@ -152,7 +152,7 @@ def _commit() -> str | None:
 
 def console() -> Console:
     """The terminal. It is 120 characters wide if the output goes to a file."""
-    return Console(width=None if sys.stdout.isatty() else 120, emoji=False)
+    return Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
 
 
 def results_table(evaluated: Sequence[Evaluated]) -> Table:
@@ -183,7 +183,8 @@ def show_episode(
 ) -> None:
     """Print one whole episode, if possible a correct one with searches."""
     shown = next((t for t in trajectories if t.correct and len(t.turns) > 2), trajectories[0])
-    terminal.rule(f"a test episode of {name}: {'right' if shown.correct else 'wrong'}")
+    title = f"a test episode of {name}: {'right' if shown.correct else 'wrong'}"
+    terminal.rule(Text(printable(title, terminal.encoding), "rule.text"))
     terminal.print(Text(printable(transcript(shown, tokenizer), terminal.encoding)))
     terminal.rule()
 

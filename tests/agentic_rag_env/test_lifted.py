@@ -323,8 +323,14 @@ class Says(Calculator):
         ("{'query': ['a']}", "info['query'] of Says-v0 must be a text (str), or None, got ['a']"),
         ("{'error': ''}", "info['error'] of Says-v0 must be a text (str) that is not empty, or None, got ''"),
         ("{'error': ValueError('x')}", "info['error'] of Says-v0 must be a text (str) that is not empty, or None"),
-        ("{'passages': ['Ohm']}", "info['passages'] of Says-v0 must be a list of Passage (from agentic_rag_env), got ["),
-        ("{'passages': None}", "info['passages'] of Says-v0 must be a list of Passage (from agentic_rag_env), got None"),
+        (
+            "{'passages': ['Ohm']}",
+            "info['passages'] of Says-v0 must be a list of Passage (from agentic_rag_env), got [",
+        ),
+        (
+            "{'passages': None}",
+            "info['passages'] of Says-v0 must be a list of Passage (from agentic_rag_env), got None",
+        ),
     ],
 )
 def test_texts_and_passages_of_infos_are_checked_at_the_first_step(says: str, message: str) -> None:

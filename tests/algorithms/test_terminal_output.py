@@ -41,11 +41,12 @@ def test_the_last_transcript():
     ids = np.zeros(1, dtype=np.int64)
     turn = Turn(ids, np.zeros(1, dtype=np.float32), ids, {"correct": True})  # type: ignore[arg-type]
     shown = terminal()
-    show_episode(shown, "x", [Trajectory(ids, [turn], 0, "policy", 1.0, True, True, False)], Spelled())
+    show_episode(shown, HOSTILE, [Trajectory(ids, [turn], 0, "policy", 1.0, True, True, False)], Spelled())
     said = shown.file.getvalue()
     assert "\x1b" not in said
     assert "\x07" not in said
     assert "\\x1b[2J\\x1b]0;x\\x07[red][/]" * 3 in said
+    assert "a test episode of \\x1b[2J\\x1b]0;x\\x07[red][/]: right" in said
 
 
 def test_the_names_of_groups_in_a_table():
@@ -60,11 +61,16 @@ def test_the_names_of_groups_in_a_table():
 
 def test_the_tables_of_a_comparison():
     shown = terminal()
-    shown.print(Table("t", "title", ["method", HOSTILE], [[HOSTILE, "[bold]"]]).rich())
+    table = Table(
+        "t", f"of {HOSTILE}", ["method", HOSTILE], [[HOSTILE, "[bold]"]], f"nq [open], hotpot[/dev], {HOSTILE}"
+    )
+    for block in table.rich(shown):
+        shown.print(block)
     said = shown.file.getvalue()
     assert "\x1b" not in said
-    assert said.count("\\x1b[2J\\x1b]0;x\\x07[red][/]") == 2
+    assert said.count("\\x1b[2J\\x1b]0;x\\x07[red][/]") == 4
     assert "[bold]" in said
+    assert "nq [open], hotpot[/dev]" in said
 
 
 def test_errors_and_warnings(capsys: pytest.CaptureFixture[str]):
@@ -76,9 +82,9 @@ def test_errors_and_warnings(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "RetrieverError: status 500: \\x1b[2J\\x1b]0;x\\x07[red][/]\n"
 
 
-def test_codes_of_emojis_stay_as_strangers_wrote_them(capsys: pytest.CaptureFixture[str]):
-    console().print("run :dog:", markup=False)
-    assert capsys.readouterr().out == "run :dog:\n"
+def test_codes_of_emojis_and_markup_stay_as_strangers_wrote_them(capsys: pytest.CaptureFixture[str]):
+    console().print("runs[/dev]/[open] :dog:")
+    assert capsys.readouterr().out == "runs[/dev]/[open] :dog:\n"
 
 
 COMMANDS = [

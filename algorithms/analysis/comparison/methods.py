@@ -162,7 +162,7 @@ def _without_common_folders(values: Sequence[Any]) -> Sequence[Any]:
     """The values of a setting; if all are texts, without the folders that all of them begin with."""
     if not all(isinstance(value, str) for value in values):
         return values
-    common = len(os.path.commonprefix(values).rpartition("/")[0])
+    common = len(os.path.commonprefix(values).rpartition("/")[0])  # noqa: RUF071 (it is cut at a slash)
     return [value[common:].removeprefix("/") if common else value for value in values]
 
 

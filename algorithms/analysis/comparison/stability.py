@@ -61,8 +61,9 @@ def table(methods: Sequence[Method]) -> Table | None:
             rows.append([method.label, *figures, share, str(min(fallen)) if fallen else NOTHING])
     note = (
         "Exact match of the checks on the dev split in the last stage: means over seeds with 95 % t intervals over "
-        "seeds alone, none where all seeds agree. Area: mean over the steps. A run has collapsed at the first check that is at most half of the "
-        "best one before it, and at least 0.1 below it; the step is that of the seed that did so first."
+        "seeds alone, none where all seeds agree. Area: mean over the steps. A run has collapsed at the first check "
+        "that is at most half of the best one before it, and at least 0.1 below it; the step is that of the seed that "
+        "did so first."
     )
     columns = ["method", "best", "last", "area", "collapsed", "first collapse"]
     return Table("stability", "Stability of training", columns, rows, note) if rows else None

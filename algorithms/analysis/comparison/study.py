@@ -91,16 +91,17 @@ def compare(folders: Sequence[Path], out: Path, options: Options, terminal: Cons
     Raises:
         ConfigurationError: There is nothing to compare, the runs are not comparable, or `out` is not a comparison.
     """
-    terminal = terminal or Console(width=None if Console().is_terminal else 160, emoji=False)
+    terminal = terminal or Console(width=None if Console().is_terminal else 160, markup=False, emoji=False)
     _check_out(out)
     found = study(folders, options)
     _check_study(out, found.runs)
     for finding in found.findings:
-        terminal.print(f"[yellow]{'NOT COMPARABLE' if finding.refuses else 'note'}:[/yellow]", end=" ")
+        terminal.print("NOT COMPARABLE:" if finding.refuses else "note:", style="yellow", end=" ")
         terminal.print(printable(finding.text, terminal.encoding), markup=False, highlight=False, soft_wrap=True)
     for table in found.tables:
         if table.printed:
-            terminal.print(table.rich())
+            for block in table.rich(terminal):
+                terminal.print(block)
     write(found, out)
     for line in (f"page:    {out / 'comparison.html'}", f"curves:  tensorboard --logdir {out / 'tb'}"):
         terminal.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -95,8 +95,8 @@ def render(drawing: Drawing, kinds: Sequence[str], theme: Theme, with_legend: bo
         import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
-    # The same figures give the same file: no random ids, no date.
-    settings: Any = {"svg.hashsalt": drawing.name, "svg.fonttype": "none", "pdf.fonttype": 42,
+    # The same figures give the same file: no random ids, no date. Names may hold dollars, which begin no formula.
+    settings: Any = {"svg.hashsalt": drawing.name, "svg.fonttype": "none", "pdf.fonttype": 42, "text.parse_math": False,
                      "font.size": 9, "font.family": "sans-serif"}  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=drawing.size, layout="constrained", facecolor=theme.background)

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.markup import escape
+from rich.cells import cell_len
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from agentic_rag_env.terminal import printable
 from algorithms.analysis.comparison.statistics import Estimate
@@ -19,6 +22,8 @@ from algorithms.analysis.comparison.statistics import Estimate
 NOTHING = "–"
 #: Least shade that the terminal shows in red.
 _SHADE_SHOWN = 0.2
+#: Width of a terminal in which every table fits.
+_UNBOUNDED = 100_000
 
 
 @dataclass(frozen=True)
@@ -154,16 +159,54 @@ class Table:
             ]
         )
 
-    def rich(self) -> RichTable:
-        """The table for the terminal; intervals stand on their own line, and shades are colours of the text."""
-        table = RichTable(title=self.title, caption=self.note or None, caption_justify="left")
-        for column, number in zip(self.columns, self.numeric, strict=True):
-            table.add_column(escape(printable(column)), justify="right" if number else "left", overflow="fold")
-        for at, row in enumerate(self.rows):
-            if at in self.sections:
+    def rich(self, console: Console) -> list[RichTable]:
+        """The table for a terminal; intervals stand on their own line, and shades are colours of the text.
+
+        Returns:
+            One table. If it is too wide for the terminal: blocks of its columns that fit, so that no figure is broken;
+            each begins with the columns before the first figure.
+        """
+        whole = self._block(range(len(self.columns)))
+        blocks = [whole] if _widths(console, whole).maximum <= console.width else self._blocks(console)
+        blocks[-1].caption = Text(printable(self.note), "table.caption") if self.note else None
+        return blocks
+
+    def _blocks(self, console: Console) -> list[RichTable]:
+        num_repeated = self.numeric.index(True) if any(self.numeric) else 1
+        repeated = list(range(num_repeated))
+        blocks = [repeated]
+        for column in range(num_repeated, len(self.columns)):
+            longer = [*blocks[-1], column]
+            fits = _widths(console, self._block(longer, narrow=True)).minimum <= console.width
+            blocks = [*blocks[:-1], longer] if fits or blocks[-1] == repeated else [*blocks, [*repeated, column]]
+        return [self._block(block, narrow=True) for block in blocks]
+
+    def _block(self, columns: Sequence[int], narrow: bool = False) -> RichTable:
+        """Some of the columns; with `narrow`, columns of figures are as narrow as figures and words allow."""
+        table = RichTable(title=Text(printable(self.title), "table.title"), caption_justify="left")
+        for at in columns:
+            heading, number = Text(printable(self.columns[at])), self.numeric[at]
+            parts = [
+                *heading.plain.split(),
+                *(line for row in self.rows for line in self._shown(row[at]).plain.split("\n")),
+            ]
+            width = max(map(cell_len, parts)) if narrow and number else None
+            table.add_column(heading, justify="right" if number else "left", overflow="fold", width=width)
+        for place, row in enumerate(self.rows):
+            if place in self.sections:
                 table.add_section()
-            table.add_row(*(_rich_cell(cell, self.brief) for cell in row))
+            table.add_row(*(self._shown(row[at]) for at in columns))
         return table
+
+    def _shown(self, cell: Cell) -> Text:
+        """A cell as the terminal shows it."""
+        if isinstance(cell, str):
+            return Text(printable(cell))
+        shade = "red" if (cell.shade or 0) >= _SHADE_SHOWN else ""
+        figure = Text(cell.text, f"bold {shade}" if cell.best else shade)
+        if self.brief or not cell.interval:
+            return figure
+        return Text.assemble(figure, "\n", (cell.interval.strip("[]"), "dim"))
 
     def mark_best(self, columns: Sequence[str], lowest: Sequence[str] = (), rows: int | None = None) -> None:
         """Mark the best figure of some columns, the highest or the lowest, among the first `rows` rows."""
@@ -199,13 +242,9 @@ def _plain(cell: Cell, strong: str = "") -> str:
     return f"{text} {cell.interval}".strip()
 
 
-def _rich_cell(cell: Cell, brief: bool) -> str:
-    if isinstance(cell, str):
-        return escape(printable(cell))
-    text = f"[bold]{cell.text}[/bold]" if cell.best else cell.text
-    if (cell.shade or 0) >= _SHADE_SHOWN:
-        text = f"[red]{text}[/red]"
-    return text if brief or not cell.interval else f"{text}\n[dim]{cell.interval.strip('[]')}[/dim]"
+def _widths(console: Console, table: RichTable) -> Measurement:
+    """The least and the most columns of a terminal that a table can use, however wide this one is."""
+    return Measurement.get(console, console.options.update_width(_UNBOUNDED), table)
 
 
 def _latex_cell(cell: Cell) -> str:

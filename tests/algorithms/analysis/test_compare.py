@@ -9,6 +9,7 @@ import io
 import json
 import sys
 import types
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, product
@@ -879,6 +880,57 @@ def test_a_comparison_says_its_data_date_and_code_and_replaces_no_other(tmp_path
     with pytest.raises(ConfigurationError, match=r"holds the comparison of other runs, such as .*one"):
         compare([tmp_path / "two"], out, Options(resamples=10), terminal)
     compare([tmp_path / "one", tmp_path / "two"], out, Options(resamples=10, force=True), terminal)
+
+
+@pytest.fixture
+def eleven(tmp_path):
+    """The tables of eleven methods with figures of many digits."""
+    rng = np.random.default_rng(0)
+    for number in range(11):
+        costs = {name: float(rng.integers(10**5, 10**7)) for name in COSTS}
+        figures = {f"rate_{each}": made_figure(float(rng.random()), best="high", share=True) for each in "abc"}
+        make_run(tmp_path / str(number), f"method_{number}", 0, answers(0.5, number), costs=costs,
+                 arc={f"method_{number}": {"thinking": figures}})  # fmt: skip
+    return {table.name: table for table in study([tmp_path], Options(resamples=10)).tables}
+
+
+@pytest.mark.parametrize("name", ["arc", "costs", "results-greedy", "significance-greedy"])
+def test_in_a_narrow_terminal_no_figure_is_broken(eleven, name):
+    table, terminal = eleven[name], Console(file=io.StringIO(), width=80)
+    blocks = table.rich(terminal)
+    for block in blocks:
+        terminal.print(block)
+    lines = terminal.file.getvalue().splitlines()
+    assert len(blocks) > 1
+    assert max(map(len, lines)) <= 80
+    assert sum(line.strip() == table.title for line in lines) == len(blocks)
+    cells = Counter(cell.strip() for line in lines for cell in line.split("│"))
+    figures = Counter(cell.text for row in table.rows for cell in row if isinstance(cell, Number))
+    if not table.brief:
+        intervals = (cell.interval for row in table.rows for cell in row if isinstance(cell, Number))
+        figures += Counter(interval.strip("[]") for interval in intervals if interval)
+    assert all(cells[figure] >= count for figure, count in figures.items())
+    wide = Console(file=io.StringIO(), width=400)
+    assert len(table.rich(wide)) == 1
+
+
+def test_blocks_of_pairs_name_both():
+    table = Table("t", "T", ["first", "second", *"abcdefgh"], [["kd", "dgpo", *[Number(0.123456, style=".6f")] * 8]])
+    blocks = table.rich(Console(width=40))
+    headings = [[str(column.header) for column in block.columns] for block in blocks]
+    assert headings[0][:2] == headings[-1][:2] == ["first", "second"]
+    assert [heading for block in headings for heading in block[2:]] == list("abcdefgh")
+
+
+def test_names_of_methods_are_no_formulas(tmp_path):
+    for algo in ("dgpo$^$x", "a$b$"):
+        make_run(tmp_path / algo[0], algo, 0, answers(0.5, 0), metrics=metrics(0))
+    found = study([tmp_path], Options(resamples=10))
+    for drawing in found.drawings:
+        drawn = render(drawing, ("svg", "png"), LIGHT, with_legend=True)["svg"].decode()
+        if drawing.name in ("scores-greedy", "curve-dev-exact_match-steps"):
+            assert "dgpo$^$x" in drawn
+            assert "a$b$" in drawn
 
 
 def test_cells():

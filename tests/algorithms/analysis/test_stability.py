@@ -187,5 +187,7 @@ def test_two_seeds_promise_nothing(tmp_path):
     two = np.array([[True] * 6 + [False] * 4, [True] * 4 + [False] * 6])
     other = np.array([[True] + [False] * 9, [True] * 5 + [False] * 5])
     told = told_of(tmp_path, kd=two, dgpo=other)
-    assert told.startswith("these runs can't tell any difference apart, greedy, not even one of 1 (median over 1 pairs;")
+    assert told.startswith(
+        "these runs can't tell any difference apart, greedy, not even one of 1 (median over 1 pairs;"
+    )
     assert told.endswith("two seeds can't tell how many seeds the paper's 0.023 of the teacher's guidance would take.")
