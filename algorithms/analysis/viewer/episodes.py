@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from agentic_rag_env.prompts import format_passages, information_block
 from agentic_rag_env.rewards import normalize_answer
 from agentic_rag_env.types import Ending, Passage
 
+#: Tokenizers know fewer ids than this.
+_IDS = 2**32
 #: Figures of model-written tokens: their names, and their labels on the page.
 FIGURES = {
     "logprobs": "log-probability",
@@ -33,7 +36,7 @@ class Turn:
         text: Text that the model wrote.
         ids: Token ids of the text.
         figures: Figures of each token, by a name in `FIGURES`.
-        action: "search", "answer" or "malformed".
+        action: "search", "answer", "malformed", or a word of an environment; None if that says nothing.
         query: Query of a search.
         passages: Passages that the search found.
         problem: Reason why the action had no result; None if it had one.
@@ -43,7 +46,7 @@ class Turn:
     text: str
     ids: Sequence[int]
     figures: Mapping[str, Sequence[float]]
-    action: str
+    action: str | None
     query: str | None
     passages: Sequence[Passage]
     problem: str | None
@@ -74,7 +77,7 @@ class Episode:
     question: str
     golden_answers: Sequence[str]
     group: str | None
-    hops: int | None
+    hops: float | str | None
     ending: Ending | None
     verdict: str
     answer: str | None
@@ -145,27 +148,43 @@ def _pattern(golden_answers: tuple[str, ...]) -> re.Pattern[str] | None:
 
 
 def _episode(row: Mapping[str, Any], answers: Mapping[str, Mapping[str, Any]]) -> Episode:
-    question_id, last = row["question_id"], row["turns"][-1]["info"]
+    question_id, last = _value(row, "question_id", str), row["turns"][-1]["info"]
     known = row.get("question") or {"text": _asked(row["prompt"]), **answers.get(question_id, {})}
-    counts = [0, *(turn["info"]["num_searches"] for turn in row["turns"])]
+    counts = [0, *(_value(turn["info"], "num_searches", int) for turn in row["turns"])]
+    answer = _value(last, "answer", str, int, float, None)
     return Episode(
         question_id=question_id,
-        question=known["text"] or row.get("message", "").strip(),  # a task of an environment stands in its prompt only
-        golden_answers=tuple(known.get("golden_answers", ())),
-        group=known.get("dataset"),
-        hops=known.get("hops"),
+        # A task of an environment stands in its prompt only.
+        question=_value(known, "text", str) or _value({"message": "", **row}, "message", str).strip(),
+        golden_answers=tuple(map(str, _value({"golden_answers": [], **known}, "golden_answers", list))),
+        group=_value({"dataset": None, **known}, "dataset", str, None),
+        hops=_value({"hops": None, **known}, "hops", int, float, str, None),
         ending=(ending := Ending.of(last)),
         verdict=_verdict(row["correct"], ending),
-        answer=last["answer"],
-        f1=last["f1"],
-        reward=row["reward"],
-        num_searches=last["num_searches"],
-        source=row["source"],
+        answer=None if answer is None else str(answer),
+        f1=float(_value(last, "f1", int, float)),
+        reward=float(_value(row, "reward", int, float)),
+        num_searches=counts[-1],
+        source=_value(row, "source", str),
         turns=tuple(
             _turn(turn, turn["info"]["num_searches"] > before)
             for turn, before in zip(row["turns"], counts, strict=False)  # no turn begins at the last count
         ),
     )
+
+
+def _value(row: Mapping[str, Any], name: str, *kinds: type | None) -> Any:
+    """A value of a row, which may be a stranger's.
+
+    Raises:
+        KeyError: There is none.
+        TypeError: It has another type than those of `kinds`, where None stands for JSON's null.
+    """
+    value = row[name]
+    if (None if value is None else type(value)) not in kinds:
+        allowed = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} must be {allowed}, got {reprlib.repr(value)}")
+    return value
 
 
 def _asked(prompt: str) -> str:
@@ -182,22 +201,40 @@ def _verdict(correct: bool, ending: Ending | None) -> str:
 
 
 def _turn(row: Mapping[str, Any], searched: bool) -> Turn:
-    info, text = row["info"], row["action"]
-    passages = tuple(Passage(**passage) for passage in info["passages"])
+    info, text = row["info"], _value(row, "action", str)
+    passages = tuple(map(_passage, _value(info, "passages", list)))
     plain = information_block(format_passages(passages)) if searched else ""
-    figures = {"logprobs": row["action_logprobs"]} | {name: row[name] for name in FIGURES if name in row}
-    if any(len(values) != len(row["action_ids"]) for values in figures.values()):
+    ids = _value(row, "action_ids", list)
+    if any(type(each) is not int or not 0 <= each < _IDS for each in ids):
+        raise ValueError(f"action_ids must be integers from 0 to {_IDS - 1}, got {reprlib.repr(ids)}")
+    figures = {"logprobs": _figures(row, "action_logprobs")} | {
+        name: _figures(row, name) for name in FIGURES if name in row
+    }
+    if any(len(values) != len(ids) for values in figures.values()):
         raise ValueError("figures of tokens that are not there")
+    observation = _value(row, "observation", str)
     return Turn(
         text=text,
-        ids=row["action_ids"],
+        ids=ids,
         figures=figures,
-        action=info["action"],
-        query=info["query"],
+        action=_value(info, "action", str, None),
+        query=_value(info, "query", str, None),
         passages=passages,
         problem=_problem(info, text, searched),
-        reply=None if row["observation"] == plain else row["observation"],
+        reply=None if observation == plain else observation,
     )
+
+
+def _passage(row: Mapping[str, Any]) -> Passage:
+    score = float(_value({"score": 0.0, **row}, "score", int, float))
+    return Passage(_value(row, "id", str), _value(row, "contents", str), score)
+
+
+def _figures(row: Mapping[str, Any], name: str) -> list[float]:
+    values = _value(row, name, list)
+    if any(type(each) not in (int, float) for each in values):
+        raise TypeError(f"{name} must be numbers, got {reprlib.repr(values)}")
+    return [float(each) for each in values]
 
 
 def _problem(info: Mapping[str, Any], text: str, searched: bool) -> str | None:

@@ -218,7 +218,7 @@ def _described(files: Sequence[_File], run: Run, wanted: Wanted) -> list[_File]:
     """Files of the wanted split, model, mode and step; a missing choice is taken from the final figures."""
     if wanted.step is not None:
         return [file for file in files if file.step == wanted.step and wanted.split in (None, file.split)]
-    modes = sorted({file.mode for file in files if file.mode}, key=lambda mode: mode != "greedy")
+    modes = sorted(dict.fromkeys(file.mode for file in files if file.mode), key=lambda mode: mode != "greedy")
     models = wanted.models or ([] if run.missing else [run.final])
     measured = [
         file

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -74,8 +74,8 @@ def _episode(episode: Episode, split: Split, texts: dict[str, int]) -> dict[str,
         "verdict": episode.verdict,
         "ending": episode.ending,
         "answer": episode.answer,
-        "f1": round(episode.f1, 3),
-        "reward": round(episode.reward, 3),
+        "f1": _rounded(episode.f1),
+        "reward": _rounded(episode.reward),
         "searches": episode.num_searches,
         "tokens": episode.num_tokens,
         "malformed": episode.num_malformed,
@@ -91,11 +91,11 @@ def _turn(turn: Turn, golden: Sequence[str], split: Split, texts: dict[str, int]
         "query": turn.query,
         "problem": turn.problem,
         "parts": parts or [turn.text],
-        "figures": _rounded(turn.figures) if parts else {},
+        "figures": {name: list(map(_rounded, values)) for name, values in turn.figures.items()} if parts else {},
         "passages": [
             [
                 texts.setdefault(passage.contents, len(texts)),
-                round(passage.score, 3),
+                _rounded(passage.score),
                 find_answers(passage.contents, golden),
             ]
             for passage in turn.passages
@@ -104,9 +104,6 @@ def _turn(turn: Turn, golden: Sequence[str], split: Split, texts: dict[str, int]
     }
 
 
-def _rounded(figures: Mapping[str, Sequence[float]]) -> dict[str, list[float | None]]:
-    """Round to the three decimals that a colour shows; JSON knows no infinity."""
-    return {
-        name: [round(value, 3) if math.isfinite(value) else None for value in values]
-        for name, values in figures.items()
-    }
+def _rounded(value: float) -> float | None:
+    """Round to the three decimals that a page shows; JSON knows no infinity."""
+    return round(value, 3) if math.isfinite(value) else None

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from algorithms.analysis.runs import Run
-from algorithms.analysis.viewer.episodes import FIGURES, Turn
+from algorithms.analysis.viewer.episodes import Turn
 from algorithms.analysis.viewer.gallery import Gallery
 from algorithms.assets import ASSETS, BUNDLED
 
@@ -68,13 +68,13 @@ def split(turn: Turn, decode: Decode) -> list[str] | None:
 
 def scales(gallery: Gallery) -> dict[str, float]:
     """The size at which the colour is full, for each figure that any token has."""
-    values: dict[str, list[float]] = {name: [] for name in FIGURES}
+    values: dict[str, list[float]] = {}
     for item in gallery.items:
         for turn in (turn for episode in item.episodes if episode for turn in episode.turns):
             for name, of_tokens in turn.figures.items():
-                values[name] += filter(math.isfinite, of_tokens)
-    found = {name: np.abs(of_figure) for name, of_figure in values.items() if of_figure}
-    full = {name: float(f"{np.percentile(of_figure, 98):.3g}") or 1.0 for name, of_figure in found.items()}
+                values.setdefault(name, []).extend(filter(math.isfinite, of_tokens))
+    highest = {name: np.percentile(np.abs(finite), 98) if finite else 0.0 for name, finite in values.items()}
+    full = {name: float(f"{value:.3g}") or 1.0 for name, value in highest.items()}
     return full | ({"logprobs": _UNLIKELY} if "logprobs" in full else {})
 
 

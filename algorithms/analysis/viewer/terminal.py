@@ -17,8 +17,9 @@ from algorithms.analysis.viewer.gallery import Gallery, Item
 from algorithms.analysis.viewer.shading import Split, scales
 
 KEYS = """\
-Enter or n: next   p: previous   12: the twelfth   /words: the next one with these words   q: leave
+n: next   p: previous   12: the twelfth   /words: the next one with these words   q: leave
 r: next right   w: next wrong   m: next with a malformed turn   (with several columns: right or wrong in any)
+Enter: the last of n, p, /words, r, w and m again; n at the beginning, and after a number or a key that led nowhere
 """
 
 _WARM, _COOL = (213, 94, 0), (86, 180, 233)
@@ -81,9 +82,9 @@ class Printer:
         verdict = self._text(episode.verdict.upper(), "bold green" if episode.correct else "bold red")
         self._console.print(Text.assemble(verdict, self._text(" · " + " · ".join(filter(None, facts)))))
         for number, turn in enumerate(episode.turns, 1):
-            problem = f" · {turn.problem}" if turn.problem else ""
+            title = " · ".join(filter(None, (f"Turn {number}", (turn.action or "").upper(), turn.problem)))
             style = "bold yellow" if turn.problem or turn.action == "malformed" else "bold"
-            self._line(f"Turn {number} · {turn.action.upper()}{problem}", style)
+            self._line(title, style)
             self._indented(self._said(turn, column))
             for rank, passage in enumerate(turn.passages, 1):
                 self._indented(self._passage(rank, passage, episode.golden_answers))
@@ -140,11 +141,11 @@ def page_through(gallery: Gallery, printer: Printer, read_line: Callable[[str], 
         printer: Prints the items.
         read_line: Shows a prompt and returns what the reader types, like `input`.
     """
-    number, command = 0, ""
+    number, command = 0, "n"
     printer.item(number)
     while True:
         try:
-            # Enter alone repeats the last command.
+            # Enter alone repeats the last command that can be repeated.
             command = read_line("[n, p, number, /words, r, w, m, ?, q] ").strip() or command
         except (EOFError, KeyboardInterrupt):
             return
@@ -152,14 +153,15 @@ def page_through(gallery: Gallery, printer: Printer, read_line: Callable[[str], 
             return
         if command == "?":
             print(KEYS, end="")
-            command = ""
+            command = "n"
             continue
         found = _next(gallery.items, number, command)
         if found is None:
             print(f"No further one for {command!r}; ? lists the keys.")
-            command = ""
+            command = "n"
             continue
         number = found
+        command = "n" if command.isdecimal() else command
         printer.item(number)
 
 
@@ -170,7 +172,6 @@ def _next(items: Sequence[Item], number: int, command: str) -> int | None:
     if command == "p":
         return number - 1 if number > 0 else None
     wanted: dict[str, Callable[[Episode], bool]] = {
-        "": lambda episode: True,
         "n": lambda episode: True,
         "r": lambda episode: episode.correct,
         "w": lambda episode: not episode.correct,

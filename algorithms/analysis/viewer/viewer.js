@@ -129,11 +129,13 @@ function episodeNodes(item) {
     make("div", "sides", ...sides)].filter(Boolean);
 }
 
+const told = (figure) => figure ?? "not finite";
+
 function side(episode, name) {
   const heading = make("h3", "", name);
   if (!episode) return make("section", "side", heading, make("p", "about", "not played"));
-  const facts = [episode.answer !== null && `answer: ${episode.answer || "(empty)"}`, `F1 ${episode.f1}`,
-    `reward ${episode.reward}`, searchCount(episode), `${episode.tokens} tokens`,
+  const facts = [episode.answer !== null && `answer: ${episode.answer || "(empty)"}`, `F1 ${told(episode.f1)}`,
+    `reward ${told(episode.reward)}`, searchCount(episode), `${episode.tokens} tokens`,
     episode.malformed && `${episode.malformed} malformed`, episode.source !== "policy" && `by the ${episode.source}`];
   const line = make("p", "about", verdictMark(episode, true), ` · ${facts.filter(Boolean).join(" · ")}`);
   return make("section", "side", heading, line, ...episode.turns.map(turnNode));
@@ -173,7 +175,7 @@ function saidNode(turn, reading) {
   turn.parts.forEach((part, index) => {
     const token = make("span", "", ...styled(part, at, kinds));
     at += part.length;
-    const values = Object.entries(turn.figures).map(([name, of]) => `${data.figures[name].label} ${of[index]}`);
+    const values = Object.entries(turn.figures).map(([name, of]) => `${data.figures[name].label} ${told(of[index])}`);
     if (values.length && part) {
       token.classList.add("token");
       token.title = values.join("\n");
@@ -208,7 +210,7 @@ function heat(token, name, value) {
 
 function passageNode([index, score, places]) {
   const characters = Array.from(data.texts[index]);
-  const node = make("li", "", make("small", "", `${score} `));
+  const node = make("li", "", make("small", "", `${told(score)} `));
   let at = 0;
   for (const [start, end] of places) {
     node.append(characters.slice(at, start).join(""), make("mark", "", characters.slice(start, end).join("")));

@@ -321,6 +321,78 @@ def test_damaged_files_are_named(run):
         gather([run], Wanted())
 
 
+def changed(change) -> dict:
+    """The first row with a change, as JSON holds it."""
+    made = json.loads(json.dumps(ROWS[0]))
+    change(made)
+    return made
+
+
+def set_info(name: str, value):
+    return lambda made: made["turns"][0]["info"].update({name: value})
+
+
+def set_turn(name: str, value):
+    return lambda made: made["turns"][0].update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_turn("action_ids", [1, 2, -1]), r"action_ids must be integers from 0 to 4294967295, got \[1, 2, -1\]"),
+        (set_turn("action_ids", [1, 2, 2**40]), "action_ids must be integers from 0 to"),
+        (set_turn("action_ids", ["a", "b", "c"]), "action_ids must be integers from 0 to"),
+        (set_turn("action_ids", [1, 2, True]), "action_ids must be integers from 0 to"),
+        (set_turn("action_logprobs", [None, 0.0, 0.0]), r"action_logprobs must be numbers, got \[None, 0.0, 0.0\]"),
+        (set_turn("action", None), "action must be str, got None"),
+        (
+            set_info("passages", [{"id": "p", "contents": "c", "score": "high"}]),
+            "score must be int or float, got 'high'",
+        ),
+        (set_info("passages", [{"id": "p", "contents": None, "score": 1.0}]), "contents must be str, got None"),
+        (set_info("query", ["a"]), r"query must be str or null, got \['a'\]"),
+        (set_info("num_searches", None), "num_searches must be int, got None"),
+        (lambda made: made.update(reward="much"), "reward must be int or float, got 'much'"),
+        (lambda made: made["question"].update(golden_answers=None), "golden_answers must be list, got None"),
+        (lambda made: made["question"].update(golden_answers="Paris"), "golden_answers must be list, got 'Paris'"),
+        (lambda made: made["question"].update(text=7), "text must be str, got 7"),
+        (lambda made: made.update(turns=[]), "IndexError"),
+    ],
+)
+def test_rows_of_strangers_that_cannot_be_shown_are_named(run, change, message):
+    write(run / "trajectories" / "test-dgpo-greedy.jsonl.gz", [ROWS[1], changed(change)])
+    with pytest.raises(DataError, match=rf"test-dgpo-greedy\.jsonl\.gz, line 2: no such row .*{message}"):
+        gather([run], Wanted())
+
+
+@pytest.mark.parametrize("figure", [float("inf"), float("nan")])
+def test_figures_that_are_not_finite_are_shown(run, figure):
+    made = changed(lambda made: made.update(reward=figure))
+    made["turns"][0]["info"]["passages"][0]["score"] = figure
+    made["turns"][0]["teacher_kl"] = [figure] * 3
+    write(run / "trajectories" / "test-dgpo-greedy.jsonl.gz", [made])
+    shown = contents(gather([run], Wanted(split="test")), [no_split])
+    (episode,) = shown["items"][0]["episodes"]
+    assert (episode["reward"], episode["turns"][0]["passages"][0][1]) == (None, None)
+    assert shown["figures"]["teacher_kl"]["full"] == 1.0, "the script looks up every figure that a turn has"
+    assert f"reward {figure}" in printed(run, "--html", str(run / "page.html"))
+
+
+def test_answers_that_are_numbers_and_turns_without_an_action_are_shown(run):
+    made = changed(lambda made: made["question"].update(golden_answers=[42, "42.0"]))
+    made["turns"][1]["info"] |= {"answer": 42, "action": None}
+    write(run / "trajectories" / "test-dgpo-greedy.jsonl.gz", [made])
+    said = printed(run, "--html", str(run / "page.html"))
+    assert "Golden answer: 42 / 42.0" in said
+    assert "answer: 42" in said
+    assert "Turn 2\n" in said
+
+
+def test_without_a_greedy_mode_the_first_mode_by_name_is_shown(tmp_path):
+    run = make(tmp_path / "run", {f"test-dgpo-T=0.{number}": ROWS for number in range(1, 10)})
+    assert [column.label() for column in gather([run], Wanted()).columns] == ["dgpo, T=0.1"]
+
+
 def test_the_command_ends_with_a_message_and_no_traceback(run, tmp_path, capsys):
     for arguments in ([tmp_path / "nowhere"], [run, "--text", "no such words"]):
         with pytest.raises(SystemExit) as end:
@@ -567,6 +639,8 @@ def typed(gallery: Gallery, *lines: str) -> list[str]:
         (["n", "n", "p", "q", "n"], "1232"),
         (["", "", "", ""], "1234"),
         (["3", "9", "0"], "13"),
+        (["3", "", "p", ""], "13432"),  # after a number Enter goes on
+        (["w", "?", ""], "123"),
         (["p", "n"], "12"),
         (["m", "q"], "12"),
         (["w", "", "r"], "1234"),
