@@ -24,6 +24,7 @@ from agentic_rag_env.types import Passage
 _FORMAT_KEY, _FORMAT = b"agentic_rag_env.corpus", b"1"
 #: A record batch ends after this many passages or characters. Writing holds one record batch in memory.
 _BATCH_PASSAGES, _BATCH_CHARS = 8192, 2**26
+_DAMAGED = "is a damaged store: {}. Delete it, and write it again by the command that wrote it."
 
 
 class CorpusStore(Sequence[Passage]):
@@ -61,7 +62,7 @@ class CorpusStore(Sequence[Passage]):
             self.source = metadata[b"source"].decode()
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise (
-                error if isinstance(error, DataError) else DataError(f"{path}: is a damaged store: {error}.")
+                error if isinstance(error, DataError) else DataError(f"{path}: {_DAMAGED.format(error)}")
             ) from error
         self._columns = [(batch.column(0), batch.column(1)) for batch in batches]
         self._starts = [0, *accumulate(len(batch) for batch in batches)]
@@ -154,12 +155,14 @@ def open_corpus(
     advance: Callable[[int], None] = lambda count: None,
     needed: str | None = None,
 ) -> CorpusStore:
-    """The store of a file's passages. It is written first if it is missing or if the file has changed since.
+    """The store of a file's passages. It is written first if it is missing or damaged, or if the file has changed since.
+
+    A store at `store` is read whole for this; one in the cache folder is compared with its hash.
 
     Args:
         path: A store, which is opened as it is, or a file that `passages_in` reads.
         store: Where the store of such a file lies; None: in the cache folder, under a hash of the file.
-        advance: Called during writing with the number of further passages.
+        advance: Called with the number of further passages read or written.
         needed: The fingerprint that a store must have to take the place of the one at `store`; None: any.
 
     Raises:
@@ -181,7 +184,7 @@ def open_corpus(
             folder = kept("corpora", key_of_file(file), lambda folder: write(folder / "corpus.arrow"), what)
             return CorpusStore(folder / "corpus.arrow")
         target = Path(store).expanduser()
-        if not target.exists() or CorpusStore(target).source != source:
+        if not target.exists() or CorpusStore(target).source != source or not _is_sound(target, advance):
             write(target)
         return CorpusStore(target)
     except OSError as error:
@@ -218,13 +221,22 @@ def check_corpus(path: str | Path, advance: Callable[[int], None] = lambda count
             digest.update([passage])
             advance(1)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path}: is a damaged store: {error}.") from error
+        raise DataError(f"{path}: {_DAMAGED.format(error)}") from error
     if digest.hexdigest() != store.fingerprint:
         raise DataError(
             f"{path}: holds other passages than were written: their fingerprint is {digest.hexdigest()}, and "
-            f"{store.fingerprint} was noted. Write the store again."
+            f"{store.fingerprint} was noted. Write it again by the command that wrote it."
         )
     return len(store), store.fingerprint
+
+
+def _is_sound(store: Path, advance: Callable[[int], None]) -> bool:
+    """Whether a store holds the passages that were written into it."""
+    try:
+        check_corpus(store, advance)
+    except DataError:
+        return False
+    return True
 
 
 def write_store(

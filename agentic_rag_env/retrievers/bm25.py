@@ -258,7 +258,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     try:
         words = pa.ipc.open_file(pa.memory_map(str(folder / VOCABULARY))).get_batch(0).column(0)
         index = bm25s.BM25.load(folder, mmap=True, load_vocab=False, show_progress=False)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, pa.ArrowException) as error:
         raise DataError(f"{folder}: is a damaged BM25 index ({error}); build it again.") from error
     # The arrays stay mapped, but are plain arrays, because a slice of a `memmap` takes ten times as long.
     index.scores = {

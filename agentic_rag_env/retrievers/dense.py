@@ -19,8 +19,10 @@ from agentic_rag_env.retrievers.base import KEPT_FROM, CorpusRetriever, Ranking,
 from agentic_rag_env.retrievers.index_folder import (
     ENCODER_STATE,
     FAISS_FILE,
+    MANIFEST,
     VECTORS_FILE,
     corpus_of_index,
+    load_vectors,
     read_json,
     read_manifest,
     write_json,
@@ -268,10 +270,13 @@ def _stored_vectors(path: Path) -> NDArray[np.floating]:
         DataError: They are missing or damaged, or the index of the file is not flat.
     """
     if path.is_dir():
-        try:
-            return np.load(path / VECTORS_FILE, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path / VECTORS_FILE}: cannot be read ({error}); build the index again.") from error
+        file = path / VECTORS_FILE
+        if not file.exists():
+            raise DataError(
+                f"{file}: is missing. backend=faiss searches without it. To make it again, delete {path / MANIFEST} and "
+                "give the same agentic-rag-index dense command as before."
+            )
+        return load_vectors(file, "give the same agentic-rag-index dense command as before, which makes it again")
     index = read_index(path)
     if not is_flat(index):
         raise DataError(f"{path}: backend=torch needs the vectors of a flat index, got {type(index).__name__}.")

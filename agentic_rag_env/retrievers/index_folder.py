@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from agentic_rag_env.corpus import CorpusStore, fingerprint, open_corpus
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.files import written_whole
@@ -19,27 +22,38 @@ MANIFEST = "manifest.json"
 ENCODER_STATE = "encoder.json"
 #: The FAISS file of a dense index, and the vectors that it was built from.
 FAISS_FILE, VECTORS_FILE = "index.faiss", "vectors/vectors.npy"
+#: The entries of a manifest that are read, by the kind of index, with the keys that each must have.
+_ENTRIES: dict[Any, dict[str, set[str]]] = {
+    "bm25": (_OF_ALL := {"corpus": {"path", "fingerprint", "num_passages"}, "index": set()}),
+    "dense": {**_OF_ALL, "encoder": {"settings", "fingerprint"}, "vectors": set()},
+}
 
 
-def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
+def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
     """The manifest of an index folder.
 
     Args:
         folder: The folder.
-        kind: The kind of index that it must hold: `bm25` or `dense`.
+        kind: The kind of index that it must hold: `bm25` or `dense`; None: either.
 
     Raises:
-        DataError: There is no finished index of that kind in the folder.
+        DataError: There is no finished index of that kind in the folder, or the manifest is damaged.
     """
     file = Path(folder).expanduser() / MANIFEST
     if not file.exists():
         raise DataError(
-            f"{folder}: holds no finished index (no {MANIFEST}); build one with agentic-rag-index {kind}, or let the "
-            "same command as before finish it."
+            f"{folder}: holds no finished index (no {MANIFEST}); build one with agentic-rag-index {kind or 'bm25 or dense'}, or let "
+            "the same command as before finish it."
         )
     manifest = read_json(file)
-    if manifest.get("kind") != kind:
-        raise DataError(f"{folder}: holds an index of kind {manifest.get('kind')!r}, but {kind!r} is needed.")
+    found = manifest.get("kind")
+    if found not in _ENTRIES or kind not in (None, found):
+        raise DataError(f"{folder}: holds an index of kind {found!r}, but {kind or 'bm25 or dense'!r} is needed.")
+    for name, keys in _ENTRIES[found].items():
+        entry = manifest.get(name)
+        if not isinstance(entry, dict) or not keys <= entry.keys():
+            lacking = f"it has {name} {entry!r:.80}, without {', '.join(sorted(keys))}"
+            raise DataError(f"{file}: is damaged ({lacking}); build the index again.")
     # The folder is noted, because other paths are relative to it.
     return {**manifest, "folder": str(file.parent)}
 
@@ -99,6 +113,21 @@ def store_of_index(folder: str | Path, built_from: Mapping[str, Any]) -> Path:
     return Path(folder) / path
 
 
+def files_of_index(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The names of an index's files with their hashes; empty for an index of an older version, which noted none.
+
+    Raises:
+        DataError: The manifest names files that do not lie in the folder, or no files at all.
+    """
+    files = manifest.get("files", {})
+    if not isinstance(files, dict):
+        raise DataError(f"{folder / MANIFEST}: is damaged (its files are {files!r:.80}); delete it, and build it again.")
+    for name in files:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{folder / MANIFEST}: names {name!r}, which is no file of the folder.")
+    return files
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """An object from a JSON file of an index folder.
 
@@ -112,6 +141,22 @@ def read_json(file: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read ({error}); build the index again.") from error
+
+
+def load_vectors(file: Path, mend: str) -> NDArray[np.floating]:
+    """The vectors [n, dim] of a file, memory-mapped.
+
+    Args:
+        file: The file.
+        mend: What to do if it is damaged, for the error.
+
+    Raises:
+        DataError: The file is missing or damaged.
+    """
+    try:
+        return np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); {mend}.") from error
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

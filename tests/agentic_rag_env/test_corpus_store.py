@@ -201,6 +201,21 @@ def test_a_store_that_was_changed_is_found_when_asked(tmp_path: Path) -> None:
             check_corpus(store)
 
 
+def test_a_store_that_was_changed_is_written_again(tmp_path: Path) -> None:
+    file, store = tmp_path / "c.jsonl", tmp_path / "c.arrow"
+    file.write_bytes(LINES)
+    content = open_corpus(file, store).path.read_bytes()
+    place = content.index(b"alpha")
+    store.write_bytes(content[:place] + b"omega" + content[place + 5 :])
+    assert tuple(open_corpus(file, store)) == PASSAGES
+    assert store.read_bytes() == content
+    store.write_bytes(content[:-20])
+    with pytest.raises(DataError, match="is a damaged store: .* Delete it, and write it again"):
+        open_corpus(file, store)
+    store.unlink()
+    assert tuple(open_corpus(file, store)) == PASSAGES
+
+
 def test_other_files_are_checked_too(tmp_path: Path) -> None:
     file = tmp_path / "c.jsonl"
     file.write_bytes(LINES)

@@ -25,6 +25,8 @@ from agentic_rag_env.retrievers.index_folder import (
     FAISS_FILE,
     MANIFEST,
     VECTORS_FILE,
+    files_of_index,
+    load_vectors,
     read_json,
     write_json,
 )
@@ -79,7 +81,8 @@ def build_dense(
 
     Args:
         corpus: A store, or a file that `passages_in` reads.
-        folder: The folder, made if it is missing. An unfinished index in it is finished; another kind is replaced.
+        folder: The folder, made if it is missing. An unfinished index in it is finished; another kind is replaced. A
+            file of it that was damaged is made again.
         config: The settings.
         phase: Shows progress.
 
@@ -93,9 +96,10 @@ def build_dense(
     """
     folder = Path(folder).expanduser()
     with _builder_of(folder):
-        note = folder / _ENCODING
-        store = _corpus_store(corpus, folder, phase, read_json(note).get("corpus") if note.exists() else None)
-        encoder = _fitted_encoder(store, folder, config.encoder, phase)
+        store = _corpus_store(corpus, folder, phase, _read(folder / _ENCODING).get("corpus"))
+        encoder = stored(build_encoder(config.encoder), "build an index on disk")
+        _drop_damaged(folder, _corpus_entry(store, folder), encoder.settings(), phase)
+        learned = _fit(encoder, store, folder, phase)
         factory = default_index(len(store)) if config.index == "auto" else config.index
         manifest: dict[str, Any] = {
             "kind": "dense",
@@ -107,7 +111,8 @@ def build_dense(
         }
         if (finished := _finished(folder, manifest)) is not None:
             return finished
-        vectors = _encode(store, encoder, folder, config, manifest, phase)
+        _claim(folder, manifest, learned)
+        vectors = _encode(store, encoder, folder, config, phase)
         (folder / MANIFEST).unlink(missing_ok=True)
         index = build_index(vectors, factory, config.seed, config.threads, phase)
         import faiss
@@ -128,7 +133,7 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
 
     Args:
         corpus: A store, or a file that `passages_in` reads.
-        folder: The folder, made if it is missing.
+        folder: The folder, made if it is missing. A damaged index in it is made again.
         config: The settings.
         phase: Shows progress.
 
@@ -143,6 +148,7 @@ def build_bm25(corpus: str | Path, folder: str | Path, config: BM25Config, phase
     folder = Path(folder).expanduser()
     with _builder_of(folder):
         store = _corpus_store(corpus, folder, phase)
+        _drop_damaged(folder, _corpus_entry(store, folder), None, phase)
         manifest = {
             "kind": "bm25",
             "corpus": _corpus_entry(store, folder),
@@ -213,29 +219,70 @@ def _versions(library: str) -> dict[str, str]:
     return {"agentic-rag-env": version("agentic-rag-env"), library: import_module(library).__version__}
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of the folder; empty if the file is missing or damaged, so that it is written again."""
+    try:
+        return read_json(file)
+    except DataError:
+        return {}
+
+
+def _drop_damaged(folder: Path, corpus: dict[str, Any], encoder: dict[str, Any] | None, phase: Phase) -> None:
+    """Remove the damaged files of an index of this corpus and encoder, and its manifest, so that they are made again.
+
+    An index of another corpus or encoder stays as it is. So does one whose vectors are missing, as they may be.
+    """
+    manifest = _read(folder / MANIFEST)
+    built_with = manifest.get("encoder") or {}
+    if manifest.get("corpus") != corpus or built_with.get("settings") != encoder:
+        return
+    files = files_of_index(folder, manifest)
+    found = _digests(folder, [name for name in files if (folder / name).exists()], phase)
+    damaged = [name for name in found if found[name] != files[name]]
+    if damaged or files.keys() - found.keys() - {VECTORS_FILE}:
+        (folder / MANIFEST).unlink()
+    for name in damaged:
+        (folder / name).unlink()
+
+
 def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a folder if it holds the index that is asked for, else None."""
-    if not (folder / MANIFEST).exists():
-        return None
-    manifest = read_json(folder / MANIFEST)
+    manifest = _read(folder / MANIFEST)
     same = all(manifest.get(key) == value for key, value in asked.items() if key != "versions")
     return manifest if same else None
 
 
-def _fitted_encoder(store: CorpusStore, folder: Path, spec: Any, phase: Phase) -> StoredEncoder:
-    """The encoder, with what it learns from the corpus; it learns that only once."""
-    encoder = stored(build_encoder(spec), "build an index on disk")
-    file = folder / ENCODER_STATE
+def _fit(encoder: StoredEncoder, store: CorpusStore, folder: Path, phase: Phase) -> dict[str, Any]:
+    """Let the encoder learn from the corpus, or take over what it learned before; returns the content of its file."""
     known = {"corpus": store.fingerprint, "settings": encoder.settings()}
-    saved = read_json(file) if file.exists() else {}
+    saved = _read(folder / ENCODER_STATE)
     if saved.get("learned_by") == known:
         encoder.load_state(saved["state"])
-        return encoder
+        return saved
     with phase("Fitting the encoder", None):
         encoder.fit(Texts(store))
-    if not (folder / _ENCODING).exists():
-        write_json(file, {"learned_by": known, "state": encoder.state()})
-    return encoder
+    return {"learned_by": known, "state": encoder.state()}
+
+
+def _claim(folder: Path, manifest: dict[str, Any], learned: dict[str, Any]) -> None:
+    """Note whose vectors the folder holds, with what the encoder has learned.
+
+    Raises:
+        DataError: The folder holds the vectors of another corpus or encoder.
+    """
+    belongs_to = {
+        "corpus": manifest["corpus"]["fingerprint"],
+        "encoder": manifest["encoder"]["fingerprint"],
+        "dtype": manifest["vectors"]["dtype"],
+    }
+    note = folder / _ENCODING
+    if note.exists() and (found := _read(note)) != belongs_to:
+        raise DataError(
+            f"{folder}: holds vectors of {found}, but asked for are {belongs_to}; choose another folder, or delete it."
+        )
+    note.parent.mkdir(exist_ok=True)
+    write_json(folder / ENCODER_STATE, learned)
+    write_json(note, belongs_to)
 
 
 def _encode(
@@ -243,23 +290,10 @@ def _encode(
     encoder: StoredEncoder,
     folder: Path,
     config: DenseIndexConfig,
-    manifest: dict[str, Any],
     phase: Phase,
 ) -> NDArray[np.floating]:
     """The vectors of all passages, [n, dim], memory-mapped; vectors that are on disk already are not made again."""
     whole = folder / VECTORS_FILE
-    whole.parent.mkdir(exist_ok=True)
-    belongs_to = {
-        "corpus": manifest["corpus"]["fingerprint"],
-        "encoder": manifest["encoder"]["fingerprint"],
-        "dtype": config.dtype,
-    }
-    note = folder / _ENCODING
-    if note.exists() and (found := read_json(note)) != belongs_to:
-        raise DataError(
-            f"{folder}: holds vectors of {found}, but asked for are {belongs_to}; choose another folder, or delete it."
-        )
-    write_json(note, belongs_to)
     with phase("Encoding", len(store)) as advance:
         if whole.exists():
             advance(len(store))
@@ -268,7 +302,7 @@ def _encode(
             _join(shards, len(store), whole)
     for shard in whole.parent.glob("shard-*.npy"):
         shard.unlink()
-    return np.load(whole, mmap_mode="r")
+    return load_vectors(whole, "delete it and give the same command again")
 
 
 def _encode_shards(

@@ -8,7 +8,7 @@ from typing import Any
 from agentic_rag_env.cache_folder import digest_of
 from agentic_rag_env.corpus import CorpusStore, check_corpus
 from agentic_rag_env.errors import DataError
-from agentic_rag_env.retrievers.index_folder import MANIFEST, VECTORS_FILE, read_json, store_of_index
+from agentic_rag_env.retrievers.index_folder import VECTORS_FILE, files_of_index, read_manifest, store_of_index
 from agentic_rag_env.retrievers.indexing.progress import Phase
 
 
@@ -28,15 +28,10 @@ def check(path: str | Path, phase: Phase) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return _check_corpus(folder, phase)
-    if not (folder / MANIFEST).exists():
-        raise DataError(f"{folder}: holds no finished index (no {MANIFEST}).")
-    manifest = read_json(folder / MANIFEST)
-    try:
-        built_from, files = manifest["corpus"], dict(manifest.get("files", {}))
-        store = CorpusStore(store_of_index(folder, built_from))
-        expected = (built_from["fingerprint"], built_from["num_passages"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / MANIFEST}: is damaged ({error!r}); build the index again.") from error
+    manifest = read_manifest(folder)
+    built_from, files = manifest["corpus"], files_of_index(folder, manifest)
+    store = CorpusStore(store_of_index(folder, built_from))
+    expected = (built_from["fingerprint"], built_from["num_passages"])
     corpus = _check_corpus(store.path, phase)
     if (store.fingerprint, len(store)) != expected:
         raise DataError(
@@ -44,7 +39,7 @@ def check(path: str | Path, phase: Phase) -> str:
             f"{store.fingerprint} with {len(store)}; build the index again."
         )
     checked = _check_files(folder, files, phase)
-    return f"{manifest.get('kind')} index, {checked}; {corpus}"
+    return f"{manifest['kind']} index, {checked}; {corpus}"
 
 
 def _check_corpus(path: Path, phase: Phase) -> str:
@@ -60,8 +55,6 @@ def _check_files(folder: Path, files: dict[str, Any], phase: Phase) -> str:
     with phase("Hashing files", len(files)) as advance:
         for name, digest in files.items():
             file = folder / name
-            if not file.resolve().is_relative_to(folder.resolve()):
-                raise DataError(f"{folder / MANIFEST}: names {name!r}, which is no file of the folder.")
             if name == VECTORS_FILE and not file.exists():  # they may be deleted
                 continue
             if not file.exists():

@@ -612,8 +612,13 @@ def test_vectors_that_were_deleted(tmp_path: Path, dense_folder: Path) -> None:
     shutil.rmtree(tmp_path / "index" / "vectors")
     spec = {"index": str(tmp_path / "index"), "encoder": CrcEncoder()}
     assert found_by(RETRIEVERS.build({"name": "dense", **spec}, corpus=PASSAGES)) == brute_force(QUERIES, 5)
-    with pytest.raises(DataError, match=r"vectors\.npy: cannot be read .* build the index again"):
+    with pytest.raises(DataError, match=r"vectors\.npy: is missing.* delete .*manifest\.json and give the same"):
         RETRIEVERS.build({**TORCH, **spec}, corpus=PASSAGES)
+    (tmp_path / "index" / "manifest.json").unlink()
+    shutil.copy(dense_folder.parent / "c.arrow", tmp_path)
+    build_dense(tmp_path / "c.arrow", tmp_path / "index", DenseIndexConfig(encoder=CrcEncoder(), index="Flat"))
+    assert files_in(tmp_path / "index") == files_in(dense_folder)
+    assert found_by(RETRIEVERS.build({**TORCH, **spec}, corpus=PASSAGES)) == brute_force(QUERIES, 5)
 
 
 def test_a_finished_index_needs_no_vectors_to_be_finished(tmp_path: Path, store: CorpusStore) -> None:
@@ -626,6 +631,108 @@ def test_a_finished_index_needs_no_vectors_to_be_finished(tmp_path: Path, store:
     other = DenseIndexConfig(encoder=config.encoder, index="HNSW8")
     assert build_dense(store.path, tmp_path / "index", other)["index"]["factory"] == "HNSW8"
     assert (tmp_path / "log").exists()
+
+
+# Damaged, and built again by the same command
+
+
+def harm(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes({"short": content[:middle], "empty": b"", "changed": flipped}[how])
+
+
+FILES_OF_DENSE = ("index.faiss", "encoder.json", "vectors/vectors.npy")
+HARMS = ("short", "empty", "changed", "gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, how) for name in FILES_OF_DENSE for how in HARMS), ("manifest.json", "short"), ("manifest.json", "gone")],
+)
+def test_a_damaged_dense_index_is_built_again(
+    copied: Path, dense_folder: Path, tmp_path: Path, name: str, how: str
+) -> None:
+    harm(copied / name, how)
+    log = tmp_path / "log"
+    log.touch()
+    build_dense(tmp_path / "c.arrow", copied, DenseIndexConfig(encoder=CrcEncoder(log), index="Flat"))
+    expected = files_in(dense_folder)
+    if (name, how) == ("vectors/vectors.npy", "gone"):  # they may be deleted
+        del expected[name]
+    assert files_in(copied) == expected
+    encoded = len(log.read_text().splitlines())
+    assert encoded == (NUM_PASSAGES if name == "vectors/vectors.npy" and how != "gone" else 0), "only what was damaged"
+
+
+def test_index_and_vectors_are_made_again_together(copied: Path, dense_folder: Path, tmp_path: Path) -> None:
+    harm(copied / "index.faiss", "short")
+    harm(copied / "vectors/vectors.npy", "gone")
+    build_dense(tmp_path / "c.arrow", copied, DenseIndexConfig(encoder=CrcEncoder(), index="Flat"))
+    assert files_in(copied) == files_in(dense_folder)
+
+
+def test_damaged_vectors_build_no_other_index(copied: Path, tmp_path: Path) -> None:
+    harm(copied / "vectors/vectors.npy", "changed")
+    build_dense(tmp_path / "c.arrow", copied, DenseIndexConfig(encoder=CrcEncoder(), index="IVF1,Flat"))
+    opened = RETRIEVERS.build({"name": "dense", "index": str(copied), "encoder": CrcEncoder()}, corpus=None)
+    assert found_by(opened) == brute_force(QUERIES, 5)
+
+
+@pytest.mark.parametrize("how", HARMS)
+@pytest.mark.parametrize("name", ["bm25/data.csc.index.npy", "bm25/vocabulary.arrow"])
+def test_a_damaged_bm25_index_is_built_again(
+    tmp_path: Path, bm25_folder: Path, store: CorpusStore, name: str, how: str
+) -> None:
+    shutil.copytree(bm25_folder, tmp_path / "index")
+    shutil.copy(store.path, tmp_path)
+    harm(tmp_path / "index" / name, how)
+    if how != "changed":
+        with pytest.raises(DataError, match="is a damaged BM25 index .* build it again"):
+            RETRIEVERS.build({"name": "bm25", "index": str(tmp_path / "index")}, corpus=PASSAGES)
+    build_bm25(tmp_path / "c.arrow", tmp_path / "index", BM25Config())
+    assert files_in(tmp_path / "index") == files_in(bm25_folder)
+
+
+def test_a_damaged_store_in_an_index_folder_is_written_again(tmp_path: Path) -> None:
+    corpus, folder = tmp_path / "c.jsonl", tmp_path / "index"
+    corpus.write_text("".join(json.dumps({"id": p.id, "contents": p.contents}) + "\n" for p in PASSAGES))
+    build_bm25(corpus, folder, BM25Config())
+    before = files_in(folder)
+    harm(folder / "corpus.arrow", "changed")
+    assert main(["check", str(folder)]) == 2
+    build_bm25(corpus, folder, BM25Config())
+    assert files_in(folder) == before
+
+
+def test_a_strangers_manifest_has_no_other_file_removed(copied: Path, tmp_path: Path) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "files": {"../c.arrow": "0"}}))
+    with pytest.raises(DataError, match=r"names '\.\./c\.arrow', which is no file of the folder"):
+        build_dense(tmp_path / "c.arrow", copied, DenseIndexConfig(encoder=CrcEncoder(), index="Flat"))
+    assert (tmp_path / "c.arrow").exists()
+
+
+@pytest.mark.parametrize("how", ["empty", "short"])
+def test_torch_says_how_vectors_are_made_again(copied: Path, how: str) -> None:
+    harm(copied / "vectors/vectors.npy", how)
+    with pytest.raises(DataError, match=r"vectors\.npy: cannot be read .*; give the same agentic-rag-index dense command"):
+        RETRIEVERS.build({**TORCH, "index": str(copied), "encoder": CrcEncoder()}, corpus=None)
+
+
+@pytest.mark.parametrize(
+    ("entry", "changed"),
+    [("corpus", None), ("corpus", {"path": "c"}), ("index", None), ("encoder", {}), ("vectors", "float32")],
+)
+def test_a_manifest_without_its_entries(copied: Path, entry: str, changed: Any) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, entry: changed}))
+    with pytest.raises(DataError, match=rf"manifest\.json: is damaged \(it has {entry} .*build the index again"):
+        RETRIEVERS.build({"name": "dense", "index": str(copied), "encoder": CrcEncoder()}, corpus=None)
 
 
 # Files of Search-R1
