@@ -27,11 +27,14 @@ from agentic_rag_env.retrievers.base import (
 from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder, first_not_finite, stored
 from agentic_rag_env.retrievers.vectors.lance_tables import (
     INDEXES,
+    LANGUAGES,
+    TABLE_NAME,
     connect,
     facts_of,
     import_lancedb,
     is_whole,
     make_table,
+    maker_of,
     table_names,
 )
 from agentic_rag_env.retrievers.vectors.ranking import MARGIN, SCORE_DECIMALS
@@ -74,6 +77,8 @@ class LanceDBConfig:
         check_settings(self, one_of(SEARCHES), "search")
         check_settings(self, or_none(one_of(INDEXES)), "index")
         check_settings(self, or_none(COUNT), "nprobes")
+        check_settings(self, TABLE_NAME, "table")
+        check_settings(self, or_none(one_of(LANGUAGES)), "language")
 
 
 class _Row(NamedTuple):
@@ -104,7 +109,8 @@ class LanceDBRetriever:
 
     Raises:
         ConfigurationError: The library is missing, or there is neither a table nor a corpus to make it of.
-        DataError: The table is incomplete, or was made of another corpus or with another encoder.
+        DataError: The table is incomplete and there is no corpus to make it of, rows were added to it, or it was made
+            of another corpus or with another encoder.
     """
 
     def __init__(self, config: LanceDBConfig, corpus: Sequence[Passage] | None = None) -> None:
@@ -113,10 +119,12 @@ class LanceDBRetriever:
         uri = config.uri or self._in_cache()
         self._place = f"lancedb table {config.table!r} at {uri}"
         database = connect(uri, config.storage_options)
-        if not is_whole(database, config.table) and (corpus is not None or config.table not in table_names(database)):
-            self._make(database, require_corpus("lancedb", corpus))
+        if not self._is_there(database):
+            with maker_of(uri, config.table):
+                if not self._is_there(database):  # another process has made it meanwhile
+                    self._make(database, require_corpus("lancedb", corpus))
         self._table = database.open_table(config.table)
-        self._num_rows = self._table.count_rows()
+        self._num_rows, self._version = self._table.count_rows(), self._table.version
         self._facts = facts_of(database, config.table)
         self._check()
         if config.search == "hybrid":
@@ -129,11 +137,11 @@ class LanceDBRetriever:
 
     @property
     def fingerprint(self) -> str | None:
-        """Hash of all that results depend on; None for a table that was not made here."""
+        """Hash of all that results depend on, later changes of the table included; None if it was not made here."""
         if not self._facts:
             return None
         made = {key: value for key, value in self._facts.items() if key != "state"}
-        return hash_of(["lancedb", self._config.search, self._config.nprobes, made])
+        return hash_of(["lancedb", self._config.search, self._config.nprobes, made, self._version])
 
     def search(self, queries: Sequence[str], top_k: int) -> Sequence[Found]:
         """See `Retriever.search`. A query that occurs more than once is searched once."""
@@ -195,12 +203,42 @@ class LanceDBRetriever:
         import_lancedb()
         corpus, config = require_corpus("lancedb", self._given), self._config
         encoder = self._encoder and self._encoder.fingerprint
-        key = hash_of([fingerprint(corpus), encoder, config.index, config.language, version("lancedb")])
+        made_of = [fingerprint(corpus), encoder, config.table, config.index, config.language]
+        key = hash_of([*made_of, version("lancedb")])
 
         def make(folder: Path) -> None:
             self._make(connect(str(folder), None), corpus)
 
         return str(kept("lancedb", key, make, f"a LanceDB table of {len(corpus):,} passages"))
+
+    def _is_there(self, database: Any) -> bool:
+        """Whether the table is there and whole. A table of other passages is never taken for an unfinished one.
+
+        Raises:
+            DataError: It holds other passages than those given, or is incomplete and there are none to make it of.
+        """
+        name = self._config.table
+        if name not in table_names(database):
+            return False
+        facts, whole = facts_of(database, name), is_whole(database, name)
+        if not facts:
+            return True
+        num_rows = database.open_table(name).count_rows()
+        if self._given is None:
+            if not whole:
+                raise DataError(
+                    f"{self._place} is incomplete: it has {num_rows} of {facts['num_passages']} passages, or lacks an "
+                    f"index over {' or '.join(facts['indexed'])}. Give the corpus, and it is made again."
+                )
+            return True
+        if (found := fingerprint(self._given)) != facts["corpus"]:
+            raise DataError(f"{self._place} was made of the corpus {facts['corpus']}, but the corpus given is {found}.")
+        if num_rows > facts["num_passages"]:
+            raise DataError(
+                f"{self._place} was made of {facts['num_passages']} passages and now has {num_rows}. Open it without a "
+                "corpus, take the added rows out, or give another table=<name>."
+            )
+        return whole
 
     def _make(self, database: Any, corpus: Sequence[Passage]) -> None:
         config = self._config
@@ -213,11 +251,9 @@ class LanceDBRetriever:
             raise DataError(f"{self._place} lacks the columns {', '.join(sorted(lacking))}; it has {sorted(columns)}.")
         if searches != "dense" and not any(index.index_type == "FTS" for index in self._table.list_indices()):
             raise DataError(f"{self._place} has no index over words (FTS on 'contents'); make one, or search=dense.")
-        facts = self._facts
-        if facts and self._given is not None and (found := fingerprint(self._given)) != facts["corpus"]:
-            raise DataError(f"{self._place} was made of the corpus {facts['corpus']}, but the corpus given is {found}.")
         if searches == "text":
             return
+        facts = self._facts
         if not facts:
             if self._config.encoder is None:
                 raise ConfigurationError(f"{self._place} does not say which encoder made its vectors; give encoder=...")

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
 from agentic_rag_env.corpus import Texts, fingerprint
 from agentic_rag_env.errors import DataError, required_library
 from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, first_not_finite
+from agentic_rag_env.settings import Allowed
 from agentic_rag_env.types import Passage
 
 #: Kinds of an index over embeddings, with the names of the library's classes.
 INDEXES = {"IVF_FLAT": "IvfFlat", "IVF_PQ": "IvfPq", "IVF_HNSW_SQ": "HnswSq"}
+#: Languages of the stems and stop words of the library.
+LANGUAGES = (
+    *("Arabic", "Danish", "Dutch", "English", "Finnish", "French", "German", "Greek", "Hungarian", "Italian"),
+    *("Norwegian", "Portuguese", "Romanian", "Russian", "Spanish", "Swedish", "Tamil", "Turkish"),
+)
+#: What the library takes for the name of a table.
+TABLE_NAME = Allowed(
+    "a name of ASCII letters, digits, underscores, hyphens and periods",
+    lambda value: re.fullmatch(r"[\w.-]+", value, re.ASCII) is not None,
+)
 #: What is noted beside every table, and beside one with vectors.
-_FACTS = {"corpus", "num_passages", "num_indexes"}
+_FACTS = {"corpus", "num_passages", "indexed"}
 _FACTS_OF_ENCODER = {"encoder", "encoder_fingerprint", "state"}
 #: Passages encoded and written at a time.
 _SPAN = 4096
@@ -80,13 +94,34 @@ def facts_of(database: Any, table: str) -> dict[str, Any]:
 
 
 def is_whole(database: Any, table: str) -> bool:
-    """Whether a table is there; one that was made here must have all of its rows and indexes."""
-    if table not in table_names(database):
-        return False
-    if not (facts := facts_of(database, table)):
+    """Whether a table that was made here has all the rows and indexes that were noted; more of them do no harm."""
+    facts, opened = facts_of(database, table), database.open_table(table)
+    if not facts:
         return True
-    opened = database.open_table(table)
-    return opened.count_rows() == facts["num_passages"] and len(opened.list_indices()) == facts["num_indexes"]
+    indexed = {column for index in opened.list_indices() for column in index.columns}
+    return opened.count_rows() >= facts["num_passages"] and indexed >= set(facts["indexed"])
+
+
+@contextmanager
+def maker_of(uri: str, table: str) -> Iterator[None]:
+    """Let one process at a time make a table. In object storage nothing can be locked.
+
+    Raises:
+        DataError: The folder cannot be written.
+    """
+    from filelock import FileLock
+
+    if "://" in uri:
+        yield
+        return
+    folder = Path(uri).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        locked = FileLock(folder / f".{table}.lock").acquire()
+    except (OSError, NotImplementedError) as error:
+        raise DataError(f"lancedb cannot make table {table!r} at {uri}: {error}; choose a local folder.") from error
+    with locked:
+        yield
 
 
 def make_table(
@@ -118,7 +153,9 @@ def make_table(
     if encoder is not None:
         encoder.fit(Texts(corpus))
         facts |= {"encoder": encoder.settings(), "encoder_fingerprint": encoder.fingerprint, "state": encoder.state()}
-    facts |= {"index": index, "num_indexes": 1 + bool(encoder and index)}
+    indexed = ["contents", *(["vector"] if encoder is not None and index else [])]
+    # An index over embeddings is trained by chance, so two of the same passages rank differently.
+    facts |= {"index": index, "indexed": indexed, "drawn": uuid4().hex if "vector" in indexed else None}
     noted = pa.table({"facts": pa.array([json.dumps(facts)], pa.large_string())})
     known = table_names(database)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ pytest.importorskip("lancedb")
 import agentic_rag_env  # noqa: F401
 from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.vectors import lance_tables
 from agentic_rag_env.retrievers.vectors.lance_tables import connect
 from agentic_rag_env.types import Passage
 
@@ -119,7 +120,7 @@ def test_a_table_opens_without_its_corpus_and_knows_its_encoder(tmp_path: Path) 
 def test_without_a_place_it_is_kept_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AGENTIC_RAG_CACHE", str(tmp_path))
     first = lance(None)
-    monkeypatch.setattr(lance_tables, "make_table", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr("agentic_rag_env.retrievers.lancedb.make_table", lambda *_, **__: pytest.fail("made again"))
     assert lance(None).search(QUERIES, 5) == first.search(QUERIES, 5)
     assert lance(None).fingerprint == first.fingerprint
 
@@ -128,6 +129,69 @@ def test_an_unfinished_table_is_made_again(tmp_path: Path) -> None:
     expected = lance(tmp_path).search(QUERIES, 5)
     connect(str(tmp_path), None).open_table("passages").delete("id = 'p7'")
     assert lance(tmp_path).search(QUERIES, 5) == expected
+
+
+def test_an_incomplete_table_is_not_opened_without_a_corpus(tmp_path: Path) -> None:
+    lance(tmp_path)
+    table = connect(str(tmp_path), None).open_table("passages")
+    table.drop_index("contents_idx")
+    with pytest.raises(DataError, match="is incomplete: it has 300 of 300 passages, or lacks an index over contents"):
+        lance(tmp_path, corpus=None)
+    lance(tmp_path)
+    connect(str(tmp_path), None).open_table("passages").delete("id = 'p7'")
+    with pytest.raises(DataError, match=r"is incomplete: it has 299 of 300 passages.* Give the corpus"):
+        lance(tmp_path, corpus=None)
+    with pytest.raises(DataError, match="was made of the corpus"):
+        lance(tmp_path, corpus=CORPUS[:10])
+    assert connect(str(tmp_path), None).open_table("passages").count_rows() == 299, "nothing was written"
+
+
+def test_rows_that_were_added_stay(tmp_path: Path) -> None:
+    made = lance(tmp_path)
+    table = connect(str(tmp_path), None).open_table("passages")
+    vector = table.search().limit(1).to_arrow().column("vector")[0].as_py()
+    table.add([{"id": "mine", "contents": "amber cedar", "vector": vector}])
+    with pytest.raises(DataError, match="was made of 300 passages and now has 301"):
+        lance(tmp_path)
+    assert connect(str(tmp_path), None).open_table("passages").count_rows() == 301
+    opened = lance(tmp_path, corpus=None)
+    assert "mine" in {passage.id for passage in opened.search(["amber cedar"], 301)[0]}
+    assert opened.fingerprint != made.fingerprint, "it finds other passages"
+
+
+def test_an_index_that_was_added_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lance(tmp_path)
+    connect(str(tmp_path), None).open_table("passages").create_scalar_index("id")
+    monkeypatch.setattr("agentic_rag_env.retrievers.lancedb.make_table", lambda *_, **__: pytest.fail("made again"))
+    lance(tmp_path)
+
+
+def test_tables_whose_index_was_trained_apart_are_told_apart(tmp_path: Path) -> None:
+    one, other = (lance(tmp_path / name, index="IVF_PQ").fingerprint for name in ("one", "other"))
+    assert one != other
+    assert lance(tmp_path / "one", corpus=None).fingerprint == one
+    exact = {lance(tmp_path / name).fingerprint for name in ("exact", "as exact")}
+    assert len(exact) == 1
+
+
+def make_at(place: str) -> list[list[Passage]]:
+    return lance(place).search(QUERIES, 5)
+
+
+def test_processes_that_make_one_table_at_once(tmp_path: Path, place: Path) -> None:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(make_at, [str(tmp_path / "new")] * 2))
+    assert found == [lance(place).search(QUERIES, 5)] * 2
+
+
+def test_tables_of_the_cache_folder_have_a_place_for_each_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AGENTIC_RAG_CACHE", str(tmp_path))
+    for table in ("passages", "foo", "passages", "foo"):
+        lance(None, table=table)
+    assert caplog.text.count("Making a LanceDB table") == 2
+    assert "damaged" not in caplog.text
 
 
 def test_a_table_that_others_made(tmp_path: Path) -> None:
@@ -199,7 +263,13 @@ def test_object_storage() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"search": "words"}, "search must be one of"), ({"index": "FLAT"}, "index must be"), ({"nprobes": 0}, "nprobes")],
+    [
+        ({"search": "words"}, "search must be one of"),
+        ({"index": "FLAT"}, "index must be"),
+        ({"nprobes": 0}, "nprobes"),
+        ({"language": "english"}, "language must be one of .* Did you mean 'English'"),
+        ({"table": "my table"}, "table must be a name of ASCII letters, digits, underscores, hyphens and periods"),
+    ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
