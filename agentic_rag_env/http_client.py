@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from agentic_rag_env.errors import required_library
-from agentic_rag_env.settings import above, at_least, check_settings
+from agentic_rag_env.settings import Allowed, above, at_least, check_settings, or_none
 
 #: Most bytes of a reply, decompressed; a service that sends more is broken or means harm.
 MAX_REPLY_BYTES = 2**28
@@ -23,6 +23,10 @@ MAX_REPLY_BYTES = 2**28
 _PASSING_STATUSES = (408, 429)
 #: With this setting, the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide on the proxy.
 ENVIRONMENT = "environment"
+#: An address shows by its `://` that it is one, so that a stranger's saved settings cannot hide it.
+_PROXY = Allowed(
+    f"an address such as http://proxy:3128, or {ENVIRONMENT}", lambda value: value == ENVIRONMENT or "://" in value
+)
 
 
 class ServiceError(Exception):
@@ -77,8 +81,9 @@ class ClientConfig:
             answers.
         backoff_s: Pause before the first repetition [seconds]. Each further pause is twice as long. Up to half is
             added by chance, so that many clients do not come back at once.
-        proxy: `environment`: the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide. An address:
-            that proxy is used. None: no proxy is used. Addresses of this machine are never asked through a proxy.
+        proxy: `environment`: the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide. An address
+            such as `http://proxy:3128`: that proxy is used. None: no proxy is used. Addresses of this machine are never
+            asked through a proxy.
     """
 
     timeout_s: float = 10.0
@@ -89,6 +94,7 @@ class ClientConfig:
     def __post_init__(self) -> None:
         check_settings(self, above(0), "timeout_s")
         check_settings(self, at_least(0), "max_retries", "backoff_s")
+        check_settings(self, or_none(_PROXY, "no proxy"), "proxy")
 
 
 class HttpClient:

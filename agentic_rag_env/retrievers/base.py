@@ -25,8 +25,9 @@ KEPT_FROM = 5000
 MAX_QUERY_CHARS = 10_000
 #: Places in the corpus with their scores, best first; equal scores are in the order of the corpus.
 Ranking: TypeAlias = list[tuple[int, float]]
-#: Key in the metadata of a setting that names a file which the retriever writes. The settings in a run directory may be
-#: a stranger's. A file that they name in such a setting is used only if the command line names it too.
+#: Key in the metadata of a setting that names places outside: a file which the retriever writes, or options with
+#: addresses. The settings in a run directory may be a stranger's. What they name in such a setting is used only if the
+#: command line names it too.
 OUTSIDE = "outside"
 
 

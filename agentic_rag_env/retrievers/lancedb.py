@@ -71,7 +71,7 @@ class LanceDBConfig:
     index: str | None = None
     nprobes: int | None = None
     language: str | None = "English"
-    storage_options: dict[str, str] | None = None
+    storage_options: dict[str, str] | None = field(default=None, metadata={OUTSIDE: True})
 
     def __post_init__(self) -> None:
         check_settings(self, one_of(SEARCHES), "search")

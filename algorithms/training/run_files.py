@@ -202,11 +202,11 @@ def require_named(settings: Mapping[str, Any], allowed: Sequence[str], origin: s
 
 def places(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Find settings that name an address or a file to write: dotted name and place."""
-    by_declaration = set(_declared(settings))
+    by_declaration = tuple(_declared(settings))
     return [
         (key, value)
         for key, value in _leaves(settings)
-        if isinstance(value, str) and ("://" in value or key in by_declaration)
+        if isinstance(value, str) and ("://" in value or f"{key}.".startswith(by_declaration))
     ]
 
 
@@ -222,14 +222,14 @@ def allowed(named: Sequence[str]) -> str:
 
 
 def _declared(settings: Any, key: str = "") -> Iterator[str]:
-    """Find settings of retrievers that are declared to name a place outside."""
+    """Find settings of retrievers that are declared to name places outside; their dotted names end with a dot."""
     if not isinstance(settings, Mapping):
         return
     name = settings.get("name")
     config = RETRIEVERS.get(name).config if isinstance(name, str) and name in RETRIEVERS.names() else None
     for setting in fields(config) if config else ():
         if setting.metadata.get(OUTSIDE) and setting.name in settings:
-            yield f"{key}{setting.name}"
+            yield f"{key}{setting.name}."
     for inner, value in settings.items():
         for number, each in enumerate(value) if isinstance(value, list) else ((None, value),):
             yield from _declared(each, f"{key}{inner}." if number is None else f"{key}{inner}.{number}.")
