@@ -61,9 +61,7 @@ class CorpusStore(Sequence[Passage]):
             self.fingerprint = metadata[b"fingerprint"].decode()
             self.source = metadata[b"source"].decode()
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            raise (
-                error if isinstance(error, DataError) else DataError(f"{path}: {_DAMAGED.format(error)}")
-            ) from error
+            raise (error if isinstance(error, DataError) else DataError(f"{path}: {_DAMAGED.format(error)}")) from error
         self._columns = [(batch.column(0), batch.column(1)) for batch in batches]
         self._starts = [0, *accumulate(len(batch) for batch in batches)]
 
@@ -155,7 +153,7 @@ def open_corpus(
     advance: Callable[[int], None] = lambda count: None,
     needed: str | None = None,
 ) -> CorpusStore:
-    """The store of a file's passages. It is written first if it is missing or damaged, or if the file has changed since.
+    """The store of a file's passages. It is written first if it is missing or damaged, or if the file has changed.
 
     A store at `store` is read whole for this; one in the cache folder is compared with its hash.
 

@@ -8,6 +8,7 @@ import inspect
 import json
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -229,10 +230,47 @@ def build_wrapped(wrapper: str, spec: Any, corpus: Sequence[Passage] | None) -> 
     return retriever
 
 
+class Wrapper:
+    """A retriever that searches with others: it passes on what they count, and has them prepare themselves.
+
+    Attributes:
+        parts: The others.
+    """
+
+    parts: Sequence[Retriever]
+
+    def stats(self) -> Mapping[str, int]:
+        """The counts of the parts, added up by name."""
+        counts: Counter[str] = Counter()
+        for part in self.parts:
+            counts.update(stats_of(part))
+        return dict(counts)
+
+    def prepare(self) -> None:
+        """Prepare the parts, see `prepare`."""
+        for part in self.parts:
+            prepare(part)
+
+
 def stats_of(retriever: Any) -> Mapping[str, int]:
     """The counts of a retriever since it was made; empty if it has no method `stats`."""
     stats = getattr(retriever, "stats", None)
     return stats() if callable(stats) else {}
+
+
+def prepare(retriever: Any) -> None:
+    """Load what the first search of a retriever would wait for, if it has a method `prepare`."""
+    if callable(method := getattr(retriever, "prepare", None)):
+        method()
+
+
+def scores_by(retriever: Any) -> str:
+    """What the scores of a retriever depend on, as its attribute `scores_by` says.
+
+    `passage`, the default: on query and passage alone, so that scores of several corpora can be compared. `corpus`: on
+    the other passages too, as word statistics and ranks do. `service`: a service sends them, and does not say.
+    """
+    return getattr(retriever, "scores_by", "passage")
 
 
 def _no_identity(retriever: Any, reason: str) -> ConfigurationError:

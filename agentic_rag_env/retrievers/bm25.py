@@ -107,6 +107,8 @@ class BM25Retriever(CorpusRetriever):
         DataError: The index folder is incomplete, or was built from another corpus.
     """
 
+    scores_by = "corpus"
+
     def __init__(self, config: BM25Config, corpus: Sequence[Passage] | None = None) -> None:
         self._found: dict[str, int | None] = {}
         self._tokenizer = config.make_tokenizer()

@@ -11,11 +11,12 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import (
     OUTSIDE,
     Retriever,
+    Wrapper,
     build_wrapped,
     checked_queries,
     encodable,
     fingerprint_of,
-    stats_of,
+    scores_by,
 )
 from agentic_rag_env.retrievers.cache_file import CacheEntries, digest
 from agentic_rag_env.settings import at_least, check_settings
@@ -46,7 +47,7 @@ class CachedConfig:
 
 
 @RETRIEVERS.register("cached", CachedConfig)
-class CachedRetriever:
+class CachedRetriever(Wrapper):
     """Gives exactly the results of another retriever (ids, order, texts and scores), and searches each only once.
 
     A result belongs to the fingerprint of the retriever, the query and `top_k`. The query is normalized only where
@@ -73,6 +74,7 @@ class CachedRetriever:
         self._retriever: Retriever | None = None
         if not (config.offline and config.fingerprint):
             self._retriever = build_wrapped("cached", config.retriever, corpus)
+        self.parts = [] if self._retriever is None else [self._retriever]
         self.fingerprint = config.fingerprint or fingerprint_of(self._retriever, config.retriever, corpus)
         self._entries.enter(self.fingerprint, must_exist=config.offline)
         self._hits = self._misses = 0
@@ -98,7 +100,12 @@ class CachedRetriever:
 
     def stats(self) -> Mapping[str, int]:
         """The numbers of queries answered without and with a search so far, and the counts of the retriever behind."""
-        return {**stats_of(self._retriever), "cache_hits": self._hits, "cache_misses": self._misses}
+        return {**super().stats(), "cache_hits": self._hits, "cache_misses": self._misses}
+
+    @property
+    def scores_by(self) -> str:
+        """See `base.scores_by`."""
+        return scores_by(self._retriever)
 
     def close(self) -> None:
         """Close the file; the next search opens it again."""

@@ -273,8 +273,8 @@ def _stored_vectors(path: Path) -> NDArray[np.floating]:
         file = path / VECTORS_FILE
         if not file.exists():
             raise DataError(
-                f"{file}: is missing. backend=faiss searches without it. To make it again, delete {path / MANIFEST} and "
-                "give the same agentic-rag-index dense command as before."
+                f"{file}: is missing. backend=faiss searches without it. To make it again, delete {path / MANIFEST} "
+                "and give the same agentic-rag-index dense command as before."
             )
         return load_vectors(file, "give the same agentic-rag-index dense command as before, which makes it again")
     index = read_index(path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from agentic_rag_env.errors import RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import build_wrapped, checked_queries, fingerprint_of, stats_of
+from agentic_rag_env.retrievers.base import Wrapper, build_wrapped, checked_queries, fingerprint_of, scores_by
 from agentic_rag_env.settings import FRACTION, Allowed, at_least, check_settings, check_value
 from agentic_rag_env.types import Found, Passage
 
@@ -50,7 +50,7 @@ class FaultyConfig:
 
 
 @RETRIEVERS.register("faulty", FaultyConfig)
-class FaultyRetriever:
+class FaultyRetriever(Wrapper):
     """Fails for some queries of a batch, and passes the others on to another retriever.
 
     Seed and query text decide together. So a run meets the same faults in every process, after it is resumed, and
@@ -69,6 +69,7 @@ class FaultyRetriever:
         self._config = config
         self._corpus = corpus
         self._retriever = build_wrapped("faulty", config.retriever, corpus)
+        self.parts = [self._retriever]
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. It raises nothing itself: the result of a query that fails is a `RetrieverError`."""
@@ -89,9 +90,10 @@ class FaultyRetriever:
         inner = fingerprint_of(self._retriever, self._config.retriever, self._corpus)
         return f"faulty({inner}, {self._fractions}, seed={self._config.seed})"
 
-    def stats(self) -> Mapping[str, int]:
-        """The counts of the retriever behind."""
-        return stats_of(self._retriever)
+    @property
+    def scores_by(self) -> str:
+        """See `base.scores_by`."""
+        return scores_by(self._retriever)
 
     def _fault(self, query: str) -> str | None:
         key = f"{self._config.seed} {query}".encode("utf-8", errors="surrogatepass")

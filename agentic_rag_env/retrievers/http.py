@@ -65,6 +65,8 @@ class HttpRetriever:
         urls: The complete addresses.
     """
 
+    scores_by = "service"
+
     def __init__(self, config: HttpConfig, corpus: Sequence[Passage] | None = None) -> None:
         self.config = config
         self.urls = _addresses(config)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever, build_wrapped, hash_with, search_once
+from agentic_rag_env.retrievers.base import CorpusRetriever, Retriever, Wrapper, build_wrapped, hash_with, search_once
 from agentic_rag_env.settings import COUNT, check_settings
 from agentic_rag_env.types import Found, Passage
 
@@ -37,7 +37,7 @@ class HybridConfig:
 
 
 @RETRIEVERS.register("hybrid", HybridConfig)
-class HybridRetriever:
+class HybridRetriever(Wrapper):
     """Scores a passage by the sum of 1 / (k + rank) over the retrievers that find it, ranks from 1.
 
     This is reciprocal rank fusion, Cormack et al. 2009. Passages are told apart by their ids. Passages with equal sums
@@ -52,15 +52,17 @@ class HybridRetriever:
         ConfigurationError: A setting can't work, or a retriever cannot be made.
     """
 
+    scores_by = "corpus"
+
     def __init__(self, config: HybridConfig, corpus: Sequence[Passage] | None = None) -> None:
         self._config = config
-        self._parts = [build_wrapped("hybrid", spec, corpus) for spec in config.retrievers]
-        self._corpus = _common_corpus(self._parts)
+        self.parts = [build_wrapped("hybrid", spec, corpus) for spec in config.retrievers]
+        self._corpus = _common_corpus(self.parts)
 
     @property
     def fingerprint(self) -> str | None:
         """Hash of all that results depend on; None if a part cannot tell what it is."""
-        return hash_with(self._parts, "hybrid", self._config.rank_constant, self._config.depth)
+        return hash_with(self.parts, "hybrid", self._config.rank_constant, self._config.depth)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. A query fails if it fails for one of the retrievers."""
@@ -71,7 +73,7 @@ class HybridRetriever:
         corpus, depth = self._corpus, max(top_k, self._config.depth)
         assert corpus is not None
         fused: list[Found] = []
-        for rankings in zip(*(part.rank(queries, depth) for part in self._parts), strict=True):  # type: ignore[attr-defined]
+        for rankings in zip(*(part.rank(queries, depth) for part in self.parts), strict=True):  # type: ignore[attr-defined]
             scores = self._fuse([[row for row, _ in ranking] for ranking in rankings])
             best = sorted(scores, key=lambda row: (-scores[row], row))[:top_k]
             fused.append([replace(corpus[row], score=scores[row]) for row in best])
@@ -80,7 +82,7 @@ class HybridRetriever:
     def _fuse_passages(self, queries: list[str], top_k: int) -> list[Found]:
         depth = max(top_k, self._config.depth)
         fused: list[Found] = []
-        for results in zip(*(part.search(queries, depth) for part in self._parts), strict=True):
+        for results in zip(*(part.search(queries, depth) for part in self.parts), strict=True):
             if failed := [found for found in results if isinstance(found, RetrieverError)]:
                 fused.append(failed[0])
                 continue

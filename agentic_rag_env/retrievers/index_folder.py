@@ -42,8 +42,8 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
     file = Path(folder).expanduser() / MANIFEST
     if not file.exists():
         raise DataError(
-            f"{folder}: holds no finished index (no {MANIFEST}); build one with agentic-rag-index {kind or 'bm25 or dense'}, or let "
-            "the same command as before finish it."
+            f"{folder}: holds no finished index (no {MANIFEST}); build one with agentic-rag-index "
+            f"{kind or 'bm25 or dense'}, or let the same command as before finish it."
         )
     manifest = read_json(file)
     found = manifest.get("kind")
@@ -121,7 +121,7 @@ def files_of_index(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     """
     files = manifest.get("files", {})
     if not isinstance(files, dict):
-        raise DataError(f"{folder / MANIFEST}: is damaged (its files are {files!r:.80}); delete it, and build it again.")
+        raise DataError(f"{folder / MANIFEST}: is damaged (its files are {files!r:.80}); delete it and build again.")
     for name in files:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise DataError(f"{folder / MANIFEST}: names {name!r}, which is no file of the folder.")

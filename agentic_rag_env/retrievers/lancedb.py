@@ -136,6 +136,11 @@ class LanceDBRetriever:
         return LanceDBRetriever, (self._config, self._given)
 
     @property
+    def scores_by(self) -> str:
+        """See `base.scores_by`."""
+        return "passage" if self._config.search == "dense" else "corpus"
+
+    @property
     def fingerprint(self) -> str | None:
         """Hash of all that results depend on, later changes of the table included; None if it was not made here."""
         if not self._facts:

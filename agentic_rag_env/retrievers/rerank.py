@@ -8,7 +8,7 @@ from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import RETRIEVERS
-from agentic_rag_env.retrievers.base import build_wrapped, encodable, hash_with, search_once
+from agentic_rag_env.retrievers.base import Wrapper, build_wrapped, encodable, hash_with, search_once
 from agentic_rag_env.retrievers.vectors.encoders import DTYPES
 from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
 from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
@@ -16,6 +16,8 @@ from agentic_rag_env.types import Found, Passage
 
 #: Scores are compared after rounding to this many decimals, because another batch changes a logit by some 1e-6.
 _SCORE_DECIMALS = 4
+#: Most tokens of a query and a passage together where nobody says it.
+_MAX_LENGTH = 512
 
 
 @dataclass
@@ -28,7 +30,8 @@ class RerankConfig:
         retriever: The retriever whose passages are ranked anew: a name, a mapping with `name` and settings, or an
             object.
         depth: Number of passages taken from it; `top_k` if that is more.
-        max_length: Most tokens kept of a query and a passage together.
+        max_length: Most tokens kept of a query and a passage together. None: as many as the model can read, but at most
+            512.
         batch_size: Number of pairs scored at once.
         device: Device of the model, such as `cpu` or `cuda:0`; None chooses a GPU if there is one.
         dtype: `float32`, `float16` or `bfloat16`; None chooses bfloat16 on a GPU and float32 elsewhere.
@@ -37,18 +40,19 @@ class RerankConfig:
     model: str
     retriever: Any = "bm25"
     depth: int = 50
-    max_length: int = 512
+    max_length: int | None = None
     batch_size: int = 64
     device: str | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self, COUNT, "depth", "max_length", "batch_size")
+        check_settings(self, COUNT, "depth", "batch_size")
+        check_settings(self, or_none(COUNT), "max_length")
         check_settings(self, or_none(one_of(DTYPES)), "dtype")
 
 
 @RETRIEVERS.register("rerank", RerankConfig)
-class RerankRetriever:
+class RerankRetriever(Wrapper):
     """Scores each passage by the logit of the model's one label, or by the log odds of the second of two.
 
     Equal scores stay in the order of the retriever behind.
@@ -58,12 +62,14 @@ class RerankRetriever:
         corpus: The passages for the retriever behind.
 
     Raises:
-        ConfigurationError: torch or transformers is missing, or the model cannot be loaded or used in this way.
+        ConfigurationError: torch or transformers is missing, the model cannot be loaded or used in this way, or it
+            cannot read so many tokens.
     """
 
     def __init__(self, config: RerankConfig, corpus: Sequence[Passage] | None = None) -> None:
         self.config = config
         self._retriever = build_wrapped("rerank", config.retriever, corpus)
+        self.parts = [self._retriever]
         loaded = load_pretrained(
             "AutoModelForSequenceClassification",
             config.model,
@@ -78,13 +84,19 @@ class RerankRetriever:
                 f"rerank needs a cross-encoder with a trained head of one or two labels; {config.model!r} has "
                 f"{model.config.num_labels} labels, and of its weights {len(loaded.missing)} are missing."
             )
+        if loaded.positions is not None and (config.max_length or 1) > loaded.positions:
+            raise ConfigurationError(
+                f"rerank max_length={config.max_length}, but {config.model!r} has {loaded.positions} positions; "
+                "lower it."
+            )
+        self._max_length = config.max_length or min(_MAX_LENGTH, loaded.positions or _MAX_LENGTH)
         self._weights_hash = hash_of_weights(model.state_dict())
         self._model: Any = model.to(self._device, loaded.dtype).eval()
 
     @property
     def fingerprint(self) -> str | None:
         """Hash of all that results depend on; None if the retriever behind cannot tell what it is."""
-        settings = "rerank", self._weights_hash, self.config.depth, self.config.max_length
+        settings = "rerank", self._weights_hash, self.config.depth, self._max_length
         return hash_with([self._retriever], *settings)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
@@ -121,7 +133,7 @@ class RerankRetriever:
                 [pairs[index][0] for index in chosen],
                 [pairs[index][1] for index in chosen],
                 truncation=True,
-                max_length=self.config.max_length,
+                max_length=self._max_length,
                 padding=True,
                 return_tensors="pt",
             ).to(self._device)

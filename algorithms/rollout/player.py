@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 from agentic_rag_env.episode import StepResult
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
-from agentic_rag_env.retrievers.cached import stats_of
+from agentic_rag_env.retrievers.base import stats_of
 from agentic_rag_env.types import StepInfo
 from agentic_rag_env.vector import info_at
 from algorithms.learner import ranks

@@ -210,7 +210,7 @@ def test_a_store_that_was_changed_is_written_again(tmp_path: Path) -> None:
     assert tuple(open_corpus(file, store)) == PASSAGES
     assert store.read_bytes() == content
     store.write_bytes(content[:-20])
-    with pytest.raises(DataError, match="is a damaged store: .* Delete it, and write it again"):
+    with pytest.raises(DataError, match=r"is a damaged store: .* Delete it, and write it again"):
         open_corpus(file, store)
     store.unlink()
     assert tuple(open_corpus(file, store)) == PASSAGES

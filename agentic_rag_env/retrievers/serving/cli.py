@@ -29,7 +29,7 @@ from typing import Any
 from agentic_rag_env.corpus import open_corpus
 from agentic_rag_env.errors import ConfigurationError, required_library
 from agentic_rag_env.registry import DATASETS
-from agentic_rag_env.retrievers.base import Retriever, build_wrapped, fingerprint_of
+from agentic_rag_env.retrievers.base import Retriever, build_wrapped, fingerprint_of, prepare
 from agentic_rag_env.retrievers.serving.app import make_app, patient_protocol
 from agentic_rag_env.retrievers.serving.metrics import MISSING
 from agentic_rag_env.retrievers.serving.service import ServerConfig, Service
@@ -118,8 +118,7 @@ def _serve(options: Mapping[str, Any]) -> None:
     with listen_at(config) as listener:  # before anything slow is loaded
         corpus = _corpus(options["corpus"], options["dataset"])
         retriever = build_wrapped("agentic-rag-serve", spec, corpus)
-        if (prepare := getattr(retriever, "prepare", None)) is not None:
-            prepare()  # or the first large batch would wait for it
+        prepare(retriever)  # or the first large batch would wait for it
         try:
             fingerprint = fingerprint_of(retriever, spec, corpus)
         except ConfigurationError:

@@ -92,7 +92,7 @@ class HuggingFaceEncoder:
         )
         model, self._tokenizer, self._device = loaded.model, loaded.tokenizer, loaded.device
         given = Usage(*(getattr(config, name) for name in _OF_INDEX))
-        self.usage = resolve(config.model, config.preset, given, getattr(model.config, "max_position_embeddings", None))
+        self.usage = resolve(config.model, config.preset, given, loaded.positions)
         self._weights_hash = hash_of_weights(model.state_dict(), loaded.missing)
         self._vocabulary_hash = hash_of(self._tokenizer.get_vocab())
         self.precision = str(loaded.dtype)

@@ -17,6 +17,7 @@ class Pretrained(NamedTuple):
         tokenizer, model: The objects of transformers.
         missing: Names of the weights that are not in the file and therefore random.
         device, dtype: Where and in which precision the model is to be used.
+        positions: Most tokens that the model can read; None if it has no bound.
     """
 
     tokenizer: Any
@@ -24,6 +25,7 @@ class Pretrained(NamedTuple):
     missing: Set[str]
     device: Any
     dtype: Any
+    positions: int | None
 
 
 def load_pretrained(
@@ -67,7 +69,15 @@ def load_pretrained(
             f"{user} model {model!r}: its tokenizer has ids up to {last} ({token!r}), but its embedding has "
             f"only {width} rows. Call model.resize_token_embeddings(len(tokenizer)) and save both, or take it out."
         )
-    return Pretrained(tokenizer, loaded, set(loading["missing_keys"]), place, precision)
+    return Pretrained(tokenizer, loaded, set(loading["missing_keys"]), place, precision, _positions(loaded))
+
+
+def _positions(model: Any) -> int | None:
+    rows = getattr(model.config, "max_position_embeddings", None)
+    embeddings = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    # RoBERTa and its kin begin to count positions after the one of padding.
+    padding = getattr(next(embeddings, None), "padding_idx", None)
+    return rows if rows is None or padding is None else rows - padding - 1
 
 
 def hash_of_weights(weights: Mapping[str, Any], without: Set[str] = frozenset()) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,55 @@ def test_rerank_models_that_cannot_work(tmp_path: Path, cross_encoder: str) -> N
     for setting, said in (({"depth": 0}, "depth must be an integer"), ({"dtype": "int8"}, "dtype must be one of")):
         with pytest.raises(ConfigurationError, match=f"retriever 'rerank': {said}"):
             rerank(cross_encoder, "bm25", **setting)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("Bert", 64), ("Roberta", 66)])
+def test_no_more_tokens_than_the_model_can_read(tmp_path: Path, cross_encoder: str, kind: str, rows: int) -> None:
+    """RoBERTa counts positions from 2 on, so 66 rows are 64 positions."""
+    import transformers
+
+    shutil.copytree(cross_encoder, tmp_path / "model")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=12, num_labels=1, max_position_embeddings=rows, pad_token_id=1, **sizes
+    )
+    getattr(transformers, f"{kind}ForSequenceClassification")(config).save_pretrained(tmp_path / "model")
+    long = (Passage("long", "passage " * 500), *CORPUS[1:])
+    model, behind = str(tmp_path / "model"), Ranked(0, 1, corpus=long)
+    for allowed in ({}, {"max_length": 64}):
+        assert len(rerank(model, behind, **allowed).search(["q"], 2)[0]) == 2
+    with pytest.raises(ConfigurationError, match=r"rerank max_length=65, but .* has 64 positions; lower it"):
+        rerank(model, behind, max_length=65)
+
+
+class Counting:
+    """A retriever that counts its searches and how often it was prepared."""
+
+    def __init__(self) -> None:
+        self.searches = self.prepared = 0
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+        self.searches += len(queries)
+        return [[Passage("a", "amber", 1.0)] for _ in queries]
+
+    def stats(self) -> dict[str, int]:
+        return {"searches": self.searches}
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+
+@pytest.mark.parametrize("name", ["hybrid", "sharded", "cached", "faulty"])
+def test_counts_and_preparation_reach_through(name: str) -> None:
+    parts = [Counting(), Counting()] if name in ("hybrid", "sharded") else [Counting()]
+    settings: dict[str, Any] = {
+        "hybrid": {"retrievers": parts},
+        "sharded": {"shards": parts},
+        "cached": {"retriever": parts[0], "fingerprint": "mine"},
+        "faulty": {"retriever": parts[0]},
+    }[name]
+    retriever = RETRIEVERS.build({"name": name, **settings}, corpus=None)
+    retriever.search(["q", "r"], 1)
+    assert retriever.stats()["searches"] == 2 * len(parts)
+    retriever.prepare()
+    assert [part.prepared for part in parts] == [1] * len(parts)

@@ -692,7 +692,7 @@ def test_a_damaged_bm25_index_is_built_again(
     shutil.copy(store.path, tmp_path)
     harm(tmp_path / "index" / name, how)
     if how != "changed":
-        with pytest.raises(DataError, match="is a damaged BM25 index .* build it again"):
+        with pytest.raises(DataError, match=r"is a damaged BM25 index .* build it again"):
             RETRIEVERS.build({"name": "bm25", "index": str(tmp_path / "index")}, corpus=PASSAGES)
     build_bm25(tmp_path / "c.arrow", tmp_path / "index", BM25Config())
     assert files_in(tmp_path / "index") == files_in(bm25_folder)
@@ -720,7 +720,7 @@ def test_a_strangers_manifest_has_no_other_file_removed(copied: Path, tmp_path: 
 @pytest.mark.parametrize("how", ["empty", "short"])
 def test_torch_says_how_vectors_are_made_again(copied: Path, how: str) -> None:
     harm(copied / "vectors/vectors.npy", how)
-    with pytest.raises(DataError, match=r"vectors\.npy: cannot be read .*; give the same agentic-rag-index dense command"):
+    with pytest.raises(DataError, match=r"vectors\.npy: cannot be read .*; give the same agentic-rag-index"):
         RETRIEVERS.build({**TORCH, "index": str(copied), "encoder": CrcEncoder()}, corpus=None)
 
 

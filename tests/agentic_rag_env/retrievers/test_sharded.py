@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,11 +103,42 @@ def test_a_query_that_fails_in_one_part_fails_alone() -> None:
     assert str(bad) == "part 2 of 2 (Scored): no luck"
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("scores", [(0.1, 0.9), (0.0, 0.0)], ids=["distances", "no scores"])
-def test_a_part_without_comparable_scores_is_named(scores: tuple[float, float]) -> None:
-    retriever = sharded(Scored(("a", 1.0)), Scored(("b", scores[0]), ("c", scores[1])))
-    with pytest.raises(RetrieverError, match=r"part 2 of 2 \(Scored\): its scores are .* higher the better"):
-        retriever.search(["q"], 3)
+def test_a_part_without_comparable_scores_is_named(scores: tuple[float, float], top_k: int) -> None:
+    service = Scored(("b", scores[0]), ("c", scores[1]))
+    service.scores_by = "service"  # type: ignore[attr-defined]
+    retriever = sharded(Scored(("a", 1.0)), {"name": "cached", "retriever": service, "fingerprint": "mine"})
+    (error,) = retriever.search(["q"], top_k)
+    assert isinstance(error, RetrieverError)
+    assert re.match(r"part 2 of 2 \(CachedRetriever\): its scores are .* higher the better", str(error))
+
+
+def test_a_query_like_no_passage_of_a_part_costs_nothing() -> None:
+    """A cosine of 0 is a score, too."""
+    parts = [DenseRetriever(DenseConfig(encoder=Vectors()), [Passage(f"{w}{n}", w) for n in "12"]) for w in WORDS[:2]]
+    found = sharded(*parts).search(["amber", "birch"], 2)
+    assert [ids(passages) for passages in found] == [["amber1", "amber2"], ["birch1", "birch2"]]
+
+
+def test_parts_whose_scores_depend_on_their_passages() -> None:
+    bm25 = RETRIEVERS.build("bm25", corpus=CORPUS)
+    hybrid = RETRIEVERS.build({"name": "hybrid", "retrievers": [bm25, bm25]}, corpus=CORPUS)
+    cached, faulty = ({"name": name, "retriever": bm25} for name in ("cached", "faulty"))
+    for part in (bm25, hybrid, cached, faulty, {"name": "cached", "retriever": faulty}):
+        with pytest.raises(ConfigurationError, match=r"depends on the other passages of its part \(part 2\)"):
+            sharded(Scored(("a", 1.0)), part)
+
+
+@pytest.mark.parametrize("search", ["dense", "text", "hybrid"])
+def test_parts_in_tables(tmp_path: Path, search: str) -> None:
+    pytest.importorskip("lancedb")
+    table = RETRIEVERS.build({"name": "lancedb", "uri": str(tmp_path), "search": search}, corpus=CORPUS)
+    if search == "dense":
+        assert len(sharded(Scored(("a", 1.0)), table).search(["amber"], 3)[0]) == 3
+        return
+    with pytest.raises(ConfigurationError, match="a score of LanceDBRetriever depends"):
+        sharded(Scored(("a", 1.0)), table)
 
 
 @pytest.mark.parametrize(
