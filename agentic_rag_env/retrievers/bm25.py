@@ -23,7 +23,7 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import KEPT_FROM, CorpusRetriever, Ranking, hash_of
 from agentic_rag_env.retrievers.index_folder import corpus_of_index, read_manifest
-from agentic_rag_env.retrievers.words import Tokenizer, unspaced_fraction
+from agentic_rag_env.retrievers.words import WORDS, Tokenizer, unspaced_chars
 from agentic_rag_env.settings import COUNT, FRACTION, at_least, check_settings
 from agentic_rag_env.types import Passage
 
@@ -84,10 +84,11 @@ class BM25Config:
         return Tokenizer(self.tokenizer, self.stemmer, self.stopwords)
 
     def of_index(self) -> dict[str, Any]:
-        """The settings that decide an index; those of words only if they are unusual, since older indexes lack them."""
+        """All that decides an index: its settings, those of words if they are unusual, and how words are cut."""
         words = {name: getattr(self, name) for name in ("stemmer", "stopwords", "tokenizer")}
         usual = {"stemmer": None, "stopwords": None, "tokenizer": "words"}
-        return {"k1": self.k1, "b": self.b, **{name: value for name, value in words.items() if value != usual[name]}}
+        of_words = {name: value for name, value in words.items() if value != usual[name]}
+        return {"k1": self.k1, "b": self.b, **of_words, "words": WORDS}
 
 
 @RETRIEVERS.register("bm25", BM25Config)
@@ -120,6 +121,11 @@ class BM25Retriever(CorpusRetriever):
             self._on_disk, (self._index, self._vocabulary) = self._made()
             return
         self._on_disk = True
+        if manifest["index"].get("words") != WORDS:
+            raise DataError(
+                f"{config.index}: was built by another version, which cuts texts into other words; build it again by "
+                "the same agentic-rag-index bm25 command."
+            )
         if manifest["index"] != config.of_index():
             raise ConfigurationError(
                 f"bm25 index {config.index} was built with {_listed(manifest['index'])}, but "
@@ -214,20 +220,21 @@ def index_texts(
     tokenizer = config.make_tokenizer()
     found: dict[str, int] = {}
     word_ids: list[Any] = []
-    unspaced = []
+    num_chars = num_unspaced = 0
     remaining = iter(texts)
     while span := list(islice(remaining, _SPAN)):
         word_ids += [
             np.array([found.setdefault(word, len(found)) for word in words], np.int32)
             for words in tokenizer.words(span)
         ]
-        unspaced.append(unspaced_fraction(span))
+        num_chars += sum(map(len, span))
+        num_unspaced += sum(map(unspaced_chars, span))
         advance(len(span))
-    if tokenizer.tokenizer == "words" and np.mean(unspaced) > _MUCH_UNSPACED:
+    if tokenizer.tokenizer == "words" and num_unspaced > _MUCH_UNSPACED * num_chars:
         _logger.warning(
             "%.0f%% of the corpus is Chinese or Japanese, which has no blanks between words: bm25 will find little of "
             "it. Set tokenizer=bigrams.",
-            100 * np.mean(unspaced),
+            100 * num_unspaced / num_chars,
         )
     if not found:
         raise ConfigurationError(f"retriever 'bm25' found no words in the {len(word_ids)} passages of the corpus.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -13,12 +15,31 @@ from agentic_rag_env.registry import did_you_mean
 from agentic_rag_env.settings import Allowed, check_settings, one_of, or_none
 
 TOKENIZERS = ("words", "bigrams")
+#: Number of the way in which texts are cut into words. It goes up when the same text gives other words, since an index
+#: of the old words is then of no use.
+WORDS = 2
 _LANGUAGE = Allowed("a name such as english", lambda value: isinstance(value, str))
-_WORD = re.compile(r"\w+")
 #: Runs of Chinese characters and Japanese kana, which are written without blanks between words.
 _UNSPACED = re.compile(
     "[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+"
 )
+
+
+@cache
+def word_pattern(least: int = 1, most: int | None = None) -> re.Pattern[str]:
+    r"""Pattern of a word of `least` to `most` characters: letters, digits, underscores, and marks after the first.
+
+    The marks are accents and vowel signs (Unicode's Mn and Mc), which Python's `\w` lacks: without them, words of
+    Hindi fall into letters. Variation selectors are none, since they only choose the look of a character.
+    """
+    numbers = [number for number in range(0x300, 0x20000) if unicodedata.category(chr(number)) in ("Mn", "Mc")]
+    marks = "".join(chr(number) for number in numbers if not 0xFE00 <= number <= 0xFE0F)
+    return re.compile(rf"\w[\w{marks}]{{{least - 1},{'' if most is None else most - 1}}}")
+
+
+def composed(text: str) -> str:
+    """The text in Unicode's form NFC, in which an accented letter is one character wherever it comes from."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 @dataclass(frozen=True)
@@ -50,12 +71,13 @@ class Tokenizer:
         return self._cut(_beginning(self._prepared(text), count) for text in texts)
 
     def _prepared(self, text: str) -> str:
+        text = composed(text)
         return _with_bigrams(text) if self.tokenizer == "bigrams" else text
 
     def _cut(self, texts: Iterable[str]) -> list[list[str]]:
         import bm25s
 
-        pattern = r"\w+" if self.stopwords is None else r"\w\w+"
+        pattern = word_pattern(1 if self.stopwords is None else 2).pattern
         options: dict[str, Any] = {"token_pattern": pattern, "stemmer": _stemmer(self.stemmer), "return_ids": False}
         try:
             return bm25s.tokenize(list(texts), stopwords=self.stopwords, **options, show_progress=False)
@@ -65,10 +87,9 @@ class Tokenizer:
             ) from error
 
 
-def unspaced_fraction(texts: Sequence[str]) -> float:
-    """The share of some texts that is in scripts without blanks between words, in [0, 1]."""
-    unspaced = sum(len(run) for text in texts if not text.isascii() for run in _UNSPACED.findall(text))
-    return unspaced / max(1, sum(map(len, texts)))
+def unspaced_chars(text: str) -> int:
+    """The number of characters of a text that are in scripts without blanks between words."""
+    return 0 if text.isascii() else sum(map(len, _UNSPACED.findall(text)))
 
 
 def _with_bigrams(text: str) -> str:
@@ -85,7 +106,7 @@ def _beginning(text: str, count: int) -> str:
     """The text up to its `count`-th word."""
     if len(text) <= count:
         return text
-    return text[: max((match.end() for match in islice(_WORD.finditer(text), count)), default=0)]
+    return text[: max((match.end() for match in islice(word_pattern().finditer(text), count)), default=0)]
 
 
 def _stemmer(language: str | None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from agentic_rag_env.retrievers.base import encodable, hash_of
 from agentic_rag_env.retrievers.vectors.encoders import ENCODERS
+from agentic_rag_env.retrievers.words import WORDS, composed, word_pattern
 from agentic_rag_env.settings import COUNT, at_least, check_settings
 
 
@@ -68,7 +68,7 @@ class HashedNgramEncoder:
     @property
     def fingerprint(self) -> str:
         """See `StoredEncoder`."""
-        return hash_of([self.settings(), self.state()])
+        return hash_of([self.settings(), self.state(), WORDS])
 
     def settings(self) -> dict[str, Any]:
         """See `StoredEncoder`."""
@@ -118,7 +118,7 @@ class HashedNgramEncoder:
 
 def _words(text: str) -> list[str]:
     # Words beyond 64 characters are split: the number of n-grams to remember per word stays bounded.
-    return re.findall(r"\w{1,64}", encodable(text).lower())
+    return word_pattern(most=64).findall(composed(encodable(text)).lower())
 
 
 @lru_cache(maxsize=2**18)

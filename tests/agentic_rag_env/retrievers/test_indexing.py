@@ -419,7 +419,7 @@ def test_bm25_on_disk_equals_in_memory(bm25_folder: Path) -> None:
 def test_bm25_over_stems_on_disk(tmp_path: Path, store: CorpusStore, bm25_folder: Path) -> None:
     folder = tmp_path / "stems"
     manifest = build_bm25(store.path, folder, BM25Config(**STEMS))
-    assert manifest["index"] == {"k1": 0.9, "b": 0.4, **STEMS}
+    assert manifest["index"] == {"k1": 0.9, "b": 0.4, **STEMS, "words": 2}
     assert manifest["versions"].keys() == {"agentic-rag-env", "bm25s", "PyStemmer"}
     opened = RETRIEVERS.build({"name": "bm25", "index": str(folder), **STEMS}, corpus=None)
     made = RETRIEVERS.build({"name": "bm25", **STEMS}, corpus=PASSAGES)
@@ -428,19 +428,30 @@ def test_bm25_over_stems_on_disk(tmp_path: Path, store: CorpusStore, bm25_folder
     assert [len(found) for found in opened.search(queries[:2], 5)] == [5, 0]
     assert opened.fingerprint == made.fingerprint != RETRIEVERS.build("bm25", corpus=PASSAGES).fingerprint
     for index, asked, message in (
-        (folder, {}, r"with k1=0\.9, b=0\.4, stemmer=english, stopwords=english, but k1=0\.9, b=0\.4 are asked"),
-        (bm25_folder, STEMS, r"with k1=0\.9, b=0\.4, but k1=0\.9, b=0\.4, stemmer=english, stopwords=english are"),
+        (folder, {}, r"b=0\.4, stemmer=english, stopwords=english, words=2, but k1=0\.9, b=0\.4, words=2 are asked"),
+        (bm25_folder, STEMS, r"b=0\.4, words=2, but k1=0\.9, b=0\.4, stemmer=english, stopwords=english, words=2 are"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             RETRIEVERS.build({"name": "bm25", "index": str(index), **asked}, corpus=None)
 
 
 def test_bm25_folders_know_nothing_of_stems_without_them(store: CorpusStore, bm25_folder: Path) -> None:
-    """As folders from before there were any: these open, and are found finished, by the same settings."""
     before = files_in(bm25_folder)
-    assert json.loads(before["manifest.json"])["index"] == {"k1": 0.9, "b": 0.4}
+    assert json.loads(before["manifest.json"])["index"] == {"k1": 0.9, "b": 0.4, "words": 2}
     build_bm25(store.path, bm25_folder, BM25Config(stemmer=None, stopwords=None))
     assert files_in(bm25_folder) == before
+
+
+def test_a_bm25_index_of_other_words_is_built_again(tmp_path: Path, store: CorpusStore, bm25_folder: Path) -> None:
+    shutil.copytree(bm25_folder, tmp_path / "index")
+    shutil.copy(store.path, tmp_path)
+    manifest = json.loads((bm25_folder / "manifest.json").read_text())
+    older = {**manifest, "index": {"k1": 0.9, "b": 0.4}}
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps(older))
+    with pytest.raises(DataError, match="was built by another version, which cuts texts into other words; build it"):
+        RETRIEVERS.build({"name": "bm25", "index": str(tmp_path / "index")}, corpus=PASSAGES)
+    build_bm25(tmp_path / "c.arrow", tmp_path / "index", BM25Config())
+    assert files_in(tmp_path / "index") == files_in(bm25_folder)
 
 
 def test_looking_into_all_lists_is_exact(tmp_path: Path, store: CorpusStore) -> None:
@@ -595,7 +606,7 @@ def test_folders_of_the_wrong_kind(dense_folder: Path, bm25_folder: Path, tmp_pa
     ):
         with pytest.raises(DataError, match=message):
             RETRIEVERS.build({"name": name, "index": str(folder)}, corpus=PASSAGES)
-    with pytest.raises(ConfigurationError, match=r"was built with k1=0\.9, b=0\.4, but k1=1\.2"):
+    with pytest.raises(ConfigurationError, match=r"was built with k1=0\.9, b=0\.4, words=2, but k1=1\.2"):
         RETRIEVERS.build({"name": "bm25", "index": str(bm25_folder), "k1": 1.2}, corpus=None)
 
 
@@ -804,10 +815,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "dense" / "corpus.arrow").exists()
     assert np.load(tmp_path / "dense" / "vectors" / "vectors.npy").dtype == np.float16
     assert main(["bm25", str(corpus), str(tmp_path / "bm25"), "--k1", "1.2"]) == 0
-    assert "600 passages, bm25, k1 1.2, b 0.4\n" in capsys.readouterr().out
+    assert "600 passages, bm25, k1 1.2, b 0.4, words 2\n" in capsys.readouterr().out
     words = ["--stemmer", "english", "--stopwords", "english"]
     assert main(["bm25", str(corpus), str(tmp_path / "bm25"), *words]) == 0
-    assert "k1 0.9, b 0.4, stemmer english, stopwords english\n" in capsys.readouterr().out
+    assert "k1 0.9, b 0.4, stemmer english, stopwords english, words 2\n" in capsys.readouterr().out
     found = {"dense": "dense index, 3 files as built; ", "bm25": "bm25 index, 6 files as built; ", "c.arrow": ""}
     for name, checked in {**found, "c.jsonl": ""}.items():
         assert main(["check", str(tmp_path / name)]) == 0

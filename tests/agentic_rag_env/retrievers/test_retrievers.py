@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import types
+import unicodedata
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -216,9 +217,39 @@ def test_bm25_reads_the_first_words_of_a_query(most: int) -> None:
 
 def test_bm25_with_the_usual_bound_is_the_retriever_of_before() -> None:
     corpus = fingerprint(CORPUS)
-    old = hash_of({"retriever": "bm25", "k1": 0.9, "b": 0.4, "corpus": corpus})
+    old = hash_of({"retriever": "bm25", "k1": 0.9, "b": 0.4, "words": 2, "corpus": corpus})
     assert BM25Retriever(BM25Config(), CORPUS).fingerprint == old
     assert BM25Retriever(BM25Config(max_query_words=127), CORPUS).fingerprint != old
+
+
+DELHI, SCATTERED = "दिल्ली भारत की राजधानी है", "दिल लड़का लल द ल ल द"
+CAFE = "Café Zürich"
+
+
+@pytest.mark.parametrize("name", ["bm25", "dense"])
+def test_words_are_cut_at_no_mark(name: str) -> None:
+    """Vowel signs and accents belong to the word before them, in whatever form of Unicode they come."""
+    corpus = corpus_of(SCATTERED, DELHI, unicodedata.normalize("NFC", CAFE), "Kaffee in Bern")
+    retriever = RETRIEVERS.build(name, corpus=corpus)
+    decomposed = unicodedata.normalize("NFD", "café")
+    assert decomposed != "café"
+    best = [found[0] for found in retriever.search(["दिल्ली", decomposed, "café"], 4)]
+    assert [passage.id for passage in best] == ["p1", "p2", "p2"]
+    assert best[1] == best[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The quick_brown fox's 2nd, jump-over: é!", ["the", "quick_brown", "fox", "s", "2nd", "jump", "over", "é"]),
+        ("दिल्ली भारत", ["दिल्ली", "भारत"]),
+        (unicodedata.normalize("NFD", CAFE), ["café", "zürich"]),
+        ("x\u0323y \u0301 ❤\ufe0f 1\ufe0f\u20e3", ["x\u0323y", "1"]),  # no mark alone, and no choice of a look
+    ],
+)
+def test_words_of_a_text(text: str, words: list[str]) -> None:
+    assert Tokenizer().words([text]) == [words]
+    assert Tokenizer().first_words([text + " and more" * 9], len(words)) == [words]
 
 
 CHINESE = corpus_of(
@@ -256,6 +287,12 @@ def test_bm25_says_that_it_will_find_little(
 ) -> None:
     BM25Retriever(BM25Config(tokenizer=tokenizer), corpus)
     assert ("Set tokenizer=bigrams" in caplog.text) == warned
+
+
+def test_the_share_of_chinese_counts_characters(caplog: pytest.LogCaptureFixture) -> None:
+    """One Chinese passage after a whole span of English ones is little of a corpus."""
+    BM25Retriever(BM25Config(), [*corpus_of(*["amber birch"] * 4096), Passage("last", "法国的首都是巴黎")])
+    assert "Chinese" not in caplog.text
 
 
 def test_bm25_ties_follow_the_corpus() -> None:
@@ -405,11 +442,22 @@ def test_static_passages_of_another_form(passages: Any) -> None:
 # Hashed n-grams
 
 
+def words_by_hand(text: str) -> list[str]:
+    words = [""]
+    for char in unicodedata.normalize("NFC", text).lower():
+        mark = unicodedata.category(char) in ("Mn", "Mc") and not unicodedata.name(char, "").startswith("VARIATION SEL")
+        if char.isalnum() or char == "_" or (mark and words[-1]):
+            words[-1] += char
+        else:
+            words.append("")
+    return [word for word in words if word]
+
+
 def ngram_by_hand(text: str, passages: list[str], config: HashedNgramConfig) -> np.ndarray:
-    words = re.findall(r"\w+", text.lower())
+    words = words_by_hand(text)
     vector = np.zeros(config.dim)
     for word, count in collections.Counter(words).items():
-        frequency = sum(word in re.findall(r"\w+", passage.lower()) for passage in passages)
+        frequency = sum(word in words_by_hand(passage) for passage in passages)
         idf = math.log((1 + len(passages)) / (1 + frequency)) + 1
         marked = "<" + word + ">"
         grams = [marked]
