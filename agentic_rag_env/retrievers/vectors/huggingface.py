@@ -29,7 +29,7 @@ class HuggingFaceConfig:
     Attributes:
         model: Folder or hub id, such as `intfloat/e5-base-v2`.
         preset: Family whose pooling, prefixes and length are used: `e5`, `bge`, `minilm` or `gte`. None: that of a
-            well-known hub id, else none.
+            well-known hub id, or of a folder with its name for which nobody names a prefix; else none.
         pooling: `mean` or `max` over the tokens, `cls` for the first token, `last` for the last one. None: as the
             folder or the preset says; a model of which neither says it is refused.
         normalize: Whether passages are scaled to length 1. None: as the folder says, else true.

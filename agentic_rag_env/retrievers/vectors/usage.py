@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.terminal import printable
 
 #: Ways to make one vector of the last hidden states: the mean or the largest over all tokens; the first; the last.
 POOLINGS = ("mean", "cls", "last", "max")
@@ -73,7 +74,8 @@ def resolve(model: str, preset: str | None, given: Usage, positions: int | None)
 
     Pooling and scaling must be said once at least, and by nobody otherwise. A prefix or a length that is given comes
     first, then the folder's, then the preset's. The preset of a well-known hub id is taken without being named, for
-    what the folder leaves unsaid.
+    what the folder leaves unsaid. So is that of a folder with the name of one, if nobody names a prefix; then a line
+    says so.
 
     Args:
         model: Folder or hub id.
@@ -86,9 +88,8 @@ def resolve(model: str, preset: str | None, given: Usage, positions: int | None)
             folder needs what is not computed here.
     """
     folder = read_folder(model)
-    known = next((name for name, ids in _HUB_IDS.items() if re.fullmatch(ids, model)), None)
     family = PRESETS[preset] if preset else Usage()
-    fallback = PRESETS[known] if known and not preset else Usage()
+    fallback = Usage() if preset else _well_known(model, given, folder)
     sources = {"the settings": given, f"preset={preset}": family, f"the folder of {model!r}": folder}
     pooling = _agreed("pooling", sources) or fallback.pooling
     if pooling is None:
@@ -112,6 +113,28 @@ def resolve(model: str, preset: str | None, given: Usage, positions: int | None)
         for name in ("query_prefix", "passage_prefix")
     )
     return Usage(pooling, normalize is not False, query, passage, length, folder.lower_case)
+
+
+def _well_known(model: str, given: Usage, folder: Usage) -> Usage:
+    """The preset of a well-known hub id, or of a local copy of it; a blank `Usage` for another model."""
+    known = next((preset for preset, ids in _HUB_IDS.items() if re.fullmatch(ids, model)), None)
+    path = Path(model).expanduser()
+    if known or not path.is_dir():
+        return PRESETS[known] if known else Usage()
+    # Copies keep the name, or lie in the hub's cache in models--<organization>--<name>/snapshots/<revision>.
+    names = [path.resolve().name, path.name, *(part.rpartition("--")[2] for part in path.parts if "--" in part)]
+    patterns = {preset: ids.partition("/")[2] for preset, ids in _HUB_IDS.items()}
+    found = next((preset for preset, ids in patterns.items() if any(re.fullmatch(ids, name) for name in names)), None)
+    prefixes = (given.query_prefix, given.passage_prefix, folder.query_prefix, folder.passage_prefix)
+    if found is None or any(prefix is not None for prefix in prefixes):
+        return Usage()
+    taken = PRESETS[found]
+    print(
+        f"The encoder {printable(model)} has the name of a well-known one, so preset={found} is taken: "
+        f"query_prefix={taken.query_prefix!r}, passage_prefix={taken.passage_prefix!r}. Give both to choose others.",
+        flush=True,
+    )
+    return taken
 
 
 def _agreed(name: str, sources: Mapping[str, Usage]) -> Any:

@@ -328,3 +328,36 @@ def test_a_folder_that_asks_for_something_else(
     folder = sentence_folder(model_folder, tmp_path / "model", files)
     with pytest.raises(ConfigurationError, match=said):
         usage.resolve(folder, None, usage.Usage(), 512)
+
+
+@pytest.mark.parametrize(
+    ("place", "preset"),
+    [
+        ("e5-base-v2", "e5"),
+        ("models/multilingual-e5-small", "e5"),
+        ("bge-base-en-v1.5", "bge"),
+        ("hub/models--intfloat--e5-base-v2/snapshots/abc", "e5"),
+        ("e5-base-v2-tuned", None),
+        ("e5-base-v2/checkpoint", None),
+    ],
+)
+def test_a_local_copy_of_a_known_model_keeps_its_prefixes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, preset: str | None
+) -> None:
+    """Its folder says the pooling, as that of E5 and BGE does, and no prefix."""
+    folder = tmp_path / place
+    (folder / "1_Pooling").mkdir(parents=True)
+    kinds = ["Transformer", "Pooling"]
+    paths = ["", "1_Pooling"]
+    modules = [{"type": f"sentence_transformers.models.{k}", "path": p} for k, p in zip(kinds, paths, strict=True)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    pooling = usage.PRESETS[preset].pooling if preset else "mean"
+    flag = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}[pooling or ""]
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({flag: True}))
+    found = usage.resolve(str(folder), None, usage.Usage(), 512)
+    expected = usage.PRESETS[preset] if preset else usage.Usage(query_prefix="", passage_prefix="")
+    assert (found.query_prefix, found.passage_prefix) == (expected.query_prefix, expected.passage_prefix)
+    assert (f"so preset={preset} is taken" in capsys.readouterr().out) == (preset is not None)
+    plain = usage.resolve(str(folder), None, usage.Usage(query_prefix="", passage_prefix=""), 512)
+    assert (plain.query_prefix, plain.passage_prefix) == ("", "")
+    assert not capsys.readouterr().out
