@@ -15,6 +15,7 @@ A value outside raises a ConfigurationError that names the setting, the range an
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
@@ -74,6 +75,12 @@ COUNT = Allowed(
     "an integer of at least 1",
     lambda value: isinstance(value, Integral) and not isinstance(value, bool) and value >= 1,  # type: ignore[operator]
 )
+
+#: Texts. A command line reads 2018 as a number.
+TEXT = Allowed("a text (on a command line, '\"2018\"' for one of digits)", lambda value: isinstance(value, str))
+
+#: Places of files and folders.
+PLACE = Allowed("the path of a file or folder", lambda value: isinstance(value, (str, os.PathLike)))
 
 #: Shares and probabilities.
 FRACTION = within(0, 1)

@@ -24,7 +24,7 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import KEPT_FROM, CorpusRetriever, Ranking, hash_of
 from agentic_rag_env.retrievers.index_folder import corpus_of_index, read_manifest
 from agentic_rag_env.retrievers.words import WORDS, Tokenizer, unspaced_chars
-from agentic_rag_env.settings import COUNT, FRACTION, at_least, check_settings
+from agentic_rag_env.settings import COUNT, FRACTION, PLACE, at_least, check_settings, or_none
 from agentic_rag_env.types import Passage
 
 #: Name of the folder within an index folder, and of the vocabulary's file in that folder.
@@ -77,6 +77,7 @@ class BM25Config:
         check_settings(self, COUNT, "max_query_words")
         check_settings(self, at_least(0), "k1")
         check_settings(self, FRACTION, "b")
+        check_settings(self, or_none(PLACE), "index", "corpus")
         self.make_tokenizer()
 
     def make_tokenizer(self) -> Tokenizer:

@@ -21,6 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,16 @@ class CacheEntries:
     Args:
         path: The file; None: memory only.
         max_in_memory: Most results in memory.
+        read_only: Whether the file is only read, so that it may be one that cannot be written.
 
     Raises:
         ConfigurationError: The file is none of ours; every method may raise it.
         RetrieverError: The file can't be opened, read or written; every method may raise it.
     """
 
-    def __init__(self, path: str | None, max_in_memory: int) -> None:
+    def __init__(self, path: str | Path | None, max_in_memory: int, *, read_only: bool) -> None:
         self.path = None if path is None else Path(path).expanduser()
-        self._max_in_memory = max_in_memory
+        self._max_in_memory, self._read_only = max_in_memory, read_only
         self._in_memory: OrderedDict[bytes, tuple[Passage, ...]] = OrderedDict()
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
@@ -57,16 +59,16 @@ class CacheEntries:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An open file cannot be copied. A copy of the object opens the file itself, in this process or another.
-        return CacheEntries, (None if self.path is None else str(self.path), self._max_in_memory)
+        return partial(CacheEntries, read_only=self._read_only), (self.path, self._max_in_memory)
 
-    def enter(self, fingerprint: str, *, must_exist: bool) -> None:
-        """Note whose results are to be kept; with `must_exist`, refuse if the file has none of them."""
+    def enter(self, fingerprint: str) -> None:
+        """Note whose results are to be kept; refuse a file that is only read and has none of them."""
         if self.path is None:
             return
-        if must_exist and not self.path.exists():
+        if self._read_only and not self.path.exists():
             raise ConfigurationError(f"cached with offline=true needs the file {self.path}, which does not exist.")
-        with self._open() as connection:
-            if not must_exist:
+        with self._open(writing=not self._read_only) as connection:
+            if not self._read_only:
                 connection.execute("INSERT OR IGNORE INTO sources VALUES (?)", (fingerprint,))
                 return
             known = [row[0] for row in connection.execute("SELECT fingerprint FROM sources ORDER BY rowid")]
@@ -129,7 +131,8 @@ class CacheEntries:
                 # A forked worker must not use the connection of its parent.
                 if self._connection is None or self._connection_pid != os.getpid():
                     assert self.path is not None
-                    self._connection, self._connection_pid = _connect(self.path), os.getpid()
+                    connect = _connect_read_only if self._read_only else _connect
+                    self._connection, self._connection_pid = connect(self.path), os.getpid()
                 if not writing:
                     yield self._connection
                     return
@@ -144,13 +147,22 @@ class CacheEntries:
             raise RetrieverError(f"the cache {self.path} cannot be used: {error}.") from error
 
 
+def _connect_read_only(path: Path) -> sqlite3.Connection:
+    # A reader of a write-ahead log makes files beside it, except where it is told that nobody can write there.
+    unwritten = not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
+    place = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if unwritten else ''}"
+    with _opened(path, place) as connection:
+        if _layout(connection) != LAYOUT:
+            raise sqlite3.DatabaseError("it is a database of something else")
+    return connection
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    try:
+    with _opened(path, path.absolute().as_uri()) as connection:
         # This holds the lock, so that processes that start together find either nothing or the whole layout.
         connection.execute("BEGIN IMMEDIATE")
-        layout = connection.execute("PRAGMA user_version").fetchone()[0]
+        layout = _layout(connection)
         if layout == 0 and not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
             connection.execute("CREATE TABLE sources (fingerprint TEXT UNIQUE NOT NULL)")
             connection.execute("CREATE TABLE results (key BLOB PRIMARY KEY, value BLOB NOT NULL)")
@@ -161,12 +173,24 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = NORMAL")
         if _write_ahead(connection) != "wal":
             raise sqlite3.OperationalError("its file system cannot hold a write-ahead log")
+    return connection
+
+
+@contextmanager
+def _opened(path: Path, place: str) -> Iterator[sqlite3.Connection]:
+    """Open a file by its URI and yield the connection, which stays open if the block finds it to be a cache."""
+    connection = sqlite3.connect(place, LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False, uri=True)
+    try:
+        yield connection
     except sqlite3.DatabaseError as error:
         connection.close()
         if isinstance(error, sqlite3.OperationalError):
             raise
         raise ConfigurationError(f"{path} is no cache of this version ({error}); name another file.") from error
-    return connection
+
+
+def _layout(connection: sqlite3.Connection) -> int:
+    return connection.execute("PRAGMA user_version").fetchone()[0]
 
 
 def _write_ahead(connection: sqlite3.Connection) -> str:

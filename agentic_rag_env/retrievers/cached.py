@@ -19,7 +19,7 @@ from agentic_rag_env.retrievers.base import (
     scores_by,
 )
 from agentic_rag_env.retrievers.cache_file import CacheEntries, digest
-from agentic_rag_env.settings import at_least, check_settings
+from agentic_rag_env.settings import PLACE, TEXT, at_least, check_settings, or_none
 from agentic_rag_env.types import Found, Passage
 
 
@@ -31,7 +31,8 @@ class CachedConfig:
         retriever: The retriever behind the cache: a name, a mapping with `name` and settings, or an object.
         path: File of the results, made if it does not exist; several processes may share it. None: memory only.
         max_in_memory: Most results kept in memory, the ones used last; with a file, all others are read from it.
-        offline: Whether to answer from the cache alone; a query that it does not hold is then a `RetrieverError`.
+        offline: Whether to answer from the cache alone; a query that it does not hold is then a `RetrieverError`. The
+            file is not written then, and may be one that cannot be.
         fingerprint: Name for the corpus, index, encoder and settings of a service that cannot name them itself; a
             change of any of them needs another name. None: the retriever's own fingerprint.
     """
@@ -44,6 +45,8 @@ class CachedConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, at_least(0), "max_in_memory")
+        check_settings(self, or_none(PLACE), "path")
+        check_settings(self, or_none(TEXT), "fingerprint")
 
 
 @RETRIEVERS.register("cached", CachedConfig)
@@ -69,14 +72,14 @@ class CachedRetriever(Wrapper):
     def __init__(self, config: CachedConfig, corpus: Sequence[Passage] | None = None) -> None:
         if config.offline and config.path is None:
             raise ConfigurationError("cached with offline=true answers from a file; set path to it.")
-        self._entries = CacheEntries(config.path, config.max_in_memory)
+        self._entries = CacheEntries(config.path, config.max_in_memory, read_only=config.offline)
         self._offline = config.offline
         self._retriever: Retriever | None = None
         if not (config.offline and config.fingerprint):
             self._retriever = build_wrapped("cached", config.retriever, corpus)
         self.parts = [] if self._retriever is None else [self._retriever]
         self.fingerprint = config.fingerprint or fingerprint_of(self._retriever, config.retriever, corpus)
-        self._entries.enter(self.fingerprint, must_exist=config.offline)
+        self._entries.enter(self.fingerprint)
         self._hits = self._misses = 0
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:

@@ -45,7 +45,7 @@ from agentic_rag_env.retrievers.vectors.faiss_search import (
 )
 from agentic_rag_env.retrievers.vectors.ranking import VectorSearch, nearest
 from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
-from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
+from agentic_rag_env.settings import COUNT, PLACE, check_settings, one_of, or_none
 from agentic_rag_env.types import Passage
 
 BACKENDS = ("auto", "faiss", "torch")
@@ -90,6 +90,7 @@ class DenseConfig:
     def __post_init__(self) -> None:
         check_settings(self, one_of(BACKENDS), "backend")
         check_settings(self, or_none(COUNT), "nprobe", "ef_search")
+        check_settings(self, or_none(PLACE), "index", "corpus")
         check_settings(self, or_none(one_of(DTYPES)), "dtype")
         for name in ("nprobe", "ef_search"):
             if getattr(self, name) is not None and self.backend == "torch":

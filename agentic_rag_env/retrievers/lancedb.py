@@ -38,7 +38,7 @@ from agentic_rag_env.retrievers.vectors.lance_tables import (
     table_names,
 )
 from agentic_rag_env.retrievers.vectors.ranking import MARGIN, SCORE_DECIMALS
-from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
+from agentic_rag_env.settings import COUNT, TEXT, check_settings, one_of, or_none
 from agentic_rag_env.types import Found, Passage
 
 SEARCHES = ("dense", "text", "hybrid")
@@ -77,6 +77,7 @@ class LanceDBConfig:
         check_settings(self, one_of(SEARCHES), "search")
         check_settings(self, or_none(one_of(INDEXES)), "index")
         check_settings(self, or_none(COUNT), "nprobes")
+        check_settings(self, or_none(TEXT), "uri")
         check_settings(self, TABLE_NAME, "table")
         check_settings(self, or_none(one_of(LANGUAGES)), "language")
 

@@ -11,7 +11,7 @@ from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import Wrapper, build_wrapped, encodable, hash_with, search_once
 from agentic_rag_env.retrievers.vectors.encoders import DTYPES
 from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
-from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
+from agentic_rag_env.settings import COUNT, TEXT, check_settings, one_of, or_none
 from agentic_rag_env.types import Found, Passage
 
 #: Scores are compared after rounding to this many decimals, because another batch changes a logit by some 1e-6.
@@ -48,6 +48,7 @@ class RerankConfig:
     def __post_init__(self) -> None:
         check_settings(self, COUNT, "depth", "batch_size")
         check_settings(self, or_none(COUNT), "max_length")
+        check_settings(self, TEXT, "model")
         check_settings(self, or_none(one_of(DTYPES)), "dtype")
 
 

@@ -13,7 +13,7 @@ from agentic_rag_env.retrievers.base import encodable, hash_of
 from agentic_rag_env.retrievers.vectors.encoders import DTYPES, ENCODERS
 from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
 from agentic_rag_env.retrievers.vectors.usage import POOLINGS, PRESETS, Usage, resolve
-from agentic_rag_env.settings import COUNT, check_settings, one_of, or_none
+from agentic_rag_env.settings import COUNT, TEXT, check_settings, one_of, or_none
 
 #: The settings that decide the vectors and are kept with an index, in the order of `Usage`.
 _OF_INDEX = ("pooling", "normalize", "query_prefix", "passage_prefix", "max_length")
@@ -57,6 +57,7 @@ class HuggingFaceConfig:
         check_settings(self, or_none(one_of(POOLINGS)), "pooling")
         check_settings(self, or_none(one_of(DTYPES)), "dtype")
         check_settings(self, or_none(COUNT), "max_length")
+        check_settings(self, TEXT, "model")
         check_settings(self, COUNT, "batch_size")
 
 

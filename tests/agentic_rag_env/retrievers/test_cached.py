@@ -286,6 +286,62 @@ def test_offline_needs_the_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("folder_too", [False, True])
+def test_a_run_is_replayed_from_files_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_too: bool
+) -> None:
+    """The user of the tests may be root, who can write every file. So the statements are read, too."""
+    online = cached(Counting(), tmp_path / "a c?")
+    expected = online.search(["a"], 3)
+    online.close()
+    before = files_in(tmp_path)
+    assert list(before) == ["a c?"]
+    (tmp_path / "a c?").chmod(0o444)
+    access = os.access
+    if folder_too:
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+        tmp_path.chmod(0o555)
+    said: list[str] = []
+    connect = sqlite3.connect
+
+    def watched(*arguments: Any, **settings: Any) -> sqlite3.Connection:
+        connection = connect(*arguments, **settings)
+        connection.set_trace_callback(said.append)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", watched)
+    offline = cached(Counting(), tmp_path / "a c?", offline=True)
+    assert bits(offline.search(["a"], 3)) == bits(expected)
+    assert isinstance(offline.search(["b"], 3)[0], RetrieverError)
+    assert {statement.split()[0] for statement in said} == {"PRAGMA", "SELECT"}
+    assert bits(pickle.loads(pickle.dumps(offline)).search(["a"], 3)) == bits(expected)
+    if folder_too:
+        assert files_in(tmp_path) == before, "nothing lies beside the file"
+    tmp_path.chmod(0o755)
+
+
+def test_newest_entries_are_replayed_while_they_are_in_the_log(tmp_path: Path) -> None:
+    online = cached(Counting(), tmp_path / "c")
+    online.search(["a"], 3)
+    assert (tmp_path / "c-wal").exists()
+    assert bits(cached(Counting(), tmp_path / "c", offline=True).search(["a"], 3)) == bits([result_of("a")[:3]])
+    online.close()
+
+
+def test_offline_reads_no_file_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no database " * 100)
+    with sqlite3.connect(tmp_path / "other") as file:
+        file.execute("CREATE TABLE precious (x)")
+    file.close()
+    for name in ("text", "other"):
+        with pytest.raises(ConfigurationError, match="is no cache of this version"):
+            cached(Counting(), tmp_path / name, offline=True)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +387,10 @@ def test_files_of_something_else(tmp_path: Path) -> None:
 def test_settings_out_of_range() -> None:
     with pytest.raises(ConfigurationError, match="max_in_memory must be at least 0, got -1"):
         cached(Counting(), max_in_memory=-1)
+    with pytest.raises(ConfigurationError, match=r"fingerprint must be a text .*, or None, got 2018"):
+        cached(Counting(), fingerprint=2018)
+    with pytest.raises(ConfigurationError, match="path must be the path of a file or folder, or None, got 2018"):
+        RETRIEVERS.build({"name": "cached", "path": 2018}, corpus=())
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
