@@ -254,7 +254,8 @@ def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 def _fit(encoder: StoredEncoder, store: CorpusStore, folder: Path, phase: Phase) -> dict[str, Any]:
     """Let the encoder learn from the corpus, or take over what it learned before; returns the content of its file."""
-    known = {"corpus": store.fingerprint, "settings": encoder.settings()}
+    # The fingerprint before it learns: another version may learn something else by the same settings.
+    known = {"corpus": store.fingerprint, "settings": encoder.settings(), "encoder": encoder.fingerprint}
     saved = _read(folder / ENCODER_STATE)
     if saved.get("learned_by") == known:
         encoder.load_state(saved["state"])

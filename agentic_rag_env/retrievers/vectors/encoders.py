@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +24,10 @@ class Encoder(Protocol):
     """Turns texts into vectors whose inner product measures relevance."""
 
     def fit(self, passages: Sequence[str]) -> None:
-        """Learn from the corpus before anything is encoded; a pretrained model does nothing."""
+        """Learn from the corpus before anything is encoded; a pretrained model does nothing.
+
+        What is learned goes into new attributes: an object that was there before may belong to a copy of the encoder.
+        """
         ...
 
     def encode_passages(self, passages: Sequence[str]) -> NDArray[np.float32]:
@@ -60,6 +64,9 @@ class StoredEncoder(Encoder, Protocol):
 def build_encoder(spec: Any) -> Encoder:
     """Make an encoder from a registered name, a mapping with `name` or `model`, or a model's folder or hub id.
 
+    An encoder is copied (not what it holds, such as a model), because each of those who use it lets it learn from a
+    corpus of their own.
+
     Raises:
         UnknownNameError: The word is no registered name, no folder and no hub id.
         ConfigurationError: The settings do not fit.
@@ -68,7 +75,8 @@ def build_encoder(spec: Any) -> Encoder:
         spec = {"name": "huggingface", **spec}
     if isinstance(spec, str) and spec not in ENCODERS.names() and ("/" in spec or Path(spec).is_dir()):
         spec = {"name": "huggingface", "model": spec}
-    return ENCODERS.build(spec)
+    encoder = ENCODERS.build(spec)
+    return copy(encoder) if encoder is spec else encoder
 
 
 def stored(encoder: Encoder, purpose: str) -> StoredEncoder:

@@ -33,7 +33,7 @@ from agentic_rag_env.retrievers.indexing import faiss_builder
 from agentic_rag_env.retrievers.indexing.builder import DenseIndexConfig, build_bm25, build_dense
 from agentic_rag_env.retrievers.indexing.cli import main
 from agentic_rag_env.retrievers.indexing.faiss_builder import default_index
-from agentic_rag_env.retrievers.vectors import torch_search
+from agentic_rag_env.retrievers.vectors import hashed_ngram, torch_search
 from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder
 from agentic_rag_env.retrievers.vectors.faiss_search import FlatSearch
 from agentic_rag_env.retrievers.vectors.hashed_ngram import HashedNgramEncoder
@@ -474,6 +474,21 @@ def test_a_learned_encoder_travels_with_the_index(tmp_path: Path, store: CorpusS
     fitted.fit(["amber"])
     assert isinstance(fitted, StoredEncoder)
     assert fitted.fingerprint != HashedNgramEncoder().fingerprint
+
+
+def test_what_another_version_learned_is_learned_anew(
+    tmp_path: Path, store: CorpusStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index whose vectors were deleted, built when words were cut in another way."""
+    config = DenseIndexConfig(encoder={"name": "hashed_ngram", "dim": 64})
+    build_dense(store.path, tmp_path / "new", config)
+    monkeypatch.setattr(hashed_ngram, "WORDS", 1)
+    monkeypatch.setattr(HashedNgramEncoder, "state", lambda self: {"num_passages": 7, "document_frequency": {}})
+    build_dense(store.path, tmp_path / "index", config)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "index" / "vectors")
+    build_dense(store.path, tmp_path / "index", config)
+    assert files_in(tmp_path / "index") == files_in(tmp_path / "new")
 
 
 # Refused

@@ -483,6 +483,17 @@ def test_hashed_ngram_follows_its_formula(texts: list[str], sizes: tuple[int, in
         np.testing.assert_allclose(row, ngram_by_hand(text, texts, config), atol=1e-6)
 
 
+def test_retrievers_that_share_an_encoder_learn_apart() -> None:
+    """The weight of a word comes from the retriever's own corpus, whoever else uses the encoder."""
+    common, rare = corpus_of(*["amber birch"] * 9, "birch", "amber"), corpus_of("amber birch", *["cedar"] * 9)
+    shared = HashedNgramEncoder()
+    first = DenseRetriever(DenseConfig(encoder=shared), common)
+    expected = first.search(QUERIES, 5)
+    DenseRetriever(DenseConfig(encoder=shared), rare)
+    assert first.search(QUERIES, 5) == expected
+    assert expected == DenseRetriever(DenseConfig(), common).search(QUERIES, 5)
+
+
 def test_hashed_ngram_finds_misspelt_and_inflected_words() -> None:
     corpus = corpus_of(
         "The capital of Freedonia is Fredville.", "Rivers flow into seas.", "A list of mountain climbers."
@@ -613,7 +624,7 @@ def test_encoders_by_name_mapping_and_object() -> None:
     built = build_encoder({"name": "hashed_ngram", "dim": 64})
     assert isinstance(built, HashedNgramEncoder)
     assert built.config.dim == 64
-    assert build_encoder(built) is built
+    assert build_encoder(built).fingerprint == built.fingerprint
     with pytest.raises(UnknownNameError, match=r"Unknown encoder 'hashed_ngrm'\. Did you mean 'hashed_ngram'"):
         build_encoder("hashed_ngrm")
     with pytest.raises(ConfigurationError, match="cannot be loaded; give a folder"):
