@@ -119,7 +119,7 @@ RETRIEVERS = "agentic_rag_env.retrievers"
 RETRIEVER_ROOMS = {
     "base": set(),
     "index_folder": {"base"},
-    "vectors": {"base", "index_folder"},
+    "vectors": {"base", "index_folder", "words"},
     "cache_file": set(),
     "words": set(),
     "indexing": {"base", "bm25", "index_folder", "vectors"},

@@ -1,4 +1,4 @@
-"""The words of a text, as BM25 counts them."""
+"""The words of a text, as BM25 and the hashed n-grams count them."""
 
 from __future__ import annotations
 
