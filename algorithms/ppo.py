@@ -5,7 +5,9 @@ Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv:1707.06
 Sampled: by the policy, afresh in every step.
 Needed: a critic, and, unless kl_coef is 0, the log-probabilities of the frozen initial policy.
 Credit: generalized advantage estimation over the model-written tokens. The last one earns the reward (exact match), and
-    each pays kl_coef times the KL estimate. The advantages are standardized over the batch.
+    each pays kl_coef times the KL estimate. The advantages are standardized over the batch. In its own advantage each
+    token pays k1, whatever the estimate: sampled gradients know nothing of how an estimate's value depends on the
+    policy, and the mean of k1 times the score is the gradient of the KL, which those of the others are not.
 Loss: clipped surrogate minus entropy bonus; clipped squared error for the critic.
 
 Differs from the paper: time skips the environment's tokens in the advantages, in their standardization and in the
@@ -34,7 +36,8 @@ class PPOConfig(PolicyGradientConfig, CriticConfig):
 
     Attributes:
         kl_estimator: How the KL penalty is estimated: "k1" (signed), "k2" or "k3" from the sampled token, see
-            `ops.kl_estimate`; or "exact", the sum over the vocabulary, which costs one more pass of the policy.
+            `ops.kl_estimate`; or "exact", the sum over the vocabulary, which costs one more pass of the policy. A token
+            pays k1 for itself, and the estimate of those that follow.
         discount: Weight of the next model-written token's value.
         gae_lambda: 1: return minus value; lower: credit stays local, at the price of the critic's bias.
     """
@@ -56,8 +59,10 @@ class PPO(Algorithm):
     config: PPOConfig
 
     def __init__(self, config: PPOConfig) -> None:
-        self._anchor = f"{ANCHORS[config.anchor]}_{'kl' if config.kl_estimator == 'exact' else 'logprobs'}"
-        read = {"values": True, "entropy": config.entropy_coef > 0, self._anchor: config.kl_coef > 0}
+        pays, anchor = config.kl_coef > 0, ANCHORS[config.anchor]
+        self._logprobs, self._kl = f"{anchor}_logprobs", f"{anchor}_kl"
+        read = {"values": True, "entropy": config.entropy_coef > 0, self._logprobs: pays}
+        read[self._kl] = pays and config.kl_estimator == "exact"
         self.needs = frozenset(name for name, is_read in read.items() if is_read)
         super().__init__(config)
 
@@ -78,14 +83,15 @@ class PPO(Algorithm):
         token_rewards = super().shape_rewards(batch)
         if self.config.kl_coef == 0:
             return token_rewards
-        weights = self.penalty_weights(batch)
-        return token_rewards - self.config.kl_coef * weights[:, None] * self._anchor_kl(batch, weights > 0)
+        return token_rewards - self._penalty(batch, self.config.kl_estimator)
 
     def estimate_advantages(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Standardized advantages, and returns as they are, both [B, T]."""
         advantages, returns = ops.gae(
             batch.token_rewards, batch.values, batch.response_mask, self.config.discount, self.config.gae_lambda
         )
+        if self.config.kl_coef > 0 and self.config.kl_estimator != "k1":
+            advantages += self._penalty(batch, self.config.kl_estimator) - self._penalty(batch, "k1")
         return ops.standardize(advantages, batch.response_mask), returns
 
     def token_loss(self, tokens: Tokens) -> Tensor:
@@ -108,16 +114,22 @@ class PPO(Algorithm):
         if self.config.kl_coef == 0:
             return {}
         weights = self.penalty_weights(batch)
-        divergence = self._anchor_kl(batch, weights > 0).sum(dim=1)
+        divergence = self._anchor_kl(batch, weights > 0, self.config.kl_estimator).sum(dim=1)
         figures = ops.penalty_figures(self.config.kl_coef * weights * divergence)
         num_tokens = int(batch.response_mask[weights > 0].sum())
         return figures | ({"anchor_kl": float(divergence.sum()) / num_tokens} if num_tokens else {})
 
-    def _anchor_kl(self, batch: Batch, pays: Tensor) -> Tensor:
+    def _penalty(self, batch: Batch, estimator: str) -> Tensor:
+        """What each model-written token pays by an estimate, [B, T]."""
+        weights = self.penalty_weights(batch)
+        return self.config.kl_coef * weights[:, None] * self._anchor_kl(batch, weights > 0, estimator)
+
+    def _anchor_kl(self, batch: Batch, pays: Tensor, estimator: str) -> Tensor:
         """The KL estimate at each model-written token of the trajectories that pay, [B, T] nats, 0 elsewhere."""
-        config, estimate = self.config, getattr(batch, self._anchor)
-        if config.kl_estimator != "exact":
-            estimate = ops.kl_estimate(batch.old_logprobs, estimate, config.kl_estimator, config.kl_clip)
-        elif config.kl_clip is not None:
-            estimate = estimate.clamp(max=config.kl_clip)
+        clip = self.config.kl_clip
+        if estimator == "exact":
+            divergence: Tensor = getattr(batch, self._kl)
+            estimate = divergence if clip is None else divergence.clamp(max=clip)
+        else:
+            estimate = ops.kl_estimate(batch.old_logprobs, getattr(batch, self._logprobs), estimator, clip)
         return estimate.masked_fill(~(batch.response_mask & pays[:, None]), 0.0)

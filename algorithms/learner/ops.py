@@ -23,7 +23,11 @@ if TYPE_CHECKING:  # this module calls only methods of tensors, so settings can 
     from torch import Tensor
 
 #: Estimates of the KL by name, each a function of the difference of the log-probabilities.
-KL_ESTIMATORS = {"k1": lambda k1: k1, "k2": lambda k1: k1.square() / 2, "k3": lambda k1: (-k1).expm1() + k1}
+KL_ESTIMATORS = {
+    "k1": lambda k1: k1,
+    "k2": lambda k1: k1.square() / 2,
+    "k3": lambda k1: (-k1).expm1() + k1.masked_fill(k1 == -math.inf, 0.0),  # not inf - inf
+}
 
 #: Bound of |log ratio| in the surrogate: exp(20) is far outside every clip range, and times 0 it is still a number.
 MAX_LOG_RATIO = 20.0
@@ -240,8 +244,11 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str, clip: 
         ConfigurationError: The estimator has another name.
     """
     check_value("kl_estimator", estimator, one_of(KL_ESTIMATORS))
-    estimate = KL_ESTIMATORS[estimator](_difference(logprobs, other_logprobs))
-    return estimate if clip is None else estimate.clamp(-clip, clip)
+    difference = _difference(logprobs, other_logprobs)
+    if clip is None:
+        return KL_ESTIMATORS[estimator](difference)
+    # The gradient of an estimate beyond its bound is 0, and 0 times what k3 would have there is NaN.
+    return KL_ESTIMATORS[estimator](difference.clamp(min=-max(clip, MAX_LOG_RATIO))).clamp(-clip, clip)
 
 
 def truncated_importance(logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
@@ -252,7 +259,7 @@ def truncated_importance(logprobs: Tensor, sampled_logprobs: Tensor, cap: float)
         sampled_logprobs: [...] nats, of the same tokens under the policy that sampled.
         cap: The largest weight. It bounds the variance, and makes an estimate biased where it applies.
     """
-    return (logprobs - sampled_logprobs).exp().clamp(max=cap)
+    return _difference(logprobs, sampled_logprobs).exp().clamp(max=cap)
 
 
 def clipped_surrogate(

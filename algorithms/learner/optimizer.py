@@ -75,7 +75,7 @@ class Optimizer:
             [], the norm of the gradient before clipping.
 
         Raises:
-            FloatingPointError: Loss or gradient is not finite; nothing has been changed.
+            FloatingPointError: Loss or gradient is not finite; these parameters have not been changed.
         """
         # Those of sharded weights were summed in the backward pass.
         ranks.sum_gradients([each for each in self.parameters if not isinstance(each, DTensor)])
@@ -83,8 +83,8 @@ class Optimizer:
         if not torch.isfinite(loss + norm):
             raise FloatingPointError(
                 f"Training step {step + 1}: the loss of the {self.name} is {float(loss)} and the norm of its gradient"
-                f" {float(norm)}. Nothing was changed by this step. Begin again, from the last checkpoint if you like"
-                f" (model.policy=<run dir>/checkpoints/<step>), with a lower learning rate (now"
+                f" {float(norm)}. This minibatch did not change the {self.name}. Begin again, from the last checkpoint"
+                f" if you like (model.policy=<run dir>/checkpoints/<step>), with a lower learning rate (now"
                 f" {self.learning_rate(step):.3g}), a longer warm-up, or precision=float32."
             )
         for group in self.adamw.param_groups:

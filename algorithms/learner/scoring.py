@@ -114,31 +114,35 @@ class Scorer:
         return torch.cat([self._in_blocks(logprobs_of, self.logits(network, part), each) for part, each in chunks])
 
     @torch.no_grad()
-    def kl(
+    def kl_and_logprobs(
         self,
         policy: PreTrainedModel,
         other: PreTrainedModel,
         batch: Batch,
         is_teacher: bool = False,
         only: Tensor | None = None,
-    ) -> Tensor:
-        """KL(policy || other) over the vocabulary where a model wrote, [B, T] float32 in nats, 0 elsewhere.
+    ) -> tuple[Tensor, Tensor]:
+        """KL(policy || other) over the vocabulary where a model wrote, and the other's `logprobs`, in the same passes.
 
-        With `only`, [B] bool, it is computed for these trajectories, and is 0 in the others.
+        Both are [B, T] float32 in nats, 0 elsewhere.
+
+        With `only`, [B] bool, they are computed for these trajectories, and are 0 in the others.
         """
         read_by_other = self.hidden_of_teacher if is_teacher else self.hidden
 
         def compute(micro: Batch, rows: Tensor, columns: Tensor) -> Tensor:
             readings = (self.hidden, policy), (read_by_other, other)
             hidden = (read(network, micro, rows, columns).split(self.chunk_tokens) for read, network in readings)
-            return torch.cat(
-                [
-                    self._in_blocks(ops.reverse_kl, self.logits(policy, part), self.logits(other, other_part))
-                    for part, other_part in zip(*hidden, strict=True)
-                ]
-            )
+            ids = micro.written_ids[rows, columns + 1].split(self.chunk_tokens)
+            computed = []
+            for part, other_part, each in zip(*hidden, ids, strict=True):
+                theirs = self.logits(other, other_part)
+                divergence = self._in_blocks(ops.reverse_kl, self.logits(policy, part), theirs)
+                computed.append(torch.stack((divergence, self._in_blocks(ops.gather_logprobs, theirs, each))))
+            return torch.cat(computed, dim=1)
 
-        return self._at_model_tokens(batch, compute, policy, other, only=only)
+        divergence, logprobs = self._at_model_tokens(batch, compute, policy, other, only=only, outputs=(2,))
+        return divergence, logprobs
 
     @torch.no_grad()
     def values(self, critic: Critic, batch: Batch) -> Tensor:

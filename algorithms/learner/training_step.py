@@ -125,10 +125,12 @@ class Learner:
                 batch.values = self.scorer.values(self.critic, batch)
         for name, network in (("ref", self.reference), ("teacher", self.teacher)):
             is_teacher = name == "teacher"
-            if f"{name}_logprobs" in needs:
-                setattr(batch, f"{name}_logprobs", self.scorer.logprobs(network, batch, is_teacher, only))
             if f"{name}_kl" in needs:
-                setattr(batch, f"{name}_kl", self.scorer.kl(policy, network, batch, is_teacher, only))
+                divergence, logprobs = self.scorer.kl_and_logprobs(policy, network, batch, is_teacher, only)
+                setattr(batch, f"{name}_kl", divergence)
+                setattr(batch, f"{name}_logprobs", logprobs)
+            elif f"{name}_logprobs" in needs:
+                setattr(batch, f"{name}_logprobs", self.scorer.logprobs(network, batch, is_teacher, only))
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> float:
@@ -159,7 +161,7 @@ class Learner:
             those here, before the first step on the batch, over the tokens of the first minibatch [nats].
 
         Raises:
-            FloatingPointError: A loss or a gradient is not finite; the weights are those before that minibatch.
+            FloatingPointError: A loss or a gradient is not finite; that network is as it was before that minibatch.
             ConfigurationError: The batch can't be split as configured.
         """
         config: Any = self.algorithm.config

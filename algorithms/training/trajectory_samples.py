@@ -98,7 +98,7 @@ def token_figures(batch: Batch, learner: Learner) -> list[dict[str, np.ndarray]]
     columns = {} if batch.advantages is None else {"advantages": batch.advantages}
     for name, network in (("ref", learner.reference), ("teacher", learner.teacher)):
         if network is not None:
-            columns[f"{name}_kl"] = learner.scorer.kl(learner.policy, network, batch, name == "teacher")
+            columns[f"{name}_kl"] = learner.scorer.kl_and_logprobs(learner.policy, network, batch, name == "teacher")[0]
     return [
         {name: column[row][mask].cpu().numpy() for name, column in columns.items()}
         for row, mask in enumerate(batch.response_mask)

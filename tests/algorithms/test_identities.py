@@ -601,12 +601,53 @@ def test_exact_divergence_takes_the_place_of_the_estimate():
     kl = normal(5, 14, seed=9).abs()
     for make, name in ((lambda **k: DGPO(DGPOConfig(**k)), "teacher_kl"), (lambda **k: PPO(PPOConfig(**k)), "ref_kl")):
         algorithm = make(kl_estimator="exact", kl_coef=0.5)
-        assert algorithm.needs == {"values", "entropy", name}
-        batch = make_batch(MIXED, teacher_logprobs=None, ref_logprobs=None, **{name: kl})
+        assert algorithm.needs == {"values", "entropy", name, name.replace("kl", "logprobs")}
+        batch = make_batch(MIXED, **{name: kl})
         pays = batch.response_mask & (~batch.correct[:, None] | (name == "ref_kl"))
         rewards = algorithm.shape_rewards(batch)
         torch.testing.assert_close(rewards.sum(1), batch.rewards - 0.5 * (kl * pays).sum(1), **NINE_DIGITS)
         assert algorithm.step_metrics(batch)["anchor_kl"] == pytest.approx(kl[pays].mean().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3", "exact"])
+def test_the_policy_gradient_of_the_penalty_is_that_of_the_divergence(estimator, monkeypatch):
+    """Over all episodes of two tokens: sum of probability, advantage and score equals the gradient of the KL."""
+    monkeypatch.setattr(ops, "standardize", lambda advantages, mask: advantages)
+    size = 4
+    ours = normal(1 + size, size, seed=20).requires_grad_()  # of the first token, and of the second after each first
+    teacher = normal(1 + size, size, seed=21).log_softmax(-1)
+    first, second = (each.flatten() for each in torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"))
+    log_q = ours.log_softmax(-1)
+    divergences = (log_q.exp() * (log_q - teacher)).sum(-1)
+
+    def of_tokens(table: Tensor) -> Tensor:
+        return torch.stack((torch.zeros(size**2), table[0, first], table[1 + first, second]), dim=1)
+
+    logprobs = of_tokens(log_q)
+    probabilities = logprobs.sum(1).exp()
+    mask = torch.tensor([False, True, True]).expand(size**2, 3)
+    batch = Batch(
+        input_ids=torch.zeros(size**2, 3, dtype=torch.int64),
+        attention_mask=torch.ones(size**2, 3, dtype=torch.bool),
+        response_mask=mask,
+        old_logprobs=logprobs.detach(),
+        rewards=torch.zeros(size**2, dtype=torch.float64),
+        correct=torch.zeros(size**2, dtype=torch.bool),
+        group_ids=torch.arange(size**2),
+        values=torch.zeros(size**2, 3, dtype=torch.float64),
+        teacher_logprobs=of_tokens(teacher),
+        teacher_kl=torch.stack(
+            (torch.zeros(size**2), divergences[0].expand(size**2), divergences[1 + first]), 1
+        ).detach(),
+    )
+    shaped(DGPO(DGPOConfig(kl_coef=0.3, kl_estimator=estimator)), batch)
+    (found,) = torch.autograd.grad(
+        (probabilities.detach()[:, None] * batch.advantages * logprobs * mask).sum(), ours, retain_graph=True
+    )
+    divergence = divergences[0] + (log_q[0].exp() * divergences[1:]).sum()
+    (wanted,) = torch.autograd.grad(-0.3 * divergence, ours)
+    assert wanted.abs().max() > 0.01
+    torch.testing.assert_close(found, wanted, **NINE_DIGITS)
 
 
 def test_exact_divergence_is_the_expectation_of_the_estimates():

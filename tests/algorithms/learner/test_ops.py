@@ -299,6 +299,17 @@ def test_kl_estimates_are_not_clamped_and_precise_near_zero():
     assert ops.kl_estimate(t(1e-8), t(0.0), "k3").item() == pytest.approx(5e-17, rel=1e-6)
 
 
+def test_what_one_side_rules_out_or_lies_far_beyond_a_bound_gives_no_nan():
+    ruled_out = t([-INF])
+    assert ops.kl_estimate(ruled_out, t([-1.0]), "k3").item() == INF
+    assert ops.truncated_importance(ruled_out, ruled_out, 2.0).item() == 1.0
+    for clip in (10.0, 30.0):
+        far = torch.tensor([-100.0], requires_grad=True)
+        estimate = ops.kl_estimate(far, torch.tensor([-1.0]), "k3", clip=clip)
+        estimate.backward()
+        assert (estimate.item(), far.grad.item()) == (clip, 0.0)
+
+
 @pytest.mark.parametrize("estimator", ops.KL_ESTIMATORS)
 def test_kl_estimate_where_both_rule_the_token_out_is_zero(estimator):
     logprobs = t([-INF, -1.0], requires_grad=True)

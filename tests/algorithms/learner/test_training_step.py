@@ -471,11 +471,12 @@ def test_exact_divergence_of_the_networks_is_the_sum_over_the_vocabulary(tempera
     algorithm = DGPO(DGPOConfig(kl_estimator="exact", selective=False))
     learner = make_learner(algorithm, policy=policy, temperature=temperature, chunk_tokens=4, micro_batch_tokens=40)
     learner.score(batch)
-    assert batch.teacher_logprobs is None
     log_q = full_logits(policy, batch, temperature).log_softmax(-1)
     log_p = full_logits(teacher, batch, temperature).log_softmax(-1)
     expected = torch.where(batch.response_mask, (log_q.exp() * (log_q - log_p)).sum(-1), 0.0)
     torch.testing.assert_close(batch.teacher_kl, expected, rtol=0, atol=1e-5)
+    alone = learner.scorer.logprobs(teacher, batch)
+    torch.testing.assert_close(batch.teacher_logprobs, alone, rtol=0, atol=1e-5)
 
 
 def test_validation_is_the_mean_loss_and_changes_nothing(blocks):
@@ -648,6 +649,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(value):
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.policy.state_dict().items())
 
 
+def test_a_loss_that_is_not_finite_claims_nothing_of_the_other_network():
+    class Broken(PPO):
+        def token_loss(self, tokens):
+            return super().token_loss(tokens) * float("nan")
+
+    learner = make_learner(Broken(make_ppo().config))
+    batch, critic = make_batch(), copy.deepcopy(learner.critic.state_dict())
+    learner.score(batch)
+    with pytest.raises(FloatingPointError, match=r"This minibatch did not change the policy\."):
+        learner.update(batch, np.random.default_rng(0))
+    assert any(not torch.equal(tensor, critic[name]) for name, tensor in learner.critic.state_dict().items())
+
+
 def test_errors_say_what_to_do():
     with pytest.raises(ConfigurationError, match="KD needs teacher_logits, so the learner needs a teacher"):
         Learner(make_kd(), make_model(0), config=LearnerConfig(), total_steps=1, vocab_size=VOCAB)
@@ -772,7 +786,8 @@ def test_a_teacher_scores_the_tokens_behind_its_own_prompts():
     torch.testing.assert_close(batch.teacher_logprobs[batch.response_mask], expected, atol=1e-5, rtol=0)
     otherwise = naive_logprobs(learner.teacher, batch)[batch.response_mask]
     assert (expected - otherwise).abs().max() > 1e-3, "the prompt matters"
-    exact = learner.scorer.kl(learner.policy, learner.teacher, batch, is_teacher=True)[batch.response_mask]
+    exact, _ = learner.scorer.kl_and_logprobs(learner.policy, learner.teacher, batch, is_teacher=True)
+    exact = exact[batch.response_mask]
     ours = full_logits(learner.policy, batch).log_softmax(-1)[batch.response_mask]
     theirs = full_logits(learner.teacher, batch.read_by_teacher).log_softmax(-1)[batch.read_by_teacher.response_mask]
     torch.testing.assert_close(exact, (ours.exp() * (ours - theirs)).sum(-1), atol=1e-5, rtol=0)
