@@ -1,4 +1,4 @@
-"""DistiLLM: skew divergences, and a share of the student's own trajectories that grows only when it helps.
+"""DistiLLM: skew divergences, and a share of the student's own trajectories that grows with the held-out loss.
 
 Paper: Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", arXiv:2402.03898, eqs. 4-5 and
     algorithm 1.

@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.http_client import ClientConfig, HttpClient, ServiceError
-from agentic_rag_env.probes.material import Prompt, cut
+from agentic_rag_env.probes.material import CLOSING_TAGS, Prompt, cut
 from agentic_rag_env.settings import COUNT, Allowed, at_least, check_settings, one_of
 
 APIS = ("completions", "chat")
@@ -62,6 +62,18 @@ class EndpointConfig(ClientConfig):
         check_settings(self, at_least(0), "temperature")
 
 
+class Message(NamedTuple):
+    """What an endpoint wrote.
+
+    Attributes:
+        text: The text, cut at its earliest closing tag.
+        is_cut_off: Whether the server stopped at `max_tokens`, before any closing tag.
+    """
+
+    text: str
+    is_cut_off: bool
+
+
 class Endpoint:
     """Continues prompts with one request for each.
 
@@ -97,10 +109,10 @@ class Endpoint:
         Raises:
             EndpointError: The endpoint failed in every try, or its reply has no text.
         """
-        return self._texts([self._request(prompt) for prompt in prompts])
+        return [message.text for message in self._messages([self._request(prompt) for prompt in prompts])]
 
-    def chat(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
-        """The next message of each conversation, cut like the continuation of a prompt; `config.api` must be "chat".
+    def chat(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[Message]:
+        """The next message of each conversation; `config.api` must be "chat".
 
         Args:
             conversations: Lists of messages with `role` and `content`; the last message is a user's.
@@ -109,31 +121,34 @@ class Endpoint:
             EndpointError: The endpoint failed in every try, or its reply has no text.
         """
         assert self.config.api == "chat"
-        return self._texts([{**self._common(), "messages": list(messages)} for messages in conversations])
+        return self._messages([{**self._common(), "messages": list(messages)} for messages in conversations])
 
     def close(self) -> None:
         """Close the open connections."""
         self._client.close()
 
-    def _texts(self, payloads: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _messages(self, payloads: Sequence[Mapping[str, Any]]) -> list[Message]:
         with ThreadPoolExecutor(self.config.num_parallel) as pool:
-            return list(pool.map(self._text, payloads))
+            return list(pool.map(self._message, payloads))
 
-    def _text(self, payload: Mapping[str, Any]) -> str:
+    def _message(self, payload: Mapping[str, Any]) -> Message:
         started = time.perf_counter()
         try:
             reply = self._client.post(payload).json()
         except ServiceError as error:
             raise EndpointError(str(error)) from error
         self._count(reply, time.perf_counter() - started)
+        limit_reached = False
         try:
             choice = reply["choices"][0]
+            limit_reached = choice.get("finish_reason") == "length"
             text = choice["text"] if self.config.api == "completions" else choice["message"]["content"]
-        except (KeyError, IndexError, TypeError):
+        except (AttributeError, KeyError, IndexError, TypeError):
             text = reply
         if not isinstance(text, str | None):
             raise EndpointError(f"{self.config.url}: the reply holds no text: {str(reply)[:200]}")
-        return cut(text or "")
+        text = cut(text or "")
+        return Message(text, limit_reached and not text.endswith(CLOSING_TAGS))
 
     def _count(self, reply: Any, seconds: float) -> None:
         usage = reply.get("usage") if isinstance(reply, dict) else None

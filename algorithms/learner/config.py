@@ -105,6 +105,7 @@ class DemonstrationsConfig:
         path: The file; only for "file".
         url: Address of the server up to the version, such as `http://127.0.0.1:8000/v1`; only for "endpoint".
         model: What the server calls the model; only for "endpoint".
+        num_parallel: Most requests under way at once, at most `num_envs`; only for "endpoint".
         api_key_variable: Name of the environment variable that holds the server's key.
         num: Takes the place of `num_demonstrations`; None: `num_demonstrations` counts.
         filters: What a demonstration must be: "correct", "well_formed" (no malformed turn), "length" (no action longer
@@ -115,12 +116,14 @@ class DemonstrationsConfig:
     path: str | None = None
     url: str | None = None
     model: str | None = None
+    num_parallel: int = 32
     api_key_variable: str = "OPENAI_API_KEY"
     num: int | None = None
     filters: list[str] = field(default_factory=lambda: list(FILTERS))
 
     def __post_init__(self) -> None:
         check_settings(self, or_none(COUNT), "num")
+        check_settings(self, COUNT, "num_parallel")
         allowed = f"a list of some of {', '.join(FILTERS)}"
         check_settings(self, Allowed(allowed, lambda value: set(value) <= set(FILTERS)), "filters")
 
@@ -155,6 +158,11 @@ class DemonstrationConfig(AlgorithmConfig):
                 "one of them."
             )
         self.num_demonstrations = self.num_demonstrations if num is None else num
+        if self.correct_only and "correct" not in self.demonstrations.filters:
+            raise ConfigurationError(
+                f"demonstrations.filters={self.demonstrations.filters} keeps wrong answers, and correct_only=true does "
+                "not; set correct_only=false, or add correct to the filters."
+            )
         counts = ("num_demonstrations", "max_questions_per_demonstration")
         check_settings(self, COUNT, *counts)
         check_settings(self, or_none(Allowed("in (0, 1]", lambda value: 0 < value <= 1)), "hand_over_exact_match")

@@ -23,6 +23,7 @@ from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training import demonstrations
 from algorithms.training.build import Environments, Networks
 from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, Demonstrations
+from algorithms.training.demonstrations.endpoint import CUT_OFF
 from algorithms.training.fingerprints import of_playing, of_plugins, of_retriever
 from algorithms.training.settings import RunConfig, settings_with_effect
 
@@ -34,6 +35,7 @@ class Sources:
         config: The run's settings.
         networks, environments: Who plays, and where.
         stages: The algorithms of the run.
+        run_dir: Keeps demonstrations that no other run may use.
 
     Attributes:
         demonstrations: Demonstrations, collected or read, of each algorithm that trains on them.
@@ -46,9 +48,15 @@ class Sources:
     """
 
     def __init__(
-        self, config: RunConfig, networks: Networks, environments: Environments, stages: Sequence[Algorithm]
+        self,
+        config: RunConfig,
+        networks: Networks,
+        environments: Environments,
+        stages: Sequence[Algorithm],
+        run_dir: Path,
     ) -> None:
         _check_sampling(config, stages)
+        self._run_dir = run_dir
         self._config, self._networks, self._environments = config, networks, environments
         self.replay = Replay(0)
         self._players: dict[float | None, Player] = {}
@@ -57,19 +65,24 @@ class Sources:
             stage: self._demonstrate(stage.config) for stage in stages if "teacher" in stage.trains_on
         }
         self.demonstrations_s = time.perf_counter() - started
+        kept_out = {_question_id(one) for stage in self.demonstrations for one in self.held_out(stage)}
+        self._to_train_on = {
+            stage: [one for one in found.trajectories if _question_id(one) not in kept_out]
+            for stage, found in self.demonstrations.items()
+        }
         for stage, found in self.demonstrations.items():
             if len(found.trajectories) < found.num_wanted:
-                _report_shortage(stages, stages.index(stage), found, self._source_name(stage.config))
-            if 0 < len(found.trajectories) <= stage.num_validation:
+                _report_shortage(config, stages, stages.index(stage), found, self._source_name(stage.config))
+            if found.trajectories and not self.to_train_on(stage):
                 raise ConfigurationError(
-                    f"{stage.name} has {len(found.trajectories)} demonstrations, and num_validation="
-                    f"{stage.num_validation} are to be held out, which leaves none to train on; lower it."
+                    f"{stage.name} has {len(found.trajectories)} demonstrations, and none is left to train on without "
+                    f"the questions held out for validation (num_validation); lower it, now "
+                    f"{', '.join(f'{each.num_validation} in {each.name}' for each in self.demonstrations)}."
                 )
 
     def to_train_on(self, algorithm: Algorithm) -> list[Trajectory]:
-        """The demonstrations that an algorithm trains on: all but those held out."""
-        found = self.demonstrations.get(algorithm)
-        return found.trajectories[algorithm.num_validation :] if found else []
+        """The demonstrations that an algorithm trains on: none about a question that any stage is validated on."""
+        return self._to_train_on.get(algorithm, [])
 
     def held_out(self, algorithm: Algorithm) -> list[Trajectory]:
         """The demonstrations that an algorithm is validated on; none if it is not validated."""
@@ -136,13 +149,16 @@ class Sources:
         if config.model.teacher_dtype != "auto":
             settings["teacher_dtype"] = config.model.teacher_dtype
         settings["teacher_temperature"] = config.model.teacher_temperature
-        settings |= {"searched": of_retriever(envs.retriever), "source": name, "of": source.fingerprint}
+        searched = of_retriever(envs.retriever)
+        settings |= {"searched": searched, "source": name, "of": source.fingerprint}
         if plugins := of_plugins(source):
             settings["plugins"] = plugins
         teacher = networks.place_of_teacher if source.by_model else None
         tokenizer = networks.teacher_tokenizer if source.by_model else networks.tokenizer
         key = of_playing(settings, teacher or f"no model: {name}", tokenizer, envs.dataset)
-        folder = Path(config.cache_dir).expanduser() / "demonstrations"
+        # What an unknown index has answered may differ tomorrow, so other runs must not take it for the same.
+        is_known = envs.retriever is None or searched is not None
+        folder = (Path(config.cache_dir).expanduser() if is_known else self._run_dir) / "demonstrations"
         path, parts = folder / f"{key}.jsonl.gz", folder / f"{key}.parts"
 
         def make() -> Demonstrations:
@@ -159,8 +175,20 @@ class Sources:
         return found
 
 
+def _question_id(trajectory: Trajectory) -> str:
+    return trajectory.turns[-1].info["question_id"]
+
+
 def _check_sampling(config: RunConfig, stages: Sequence[Algorithm]) -> None:
-    """Refuse draws that leave tokens out, because policy gradients are taken of the full distribution."""
+    """Refuse a temperature without a gradient, and draws that leave tokens out.
+
+    Policy gradients are taken of the full distribution.
+    """
+    if not config.rollout.temperature > 0:
+        raise ConfigurationError(
+            f"Losses are at the temperature of the rollouts, and rollout.temperature={config.rollout.temperature} has "
+            "no gradient; train with one above 0. python -m algorithms.evaluate takes other values."
+        )
     top_p, top_k = config.rollout.top_p, config.rollout.top_k
     for stage in stages:
         is_gradient = type(stage).estimate_advantages is not Algorithm.estimate_advantages
@@ -172,7 +200,9 @@ def _check_sampling(config: RunConfig, stages: Sequence[Algorithm]) -> None:
             )
 
 
-def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrations, source: str) -> None:
+def _report_shortage(
+    config: RunConfig, stages: Sequence[Algorithm], index: int, found: Demonstrations, source: str
+) -> None:
     """Warn that an algorithm has fewer demonstrations than wanted.
 
     Raises:
@@ -196,6 +226,8 @@ def _report_shortage(stages: Sequence[Algorithm], index: int, found: Demonstrati
     remedy = f"{more}, or choose {other}"
     if settings.correct_only:
         remedy += f", or keep wrong answers too ({place}.correct_only=false)"
+    if CUT_OFF in found.dropped:
+        remedy = f"let replies be longer (rollout.max_new_tokens, now {config.rollout.max_new_tokens}), {remedy}"
     if count:
         warnings.warn(f"{name}: {message}; training goes on with {count}. To have more, {remedy}.", stacklevel=3)
     elif index < len(stages) - 1:

@@ -42,7 +42,7 @@ from algorithms.rollout.engine import Engine
 from algorithms.rollout.generator import Generator
 from algorithms.rollout.player import Player, TextEnvs
 from algorithms.rollout.recorded_steps import Recorder
-from algorithms.rollout.tokenization import PlainEncoder
+from algorithms.rollout.tokenization import PlainEncoder, opened_thought
 from algorithms.training.agent_files import read_agent
 from algorithms.training.host_memory import give_back
 from algorithms.training.model_names import resolve_model
@@ -184,6 +184,7 @@ class Networks:
         require_rows(self.tokenizer, logit_width(self.policy), policy)
         if teacher is not None:
             require_rows(self.teacher_tokenizer, declared_vocab_size(self.place(teacher)), teacher)
+            _require_same_opening(self.tokenizer, self.teacher_tokenizer)
         self.precision, self.precision_reason = decided_precision(config.learner.precision, self.policy)
         self.attention = attention_kernels(self.policy, self.precision)
         self._recorders: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
@@ -308,6 +309,10 @@ class Networks:
     def player(self, model: PreTrainedModel, envs: TextEnvs, temperature: float | None = None) -> Player:
         """A player with a network, at the run's temperature or at another one."""
         engine = self._engine(model, envs, self._config.rollout.temperature if temperature is None else temperature)
+        return self.player_of(engine, envs)
+
+    def player_of(self, engine: Engine, envs: TextEnvs) -> Player:
+        """A player with an engine; as many searches may fail as the run's settings allow."""
         return Player(engine, envs, self._config.max_retriever_error_fraction)
 
     def generator(self, model: PreTrainedModel, envs: TextEnvs) -> Generator:
@@ -344,6 +349,21 @@ class Networks:
 
 #: Settings that are dataclasses, by the last word of their name.
 _NESTED: dict[str, Any] = {"optimizer": OptimizerConfig, "demonstrations": DemonstrationsConfig}
+
+
+def _require_same_opening(policy: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Require that both chat templates open a thought, or neither: else a tag would be read twice or never.
+
+    Raises:
+        ConfigurationError: One does.
+    """
+    opened = {name: opened_thought(tokenizer) for name, tokenizer in (("policy", policy), ("teacher", teacher))}
+    if opened["policy"] != opened["teacher"]:
+        (does,) = (name for name, tag in opened.items() if tag)
+        raise ConfigurationError(
+            f"The chat template of model.{does} opens the reply with {opened[does]}, and the other's does not, so they "
+            "would not write the same turns. Give both folders the same chat_template."
+        )
 
 
 def _with_nested(spec: Any) -> Any:

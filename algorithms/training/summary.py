@@ -326,9 +326,10 @@ def _show(
         found = f"{counts['found']} demonstrations of {counts['wanted']} wanted"
         found = found if counts["found"] else "SKIPPED for want of demonstrations"
         terminal.print(f"{name}: {found}, from {counts['asked']} training questions")
-        if dropped := counts.get("dropped"):
-            told = ", ".join(f"{reason} {value:,.6g}" for reason, value in dropped.items())
-            terminal.print(f"{name}: dropped, and otherwise counted: {told}")
+        for part in ("dropped", "costs"):
+            if numbers := counts.get(part):
+                told = ", ".join(f"{number} {value:,.6g}" for number, value in numbers.items())
+                terminal.print(f"{name}: {part}: {told}")
     for mode, gained in summary["gain"].items():
         low, high = gained["interval"]
         terminal.print(

@@ -68,7 +68,7 @@ class Trainer:
             self.networks.shard_policy()
         if any(Role.TEACHER in stage.roles for stage in self.stages):
             self.networks.teacher()
-        self.sources = Sources(config, self.networks, self.environments, self.stages)
+        self.sources = Sources(config, self.networks, self.environments, self.stages, run_dir)
         self._check_last_batches()
 
     def _refuse_what_fails_late(self) -> None:

@@ -74,7 +74,7 @@ def try_out(config: RunConfig, folder: Path) -> Trial:
 def _shortened(config: RunConfig, folder: Path) -> RunConfig:
     return dataclasses.replace(
         config,
-        algo=_with_few_demonstrations(config.algo),
+        algo=_with_few_demonstrations(config.algo, _most_held_out(config.algo)),
         evaluation=dataclasses.replace(config.evaluation, every=STEPS),
         probe_every=0,
         logger=["jsonl"],
@@ -82,14 +82,19 @@ def _shortened(config: RunConfig, folder: Path) -> RunConfig:
     )
 
 
-def _with_few_demonstrations(algo: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a chain of stages, each with demonstrations for a few steps only."""
+def _most_held_out(algo: Mapping[str, Any]) -> int:
+    before = algo.get("warm_start")
+    return max(algo.get("num_validation", 0), _most_held_out(before) if isinstance(before, Mapping) else 0)
+
+
+def _with_few_demonstrations(algo: Mapping[str, Any], held_out: int) -> dict[str, Any]:
+    """The settings of a chain of stages, each with demonstrations for a few steps and those that nobody trains on."""
     short = dict(algo)
     if "num_demonstrations" in short:
-        few = STEPS * short["batch_size"] + short.get("num_validation", 0)
+        few = STEPS * short["batch_size"] + held_out
         short["num_demonstrations"] = min(short["num_demonstrations"], few)
     if isinstance(short.get("warm_start"), Mapping):
-        short["warm_start"] = _with_few_demonstrations(short["warm_start"])
+        short["warm_start"] = _with_few_demonstrations(short["warm_start"], held_out)
     return short
 
 

@@ -19,6 +19,8 @@ from algorithms.training.file_locks import exclusively
 from algorithms.training.kept_files import read_kept, seal
 from algorithms.training.run_logger import progress
 
+SEARCH_FAILED = "search_failed"
+
 
 @dataclass
 class Demonstrations:
@@ -29,7 +31,8 @@ class Demonstrations:
         num_wanted: Trajectories asked for.
         num_asked: Training questions that the source was asked.
         num_sampled_tokens: Tokens that it wrote on all these questions.
-        dropped: How many trajectories were dropped, by reason; also what else the source counts, such as its costs.
+        dropped: How many trajectories were dropped, by reason; also items that were never played.
+        costs: What the source spent elsewhere, by name.
     """
 
     trajectories: list[Trajectory]
@@ -37,11 +40,13 @@ class Demonstrations:
     num_asked: int
     num_sampled_tokens: int
     dropped: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
 
     def counts(self) -> dict[str, Any]:
         """The numbers for the summary."""
         counts = {"wanted": self.num_wanted, "found": len(self.trajectories), "asked": self.num_asked}
-        return counts | ({"dropped": dict(sorted(self.dropped.items()))} if self.dropped else {})
+        more = {"dropped": self.dropped, "costs": self.costs}
+        return counts | {name: dict(sorted(numbers.items())) for name, numbers in more.items() if numbers}
 
 
 def collect(
@@ -79,8 +84,9 @@ def collect(
             if len(result.trajectories) >= count:
                 break
     del result.trajectories[count:]
-    counts = ranks.decided(lambda: source.counts)
+    counts, costs = ranks.decided(lambda: (source.counts, source.costs))
     result.dropped = dict(dropped) | {name: value for name, value in counts.items() if value}
+    result.costs = {name: value for name, value in costs.items() if value}
     return result
 
 
@@ -89,7 +95,7 @@ def _ask(source: Source, items: list[int], seed: tuple[int, int], filters: Seque
     played, reasons, stats = source.play(items, seed)
     found, dropped = [], Counter[str]()
     for trajectory, given in zip(played, reasons, strict=True):
-        reason = given or reason_to_drop(trajectory, filters, source.rollout.max_new_tokens)
+        reason = reason_to_drop(trajectory, filters, source.rollout.max_new_tokens, given)
         if reason is None:
             found.append(trajectory)
         else:
@@ -97,7 +103,9 @@ def _ask(source: Source, items: list[int], seed: tuple[int, int], filters: Seque
     return Demonstrations(found, len(items), len(played), stats.sampled_tokens, dict(dropped))
 
 
-def reason_to_drop(trajectory: Trajectory, filters: Sequence[str], max_new_tokens: int) -> str | None:
+def reason_to_drop(
+    trajectory: Trajectory, filters: Sequence[str], max_new_tokens: int, given: str | None = None
+) -> str | None:
     """Say why a trajectory is not worth imitating; None if it is.
 
     Args:
@@ -105,7 +113,12 @@ def reason_to_drop(trajectory: Trajectory, filters: Sequence[str], max_new_token
         filters: "correct": the answer matches exactly; "well_formed": no malformed turn; "length": no action of more
             than `max_new_tokens`. Without an answer it is dropped in any case.
         max_new_tokens: Most tokens of an action.
+        given: Why its source would drop it. A failed search comes first, because the source had no say in it.
     """
+    if trajectory.turns[-1].info["error"] is not None:
+        return SEARCH_FAILED
+    if given is not None:
+        return given
     if "well_formed" in filters and any(turn.info["action"] == "malformed" for turn in trajectory.turns):
         return "malformed"
     if not trajectory.terminated:
@@ -118,7 +131,8 @@ def reason_to_drop(trajectory: Trajectory, filters: Sequence[str], max_new_token
 def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> Demonstrations:
     """Read demonstrations from a file. If it is missing, collect and write them first; only one run at a time does so.
 
-    A file that is damaged, shortened or belongs to something else is made again, with a message.
+    A file that is damaged, shortened or belongs to something else is made again, with a message. Demonstrations are not
+    kept if a search has failed in any episode, because it may not fail another time.
 
     Args:
         path: Path that ends in `.jsonl.gz`; the counts stand in the file's seal.
@@ -133,7 +147,7 @@ def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> De
             found = ranks.decided(lambda: read_kept(path, read_trajectories))
             if found is None:
                 made = make()
-                if ranks.is_first():
+                if ranks.is_first() and SEARCH_FAILED not in made.dropped:
                     write_trajectories(path, made.trajectories, tokenizer)
                     seal(path, {name: value for name, value in vars(made).items() if name != "trajectories"})
                 return made

@@ -11,6 +11,8 @@ from agentic_rag_env.probes.endpoints import EndpointConfig
 from algorithms.learner.config import DemonstrationsConfig
 from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Authored, Dialogue
 
+CUT_OFF = "cut_off"
+
 
 @DEMONSTRATION_SOURCES.register("endpoint", DemonstrationsConfig)
 class Endpoint(Authored):
@@ -32,7 +34,7 @@ class Endpoint(Authored):
                 api="chat",
                 max_tokens=self.rollout.max_new_tokens,
                 temperature=self.rollout.temperature,
-                num_parallel=self.envs.num_envs,
+                num_parallel=min(self.config.num_parallel, self.envs.num_envs),
                 api_key_variable=self.config.api_key_variable,
             )
         )
@@ -43,14 +45,19 @@ class Endpoint(Authored):
         return [self.config.url, self.config.model]
 
     def write(self, dialogues: Sequence[Dialogue]) -> list[str]:
-        """Ask the server for the next turns of all episodes at once.
+        """Ask the server for the next turns of all episodes. One that it cut off or left empty is not worth paying for.
 
         Raises:
             EndpointError: The server failed, also when it was asked again.
         """
-        texts = self.client.chat([self._messages(dialogue) for dialogue in dialogues])
-        self.counts = {f"endpoint_{name}": value for name, value in self.client.costs.items()}
-        return texts
+        messages = self.client.chat([self._messages(dialogue) for dialogue in dialogues])
+        self.costs = dict(self.client.costs)
+        for dialogue, message in zip(dialogues, messages, strict=True):
+            if message.is_cut_off:
+                dialogue.dropped = CUT_OFF
+            elif not message.text.strip():
+                dialogue.dropped = "no_text"
+        return [message.text for message in messages]
 
     def _messages(self, dialogue: Dialogue) -> list[dict[str, str]]:
         messages = [{"role": "user", "content": dialogue.prompt}]

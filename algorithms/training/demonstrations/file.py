@@ -51,14 +51,13 @@ class File(Authored):
             raise ConfigurationError(f"demonstrations.path={self.config.path} is no file.")
         self._hash = sha256(path)
         by_id = {question.id: index for index, question in enumerate(self.envs.dataset)}
-        by_text = {
-            normalize_answer(question.text): index for index, question in enumerate(self.envs.dataset) if question.text
-        }
+        texts = [normalize_answer(question.text) for question in self.envs.dataset]
+        by_text = {text: index for index, text in enumerate(texts) if text}
         self.scripts: list[Script] = []
         unknown = 0
         for number, row in read_jsonl(path):
             place = f"{path}, line {number}"
-            index = _question_index(row, by_id, by_text, place)
+            index = _question_index(row, by_id, by_text, texts, place)
             if index is None:
                 unknown += 1
             else:
@@ -106,16 +105,20 @@ class File(Authored):
         return decode(tokenizer, encode_plain(tokenizer, [told])[0].tolist()).strip() == observed.strip()
 
 
-def _question_index(row: dict[str, Any], by_id: dict[str, int], by_text: dict[str, int], place: str) -> int | None:
-    """The training question that a row names; None if there is none."""
+def _question_index(
+    row: dict[str, Any], by_id: dict[str, int], by_text: dict[str, int], texts: Sequence[str], place: str
+) -> int | None:
+    """The training question that a row names; None if there is none. An id counts unless the row's text denies it."""
     identifier, text = row.get("question_id"), row.get("question")
     if isinstance(text, dict):  # as our own trajectory files have it
         text = text.get("text")
     if not isinstance(identifier, str) and not isinstance(text, str):
         raise DataError(f"{place}: needs 'question_id' or 'question', a string; the row has {', '.join(row)}.")
-    if isinstance(identifier, str) and identifier in by_id:
-        return by_id[identifier]
-    return by_text.get(normalize_answer(text)) if isinstance(text, str) else None
+    index = by_id.get(identifier) if isinstance(identifier, str) else None
+    if not isinstance(text, str):
+        return index
+    asked = normalize_answer(text)
+    return index if index is not None and texts[index] == asked else by_text.get(asked)
 
 
 def _turns(row: dict[str, Any], place: str) -> tuple[list[str], list[str | None]]:

@@ -16,8 +16,7 @@ from algorithms.learner.config import DemonstrationsConfig
 from algorithms.learner.types import RolloutStats, Trajectory
 from algorithms.rollout.config import RolloutConfig
 from algorithms.rollout.engine import Action
-from algorithms.rollout.player import Player
-from algorithms.rollout.tokenization import decode, encode_plain
+from algorithms.rollout.tokenization import decode, encode_plain, opened_thought
 from algorithms.training.build import Networks
 
 #: Sources of demonstrations by their names in `algo.demonstrations.source`; plug-ins may register more.
@@ -39,7 +38,8 @@ class Source(ABC):
     Attributes:
         by_model: Whether a model of the run writes. The files must then be made anew when that model changes.
         num_items: Number of items to play, each a question or a line of a file; they are numbered from 0.
-        counts: Further numbers to report, by name.
+        counts: How many items were dropped before they were played, by reason.
+        costs: What was spent elsewhere so far, by name.
     """
 
     by_model = False
@@ -48,6 +48,7 @@ class Source(ABC):
         self.config, self.networks, self.envs, self.rollout = config, networks, envs, rollout
         self.num_items = len(envs.dataset)
         self.counts: dict[str, float] = {}
+        self.costs: dict[str, float] = {}
 
     @property
     def fingerprint(self) -> Any:
@@ -104,7 +105,7 @@ class Authored(Source):
         dialogues = [Dialogue(item, question) for item, question in zip(items, questions, strict=True)]
         envs = _Observed(self.envs)
         engine = _TextEngine(self, envs, dialogues)
-        played, stats = Player(engine, envs).rollout(indices, seed=seed, source="teacher")
+        played, stats = self.networks.player_of(engine, envs).rollout(indices, seed=seed, source="teacher")
         reasons = [self.check(*each) for each in zip(dialogues, played, strict=True)]
         return played, reasons, stats
 
@@ -145,14 +146,16 @@ class _TextEngine:
     """An engine whose actions are an author's texts. The player opens a row for each dialogue, in their order.
 
     A text is cut at the end of its first action, and encoded once. A text that ends no action gets the end-of-text
-    token, as a model would have ended it. An author who gives up writes nothing, and is not asked again.
+    token, as a model would have ended it. Where the policy's chat template has opened the first thought, the author's
+    own tag is left out. An author who gives up writes nothing, and is not asked again.
     """
 
     def __init__(self, author: Authored, envs: _Observed, dialogues: Sequence[Dialogue]) -> None:
         self.author, self.config, self.envs = author, author.rollout, envs
         self.tokenizer = author.networks.tokenizer
+        self._opened_thought = opened_thought(self.tokenizer)
         self.num_rows, self.computed_tokens = author.envs.num_envs, 0
-        self._action_ends = author.envs.metadata["action_ends"]
+        self._action_ends = tuple(author.envs.metadata["action_ends"])
         self._coming = iter(dialogues)
         self._open: dict[int, Dialogue] = {}
         self._waiting: list[int] = []
@@ -181,9 +184,10 @@ class _TextEngine:
         for row, dialogue, text in zip(rows, dialogues, texts, strict=True):
             if dialogue.dropped is not None:
                 self.envs.given_up.add(row)
-            action = self._action(row, text if dialogue.dropped is None else "")
-            dialogue.actions.append(action.text)
-            actions.append(action)
+            text = self._first_action(text if dialogue.dropped is None else "")
+            begun = "" if dialogue.actions else self._opened_thought
+            actions.append(self._action(row, text.removeprefix(begun)))
+            dialogue.actions.append(text)
         return actions
 
     def advance(self, max_steps: int) -> None:
@@ -194,12 +198,14 @@ class _TextEngine:
         for row in rows:
             self._open.pop(row, None)
 
-    def _action(self, row: int, text: str) -> Action:
+    def _first_action(self, text: str) -> str:
         ends = [text.find(end) + len(end) for end in self._action_ends if end in text]
-        text = text[: min(ends)] if ends else text
+        return text[: min(ends)] if ends else text
+
+    def _action(self, row: int, text: str) -> Action:
         (ids,) = encode_plain(self.tokenizer, [text])
         eos = self.tokenizer.eos_token_id
-        adds_eos = not ends and eos is not None
+        adds_eos = eos is not None and not text.endswith(self._action_ends)
         if adds_eos:
             ids = np.append(ids, eos)
         return Action(row, ids, np.zeros(len(ids), dtype=np.float32), text, adds_eos)

@@ -6,10 +6,15 @@ import re
 
 import numpy as np
 import pytest
+from small_runs import SFT, TINY
+from test_preflight import composed
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.registry import RETRIEVERS
 from algorithms.learner.algorithm import Algorithm, AlgorithmConfig, Progress
 from algorithms.training.batches import choose_source
+from algorithms.training.demonstrations.teacher import Teacher
+from algorithms.training.trainer import Trainer
 
 
 class Wilful(Algorithm):
@@ -67,3 +72,51 @@ def test_a_declaration_that_nobody_understands_is_an_error(field, given, said):
     misspelled = type("Misspelled", (Algorithm,), {field: frozenset({given})})
     with pytest.raises(ConfigurationError, match=re.escape(said)):
         misspelled(AlgorithmConfig())
+
+
+def test_no_stage_trains_on_what_a_later_one_is_validated_on(tmp_path, cache):
+    stages = [each.replace("algo.", f"algo.{stage}") for stage in ("", "warm_start.") for each in SFT]
+    config = composed(*TINY, "algo=distillm", *stages, "algo.num_validation=4", f"cache_dir={cache}")
+    trainer = Trainer(config, tmp_path / "run")
+    sft, distillm = trainer.stages
+    held_out, *trained_on = (
+        {one.turns[-1].info["question_id"] for one in found}
+        for found in (trainer.sources.held_out(distillm), *map(trainer.sources.to_train_on, (sft, distillm)))
+    )
+    assert len(held_out) == 4
+    assert not any(held_out & questions for questions in trained_on)
+    assert [len(questions) for questions in trained_on] == [20, 20]
+
+
+def test_a_temperature_without_a_gradient_is_refused_before_anybody_demonstrates(tmp_path):
+    config = composed(*TINY, "algo=sft", *SFT, "rollout.temperature=0", f"cache_dir={tmp_path}")
+    with pytest.raises(ConfigurationError, match=r"rollout\.temperature=0(\.0)? has no gradient"):
+        Trainer(config, tmp_path / "run")
+    assert not list(tmp_path.rglob("*.jsonl.gz"))
+
+
+class Unknown:
+    """A retriever that can't say what it searches, as most services can't."""
+
+    def __init__(self, retriever):
+        self._retriever = retriever
+
+    def search(self, queries, top_k):
+        return self._retriever.search(queries, top_k)
+
+
+def test_demonstrations_over_an_unknown_index_stay_in_their_run(tmp_path, monkeypatch):
+    build = RETRIEVERS.build
+    monkeypatch.setattr(RETRIEVERS, "build", lambda *args, **more: Unknown(build(*args, **more)))
+    config = composed(*TINY, "algo=sft", *SFT, f"cache_dir={tmp_path / 'cache'}")
+    asked, played, play = [], [], Teacher.play
+    monkeypatch.setattr(Teacher, "play", lambda *args: asked.append(1) or play(*args))
+    for run in ("a", "a", "b"):
+        asked.clear()
+        trainer = Trainer(config, tmp_path / run)
+        assert len(trainer.sources.to_train_on(trainer.stages[0])) == 24
+        played.append(bool(asked))
+    assert played == [True, False, True], "a run reads what it has kept, and another run asks anew"
+    assert {file.parent for file in tmp_path.rglob("*.jsonl.gz")} == {
+        tmp_path / run / "demonstrations" for run in ("a", "b")
+    }

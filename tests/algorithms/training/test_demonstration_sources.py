@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,13 +16,13 @@ from types import SimpleNamespace
 import pytest
 from small_runs import SFT, TINY, command, train
 
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.registry import PLUGINS_VARIABLE
 from agentic_rag_env.types import Question
 from algorithms.learner.config import DemonstrationConfig, DemonstrationsConfig
 from algorithms.rollout.tokenization import decode
 from algorithms.training.build import Environments, Networks
-from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, collect
+from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, cached, collect
 from algorithms.training.demonstrations.expert import is_honest
 from algorithms.training.demonstrations.source import Dialogue
 from algorithms.training.model_names import resolve_model
@@ -84,6 +86,8 @@ def test_ten_lines_by_hand_are_played_again_and_what_does_not_hold_is_counted(wo
         {"question_id": "one", "turns": [SEARCH, "<answer> flute </answer>"]},
         {"question_id": "one", "turns": ["harp, surely", HARP]},
         {"question_id": "one", "turns": [HARP, HARP]},
+        {"question_id": "two", "question": "Who?", "turns": [SEARCH, HARP]},
+        {"question_id": "two", "question": "What does Bob Stone play?", "turns": [SEARCH, HARP]},
         {"question_id": "elsewhere", "turns": [HARP]},
         {"question": "Who?", "turns": [HARP]},
     ]
@@ -91,15 +95,54 @@ def test_ten_lines_by_hand_are_played_again_and_what_does_not_hold_is_counted(wo
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = collect(source(world, source="file", path=str(path)), 50, max_questions=50, seed=0)
     counts = made.counts()
-    assert {name: counts[name] for name in ("wanted", "found", "asked")} == {"wanted": 50, "found": 3, "asked": 8}
+    assert {name: counts[name] for name in ("wanted", "found", "asked")} == {"wanted": 50, "found": 4, "asked": 9}
     assert counts["dropped"] == {
-        "environment_differs": 2, "malformed": 1, "unfinished": 1, "unknown_question": 2, "wrong": 1,
+        "environment_differs": 2, "malformed": 1, "unfinished": 1, "unknown_question": 3, "wrong": 1,
     }  # fmt: skip
     for one in made.trajectories:
         assert one.correct
         assert one.reward == 1.0
         assert decode(networks.tokenizer, one.turns[0].action_ids.tolist()).endswith("</search>")
         assert [passage.id for passage in one.turns[0].info["passages"]] == ["p2"]
+
+
+def with_failing_searches(world, allowed):
+    """The world over a search that always fails, and the share of episodes that it may end."""
+    networks, _, rollout = world
+    config = dataclasses.replace(networks._config, max_retriever_error_fraction=allowed)
+    config.retriever = {"name": "faulty", "retriever": config.retriever, "error_fraction": 1.0}
+    networks = Networks(config)
+    return networks, Environments(config, networks.tokenizer).envs("all"), rollout
+
+
+def test_a_search_that_fails_is_no_fault_of_the_source_and_is_not_kept(world, tmp_path):
+    failing = with_failing_searches(world, allowed=0.5)
+    with pytest.raises(RetrieverError, match=r"more than max_retriever_error_fraction=0\.5 allows"):
+        collect(source(failing, source="expert"), 50, max_questions=50, seed=0)
+    failing = with_failing_searches(world, allowed=1.0)
+    expert = source(failing, source="expert")
+
+    def asked():
+        return collect(expert, 50, max_questions=50, seed=0, parts=tmp_path / "parts")
+
+    made = cached(tmp_path / "key.jsonl.gz", asked, failing[0].tokenizer)
+    assert made.counts()["dropped"] == {"search_failed": 3}
+    assert not list(tmp_path.rglob("*.jsonl.gz"))
+
+
+def test_a_thought_that_the_policys_template_opens_is_not_opened_again(world):
+    networks, envs, rollout = world
+    networks = copy.copy(networks)
+    networks.tokenizer = copy.deepcopy(networks.tokenizer)
+    networks.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>"
+    expert = source((networks, envs, rollout), source="expert")
+    made = collect(expert, 50, max_questions=50, filters=["correct", "well_formed"], seed=0)
+    assert {one.turns[-1].info["question_id"] for one in made.trajectories} == {"one", "two"}
+    for one in made.trajectories:
+        read = decode(networks.tokenizer, [*one.prompt_ids.tolist(), *one.turns[0].action_ids.tolist()])
+        assert read.partition(one.prompt)[2].count("<think>") == 1
+        later = [decode(networks.tokenizer, turn.action_ids.tolist()) for turn in one.turns[1:]]
+        assert all(text.startswith("<think>") for text in later)
 
 
 def test_the_expert_goes_by_what_it_sees(world):
@@ -129,8 +172,11 @@ def test_nothing_may_be_said_that_was_not_visible(text, honest):
 
 @pytest.fixture
 def server():
-    """A server that searches first and answers after the passage; each request is noted, the first one fails."""
-    asked, keys = [], []
+    """A server that searches first and answers after the passage; each request is noted, the first one fails.
+
+    What is put into `reply` takes the place of that part of its replies.
+    """
+    asked, keys, reply = [], [], {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -138,8 +184,8 @@ def server():
             asked.append(body)
             keys.append(self.headers["Authorization"])
             text = HARP if len(body["messages"]) > 1 else SEARCH + " and more"
-            reply = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
-            content = json.dumps(reply).encode()
+            usage = {"prompt_tokens": 7, "completion_tokens": 3}
+            content = json.dumps({"choices": [{"message": {"content": text}}], "usage": usage, **reply}).encode()
             self.send_response(503 if len(asked) == 1 else 200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -150,7 +196,7 @@ def server():
 
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{running.server_port}/v1", asked=asked, keys=keys)
+    yield SimpleNamespace(url=f"http://127.0.0.1:{running.server_port}/v1", asked=asked, keys=keys, reply=reply)
     running.shutdown()
     running.server_close()
 
@@ -158,17 +204,34 @@ def server():
 def test_a_server_plays_over_several_turns_and_its_costs_are_told(world, server, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
     settings = {"source": "endpoint", "url": server.url, "model": "m", "api_key_variable": "MY_KEY"}
-    found, counts = found_by(world, **settings)
-    assert set(found) == {"one"}
-    assert counts["wrong"] == 2
-    assert counts["endpoint_requests"] == 6
-    assert counts["endpoint_prompt_tokens"] == 42
-    assert counts["endpoint_completion_tokens"] == 18
+    made = collect(source(world, **settings), 50, max_questions=50, filters=["correct", "well_formed"], seed=0)
+    counts = made.counts()
+    assert [one.turns[-1].info["question_id"] for one in made.trajectories] == ["one"]
+    assert counts["dropped"] == {"wrong": 2}
+    assert counts["costs"].pop("seconds") > 0
+    assert counts["costs"] == {"requests": 6, "prompt_tokens": 42, "completion_tokens": 18}
     assert set(server.keys) == {"Bearer secret"}
     assert "secret" not in json.dumps([counts, source(world, **settings).fingerprint])
     last = next(body["messages"] for body in server.asked if len(body["messages"]) > 1)
     assert [message["role"] for message in last] == ["user", "assistant", "user"]
     assert last[1]["content"] == SEARCH
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ({"finish_reason": "length", "message": {"content": None, "reasoning_content": "Well"}}, "cut_off"),
+        ({"finish_reason": "length", "message": {"content": "<think> Let me"}}, "cut_off"),
+        ({"finish_reason": "length", "message": {"content": HARP}}, "wrong"),
+        ({"finish_reason": "stop", "message": {"content": " "}}, "no_text"),
+    ],
+)
+def test_replies_without_an_action_are_told_apart_and_paid_once(world, server, choice, reason):
+    server.reply.update(choices=[choice])
+    found = source(world, source="endpoint", url=server.url, model="m")
+    made = collect(found, 50, max_questions=50, seed=0)
+    assert made.counts()["dropped"][reason] == (2 if reason == "wrong" else 3)
+    assert made.costs["requests"] == 3
 
 
 def test_both_ways_to_set_the_number_agree_or_are_refused():
@@ -178,6 +241,12 @@ def test_both_ways_to_set_the_number_agree_or_are_refused():
         DemonstrationConfig(num_demonstrations=9, demonstrations=DemonstrationsConfig(num=7))
     with pytest.raises(ConfigurationError, match="filters must be a list of some of"):
         DemonstrationsConfig(filters=["right"])
+    wrong_too = DemonstrationsConfig(filters=["well_formed"])
+    with pytest.raises(
+        ConfigurationError, match=r"filters=\['well_formed'\] keeps wrong answers, and correct_only=true"
+    ):
+        DemonstrationConfig(demonstrations=wrong_too)
+    DemonstrationConfig(demonstrations=wrong_too, correct_only=False)
 
 
 def test_without_a_teacher_a_run_learns_from_the_expert(tmp_path, cache):
