@@ -21,6 +21,8 @@ from agentic_rag_env.settings import Allowed, above, at_least, check_settings, o
 MAX_REPLY_BYTES = 2**28
 #: Statuses below 500 that another try may change: the request was too slow, or there were too many requests.
 _PASSING_STATUSES = (408, 429)
+#: Longest pause that a server may ask for with the header `Retry-After` [seconds]; an overload takes about this long.
+MAX_ASKED_PAUSE_S = 60.0
 #: With this setting, the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide on the proxy.
 ENVIRONMENT = "environment"
 #: An address shows by its `://` that it is one, so that a stranger's saved settings cannot hide it.
@@ -36,11 +38,12 @@ class ServiceError(Exception):
         message: What happened.
         status: Status of the last reply; None where there was none.
         is_final: Whether another try would have the same outcome.
+        pause_s: How long the server asks to wait before another try [seconds].
     """
 
-    def __init__(self, message: str, status: int | None = None, is_final: bool = True) -> None:
+    def __init__(self, message: str, status: int | None = None, is_final: bool = True, pause_s: float = 0.0) -> None:
         super().__init__(message)
-        self.status, self.is_final = status, is_final
+        self.status, self.is_final, self.pause_s = status, is_final, pause_s
 
 
 class Reply(NamedTuple):
@@ -79,8 +82,9 @@ class ClientConfig:
         timeout_s: Longest wait for a connection, for the next piece of a reply, and for the whole reply [seconds].
         max_retries: How often a request is repeated where that may help; each time all servers are asked until one
             answers.
-        backoff_s: Pause before the first repetition [seconds]. Each further pause is twice as long. Up to half is
-            added by chance, so that many clients do not come back at once.
+        backoff_s: Pause before the first repetition [seconds]. Each further pause is twice as long, or as long as the
+            server asks for, up to a minute. Up to half is added by chance, so that many clients do not come back at
+            once.
         proxy: `environment`: the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide. An address
             such as `http://proxy:3128`: that proxy is used. None: no proxy is used. Addresses of this machine are never
             asked through a proxy.
@@ -154,7 +158,8 @@ class HttpClient:
                     self._skipped_until[url], failure = time.monotonic() + self._skip_s, error
             if attempt > self._config.max_retries:
                 raise failure
-            time.sleep(self._config.backoff_s * 2 ** (attempt - 1) * (1 + self._chance.random() / 2))
+            backoff = self._config.backoff_s * 2 ** (attempt - 1)
+            time.sleep(max(backoff, failure.pause_s) * (1 + self._chance.random() / 2))
             attempt += 1
 
     def get(self, url: str, path: str) -> Reply:
@@ -195,14 +200,15 @@ class HttpClient:
                         raise httpx.ReadTimeout(f"the reply took longer than {self._config.timeout_s} s")
                     if len(body) > MAX_REPLY_BYTES:
                         raise ServiceError(f"{url} sends more than {MAX_REPLY_BYTES} bytes; ask for less at once.")
-                status = response.status_code
+                status, asked_pause = response.status_code, response.headers.get("Retry-After", "")
         except httpx.RequestError as error:
             problem = f"{type(error).__name__}: {error}. Is the service running and reachable from here?"
             raise ServiceError(f"{asked}: {problem}", is_final=False) from error
         if status != 200:
             said = body[:200].decode("utf-8", errors="replace")
             is_final = status < 500 and status not in _PASSING_STATUSES
-            raise ServiceError(f"{asked}: status {status}: {said}", status, is_final)
+            pause_s = min(float(asked_pause), MAX_ASKED_PAUSE_S) if asked_pause.isdecimal() else 0.0
+            raise ServiceError(f"{asked}: status {status}: {said}", status, is_final, pause_s)
         return Reply(bytes(body), asked)
 
     def _connected(self) -> Any:

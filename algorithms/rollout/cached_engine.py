@@ -283,7 +283,8 @@ class CachedEngine:
             input_ids = np.full((len(rows), width), self._pad_id, dtype=np.int64)
             for place, row in enumerate(rows):
                 input_ids[place, : len(pending[row])] = pending[row]
-            positions = self._lengths[rows][:, None] + np.arange(width)
+            # Padding stays in the last column, where no text that goes on has a token: it must not widen the context.
+            positions = np.minimum(self._lengths[rows][:, None] + np.arange(width), self.config.max_tokens - 1)
             widths = np.array([len(pending[row]) for row in rows])
             ids, places = self._tensor(np.stack((input_ids, positions)))
             numbers, last = self._tensor(np.stack((np.arange(len(rows)), widths - 1)))
@@ -332,8 +333,12 @@ class CachedEngine:
 
 def _check_context(model: PreTrainedModel, config: RolloutConfig) -> None:
     settings = model.config.get_text_config()
-    for name in ("max_position_embeddings", "sliding_window", "attention_chunk_size"):
-        bound = getattr(settings, name, None)
+    names = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
+    bounds = {name: getattr(settings, name, None) for name in names}
+    rope = getattr(settings, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # past this, other rotations hold for all tokens, those in the cache too
+        bounds["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    for name, bound in bounds.items():
         if bound is not None and config.max_tokens > bound:
             raise ConfigurationError(
                 f"max_tokens is {config.max_tokens}, but the model's {name} is {bound}, and an episode is read whole. "

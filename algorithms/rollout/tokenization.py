@@ -14,6 +14,9 @@ from agentic_rag_env.errors import ConfigurationError
 
 #: Stands for a text while a chat template is rendered around it.
 _PLACE = "\ue000"
+#: Templates of the Llama 3 family write the day; with this one, which is their own default, no prompt depends on the
+#: calendar.
+_DAY = "26 Jul 2024"
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
@@ -58,7 +61,7 @@ def opened_thought(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **form: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, **form)
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, date_string=_DAY, **form)
     except Exception as error:  # a template is a small program of the model's author, and may raise anything
         raise ConfigurationError(
             f"The chat template of {tokenizer.name_or_path!r} can't render a user's message "

@@ -22,6 +22,7 @@ from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.types import Question
 from agentic_rag_env.weight_files import WEIGHT_INDEX
 from algorithms.learner.adapter_folders import find_adapter
+from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES
 
 if TYPE_CHECKING:
@@ -96,7 +97,10 @@ def of_playing(settings: Mapping[str, Any], model_folder: str, tokenizer: Any, d
     digest.update(b"" if adapter is None else repr(adapter.scale).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     splitting = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
-    digest.update(repr((splitting, tokenizer.chat_template)).encode("utf-8", "backslashreplace"))
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    # What a template makes of a message counts, since it may write the day.
+    read = [ids.tolist() for ids in encode_prompts(tokenizer, [""])]
+    digest.update(repr((splitting, tokenizer.chat_template, special, read)).encode("utf-8", "backslashreplace"))
     passages = None if dataset.corpus is None else fingerprint(dataset.corpus)
     digest.update(repr((of_questions(dataset), passages)).encode())
     return digest.hexdigest()[:32]

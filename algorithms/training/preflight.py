@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from agentic_rag_env.files import write_whole
 from agentic_rag_env.weight_files import WEIGHT_INDEX
@@ -108,7 +110,7 @@ def preflight(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     if found["fits"]:
         try:
             found = _tried(config, run_dir) or found
-        except AgenticRAGError as error:
+        except (AgenticRAGError, torch.OutOfMemoryError) as error:
             print(f"No step could be measured: {error}")
     write_whole(run_dir / PLAN_FILE, json.dumps(found, indent=2).encode())
     hardware, peak = found["hardware"], found["peak"]
@@ -214,13 +216,14 @@ def _changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 def _change(config: RunConfig, planned: Callable[[RunConfig], list[StagePlan]], allowed: float) -> str:
     """The smallest change with which the run fits, in words."""
-    words, needs = "", 0
+    words, (needs, _) = "", _peak(_memory(planned(config)))
     for settings in _changes(config, planned(config)[0].chunk):
         words = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
         needs, _ = _peak(_memory(planned(_changed(config, settings))))
         if needs <= allowed:
             return f"It would fit, with {needs / GIB:.1f} GiB, with {words}."
+    however = f"With {words} it would still need" if words else "No setting is left to lower; it needs"
     return (
-        f"With {words} it would still need {needs / GIB:.1f} GiB: weights, gradients and optimizer take most of it. "
+        f"{however} {needs / GIB:.1f} GiB: weights, gradients and optimizer take most of it. "
         "Train adapters (model.lora.rank=16), or take a smaller policy or a device with more memory."
     )

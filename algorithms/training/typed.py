@@ -42,7 +42,8 @@ def ask_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -> Run
     """
     evaluation = OmegaConf.to_container(OmegaConf.structured(EvaluateConfig))
     assert isinstance(evaluation, dict)
-    settings: Any = {**evaluation, **given, "num_envs": 1, "probes": []}
+    # Each episode is one question; where its search fails, the verdict says so, and the next question can be asked.
+    settings: Any = {**evaluation, **given, "num_envs": 1, "probes": [], "max_retriever_error_fraction": 1.0}
     settings["rollout"] = {"temperature": 0.0, **given["rollout"]}
     config = evaluate_config(settings, model, of_run)
     if brings_questions(config.env):

@@ -48,6 +48,12 @@ def test_questions_are_typed_until_an_empty_line(capsys, monkeypatch):
     assert capsys.readouterr().out.count("No answer (out_of_turns") == 2
 
 
+def test_a_failed_search_does_not_end_the_conversation(capsys, monkeypatch):
+    failing = ["retriever=faulty", "retriever.error_fraction=1"]
+    assert run("checkpoint=tiny-teacher", *WORLD, *failing, typed="Where?\nWho?\n\n", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.count("No answer (") == 2
+
+
 def test_a_run_without_a_checkpoint_is_refused(capsys, monkeypatch, tmp_path):
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_text("{}")

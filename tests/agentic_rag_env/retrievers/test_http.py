@@ -34,6 +34,7 @@ class Service:
         self.replies: list[tuple[int, bytes]] = []
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.clients: set[Any] = set()
+        self.headers: dict[str, str] = {}
         self.delay_s = 0.0
         self.piece_delay_s = 0.0
         self.stop = threading.Event()
@@ -51,6 +52,8 @@ class Service:
                 try:
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(reply)))
+                    for name, value in service.headers.items():
+                        self.send_header(name, value)
                     self.end_headers()
                     pieces = [reply] if not service.piece_delay_s else [reply[i : i + 1] for i in range(len(reply))]
                     for piece in pieces:
@@ -196,6 +199,23 @@ def test_a_busy_or_impatient_server_is_asked_again(service: Service, status: int
     service.replies.append((status, b"later"))
     service.answer([[scored("a", "x", 1)]])
     assert retriever(service, max_retries=1).search(["q"], 1) == [[Passage("a", "x", 1.0)]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"),
+    [("7", 7.0, 10.5), ("86400", 60.0, 90.0), ("-5", 0.0, 0.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0, 0.0)],
+)
+def test_a_server_may_say_when_to_come_back(
+    service: Service, monkeypatch: pytest.MonkeyPatch, asked: str, least: float, most: float
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("agentic_rag_env.http_client.time.sleep", pauses.append)
+    service.headers["Retry-After"] = asked
+    service.replies.append((429, b"later"))
+    service.answer([[scored("a", "x", 1)]])
+    assert retriever(service, max_retries=1, backoff_s=0.0).search(["q"], 1) == [[Passage("a", "x", 1.0)]]
+    assert len(pauses) == 1
+    assert least <= pauses[0] <= most
 
 
 class Echo(Service):

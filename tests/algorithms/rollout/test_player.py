@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -395,6 +396,24 @@ def test_prompts_with_and_without_template_and_bos():
     assert tokenizer.eos_token_id in short
 
 
+@pytest.mark.parametrize("day", [3, 4])
+def test_a_template_that_writes_the_day_reads_the_same_on_any_day(day, monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    class Calendar(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 5, day)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Calendar)
+    tokenizer = copy.deepcopy(make_tokenizer("whole"))
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}{{ messages[0].content }}"
+    )
+    assert tokenizer.decode(encode_prompts(tokenizer, ["who?"])[0]) == "26 Jul 2024who?"
+
+
 def test_bos_goes_before_the_prompt_only():
     from tokenizers.processors import TemplateProcessing
 
@@ -588,6 +607,45 @@ def test_a_window_or_context_shorter_than_an_episode_is_refused():
         make_toy_player(model=model, max_tokens=101)
     trajectories, _ = make_toy_player(model=model, max_tokens=100).rollout([0, 1], seed=(0,))
     torch.testing.assert_close(sampled_logprobs(trajectories), plain_logprobs(model, trajectories), atol=1e-4, rtol=0)
+
+
+def make_longrope():
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    bounds = {"max_position_embeddings": 512, "original_max_position_embeddings": 100}
+    return make_family("phi3", pad_token_id=None, rope_parameters=rope, **bounds)
+
+
+def test_an_episode_does_not_cross_the_length_at_which_rotations_change():
+    model = make_longrope()
+    with pytest.raises(ConfigurationError, match="101, but the model's original_max_position_embeddings is 100"):
+        make_toy_player(model=model, max_tokens=101)
+    trajectories, _ = make_toy_player(model=model, max_tokens=100).rollout([0, 1, 2, 3], seed=(0,))
+    torch.testing.assert_close(sampled_logprobs(trajectories), plain_logprobs(model, trajectories), atol=1e-4, rtol=0)
+
+
+def test_padding_does_not_cross_the_length_at_which_rotations_change():
+    """A text of some 38 tokens goes on by 40 beside one that begins with 70, and would be padded to 108."""
+    config = RolloutConfig(temperature=0.0, max_new_tokens=8, max_tokens=100)
+    texts = np.random.default_rng(0).integers(5, 20, (2, 70))
+    found = []
+    for num_rows in (1, 2):
+        engine = cached_engine.CachedEngine(
+            make_longrope(), make_tokenizer("whole"), config, num_rows=num_rows, action_ends=("?",)
+        )
+        engine.open(0, texts[0, :30])
+        (first,) = engine.write()
+        engine.append(0, texts[0, 30:])
+        if num_rows == 2:
+            engine.open(1, texts[1])
+        actions = [first]
+        while written := engine.write():
+            actions += [action for action in written if action.row == 0]
+            engine.close([action.row for action in written])
+        found.append(actions)
+    for alone, beside in zip(*found, strict=True):
+        assert alone.ids.tolist() == beside.ids.tolist()
+        np.testing.assert_allclose(alone.logprobs, beside.logprobs, atol=1e-5)
 
 
 def test_environments_that_reset_themselves_are_refused():

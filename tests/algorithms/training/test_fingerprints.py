@@ -12,12 +12,15 @@ import pytest
 
 from agentic_rag_env import AgenticRAGVectorEnv, ConfigurationError, Passage
 from agentic_rag_env.corpus import open_corpus
+from agentic_rag_env.registry import DATASETS
 from algorithms import evaluate
 from algorithms.analysis.comparison.checks import check
 from algorithms.analysis.comparison.methods import make_methods
 from algorithms.analysis.comparison.study import Options, study
 from algorithms.analysis.runs import find_runs
-from algorithms.training.fingerprints import fingerprints
+from algorithms.assets import ASSETS
+from algorithms.learner.networks import load_tokenizer
+from algorithms.training.fingerprints import fingerprints, of_playing
 
 PASSAGES = [("p0", "Ada\nAda was born in Rome."), ("p1", "Bob\nBob lives in Oslo.")]
 QUESTIONS = [("q0", "Where was Ada born?", ["Rome"]), ("q1", "Where does Bob live?", ["Oslo", "oslo"])]
@@ -126,3 +129,18 @@ def test_another_corpus_under_the_same_name_is_refused(tmp_path):
     (tmp_path / "runs" / "tiny-teacher" / "summary.json").unlink()
     score("tiny-teacher", write_files(tmp_path / "data"))
     assert not any(finding.refuses for finding in check(make_methods(find_runs([tmp_path / "runs"]))))
+
+
+def test_what_ends_a_text_and_what_a_template_makes_of_a_message_count(tmp_path):
+    data = DATASETS.build(write_files(tmp_path))
+
+    def key(**changes):
+        tokenizer = load_tokenizer(ASSETS / "tiny-student")
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        return of_playing({}, "a hub id", tokenizer, data)
+
+    assert key() == key()
+    ends = key(eos_token="?")
+    template = key(chat_template="{{ messages[0].content }}")
+    assert len({key(), ends, template}) == 3

@@ -214,6 +214,14 @@ def test_one_that_does_not_fit_says_the_smallest_change():
     assert plan(dataclasses.replace(config, num_envs=128))["fits"]
 
 
+def test_one_that_has_nothing_left_to_lower_says_what_it_needs():
+    least = ["learner.gradient_checkpointing=true", "learner.chunk_tokens=256", "num_envs=8", "learner.critic=shared"]
+    least += ["learner.micro_batch_tokens=512", "rollout.max_tokens=512"]
+    model = ["model=qwen2.5_7b_0.5b", "model.policy=Qwen/Qwen2.5-7B", "model.teacher=null"]
+    found = plan(composed("algo=ppo", *model, *H200, *least))
+    assert found["change"].startswith(f"No setting is left to lower; it needs {found['peak']['GiB']:.1f} GiB")
+
+
 def test_several_changes_together():
     """1 GiB more than what is held all the time and the gradients, so everything else must shrink."""
     config = composed("algo=ppo", "model=qwen2.5_3b_0.5b", "model.teacher=null", *H200)
