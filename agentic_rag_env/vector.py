@@ -297,7 +297,18 @@ def brings_questions(spec: Mapping[str, Any]) -> bool:
 
 @dataclass
 class AgenticRAGConfig:
-    """Settings of the environment that are neither data nor retriever; see `AgenticRAGEnv`."""
+    """Settings of the environment that are neither data nor retriever; see `AgenticRAGEnv`.
+
+    Attributes:
+        prompt: "bare": the question alone. "search_r1": the protocol is explained first, which a model needs that was
+            not trained here.
+        max_turns: Turns that may search.
+        top_k: Passages of a search.
+        final_turn: What follows these turns. "no_search": one more, in which an answer counts; "forced": one more that
+            begins with the answer's tag; "none": nothing.
+        max_observation_chars: Most characters of an observation; None: no limit. Only one of both limits can be set.
+        max_observation_tokens: Most tokens of an observation; None: no limit.
+    """
 
     prompt: str = "bare"
     max_turns: int = 4

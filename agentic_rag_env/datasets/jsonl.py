@@ -64,7 +64,8 @@ def jsonl_dataset(config: JsonlConfig) -> QuestionSet:
     if not questions:
         raise DataError(
             f"{source}: split {config.split!r} is empty; the file has too few questions to be divided. "
-            "Use split=all with a file of its own for each split."
+            "Give more questions, or a file for each split: dataset=benchmark with path=<folder> reads train.jsonl, "
+            "dev.jsonl and test.jsonl there."
         )
     chosen = sample(questions, config.num_questions, config.seed, f"split {config.split!r} of {source}")
     corpus = None if config.corpus is None else read_corpus(config.corpus)

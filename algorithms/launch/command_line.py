@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from importlib import resources
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -20,6 +21,9 @@ from algorithms.training.loggers import LOGGERS
 _WIDTH = 118
 _HELP = ("--help", "-h")
 _MULTIRUN = ("--multirun", "-m")
+_PRINT = {"--cfg", "-c"}
+#: Groups of files that choose among whole sets of settings.
+_SETS = ("model", "method", "experiment", "scale")
 _SETTING = re.compile(rf"(?:{'|'.join(PARTS)})\.[\w.]+=")
 
 
@@ -40,8 +44,11 @@ def prepare(config_name: str) -> None:
     if any(word in _MULTIRUN for word in given) or any(word.startswith("resume=") for word in given):
         # A job, or the run to resume, may have another algorithm than this command line's default.
         sys.argv[1:] = [f"++{word}" if _SETTING.match(word) else word for word in given]
-    elif all("=" in word or word.startswith("~") for word in given):
-        composed(config_name, given)
+        return
+    # `--cfg job` prints what is composed, and a typo in it deserves the same answer.
+    words = [word for before, word in zip(["", *given], given, strict=False) if not {before, word} & _PRINT]
+    if all("=" in word or word.startswith("~") for word in words):
+        composed(config_name, words)
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
@@ -63,13 +70,24 @@ def help_page(config_name: str, words: Sequence[str]) -> str:
             hint = did_you_mean(asked[0], [key for key, _ in lines])
             raise ConfigurationError(f"There is no setting {asked[0]}.{hint}")
         return "\n".join(found)
-    texts, repo = config.hydra.help, ConfigStore.instance().repo
-    names = {group: sorted(name.removesuffix(".yaml") for name in repo[group]) for group in PARTS}
+    texts = config.hydra.help
     page = [texts.header, "", texts.template.strip(), "", "Parts to choose from (group=name)"]
-    page += [f"  {group}: {', '.join(names[group])}" for group in PARTS if group in config]
+    page += [_choices(group) for group in PARTS if group in config]
     page += [f"  logger: {', '.join(LOGGERS.names())}; several as logger=[jsonl,wandb]"] if "logger" in config else []
+    if "model" in config:
+        page += ["", "Sets of settings (model=name, +method=name, +experiment=name, +scale=name)"]
+        page += [_choices(group) for group in _SETS]
     page += ["", "Settings (name=value)", *(line for _, line in lines), "", texts.footer.strip()]
     return "\n".join(page)
+
+
+def _choices(group: str) -> str:
+    """The names to choose from in a group, of the registries and of the files in `conf/`."""
+    folder = resources.files("conf").joinpath(group)
+    files = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    registered = ConfigStore.instance().repo.get(group, ())
+    names = sorted({name.removesuffix(".yaml") for name in (*files, *registered) if name.endswith(".yaml")})
+    return textwrap.fill(f"  {group}: {', '.join(names)}", _WIDTH, subsequent_indent="      ")
 
 
 def _described(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

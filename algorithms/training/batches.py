@@ -226,6 +226,8 @@ def _report_shortage(
     remedy = f"{more}, or choose {other}"
     if settings.correct_only:
         remedy += f", or keep wrong answers too ({place}.correct_only=false)"
+    if 2 * found.dropped.get("malformed", 0) > found.num_asked and config.env.get("prompt") == "bare":
+        remedy = f"tell it the protocol (env.prompt=search_r1), {remedy}"
     if CUT_OFF in found.dropped:
         remedy = f"let replies be longer (rollout.max_new_tokens, now {config.rollout.max_new_tokens}), {remedy}"
     if count:

@@ -126,8 +126,15 @@ def explanation(error: Exception) -> str | None:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(cause.parent_node):
         known = [str(name) for name in cause.parent_node if name != "hydra"]
+        if "warm_start" in known and _has(cause.parent_node.warm_start, cause.key):
+            place, _, name = str(cause.full_key).rpartition(".")
+            return f"There is no setting {cause.full_key}, but the stage before has it: {place}.warm_start.{name}."
         return f"There is no setting {cause.full_key}.{did_you_mean(str(cause.key), known)}"
     return None
+
+
+def _has(section: Any, key: Any) -> bool:
+    return OmegaConf.is_dict(section) and key in section
 
 
 # --- values of Python ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from agentic_rag_env.settings import COUNT, above, check_settings, one_of, or_none
+from agentic_rag_env.settings import COUNT, Allowed, above, check_settings, or_none
 from algorithms.learner.config import WITHOUT_EFFECT
 
 GIB = 2**30
@@ -46,7 +46,8 @@ class HardwareConfig:
     """The machine that `preflight=true` plans for. It does not change where a run trains.
 
     Attributes:
-        gpu: `h200`, `h100` or `a100`; None: this machine.
+        gpu: `h200`, `h100` or `a100`, or for another card the one most like it, with its `memory_gib`; None: this
+            machine.
         count: Number of GPUs that share one run. Each holds a share of the episodes, and all networks or, with
             `learner.sharding=fsdp2`, a share of each.
         memory_gib: Memory of each [GiB]; None: what the GPU or this machine has.
@@ -57,7 +58,8 @@ class HardwareConfig:
     memory_gib: float | None = field(default=None, metadata=WITHOUT_EFFECT)
 
     def __post_init__(self) -> None:
-        check_settings(self, or_none(one_of(GPUS)), "gpu")
+        allowed = f"one of {', '.join(GPUS)}; for another card take the one most like it, and set hardware.memory_gib"
+        check_settings(self, or_none(Allowed(allowed, lambda value: value in GPUS, tuple(GPUS))), "gpu")
         check_settings(self, COUNT, "count")
         check_settings(self, or_none(above(0)), "memory_gib")
 

@@ -7,7 +7,7 @@ keys are those of a run (`rollout`, `learner`, `evaluation`, ...). Four of them 
 | --- | --- |
 | `env` | the environment, if it has all these settings |
 | `imitation` | every algorithm that trains on demonstrations, as far as it has the setting |
-| `policy_gradient` | every policy-gradient algorithm, as far as it has the setting |
+| `policy_gradient` | every other algorithm, as far as it has the setting |
 | `critic` | `critic_optimizer` of those algorithms that have a critic |
 
 What goes to an algorithm goes there wherever it stands in a chain of warm starts.
@@ -24,7 +24,7 @@ import yaml
 
 from agentic_rag_env.registry import ENVS
 from algorithms.learner.algorithm import ALGORITHMS
-from algorithms.learner.config import CriticConfig, DemonstrationConfig, PolicyGradientConfig
+from algorithms.learner.config import AlgorithmConfig, CriticConfig, DemonstrationConfig
 
 #: The presets that come with the project.
 FOLDER = Path(__file__).parents[2] / "conf" / "model"
@@ -66,12 +66,11 @@ def _presets() -> dict[str, dict[str, Any]]:
 def _of_algorithm(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     algorithm = ALGORITHMS.get(name)
     config = algorithm.config
-    kinds = {DemonstrationConfig: "imitation", PolicyGradientConfig: "policy_gradient"}
-    chosen: dict[str, Any] = {}
-    for kind, key in kinds.items():
-        if config is not None and issubclass(config, kind):
-            chosen |= {name: value for name, value in settings.get(key, {}).items() if name in algorithm.settings}
-    if config is not None and issubclass(config, CriticConfig) and "critic" in settings:
+    if config is None or not issubclass(config, AlgorithmConfig):
+        return {}
+    key = "imitation" if issubclass(config, DemonstrationConfig) else "policy_gradient"
+    chosen = {name: value for name, value in settings.get(key, {}).items() if name in algorithm.settings}
+    if issubclass(config, CriticConfig) and "critic" in settings:
         chosen["critic_optimizer"] = settings["critic"]
     return chosen
 

@@ -66,7 +66,12 @@ class Trainer:
             self._take_position(self._resume_from)
         if config.learner.sharding == "fsdp2" and ranks.count() > 1:
             self.networks.shard_policy()
-        if any(Role.TEACHER in stage.roles for stage in self.stages):
+        if taught := [stage.name for stage in self.stages if Role.TEACHER in stage.roles]:
+            if config.model.teacher is None:
+                raise ConfigurationError(
+                    f"{taught[0]} needs a teacher, and model.teacher is null; name a model, or choose another stage "
+                    "(for a cold start without a teacher, algo.warm_start=sft)."
+                )
             self.networks.teacher()
         self.sources = Sources(config, self.networks, self.environments, self.stages, run_dir)
         self._check_last_batches()

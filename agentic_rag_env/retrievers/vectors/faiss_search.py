@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 
 #: Most rows that FAISS on a GPU returns for a query.
 _MAX_GPU_CANDIDATES = 2048
-#: The two wheels share a folder, so one breaks the other. The installed one must be removed first.
-_HOW_TO_INSTALL = (
-    "Run `pip uninstall faiss-cpu faiss-gpu-cu12`, then pip install 'agentic-rag-env[faiss]' or, for GPUs, "
-    "'agentic-rag-env[faiss-gpu]', never both."
-)
+_WHEELS = ("faiss-cpu", "faiss-gpu-cu12")
 _WITHOUT = "backend=torch and retriever=bm25 do without it."
+
+
+def _how_to_install() -> str:
+    # The two wheels share a folder, so one breaks the other. The installed one must be removed first.
+    installed = " ".join({each.name for each in distributions()} & set(_WHEELS))
+    first = f"Run `pip uninstall {installed}`, then" if installed else "Run"
+    return f"{first} pip install 'agentic-rag-env[faiss]' or, for GPUs, 'agentic-rag-env[faiss-gpu]', never both."
 
 
 def faiss_search(
@@ -103,7 +107,7 @@ class FaissGpuSearch:
         if not faiss_has_gpus():
             raise ConfigurationError(
                 f"dense device={devices!r} needs a GPU and a FAISS built for it; backend=torch searches on a GPU "
-                f"without FAISS. {_HOW_TO_INSTALL}"
+                f"without FAISS. {_how_to_install()}"
             )
         options = faiss.GpuMultipleClonerOptions()
         options.shard = True
@@ -131,10 +135,10 @@ def import_faiss(user: str) -> Any:
     Raises:
         ConfigurationError: FAISS is missing, or only remains of it are left.
     """
-    with required_library(f"{user!r} needs the library faiss. {_HOW_TO_INSTALL} {_WITHOUT}"):
+    with required_library(f"{user!r} needs the library faiss. {_how_to_install()} {_WITHOUT}"):
         import faiss
     if not hasattr(faiss, "IndexFlatIP"):  # a folder without its files, which Python imports as a namespace
-        raise ConfigurationError(f"{user!r} needs the library faiss, which is damaged. {_HOW_TO_INSTALL} {_WITHOUT}")
+        raise ConfigurationError(f"{user!r} needs the library faiss, which is damaged. {_how_to_install()} {_WITHOUT}")
     return faiss
 
 

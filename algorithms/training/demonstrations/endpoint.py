@@ -26,7 +26,7 @@ class Endpoint(Authored):
         super().__init__(*args)
         for name in ("url", "model"):
             if getattr(self.config, name) is None:
-                raise ConfigurationError(f"demonstrations.source=endpoint needs demonstrations.{name}.")
+                raise ConfigurationError(f"demonstrations.source=endpoint needs demonstrations.{name} beside it.")
         self.client = Client(
             EndpointConfig(
                 url=str(self.config.url),

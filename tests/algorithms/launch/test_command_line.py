@@ -39,13 +39,18 @@ def test_what_a_setting_means_is_read_from_the_docstrings_of_its_class_and_bases
     assert "\n" not in meanings["loss_reduction"]
 
 
+@pytest.mark.parametrize("words", [(), ("--cfg", "job"), ("-c", "hydra")])
+def test_a_typo_has_the_same_answer_where_settings_are_only_printed(words):
+    assert "There is no setting algo.stepz. Did you mean 'steps'?" in command(*words, "algo.stepz=3").err
+
+
 def test_a_setting_that_is_forced_upon_a_part_is_refused_if_the_part_lacks_it(tmp_path):
     run = command("algo=ppo", "++algo.epohcs=2", f"hydra.run.dir={tmp_path / 'run'}")
     assert run.code == 1
     assert "There is no setting algo.epohcs." in run.err
     assert not (tmp_path / "run").exists()
     run = command("algo=dgpo", "++algo.epochs=2", f"hydra.run.dir={tmp_path / 'run'}")
-    assert "There is no setting algo.epochs." in run.err
+    assert "There is no setting algo.epochs, but the stage before has it: algo.warm_start.epochs." in run.err
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,11 @@ def test_help_fits_a_screen_and_tells_of_the_parts_of_the_command_only(capsys, m
     shown = command("--help").out
     assert max(map(len, shown.splitlines())) <= 120
     assert "  logger: jsonl, tensorboard, wandb; several as logger=[jsonl,wandb]" in shown
+    assert "  dataset: 2wikimultihopqa, bamboogle, benchmark, " in shown, "presets are choices like any other"
+    assert "  model: llama3_8b_1b, qwen2.5_0.5b, " in shown
+    meant = command("--help", "env").out
+    assert 'env.prompt=bare  # "bare": the question alone.' in meant
+    assert all("  # " in line for line in meant.splitlines()), "each setting has a meaning"
     monkeypatch.setattr(sys, "argv", ["ask", "--help"])
     with pytest.raises(SystemExit):
         ask.main()

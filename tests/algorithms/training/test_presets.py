@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 from test_experiments import run_settings
 
-from algorithms.learner.config import OptimizerConfig
+from algorithms.learner.algorithm import ALGORITHMS
+from algorithms.learner.config import CriticConfig, OptimizerConfig
+from algorithms.ppo import PPO
 from algorithms.training import presets
 from algorithms.training.build import build_stages
 
@@ -38,6 +41,21 @@ def test_a_warm_start_of_any_chain_gets_the_preset():
     rates = {stage.name: stage.config.optimizer.learning_rate for stage in build_stages(config.algo)}
     assert rates == {"kd": 2e-4, "gkd": 2e-4, "ppo": 3e-5}
     assert config.algo["warm_start"]["warm_start"]["batch_size"] == 8
+
+
+def test_an_algorithm_of_ones_own_gets_the_preset(monkeypatch):
+    @dataclass(kw_only=True)
+    class OwnConfig(CriticConfig):
+        """Settings."""
+
+        steps: int = 3
+
+    monkeypatch.setattr(ALGORITHMS, "_entries", dict(ALGORITHMS._entries))
+    ALGORITHMS.register("own", OwnConfig)(type("Own", (PPO,), {}))
+    found = presets.of_algorithms()["qwen2.5_0.5b-own"]
+    assert (found["batch_size"], float(found["optimizer"]["learning_rate"])) == (240, 1e-6)
+    assert float(found["critic_optimizer"]["learning_rate"]) == 1e-5
+    assert "clip_range" not in found
 
 
 def test_chosen_stages_win_over_the_preset():
