@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +25,6 @@ from agentic_rag_env.errors import AgenticRAGError, ConfigurationError
 from agentic_rag_env.settings import COUNT, check_value, or_none
 from algorithms.launch import job_pool
 from algorithms.launch.job_display import JobDisplay
-from algorithms.launch.processes import are_several
 from algorithms.launch.run_guard import settings_of
 from algorithms.training import file_locks
 from algorithms.training.compose import PARTS, explanation
@@ -68,11 +68,6 @@ class SlotsLauncher(Launcher):
     def __init__(self, num_slots: int | None = None, gpus: int | None = None, gpus_per_job: int = 1) -> None:
         self._processes = gpus_per_job
         try:
-            if are_several():
-                raise ConfigurationError(
-                    "a multirun is started without torchrun; hydra.launcher.gpus_per_job gives each job several "
-                    "processes."
-                )
             self._slots = make_slots(num_slots, gpus, gpus_per_job)
         except ConfigurationError as error:
             raise SystemExit(f"ConfigurationError: {error}") from error
@@ -145,14 +140,15 @@ class SlotsLauncher(Launcher):
         planned: dict[str, job_pool.Job] = {}
         job_overrides = [list(map(by_group, overrides)) for overrides in job_overrides]
         job_overrides = self._fitting(job_overrides)
-        shared = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
+        shared = set.intersection(*map(set, job_overrides))
         for number, overrides in enumerate(job_overrides, start=first):
             config = self._loader.load_sweep_config(self._config, list(overrides))
             own = [override for override in overrides if override not in shared]
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
-                # The name of its directory says what it is and what varies, not what is the same in all jobs.
-                config.hydra.overrides.task = [each for each in overrides if each in own or _is_method(each)]
+                # The name of its directory says what it is and what varies, not what is the same in all jobs. The seed
+                # always stands in it, because more seeds often follow.
+                config.hydra.overrides.task = [each for each in overrides if each in own or _is_in_name(each)]
             name = str(config.hydra.sweep.subdir)
             if name in planned:
                 raise ConfigurationError(
@@ -168,7 +164,8 @@ class SlotsLauncher(Launcher):
                 self._plans = True
                 (directory / PLAN_FILE).unlink(missing_ok=True)  # it may be the plan of other settings
             command = self._command(directory, overrides, set_threads=config.threads is None)
-            planned[name] = job_pool.Job(name, directory, command, " ".join(each.lstrip("+") for each in own) or name)
+            label = " ".join(each.lstrip("+") for each in own) or name
+            planned[name] = job_pool.Job(name, directory, command, partial(self._is_done, directory), label)
         return list(planned.values())
 
     def _lay_out(self, job_overrides: Sequence[Sequence[str]]) -> None:
@@ -212,12 +209,10 @@ class SlotsLauncher(Launcher):
 
     def _command(
         self, directory: Path, overrides: Sequence[str], set_threads: bool
-    ) -> Callable[[job_pool.Slot], Sequence[str] | None]:
+    ) -> Callable[[job_pool.Slot], Sequence[str]]:
         """See `job_pool.Job.command`."""
 
-        def command(slot: job_pool.Slot) -> list[str] | None:
-            if self._is_done(directory):
-                return None
+        def command(slot: job_pool.Slot) -> list[str]:
             start = [sys.executable, *_path_flag(), *self._torchrun(), "-m", "algorithms.run", *self._hydra_flags()]
             if begun(directory):
                 # `_plan` has checked that its settings are this command's, so the job may use the places they name.
@@ -312,8 +307,8 @@ def _visible_gpus() -> list[str]:
     return (named.split(",") if named else list(map(str, range(count))))[:count]
 
 
-def _is_method(override: str) -> bool:
-    return override.lstrip("+").partition("=")[0] in ("algo", "method")
+def _is_in_name(override: str) -> bool:
+    return override.lstrip("+").partition("=")[0] in ("algo", "method", "seed")
 
 
 def _quoted(path: Path) -> str:

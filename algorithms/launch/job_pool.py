@@ -51,14 +51,15 @@ class Job:
     Attributes:
         name: Name of the job, unique in the sweep.
         directory: The run directory.
-        command: Given a slot, returns the command that completes the job, or None if it is complete. Called before the
-            job starts and again after it ends.
+        command: Given a slot, returns the command that completes the job.
+        is_complete: Says whether there is nothing left to do. Called before the job starts and again after it ends.
         label: What a person reads.
     """
 
     name: str
     directory: Path
-    command: Callable[[Slot], Sequence[str] | None]
+    command: Callable[[Slot], Sequence[str]]
+    is_complete: Callable[[], bool]
     label: str
 
 
@@ -154,7 +155,7 @@ class Launcher:
                 continue
             holder = _read_holder(file)
             name = holder.get("job", "?")
-            job = by_name.get(name) or Job(name, self._directory, lambda slot: None, name)
+            job = by_name.get(name) or Job(name, self._directory, lambda slot: [], lambda: True, name)
             pid = holder.get("pid") if holder.get("host") == socket.gethostname() else None
             attempt = Attempt(job, Slot(int(file.stem.removeprefix("slot-")), label="from before"), pid=pid)
             self._running.append(attempt)
@@ -168,10 +169,9 @@ class Launcher:
         try:
             while waiting:
                 attempt = Attempt(waiting.popleft(), slot)
-                command = attempt.job.command(slot)
-                if command is None:
+                if attempt.job.is_complete():
                     self._watcher.ended(attempt, True)
-                elif self._start(attempt, command, descriptor):
+                elif self._start(attempt, attempt.job.command(slot), descriptor):
                     self._watcher.begun(attempt)
                     return
                 else:
@@ -223,7 +223,7 @@ class Launcher:
         return attempt.code is not None
 
     def _after(self, attempt: Attempt, waiting: deque[Job], failed: list[Attempt]) -> None:
-        complete = attempt.job.command(attempt.slot) is None
+        complete = attempt.job.is_complete()
         if not complete and attempt.process is None:
             waiting.appendleft(attempt.job)
             return

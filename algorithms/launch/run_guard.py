@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 import algorithms.launch.resolvers  # noqa: F401  # which the configuration calls
 from agentic_rag_env.errors import ConfigurationError, DataError, UnknownNameError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, did_you_mean
+from algorithms.launch.processes import are_several
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.training import file_locks
 from algorithms.training.compose import PARTS, composed
@@ -32,7 +33,10 @@ _OF_HYDRA = {".hydra", "config.yaml", "hydra.yaml", "overrides.yaml", "lock"}
 
 
 class KeepRuns(Callback):
-    """Refuses to start a run over another, to resume where no run is, and to write where another run writes."""
+    """Refuses to start a run over another, to resume where no run is, and to write where another run writes.
+
+    A multirun in several processes is refused, too.
+    """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before Hydra writes anything."""
@@ -55,12 +59,13 @@ class KeepRuns(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before Hydra writes anything."""
+        _refuse_several("hydra.launcher.gpus_per_job gives each job several processes")
         if config.get("resume") is not None:
             _refuse("resume goes on with a single run; give it without -m and without lists of values.")
 
 
 class SpareRuns(Callback):
-    """Refuses to write anything else over a run."""
+    """Refuses to write anything else over a run, and to measure many checkpoints in several processes."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before Hydra writes anything."""
@@ -68,6 +73,16 @@ class SpareRuns(Callback):
             _refuse(
                 f"{run_dir} holds a run. Choose another directory for what is found, say hydra.run.dir={run_dir}/test."
             )
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before Hydra writes anything."""
+        _refuse_several("with torchrun, measure one checkpoint at a time")
+
+
+def _refuse_several(instead: str) -> None:
+    """Refuse a multirun in several processes, because they part after its first job."""
+    if are_several():
+        _refuse(f"a multirun is started without torchrun; {instead}.")
 
 
 def _hold(run_dir: Path) -> None:

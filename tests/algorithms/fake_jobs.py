@@ -87,12 +87,17 @@ class FakeSweep:
         self.watcher = Silent()
 
     def jobs(self) -> list[Job]:
-        return [Job(name, self.folder / name, self._command(name), name) for name in self.behaviours]
+        return [self._job(name) for name in self.behaviours]
 
-    def _command(self, name):
+    def _job(self, name):
         folder = self.folder / name
         line = [sys.executable, "-SE", "-c", FAKE_JOB, str(folder), str(self.record), self.behaviours[name]]
-        return lambda slot: None if (folder / "summary.json").exists() else line
+
+        def command(slot):
+            assert "CUDA_VISIBLE_DEVICES" in slot.environment, "a real command needs what a slot of this launcher gives"
+            return line
+
+        return Job(name, folder, command, (folder / "summary.json").exists, name)
 
     def launch(self, num_slots: int) -> list[Attempt]:
         slots = [Slot(index, {"CUDA_VISIBLE_DEVICES": str(index)}) for index in range(num_slots)]

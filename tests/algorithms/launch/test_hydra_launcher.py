@@ -116,7 +116,7 @@ def test_a_launcher_that_is_asked_to_end_leaves_nothing_running(tmp_path, number
 
 def test_what_an_ended_job_has_left_behind_ends_too(tmp_path):
     script = f"sleep 600 & echo $! > {tmp_path}/pid; touch {tmp_path}/summary.json"
-    job = Job("job", tmp_path, lambda slot: None if (tmp_path / "pid").exists() else ["sh", "-c", script], "job")
+    job = Job("job", tmp_path, lambda slot: ["sh", "-c", script], (tmp_path / "pid").exists, "job")
     assert Launcher([Slot(0)], tmp_path / "locks", Silent()).run([job]) == []
     pid = int((tmp_path / "pid").read_text())
     wait_until(lambda: not is_running(pid))
@@ -234,8 +234,8 @@ def launched(monkeypatch):
     calls = []
 
     def run(self, planned):
-        given = [(job, job.command(Slot(0, {"OMP_NUM_THREADS": "2"}))) for job in planned]
-        calls.append({job.name: line for job, line in given if line is not None})
+        slot = Slot(0, {"OMP_NUM_THREADS": "2"})
+        calls.append({job.name: job.command(slot) for job in planned if not job.is_complete()})
         return []
 
     monkeypatch.setattr(Launcher, "run", run)
@@ -269,6 +269,16 @@ def test_each_job_is_the_command_with_its_overrides(tmp_path, launched):
     table = HParamsPluginData.FromString(metadata["_hparams_/experiment"].plugin_data.content).experiment
     assert [column.name for column in table.hparam_infos] == ["algo.name", "seed"]
     assert "custom_scalars__config__" in metadata
+
+
+def test_more_seeds_may_follow_the_first(tmp_path, launched):
+    sweep = f"hydra.sweep.dir={tmp_path}"
+    for algorithms in ("ppo", "ppo,dgpo"):  # a lone job is called as one of several
+        assert command("-m", f"algo={algorithms}", "seed=0", "num_envs=8", sweep).code == 0
+    assert [list(each) for each in launched] == [["algo-ppo+seed-0"], ["algo-ppo+seed-0", "algo-dgpo+seed-0"]]
+    pretend_run(tmp_path / "algo-ppo+seed-0", "algo=ppo", "seed=0", "num_envs=8")
+    assert command("-m", "algo=ppo", "seed=0,1", "num_envs=8", sweep).code == 0
+    assert list(launched[2]) == ["algo-ppo+seed-1"], "the first seed is done already"
 
 
 @pytest.mark.parametrize(("path", "flags"), [(["/bin", "/lib"], ["-P"]), (["", "/lib"], []), ([None, "/lib"], [])])
@@ -358,7 +368,7 @@ def test_plans_of_a_multirun(tmp_path, launched, monkeypatch):
             job.directory.mkdir(exist_ok=True)
             (job.directory / "preflight.json").write_text(f'{{"fits": {fits}}}')
         slot = Slot(0, {"OMP_NUM_THREADS": "2"})
-        return [job_pool.Attempt(job, slot, code=1) for job in jobs if job.command(slot) is not None]
+        return [job_pool.Attempt(job, slot, code=1) for job in jobs if not job.is_complete()]
 
     monkeypatch.setattr(Launcher, "run", planned)
     run = command(*words)
