@@ -17,6 +17,7 @@ from algorithms.launch.command_line import prepare
 from algorithms.launch.hydra_launcher import register_launcher
 from algorithms.launch.processes import carry_out, start
 from algorithms.launch.run_guard import drop_settings_of_others, left_to_run, no_trace_of_refusals
+from algorithms.training.compose import require_one_number
 from algorithms.training.from_python import run
 from algorithms.training.protocol import with_protocol
 from algorithms.training.schemas import by_group, register_schemas
@@ -47,6 +48,7 @@ def _composed(config: DictConfig) -> None:
     with clear_errors(run_dir), no_trace_of_refusals(run_dir, config):
         drop_settings_of_others(config)
         said: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
+        require_one_number(config, said)
         left = left_to_run(run_dir, with_protocol(config, said))
         if left is not None:
             settings = run_config(left)

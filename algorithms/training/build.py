@@ -367,13 +367,20 @@ def _require_same_opening(policy: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 
 def _with_nested(spec: Any) -> Any:
-    """Turn the nested settings of a configuration from mappings into dataclasses."""
+    """Turn the nested settings of a configuration from mappings into dataclasses.
+
+    `demonstrations.num` wins over `num_demonstrations`, which a preset or `stages` may have brought.
+    """
     if not isinstance(spec, Mapping):
         return spec
-    return {
+    settings = {
         key: _nested(key, value) if key.rpartition("_")[2] in _NESTED and isinstance(value, Mapping) else value
         for key, value in spec.items()
     }
+    of_demonstrations = settings.get("demonstrations")
+    if isinstance(of_demonstrations, DemonstrationsConfig) and of_demonstrations.num is not None:
+        settings["num_demonstrations"] = of_demonstrations.num
+    return settings
 
 
 def _nested(key: str, settings: Mapping[str, Any]) -> Any:

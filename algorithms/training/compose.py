@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
-from algorithms.training.protocol import with_protocol
+from algorithms.training.protocol import names_of, with_protocol
 from algorithms.training.run_files import flat, plain_data
 from algorithms.training.schemas import register_schemas
 from algorithms.training.settings import RunConfig, settings_with_effect
@@ -39,7 +39,9 @@ def configure(**values: Any) -> RunConfig:
     Raises:
         ConfigurationError: A name or a setting is unknown, or a value can't work; the message suggests what to write.
     """
-    return run_config(with_protocol(composed_values(values), list(_said(plain_data(values)))))
+    config, said = composed_values(values), list(_said(plain_data(values)))
+    require_one_number(config, said)
+    return run_config(with_protocol(config, said))
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -51,7 +53,8 @@ def complete(config: RunConfig) -> RunConfig:
     default = RunConfig()
     given = {name: value for name, value in vars(config).items() if value != getattr(default, name)}
     # An environment that brings its questions leaves these parts out by itself.
-    return configure(**{name: value for name, value in given.items() if value is not None or name not in PARTS})
+    values = {name: value for name, value in given.items() if value is not None or name not in PARTS}
+    return run_config(with_protocol(composed_values(values), list(_said(plain_data(values)))))
 
 
 def overrides_of(config: RunConfig) -> list[str]:
@@ -64,6 +67,24 @@ def overrides_of(config: RunConfig) -> list[str]:
         default = RunConfig()
     changed = _changed(settings, plain_data(default))
     return [f"{name}={value}" for name, value in (_said(names) | _said(changed)).items()]
+
+
+def require_one_number(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse two numbers of demonstrations for one stage. One that a preset or `stages` brings gives way to the user's.
+
+    Args:
+        config: A composed configuration.
+        overrides: What the user said: the command line, or the names of the settings that a program gave.
+
+    Raises:
+        ConfigurationError: The user gave two numbers, and they differ.
+    """
+    said = names_of(overrides)
+    for name in (each for each in said if each.endswith(".demonstrations.num")):
+        other = name.removesuffix("demonstrations.num") + "num_demonstrations"
+        number, count = (OmegaConf.select(config, each) for each in (name, other))
+        if other in said and number not in (None, count):
+            raise ConfigurationError(f"{other}={count} and {name}={number} say different things; set one of them.")
 
 
 def composed_values(values: Mapping[str, Any]) -> DictConfig:

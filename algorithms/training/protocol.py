@@ -38,7 +38,7 @@ def with_protocol(config: DictConfig, overrides: Sequence[str], quiet: bool = Fa
     agents = _agents(config)
     if not agents:
         return config
-    said = [override.lstrip("+~").partition("=")[0].rpartition("@")[2] for override in overrides]
+    said = names_of(overrides)
 
     def is_said(key: str) -> bool:
         return any(key == each or key.startswith(f"{each}.") for each in said)
@@ -57,6 +57,11 @@ def with_protocol(config: DictConfig, overrides: Sequence[str], quiet: bool = Fa
     for role, agent in agents.items():
         tell_overruled(agent.protocol, after, f"model.{role}={config.model[role]}")
     return adopted
+
+
+def names_of(overrides: Sequence[str]) -> list[str]:
+    """Dotted names of the settings that overrides set."""
+    return [override.lstrip("+~").partition("=")[0].rpartition("@")[2] for override in overrides]
 
 
 def _agents(config: DictConfig) -> dict[str, Agent]:

@@ -92,7 +92,9 @@ def _with_few_demonstrations(algo: Mapping[str, Any], held_out: int) -> dict[str
     short = dict(algo)
     if "num_demonstrations" in short:
         few = STEPS * short["batch_size"] + held_out
-        short["num_demonstrations"] = min(short["num_demonstrations"], few)
+        chosen = dict(short["demonstrations"])
+        short["num_demonstrations"] = min(chosen["num"] or short["num_demonstrations"], few)
+        short["demonstrations"] = chosen | {"num": None}
     if isinstance(short.get("warm_start"), Mapping):
         short["warm_start"] = _with_few_demonstrations(short["warm_start"], held_out)
     return short

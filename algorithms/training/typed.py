@@ -145,7 +145,7 @@ def _with_demonstrations(spec: Any, count: int) -> dict[str, Any]:
     """Set in an algorithm's settings how many demonstrations each stage that trains on them collects.
 
     Raises:
-        ConfigurationError: No stage trains on demonstrations.
+        ConfigurationError: No stage trains on demonstrations, or one has another `demonstrations.num` of its own.
     """
     first: dict[str, Any] = {"warm_start": spec}
     place, found = first, False
@@ -154,6 +154,11 @@ def _with_demonstrations(spec: Any, count: int) -> dict[str, Any]:
         place["warm_start"] = start = {"name": start} if isinstance(start, str) else dict(start)
         kind = ALGORITHMS.get(start["name"]).config
         if kind is not None and issubclass(kind, DemonstrationConfig):
+            if (own := (start.get("demonstrations") or {}).get("num")) not in (None, count):
+                raise ConfigurationError(
+                    f"demonstrations.num={count} is for every stage, and {start['name']} has demonstrations.num={own} "
+                    "of its own; set one of them."
+                )
             start["num_demonstrations"], found = count, True
         for setting in dataclasses.fields(kind) if kind else ():
             if setting.name == "warm_start" and setting.default_factory is not dataclasses.MISSING:

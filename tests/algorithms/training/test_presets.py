@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+from small_runs import command
 from test_experiments import run_settings
 
+from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.learner.config import CriticConfig, OptimizerConfig
 from algorithms.ppo import PPO
 from algorithms.training import presets
 from algorithms.training.build import build_stages
+from algorithms.training.compose import complete, configure
 
 PRESETS = sorted(file.stem for file in presets.FOLDER.glob("*.yaml") if file.stem != "tiny")
 
@@ -73,6 +76,25 @@ def test_the_command_line_and_experiments_win():
     assert (config.env["top_k"], config.rollout.max_new_tokens) == (3, 500)
     assert config.algo["optimizer"]["learning_rate"] == 1e-6
     assert config.algo["warm_start"]["optimizer"]["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize("chosen", [{"model": "qwen2.5_0.5b"}, {"stages": "paper"}])
+def test_demonstrations_num_wins_over_the_number_of_presets_and_stages(chosen):
+    config = configure(algo={"name": "sft", "demonstrations": {"num": 100}}, **chosen)
+    assert [stage.config.num_demonstrations for stage in build_stages(config.algo)] == [100]
+    assert complete(config) == config
+
+
+def test_two_numbers_of_demonstrations_of_the_user_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"algo\.num_demonstrations=9 and algo\.demonstrations\.num=7 say"):
+        configure(algo={"name": "kd", "num_demonstrations": 9, "demonstrations": {"num": 7}})
+    two = ["algo.warm_start.num_demonstrations=9", "algo.warm_start.demonstrations.num=7"]
+    refused = command("algo=dgpo", *two, f"hydra.run.dir={tmp_path}/run")
+    assert refused.code == 1
+    assert "algo.warm_start.num_demonstrations=9 and algo.warm_start.demonstrations.num=7 say different" in refused.err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigurationError, match=r"kd has demonstrations\.num=7 of its own"):
+        configure(algo={"name": "kd", "demonstrations": {"num": 7}}, demonstrations={"num": 9})
 
 
 def test_the_toy_is_as_it_was():

@@ -40,6 +40,14 @@ def test_a_stage_with_fewer_steps_takes_those(tmp_path):
     assert stage["update"] > 0
 
 
+@pytest.mark.parametrize(("num", "tried"), [(None, 27), (100, 27), (10, 10)])
+def test_a_trial_asks_for_few_demonstrations_however_many_are_wanted(num, tried):
+    stage = {"name": "distillm", "batch_size": 8, "num_demonstrations": 400, "num_validation": 3}
+    algo = {"name": "ppo", "warm_start": stage | {"demonstrations": {"source": "file", "num": num}}}
+    short = trial._with_few_demonstrations(algo)["warm_start"]
+    assert (short["num_demonstrations"], short["demonstrations"]) == (tried, {"source": "file", "num": None})
+
+
 #: kd takes 0.1 s a step and dgpo 2 s; a demonstration 0.01 s, read once in 0.002 s; a question 0.05 s.
 STAGES = [
     {"rollout": 0.0, "score": 0.0, "update": 0.1, "tokens": 800.0},
