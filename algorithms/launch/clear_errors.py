@@ -73,8 +73,9 @@ def _told(error: Exception) -> str:
         return str(error)
     what, how_much, *_ = f"{error}. . ".split(". ")  # torch goes on with a page about its allocator
     return (
-        f"{what}. {how_much}. Lower learner.micro_batch_tokens (training) or num_envs (rollouts), or set "
-        "learner.gradient_checkpointing=true; preflight=true plans the memory of a run."
+        f"{what}. {how_much}. Lower learner.micro_batch_tokens or learner.chunk_tokens, or set "
+        "learner.gradient_checkpointing=true; a run that is resumed takes them, too. In a new run, num_envs makes "
+        "rollouts smaller, and preflight=true plans the memory."
     )
 
 
@@ -113,7 +114,8 @@ def _print_message(message: str, error: BaseException, run_dir: Path | None) -> 
             f"algorithms.run {_resume(run_dir)}",
             file=sys.stderr,
         )
-    elif not isinstance(error, (ConfigurationError, DataError)):  # their messages already say what would help
+    # The same step would fail again; the others' messages already say what would help.
+    elif not isinstance(error, (FloatingPointError, ConfigurationError, DataError)):
         print(f"Checkpoints are kept. To go on: python -m algorithms.run {_resume(run_dir)}", file=sys.stderr)
 
 

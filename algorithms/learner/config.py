@@ -8,7 +8,7 @@ from typing import Any
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.settings import COUNT, FRACTION, Allowed, above, at_least, check_settings, one_of, or_none
 
-#: Metadata of a field whose setting says how a run is carried out, and does not change its results.
+#: Metadata of a field whose setting says how a run is carried out, and does not change its results but for rounding.
 WITHOUT_EFFECT = {"without_effect": True}
 LOSS_REDUCTIONS = ("token-mean", "seq-mean", "constant")
 SHARDINGS = ("none", "fsdp2")
@@ -290,9 +290,9 @@ class LearnerConfig:
     """
 
     precision: str = "auto"
-    micro_batch_tokens: int = 4096
-    chunk_tokens: int = 1024
-    gradient_checkpointing: bool = False
+    micro_batch_tokens: int = field(default=4096, metadata=WITHOUT_EFFECT)
+    chunk_tokens: int = field(default=1024, metadata=WITHOUT_EFFECT)
+    gradient_checkpointing: bool = field(default=False, metadata=WITHOUT_EFFECT)
     critic: str = "separate"
     value_coef: float = 0.5
     sharding: str = field(default="none", metadata=WITHOUT_EFFECT)

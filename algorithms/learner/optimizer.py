@@ -85,7 +85,7 @@ class Optimizer:
                 f"Training step {step + 1}: the loss of the {self.name} is {float(loss)} and the norm of its gradient"
                 f" {float(norm)}. This minibatch did not change the {self.name}. Begin again, from the last checkpoint"
                 f" if you like (model.policy=<run dir>/checkpoints/<step>), with a lower learning rate (now"
-                f" {self.learning_rate(step):.3g}), a longer warm-up, or precision=float32."
+                f" {self.learning_rate(step):.3g}), a longer warm-up, or learner.precision=float32."
             )
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate(step)
@@ -99,9 +99,10 @@ class Optimizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         trained = [parameter for group in self.adamw.param_groups for parameter in group["params"]]
-        averages = {
+        averages = {  # copies, because a value that is kept would keep the whole file that it was mapped from
             number: {
-                name: sharding.like(value, trained[number]) if value.dim() else value for name, value in each.items()
+                name: sharding.like(value, trained[number]) if value.dim() else value.clone()
+                for name, value in each.items()
             }
             for number, each in state["state"].items()
         }

@@ -19,10 +19,21 @@ def test_a_full_gpu_names_the_settings_that_help(capsys):
         raise torch.OutOfMemoryError(FULL)
     assert ended.value.code == 1
     assert capsys.readouterr().err == (
-        "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. Lower learner.micro_batch_tokens "
-        "(training) or num_envs (rollouts), or set learner.gradient_checkpointing=true; preflight=true plans the "
-        "memory of a run.\n"
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. Lower learner.micro_batch_tokens or "
+        "learner.chunk_tokens, or set learner.gradient_checkpointing=true; a run that is resumed takes them, too. In a "
+        "new run, num_envs makes rollouts smaller, and preflight=true plans the memory.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "helps"), [(OSError("the disk is full"), True), (FloatingPointError("the loss is nan"), False)]
+)
+def test_resuming_is_offered_where_it_helps(capsys, tmp_path, error, helps):
+    (tmp_path / "checkpoints" / "000010").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "000010" / "manifest.json").touch()
+    with pytest.raises(SystemExit), clear_errors(tmp_path):
+        raise error
+    assert ("To go on: python -m algorithms.run resume=" in capsys.readouterr().err) is helps
 
 
 def test_another_error_of_torch_keeps_its_traceback():
