@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from gymnasium.vector import AutoresetMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.datasets.base import QuestionSet
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, did_you_mean
 from agentic_rag_env.terminal import print_line
 from agentic_rag_env.vector import brings_questions
@@ -44,8 +45,10 @@ from algorithms.rollout.player import Player, TextEnvs
 from algorithms.rollout.recorded_steps import Recorder
 from algorithms.rollout.tokenization import PlainEncoder, opened_thought
 from algorithms.training.agent_files import read_agent
+from algorithms.training.checkpoint import checkpoint_name, find_problem
 from algorithms.training.host_memory import give_back
-from algorithms.training.model_names import resolve_model
+from algorithms.training.model_names import is_run, resolve_model
+from algorithms.training.run_files import SUMMARY_FILE
 from algorithms.training.settings import RunConfig
 
 
@@ -151,16 +154,61 @@ class Environments:
 _MIN_THREADED_PARAMETERS = 5_000_000
 
 
+def _found_models(config: RunConfig, begun_with: Mapping[str, int]) -> tuple[dict[str, str], dict[str, int]]:
+    """Find the models of a run, by role.
+
+    Args:
+        config: The run's settings.
+        begun_with: The second result at the time when the run began; empty for a new run.
+
+    Returns:
+        Folders or hub ids. And of those that are runs, the step of the checkpoint.
+    """
+    places, steps = {}, {}
+    for role, name in (("policy", config.model.policy), ("teacher", config.model.teacher)):
+        if name is None:
+            continue
+        run = Path(name).expanduser()
+        if role in begun_with:
+            places[role] = str(run / checkpoint_name(begun_with[role]))
+            _require_there(Path(places[role]))
+        else:
+            places[role] = resolve_model(name, config.cache_dir)
+        if is_run(run):
+            steps[role] = int(Path(places[role]).name)
+            if not (run / SUMMARY_FILE).is_file():
+                warnings.warn(
+                    f"The run model.{role}={name} is not complete. This run uses its checkpoint {places[role]} to the "
+                    "end; if that run goes on, let it keep all checkpoints (keep_checkpoints=null).",
+                    stacklevel=4,
+                )
+    return places, steps
+
+
+def _require_there(model: Path) -> None:
+    if problem := find_problem(model) if model.is_dir() else "it is gone":
+        raise DataError(
+            f"This run began with the model {model}, which can't be used: {problem}. Put it back from a copy to go on; "
+            "or begin a new run."
+        )
+
+
 class Networks:
     """The networks of a run: the policy always, the teacher only while somebody needs it.
 
     Args:
         config: The run's settings.
+        model_steps: The attribute `model_steps` of a run that goes on, as its checkpoint holds it.
 
     Raises:
         ConfigurationError: A model is missing or broken, or the teacher's vocabulary is not the policy's.
+        DataError: The model that a run began with is not there any more.
 
     Attributes:
+        place_of_policy: Folder or hub id of the model that the run begins with.
+        place_of_teacher: The same of the teacher; None if there is none.
+        model_steps: Where `model.policy` or `model.teacher` names a run: the step of its newest checkpoint when this
+            run began, by `policy` and `teacher`. The other run may go on training.
         device: Where the networks are: the first GPU if there is one, or this process's own of several.
         tokenizer: The policy's tokenizer.
         teacher_tokenizer: The teacher's tokenizer, which may have another chat template. Without a teacher, it is the
@@ -174,31 +222,31 @@ class Networks:
         vocab_size: Ids that policy and teacher have in common, and that both wrote in the runs that they come from.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, model_steps: Mapping[str, int] | None = None) -> None:
         self._config = config
         self.device = ranks.device()
-        policy, teacher = config.model.policy, config.model.teacher
-        self.tokenizer = load_tokenizer(self.place(policy))
-        self.teacher_tokenizer = self.tokenizer if teacher is None else load_tokenizer(self.place(teacher))
-        self.policy = self._trained_policy(self.place(policy))
-        require_rows(self.tokenizer, logit_width(self.policy), policy)
+        places, self.model_steps = ranks.decided(lambda: _found_models(config, model_steps or {}))
+        policy, teacher = places["policy"], places.get("teacher")
+        self.place_of_policy, self.place_of_teacher = policy, teacher
+        self.tokenizer = load_tokenizer(policy)
+        self.teacher_tokenizer = self.tokenizer if teacher is None else load_tokenizer(teacher)
+        self.policy = self._trained_policy(policy)
+        require_rows(self.tokenizer, logit_width(self.policy), config.model.policy)
         if teacher is not None:
-            require_rows(self.teacher_tokenizer, declared_vocab_size(self.place(teacher)), teacher)
+            require_rows(self.teacher_tokenizer, declared_vocab_size(teacher), str(config.model.teacher))
             _require_same_opening(self.tokenizer, self.teacher_tokenizer)
-        self.precision, self.precision_reason = decided_precision(config.learner.precision, self.policy)
+        # The processors of several machines may differ.
+        decided = ranks.decided(lambda: decided_precision(config.learner.precision, self.policy))
+        self.precision, self.precision_reason = decided
         self.attention = attention_kernels(self.policy, self.precision)
         self._recorders: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
         if config.threads is None and self.policy.num_parameters() < _MIN_THREADED_PARAMETERS:
             torch.set_num_threads(1)
-        self._agents = [agent for name in (policy, teacher) if name and (agent := read_agent(self.place(name)))]
+        self._agents = [agent for place in (policy, teacher) if place and (agent := read_agent(place))]
         self.vocab_size = min([self._shared_vocab_size(), *(agent.vocab_size for agent in self._agents)])
         self._teacher: PreTrainedModel | None = None
         self._teachers: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
         _, self.cuda_graphs = self._recorder(self.policy)
-
-    def place(self, name: str) -> str:
-        """Folder or hub id of a model that the configuration names."""
-        return resolve_model(name, self._config.cache_dir)
 
     def load(self, path: str) -> PreTrainedModel:
         """A model in the precision of the policy's weights, from a folder or a hub id."""
@@ -243,17 +291,11 @@ class Networks:
             folder: Folder of a checkpoint of this run; None: as the run began, while nothing is trained or loaded yet.
         """
         if not adapters.is_adapted(self.policy):
-            return freeze(self.load(self.place(self._config.model.policy) if folder is None else str(folder)))
+            return freeze(self.load(self.place_of_policy if folder is None else str(folder)))
         earlier = adapters.twin(self.policy)
         if folder is not None:
             adapters.load_adapter(earlier, require_adapter(folder))
         return freeze(earlier)
-
-    @property
-    def place_of_teacher(self) -> str | None:
-        """Folder or hub id of the teacher; None if there is none."""
-        teacher = self._config.model.teacher
-        return None if teacher is None else self.place(teacher)
 
     def teacher(self) -> PreTrainedModel:
         """The frozen teacher at its temperature, loaded if it is not in memory.
@@ -262,10 +304,9 @@ class Networks:
             ConfigurationError: No teacher is configured, or it can't be loaded.
         """
         if self._teacher is None:
-            if self._config.model.teacher is None:
+            if self.place_of_teacher is None:
                 raise ConfigurationError("This algorithm needs a teacher, and model.teacher is null; name a model.")
-            path = self.place(self._config.model.teacher)
-            teacher = load_model(path, device=self.device, dtype=self._teacher_dtype())
+            teacher = load_model(self.place_of_teacher, device=self.device, dtype=self._teacher_dtype())
             temperature = self._config.model.teacher_temperature
             self._teacher = freeze(teacher if temperature == 1 else soften(teacher, temperature))
             self._teachers.add(self._teacher)
@@ -279,10 +320,9 @@ class Networks:
 
     def _shared_vocab_size(self) -> int:
         # This must not depend on whether the process ever loads the teacher. With kept demonstrations it may not.
-        if self._config.model.teacher is None:
+        if self.place_of_teacher is None:
             return logit_width(self.policy)
-        path = self.place(self._config.model.teacher)
-        widths = (logit_width(self.policy), declared_vocab_size(path))
+        widths = (logit_width(self.policy), declared_vocab_size(self.place_of_teacher))
         return shared_vocab_size(self.tokenizer, self.teacher_tokenizer, *widths)
 
     @property

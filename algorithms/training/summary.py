@@ -202,15 +202,15 @@ class _Model(NamedTuple):
 
 def _models(trainer: Trainer) -> list[_Model]:
     """List the raw policy, the policy after each stage that had any step, and the teacher."""
-    networks, config = trainer.networks, trainer.config
-    paths = [("raw", networks.place(config.model.policy))]
+    networks = trainer.networks
+    paths = [("raw", networks.place_of_policy)]
     trained = [stage for stage in _stages(trainer) if stage["steps"]]
     for stage in trained:
         checkpoint.require_whole(trainer.run_dir / stage["checkpoint"])
     paths += [(stage["name"], str(trainer.run_dir / stage["checkpoint"])) for stage in trained]
     models = [_Model(name, path, partial(networks.load, path)) for name, path in paths]
-    if config.model.teacher is not None:
-        models.append(_Model("teacher", networks.place(config.model.teacher), networks.teacher))
+    if networks.place_of_teacher is not None:
+        models.append(_Model("teacher", networks.place_of_teacher, networks.teacher))
     return models
 
 
@@ -219,7 +219,9 @@ def _evaluate(trainer: Trainer, model: _Model) -> Evaluated:
     networks, config, envs = trainer.networks, trainer.config, trainer.environments.envs("test")
     is_trained = model.name == _stages(trainer)[-1]["name"]
     root = trainer.run_dir if is_trained else Path(config.cache_dir).expanduser()
-    kept_in = place(root / "evaluations", config, networks, envs, model.path, model.name == "teacher")
+    is_teacher = model.name == "teacher"
+    # A search service may answer one process and not another, and all must take the same way.
+    kept_in = ranks.decided(lambda: place(root / "evaluations", config, networks, envs, model.path, is_teacher))
     waiting = "waiting for another run, which evaluates the same model"
     with exclusively(kept_in.with_suffix(".lock"), waiting) if kept_in and ranks.is_first() else nullcontext():
         result = evaluation.evaluate_model(

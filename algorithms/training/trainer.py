@@ -57,11 +57,11 @@ class Trainer:
     def __init__(self, config: RunConfig, run_dir: Path, most_steps: int | None = None) -> None:
         self.config, self.run_dir, self._most_steps = config, run_dir, most_steps
         self.stages = build_stages(config.algo)
-        self.networks = Networks(config)
+        self._resume_from = ranks.decided(lambda: checkpoint.latest(run_dir))
+        self.networks = Networks(config, self._model_steps())
         self.environments = Environments(config, self.networks.tokenizer)
         self._refuse_what_fails_late()
         self.position = Position()
-        self._resume_from = ranks.decided(lambda: checkpoint.latest(run_dir))
         if self._resume_from is not None:
             self._take_position(self._resume_from)
         if config.learner.sharding == "fsdp2" and ranks.count() > 1:
@@ -100,6 +100,16 @@ class Trainer:
             raise ConfigurationError(
                 f"cache_dir={cache_dir} can't be written to ({error.strerror}); name another folder."
             ) from error
+
+    def _model_steps(self) -> dict[str, int]:
+        """The attribute `model_steps` of the networks that this run began with; empty for a new run."""
+        if self._resume_from is None:
+            return {}
+        saved = checkpoint.read_trainer_state(self._resume_from).get("model_steps", {})  # earlier versions saved none
+        try:
+            return {role: int(step) for role, step in saved.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DataError(f"Checkpoint {self._resume_from} holds no state of a run ({error!r}).") from error
 
     def _take_position(self, saved_in: Path) -> None:
         """Take over the position of a checkpoint, if it was saved with these settings.
@@ -190,9 +200,7 @@ class Trainer:
         self._keep_teacher_states(learner)
         self.sources.replay = Replay(algorithm.replay_capacity)
         if self._resume_from is not None:
-            saved = checkpoint.load(self._resume_from, policy=self.networks.policy, critic=learner.critic)
-            learner.load_state_dict(saved.learner)
-            self.sources.replay.load_state_dict(saved.trainer["replay"])
+            self._load(self._resume_from, learner)
             self._resume_from = None
         while not self._stage_is_over(algorithm, total):
             metrics = self._validate(learner) if self.position.stage_step == 0 else {}
@@ -211,6 +219,12 @@ class Trainer:
             is_best = self.position.step in self.position.best_steps()
             if is_due_anyway or is_best or self._stage_is_over(algorithm, total):
                 self._save(learner)
+
+    def _load(self, saved_in: Path, learner: Learner) -> None:
+        """Go on from a checkpoint. What was read is let go at the end: it is as large as the optimizers."""
+        saved = checkpoint.load(saved_in, policy=self.networks.policy, critic=learner.critic)
+        learner.load_state_dict(saved.learner)
+        self.sources.replay.load_state_dict(saved.trainer["replay"])
 
     def _stage_is_over(self, algorithm: Algorithm, total_steps: int) -> bool:
         if self.position.stage_step >= min(total_steps, self._most_steps or total_steps):
@@ -364,6 +378,7 @@ class Trainer:
                     "position": asdict(self.position),
                     "replay": self.sources.replay.state_dict(),
                     "settings": self._settings(),
+                    "model_steps": self.networks.model_steps,
                 },
                 agent=described(self.config, self.networks.precision, self.networks.vocab_size, action_ends),
                 keep_last=self.config.keep_checkpoints,

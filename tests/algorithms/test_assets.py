@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,19 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import DGPO_STEPS, KD_STEPS
+from test_experiments import run_settings
 from toy_policy import make_player
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from agentic_rag_env.actions import Answer, Search, parse_action
+from agentic_rag_env.errors import DataError
 from agentic_rag_env.prompts import MALFORMED_HINT, PROMPTS, format_passages, information_block
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.assets import ASSETS, gguf, pretrain, traces
 from algorithms.assets.tokenizer import EOS, build_tokenizer
 from algorithms.learner.networks import load_model, load_tokenizer
 from algorithms.rollout.config import RolloutConfig
+from algorithms.training.build import Networks
 from algorithms.training.model_names import resolve_model
 
 MODELS = ("tiny-student", "tiny-teacher")
@@ -48,6 +52,30 @@ def test_they_are_small():
 def test_a_run_stands_for_its_newest_checkpoint(dgpo_run):
     newest = dgpo_run.path / "checkpoints" / f"{KD_STEPS + DGPO_STEPS:06d}"
     assert resolve_model(str(dgpo_run.path)) == str(newest)
+
+
+def test_a_run_that_trains_on_stands_for_one_checkpoint_of_it(dgpo_run, tmp_path):
+    """Tokenizer, weights, teacher and reference are of one checkpoint, also when the run that began with it goes on."""
+    other = tmp_path / "other"
+    shutil.copytree(dgpo_run.path, other)
+    newest = other / "checkpoints" / f"{KD_STEPS + DGPO_STEPS:06d}"
+    (tmp_path / "later").mkdir()
+    later = newest.rename(tmp_path / "later" / newest.name)
+    config = run_settings("algo=ppo", f"model.policy={other}", f"model.teacher={other}")
+    (other / "summary.json").unlink()
+    step = KD_STEPS + DGPO_STEPS - 2
+    with pytest.warns(UserWarning, match=rf"policy=.* is not complete. This run uses .*{step:06d} to the end"):
+        networks = Networks(config)
+    before = {name: weight.clone() for name, weight in networks.policy.state_dict().items()}
+    later.rename(newest)
+    resumed = Networks(config, networks.model_steps)
+    assert networks.model_steps == resumed.model_steps == {"policy": step, "teacher": step}
+    for model in (networks.earlier_policy(None), networks.teacher(), resumed.policy):
+        assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert Networks(config).place_of_policy == str(newest)
+    shutil.rmtree(other / "checkpoints" / f"{step:06d}")
+    with pytest.raises(DataError, match=f"began with the model .*{step:06d}, which can't be used: it is gone"):
+        Networks(config, networks.model_steps)
 
 
 def test_a_gguf_file_stands_for_its_folder_in_the_cache(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ Everything is computed in float64, where the order of sums hardly shows: whateve
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -124,12 +125,42 @@ def test_two_processes_evaluate_as_one(alone, tmp_path):
         assert differences(found, {"checkpoint": expected[key]}) < 1e-12, name
 
 
+def run_where_one_is_not_answered(arguments: list[str]) -> int:
+    """A run whose second process gets no answer from the search service as to what it searches."""
+    module = "algorithms.training.evaluation_cache"
+    answer = {} if os.environ["RANK"] == "0" else {"of_retriever": lambda retriever: None}
+    with patch.multiple(module, **answer) if answer else contextlib.nullcontext():
+        return run(arguments)
+
+
+def test_a_run_ends_where_a_search_service_answers_one_process_alone(tmp_path):
+    small = [*TINY, "algo=sft", "algo.num_demonstrations=8", "algo.batch_size=8", "algo.epochs=1", "probes=[]"]
+    places = [f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/cache"]
+    processes = start(2, tmp_path, run_where_one_is_not_answered, [*small, "evaluation.num_questions=6", *places])
+    join(processes, 120)
+    assert [process.exitcode for process in processes] == [0, 0], told(tmp_path)
+    kept = list((tmp_path / "cache" / "evaluations").glob("*/greedy.jsonl.gz"))
+    assert len(kept) == 2, "of the raw model and of the teacher"
+
+
 def test_a_mistake_in_the_command_line_is_told_once(tmp_path):
     codes = many(2, tmp_path / "err", ["algo=dpgo", f"hydra.run.dir={tmp_path}/run"])
     assert codes == [1, 0]
     assert len(told(tmp_path / "err")) == 1
     assert "Did you mean 'dgpo'?" in told(tmp_path / "err")[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("work", [run, evaluated])
+def test_a_multirun_in_several_processes_is_refused_at_once(tmp_path, work):
+    where = f"hydra.sweep.dir={tmp_path}/sweep"
+    given = {run: [["-m", "hydra/launcher=basic", "seed=0,1", where]], evaluated: ["-m", "num_envs=1,2", where]}
+    processes = start(2, tmp_path, work, *given[work])
+    join(processes, 120)
+    assert [process.exitcode for process in processes] == [1, 0], told(tmp_path)
+    (line,) = told(tmp_path)
+    assert line.startswith("ConfigurationError: a multirun is started without torchrun; ")
+    assert not (tmp_path / "sweep").exists()
 
 
 def differences(first: Any, second: Any, where: str = "") -> float:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -19,6 +20,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from small_runs import DGPO, DGPO_STEPS, KD_STEPS, TINY, Run, assert_same_run, command, resume
+
+from algorithms.training import checkpoint
+from algorithms.training.trainer import Trainer
 
 STEPS = KD_STEPS + DGPO_STEPS
 
@@ -199,6 +203,46 @@ def test_a_checkpoint_that_the_disk_damaged_is_not_used(dgpo_run, tmp_path):
         again = resume(path)
     assert f"resuming after step {STEPS - 2} of {STEPS}" in again.out
     assert_same_run(dgpo_run, again)
+
+
+def without_its_last_checkpoint(run: Run, path: Path) -> Path:
+    """A copy of a run that was interrupted before its end."""
+    shutil.copytree(run.path, path)
+    shutil.rmtree(path / "checkpoints" / f"{STEPS:06d}")
+    (path / "summary.json").unlink()
+    return path
+
+
+def test_what_was_read_of_a_checkpoint_is_let_go_before_training_goes_on(dgpo_run, tmp_path):
+    load, spare, alive = checkpoint.load, [], []
+
+    def with_a_spare_tensor(*args, **networks):
+        state = load(*args, **networks)
+        state.trainer["spare"] = torch.zeros(1)
+        spare.append(weakref.ref(state.trainer["spare"]))
+        return state
+
+    def step(*_):
+        alive.append(spare[0]() is not None)
+        raise KeyboardInterrupt
+
+    path = without_its_last_checkpoint(dgpo_run, tmp_path / "run")
+    with patch.object(checkpoint, "load", with_a_spare_tensor), patch.object(Trainer, "_train_step", step):
+        assert command(f"resume={path}").code == 130
+    assert alive == [False]
+
+
+def test_a_run_that_filled_its_gpu_goes_on_in_smaller_pieces(dgpo_run, tmp_path):
+    """As the message about a full GPU says. Only the order of sums is another one."""
+    path = without_its_last_checkpoint(dgpo_run, tmp_path / "run")
+    smaller = ["learner.micro_batch_tokens=600", "learner.chunk_tokens=50", "learner.gradient_checkpointing=true"]
+    again = command(f"resume={path}", *smaller)
+    assert again.code == 0, again.err
+    learner = Run(path).summary["config"]["learner"]
+    assert [learner[each.partition("=")[0].partition(".")[2]] for each in smaller] == [600, 50, True]
+    mine, theirs = Run(path).weights(STEPS), dgpo_run.weights(STEPS)
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-3
+    assert any((mine[name] != dgpo_run.weights(STEPS - 2)[name]).any() for name in mine)
 
 
 def test_a_run_that_never_saved_anything_begins_anew(dgpo_run, tmp_path):
