@@ -19,6 +19,7 @@ import numpy as np
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.wrappers import DiscreteActions
 from algorithms.learner.algorithm import ALGORITHMS
+from algorithms.training.run_directory import complete
 
 if TYPE_CHECKING:
     from algorithms.training.settings import RunConfig
@@ -76,7 +77,7 @@ class OutsideLearner(ABC):
         Raises:
             ConfigurationError: The folder holds a complete run. An interrupted one starts again, with the same result.
         """
-        if (run_dir / "summary.json").exists():
+        if complete(run_dir):
             raise ConfigurationError(
                 f"{run_dir} holds a complete run of {self.name}, which can't be resumed; see its summary.json, or "
                 "train again in another directory."

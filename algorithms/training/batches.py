@@ -144,7 +144,8 @@ class Sources:
             "filters": [name for name in chosen.filters if wanted.correct_only or name != "correct"],
         }
         settings |= {"vocab_size": networks.vocab_size, "device": networks.device.type, **asking}
-        if networks.precision == "float64":  # the key of every other precision is what it was before there was this one
+        # A model writes otherwise in another precision; what else writes is computed with in float64 alone.
+        if networks.precision != "float32" and (source.by_model or networks.precision == "float64"):
             settings["precision"] = networks.precision
         if config.model.teacher_dtype != "auto":
             settings["teacher_dtype"] = config.model.teacher_dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -21,7 +22,7 @@ from algorithms.assets import ASSETS
 from algorithms.maskable_ppo import MaskablePPO, MaskablePPOConfig
 from algorithms.rollout.trajectory_files import read_trajectories, transcript
 from algorithms.sb3.episodes import pick
-from algorithms.sb3.run import check_failures
+from algorithms.sb3.run import OutsideRun, check_failures
 from algorithms.training.build import build_stages
 from algorithms.training.trajectory_samples import NUM_SAVED
 
@@ -252,6 +253,14 @@ def test_a_complete_run_cannot_be_resumed(run):
     again = command(f"resume={run.path}")
     assert again.code == 1
     assert "holds a complete run of maskable_ppo, which can't be resumed" in again.err
+
+
+def test_a_run_whose_summary_is_damaged_begins_again(run, tmp_path):
+    path = shutil.copytree(run.path, tmp_path / "run")
+    (path / "summary.json").write_text('{"algo": ')
+    with patch.object(OutsideRun, "train", side_effect=KeyboardInterrupt) as train:
+        assert command(f"resume={path}").code == 130
+    assert train.called
 
 
 def test_nothing_starts_from_it_and_it_starts_from_nothing(tmp_path):

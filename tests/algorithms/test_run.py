@@ -388,6 +388,7 @@ def test_demonstrations_are_collected_once(dgpo_run, tmp_path, cache):
         "algo.correct_only=false",
         "model.teacher=TEACHER",
         "model.teacher=TEMPLATE",
+        "learner.precision=bfloat16",
     ],
 )
 def test_whatever_decides_the_demonstrations_is_in_their_key(change, dgpo_run, tmp_path, cache):
