@@ -153,7 +153,7 @@ def open_corpus(
     advance: Callable[[int], None] = lambda count: None,
     needed: str | None = None,
 ) -> CorpusStore:
-    """The store of a file's passages. It is written first if it is missing or damaged, or if the file has changed.
+    """The store of a file's passages. It is written first if it is missing, if its passages or the file have changed.
 
     A store at `store` is read whole for this; one in the cache folder is compared with its hash.
 

@@ -278,4 +278,4 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
+    return ", ".join(f"{name}={value}" for name, value in settings.items() if name != "words")

@@ -148,7 +148,8 @@ class CacheEntries:
 
 
 def _connect_read_only(path: Path) -> sqlite3.Connection:
-    # A reader of a write-ahead log makes files beside it, except where it is told that nobody can write there.
+    # A reader of a write-ahead log makes files beside it. Where it cannot, it is told that nobody writes meanwhile, as
+    # `offline` means.
     unwritten = not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
     place = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if unwritten else ''}"
     with _opened(path, place) as connection:

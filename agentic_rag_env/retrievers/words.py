@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, required_library
@@ -32,8 +32,13 @@ def word_pattern(least: int = 1, most: int | None = None) -> re.Pattern[str]:
     The marks are accents and vowel signs (Unicode's Mn and Mc), which Python's `\w` lacks: without them, words of
     Hindi fall into letters. Variation selectors are none, since they only choose the look of a character.
     """
-    numbers = [number for number in range(0x300, 0x20000) if unicodedata.category(chr(number)) in ("Mn", "Mc")]
-    marks = "".join(chr(number) for number in numbers if not 0xFE00 <= number <= 0xFE0F)
+    kinds = (
+        (number, unicodedata.category(chr(number)) in ("Mn", "Mc") and not 0xFE00 <= number <= 0xFE0F)
+        for number in range(0x300, 0x20000)
+    )
+    runs = [[number for number, _ in run] for is_mark, run in groupby(kinds, lambda kind: kind[1]) if is_mark]
+    # Ranges, because a pattern looks at one mark after another: 300 of them instead of 2,100.
+    marks = "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)
     return re.compile(rf"\w[\w{marks}]{{{least - 1},{'' if most is None else most - 1}}}")
 
 

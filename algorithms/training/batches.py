@@ -157,15 +157,17 @@ class Sources:
         teacher = networks.place_of_teacher if source.by_model else None
         tokenizer = networks.teacher_tokenizer if source.by_model else networks.tokenizer
         key = of_playing(settings, teacher or f"no model: {name}", tokenizer, envs.dataset)
-        # What an unknown index has answered may differ tomorrow, so other runs must not take it for the same.
+        # What an unknown index or one that failed has answered may differ tomorrow, so it is for this run alone.
+        own = self._run_dir / "demonstrations" / f"{key}.jsonl.gz"
         is_known = envs.retriever is None or searched is not None
-        folder = (Path(config.cache_dir).expanduser() if is_known else self._run_dir) / "demonstrations"
-        path, parts = folder / f"{key}.jsonl.gz", folder / f"{key}.parts"
+        shared = Path(config.cache_dir).expanduser() / "demonstrations" / own.name
+        path = shared if is_known and not own.exists() else own
+        parts = path.with_name(f"{key}.parts")
 
         def make() -> Demonstrations:
             return demonstrations.collect(source, **asking, seed=config.seed, parts=parts)
 
-        found = demonstrations.cached(path, make, tokenizer)
+        found = demonstrations.cached(path, make, tokenizer, if_searches_failed=own)
         if ranks.is_first():
             shutil.rmtree(parts, ignore_errors=True)
         if source.by_model and networks.reads_otherwise:  # the policy learns to write behind its own prompts

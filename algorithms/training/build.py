@@ -176,10 +176,10 @@ def _found_models(config: RunConfig, begun_with: Mapping[str, int]) -> tuple[dic
             places[role] = resolve_model(name, config.cache_dir)
         if is_run(run):
             steps[role] = int(Path(places[role]).name)
-            if not (run / SUMMARY_FILE).is_file():
+            if not (run / SUMMARY_FILE).is_file() and not begun_with:
                 warnings.warn(
-                    f"The run model.{role}={name} is not complete. This run uses its checkpoint {places[role]} to the "
-                    "end; if that run goes on, let it keep all checkpoints (keep_checkpoints=null).",
+                    f"The run model.{role}={name} is not complete. This run reads its checkpoint {places[role]} to the "
+                    "end, and fails there if that run has removed it meanwhile; copy the checkpoint and name the copy.",
                     stacklevel=4,
                 )
     return places, steps

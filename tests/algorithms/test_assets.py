@@ -64,7 +64,7 @@ def test_a_run_that_trains_on_stands_for_one_checkpoint_of_it(dgpo_run, tmp_path
     config = run_settings("algo=ppo", f"model.policy={other}", f"model.teacher={other}")
     (other / "summary.json").unlink()
     step = KD_STEPS + DGPO_STEPS - 2
-    with pytest.warns(UserWarning, match=rf"policy=.* is not complete. This run uses .*{step:06d} to the end"):
+    with pytest.warns(UserWarning, match=rf"policy=.* is not complete. This run reads .*{step:06d} to the end"):
         networks = Networks(config)
     before = {name: weight.clone() for name, weight in networks.policy.state_dict().items()}
     later.rename(newest)

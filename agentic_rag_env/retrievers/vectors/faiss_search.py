@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_rag_env.errors import ConfigurationError, DataError, required_library
+from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.retrievers.vectors.ranking import SCORE_DECIMALS, Candidates
 from agentic_rag_env.retrievers.vectors.torch_search import TorchSearch
 
@@ -135,8 +135,10 @@ def import_faiss(user: str) -> Any:
     Raises:
         ConfigurationError: FAISS is missing, or only remains of it are left.
     """
-    with required_library(f"{user!r} needs the library faiss. {_how_to_install()} {_WITHOUT}"):
+    try:
         import faiss
+    except ImportError as error:
+        raise ConfigurationError(f"{user!r} needs the library faiss. {_how_to_install()} {_WITHOUT}") from error
     if not hasattr(faiss, "IndexFlatIP"):  # a folder without its files, which Python imports as a namespace
         raise ConfigurationError(f"{user!r} needs the library faiss, which is damaged. {_how_to_install()} {_WITHOUT}")
     return faiss

@@ -85,6 +85,8 @@ def facts_of(database: Any, table: str) -> dict[str, Any]:
         return {}
     try:
         facts = json.loads(database.open_table(name).to_arrow().column("facts")[0].as_py())
+        if isinstance(facts, dict) and facts.pop("num_indexes", None) is not None:  # as versions before noted it
+            facts.setdefault("indexed", [])
         needed = _FACTS | (_FACTS_OF_ENCODER if "encoder" in facts else set())
         if not isinstance(facts, dict) or not needed <= facts.keys():
             raise ValueError(f"it lacks one of {', '.join(sorted(needed))}")

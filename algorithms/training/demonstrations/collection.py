@@ -128,16 +128,19 @@ def reason_to_drop(
     return "wrong" if "correct" in filters and not trajectory.correct else None
 
 
-def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> Demonstrations:
+def cached(
+    path: Path, make: Callable[[], Demonstrations], tokenizer: Any, if_searches_failed: Path | None = None
+) -> Demonstrations:
     """Read demonstrations from a file. If it is missing, collect and write them first; only one run at a time does so.
 
-    A file that is damaged, shortened or belongs to something else is made again, with a message. Demonstrations are not
-    kept if a search has failed in any episode, because it may not fail another time.
+    A file that is damaged, shortened or belongs to something else is made again, with a message.
 
     Args:
         path: Path that ends in `.jsonl.gz`; the counts stand in the file's seal.
         make: Collects the demonstrations.
         tokenizer: Decodes the text in the file.
+        if_searches_failed: The path in its place if a search has failed in any episode, because it may not fail another
+            time; None: they are not kept then.
     """
     found = ranks.decided(lambda: read_kept(path, read_trajectories, warn=False))
     if found is None:
@@ -147,9 +150,10 @@ def cached(path: Path, make: Callable[[], Demonstrations], tokenizer: Any) -> De
             found = ranks.decided(lambda: read_kept(path, read_trajectories))
             if found is None:
                 made = make()
-                if ranks.is_first() and SEARCH_FAILED not in made.dropped:
-                    write_trajectories(path, made.trajectories, tokenizer)
-                    seal(path, {name: value for name, value in vars(made).items() if name != "trajectories"})
+                kept_in = if_searches_failed if SEARCH_FAILED in made.dropped else path
+                if ranks.is_first() and kept_in is not None:
+                    write_trajectories(kept_in, made.trajectories, tokenizer)
+                    seal(kept_in, {name: value for name, value in vars(made).items() if name != "trajectories"})
                 return made
     trajectories, numbers = found
     return Demonstrations(trajectories, **numbers)

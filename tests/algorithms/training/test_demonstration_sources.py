@@ -128,6 +128,9 @@ def test_a_search_that_fails_is_no_fault_of_the_source_and_is_not_kept(world, tm
     made = cached(tmp_path / "key.jsonl.gz", asked, failing[0].tokenizer)
     assert made.counts()["dropped"] == {"search_failed": 3}
     assert not list(tmp_path.rglob("*.jsonl.gz"))
+    own = tmp_path / "run" / "key.jsonl.gz"
+    cached(tmp_path / "key.jsonl.gz", asked, failing[0].tokenizer, if_searches_failed=own)
+    assert list(tmp_path.rglob("*.jsonl.gz")) == [own], "the run that met the failure goes on with what it had"
 
 
 def test_a_thought_that_the_policys_template_opens_is_not_opened_again(world):

@@ -44,7 +44,7 @@ def test_a_stage_with_fewer_steps_takes_those(tmp_path):
 def test_a_trial_asks_for_few_demonstrations_however_many_are_wanted(num, tried):
     stage = {"name": "distillm", "batch_size": 8, "num_demonstrations": 400, "num_validation": 3}
     algo = {"name": "ppo", "warm_start": stage | {"demonstrations": {"source": "file", "num": num}}}
-    short = trial._with_few_demonstrations(algo)["warm_start"]
+    short = trial._with_few_demonstrations(algo, trial._most_held_out(algo))["warm_start"]
     assert (short["num_demonstrations"], short["demonstrations"]) == (tried, {"source": "file", "num": None})
 
 
