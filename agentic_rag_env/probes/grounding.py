@@ -17,11 +17,13 @@ from agentic_rag_env.probes.figures import Figures
 from agentic_rag_env.probes.gold import Gold
 from agentic_rag_env.probes.material import (
     DIRECTLY,
+    Identity,
     Material,
     Prompt,
     cut,
     executed_searches,
     generated,
+    identity,
     of_search,
     play,
 )
@@ -60,12 +62,12 @@ class Changed:
     Attributes:
         number: Place of the question among the questions.
         answer: The answer that its gold passages give now.
-        passages: These passages by id.
+        passages: These passages by the identity of the old ones. Retrievers may have other ids for them.
     """
 
     number: int
     answer: str
-    passages: Mapping[str, Passage]
+    passages: Mapping[Identity, Passage]
 
 
 @PROBES.register("counterfactual", GroundingConfig)
@@ -83,6 +85,7 @@ class Counterfactual:
     | `reads` | share of i that answer with the new text |
     | `remembers` | share of i that answer with the old text, though no passage that they were shown holds it |
     | `neither` | the rest |
+    | `shown` | share of i that were shown a changed passage; the others had no new text to read |
     | `own_exact_match` | mean EM_i over the unchanged passages; needs `episodes` |
     | `left_out` | share of all questions that could not be changed |
 
@@ -100,7 +103,7 @@ class Counterfactual:
         changes = changes[: self.config.num_questions]
         if not changes:
             return figures
-        passages = {identifier: passage for one in changes for identifier, passage in one.passages.items()}
+        passages = {key: passage for one in changes for key, passage in one.passages.items()}
         questions = [replace(material.questions[one.number], golden_answers=(one.answer,)) for one in changes]
         episodes = _play(material, questions, Overlaid(_retriever(material), passages))
         old = [material.questions[one.number].golden_answers for one in changes]
@@ -111,6 +114,7 @@ class Counterfactual:
             "reads": material.share(reads, "high"),
             "remembers": material.share(remembers, "low"),
             "neither": material.share(neither),
+            "shown": material.share([_shown(*pair) for pair in zip(episodes, changes, strict=True)], "high"),
         }
         return figures | _own_exact_match(material, [one.number for one in changes])
 
@@ -158,10 +162,10 @@ class Overlaid:
 
     Args:
         retriever: The retriever that searches, by the old texts.
-        passages: The new passages by id.
+        passages: The new passages by the identity of the old ones.
     """
 
-    def __init__(self, retriever: Retriever, passages: Mapping[str, Passage]) -> None:
+    def __init__(self, retriever: Retriever, passages: Mapping[Identity, Passage]) -> None:
         self._retriever, self._passages = retriever, passages
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
@@ -169,7 +173,7 @@ class Overlaid:
         return [
             found
             if isinstance(found, RetrieverError)
-            else [replace(self._passages.get(one.id, one), score=one.score) for one in found]
+            else [replace(one, contents=self._passages.get(identity(one), one).contents) for one in found]
             for found in self._retriever.search(queries, top_k)
         ]
 
@@ -213,20 +217,21 @@ def change(material: Material) -> list[Changed]:
         if (kind := kinds[number]) is not None:
             pools.setdefault(kind, []).append(material.questions[number].golden_answers[0])
     chosen: dict[tuple[str, str], str] = {}
-    altered: dict[str, Passage] = {}
-    used: set[str] = set()
+    altered: dict[Identity, Passage] = {}
+    used: set[Identity] = set()
     changes = []
     for number, (question, gold) in enumerate(zip(material.questions, material.gold, strict=True)):
         if (kind := kinds[number]) is None or not gold.passages:
             continue
         old = normalize_answer(question.golden_answers[0])
-        new = chosen.get((kind, old)) or _another(pools[kind], question, gold)
+        same = chosen.get((kind, old))  # questions with one answer agree, for they may share a passage
+        new = _another(pools[kind] if same is None else [same], question, gold)
         passages = None if new is None else _rewritten(question, gold, new)
         if new is None or passages is None or not _fits(gold, passages, altered, used):
             continue
         chosen[kind, old] = new
         altered |= passages
-        used |= {passage.id for passage in gold.passages if passage.id not in passages}
+        used |= {key for key in map(identity, gold.passages) if key not in passages}
         changes.append(Changed(number, new, passages))
     return changes
 
@@ -256,17 +261,16 @@ def answer_kind(question: Question) -> str | None:
 def _another(pool: Sequence[str], question: Question, gold: Gold) -> str | None:
     """The first answer of a pool that is unlike the question's answers and stands in neither its text nor evidence."""
     known = [question.text, *question.golden_answers, *(passage.contents for passage in gold.passages)]
-    start = pool.index(question.golden_answers[0]) if question.golden_answers[0] in pool else 0
-    for step in range(1, len(pool)):
-        candidate = pool[(start + step) % len(pool)]
+    start = pool.index(question.golden_answers[0]) + 1 if question.golden_answers[0] in pool else 0
+    for candidate in [*pool[start:], *pool[:start]]:
         mutual = any(holds_answer(candidate, [answer]) for answer in question.golden_answers)
         if normalize_answer(candidate) and not mutual and not any(holds_answer(text, [candidate]) for text in known):
             return candidate
     return None
 
 
-def _rewritten(question: Question, gold: Gold, new: str) -> dict[str, Passage] | None:
-    """The gold passages that change, by id; None if none of them holds the answer, or it can't be taken out."""
+def _rewritten(question: Question, gold: Gold, new: str) -> dict[Identity, Passage] | None:
+    """The gold passages that change, by identity; None if none of them holds the answer, or it can't be taken out."""
     aliases = sorted(question.golden_answers, key=len, reverse=True)
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(alias)}(?!\w)" for alias in aliases), re.IGNORECASE)
     passages = {}
@@ -275,15 +279,22 @@ def _rewritten(question: Question, gold: Gold, new: str) -> dict[str, Passage] |
             changed = replace(passage, contents=pattern.sub(lambda _: new, passage.contents))
             if holds_answer(changed.contents, question.golden_answers):
                 return None
-            passages[passage.id] = changed
+            passages[identity(passage)] = changed
     return passages or None
 
 
-def _fits(gold: Gold, passages: Mapping[str, Passage], altered: Mapping[str, Passage], used: set[str]) -> bool:
+def _fits(
+    gold: Gold, passages: Mapping[Identity, Passage], altered: Mapping[Identity, Passage], used: set[Identity]
+) -> bool:
     """Whether a question's new passages, and those that it needs unchanged, agree with those of the other questions."""
-    if any(identifier in used or altered.get(identifier, new) != new for identifier, new in passages.items()):
+    if any(key in used or identity(altered.get(key, new)) != identity(new) for key, new in passages.items()):
         return False
-    return not any(passage.id in altered for passage in gold.passages if passage.id not in passages)
+    return not any(key in altered for key in map(identity, gold.passages) if key not in passages)
+
+
+def _shown(episode: Sequence[StepInfo], change: Changed) -> bool:
+    new = {identity(passage) for passage in change.passages.values()}
+    return any(identity(passage) in new for info in executed_searches(episode) for passage in info["passages"])
 
 
 def _remembers(episode: Sequence[StepInfo], golden_answers: Sequence[str]) -> bool:

@@ -28,6 +28,9 @@ Generate: TypeAlias = Callable[[Sequence[str]], Sequence[str | None]]
 #: The infos of an episode's steps, in their order.
 EpisodeInfos: TypeAlias = Sequence[StepInfo]
 
+#: Tells passages apart: normalized title, and text.
+Identity: TypeAlias = tuple[str, str]
+
 #: Opens an answer without a thought. Agents of the protocol think before they answer, so the thought is closed at once.
 DIRECTLY = f"<think></think>{ANSWER_OPEN}"
 
@@ -154,13 +157,13 @@ class Material:
         # We draw a few more passages than are needed, because some hold an answer.
         rows = self.draw(number).integers(max(len(self._pool), 1), size=4 * max(count, 0) + 16)
         others = [self._pool[int(row)] for row in rows] if self._pool else []
-        taken = {_identity(passage) for passage in self.gold[number].passages}
+        taken = {identity(passage) for passage in self.gold[number].passages}
         chosen: list[Passage] = []
         for passage in (*self.found_verbatim.get(number, ()), *others):
             if len(chosen) >= count:
                 break
-            if (identity := _identity(passage)) not in taken:
-                taken.add(identity)
+            if (key := identity(passage)) not in taken:
+                taken.add(key)
                 if not holds_answer(passage.contents, self.questions[number].golden_answers):
                     chosen.append(passage)
         return chosen
@@ -168,7 +171,7 @@ class Material:
     @cached_property
     def _pool(self) -> list[Passage]:
         """The gold passages of all questions."""
-        return list({_identity(passage): passage for gold in self.gold for passage in gold.passages}.values())
+        return list({identity(passage): passage for gold in self.gold for passage in gold.passages}.values())
 
     def read(self, passages: Sequence[Sequence[Passage]], numbers: Sequence[int], opening: str) -> list[str | None]:
         """Let the model go on after passages.
@@ -285,9 +288,9 @@ def play(
     return episodes
 
 
-def _identity(passage: Passage) -> tuple[str, str]:
-    """The key that tells passages apart, whether or not their titles are quoted."""
-    return normalize_answer(passage.title), passage.text
+def identity(passage: Passage) -> Identity:
+    """Tell a passage from others, whatever its id is, whether or not its title is quoted, and however it is spaced."""
+    return normalize_answer(passage.title), " ".join(passage.text.split())
 
 
 def executed_searches(episode: EpisodeInfos) -> Iterator[StepInfo]:

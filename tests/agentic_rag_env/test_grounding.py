@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -30,6 +31,36 @@ def world() -> QuestionSet:
     return QuestionSet("capitals", questions, passages)
 
 
+def gold_as(field: str) -> QuestionSet:
+    """The world with its gold passages in another field, in which they have no ids."""
+    dataset = world()
+    items = {
+        passage.id: {
+            "gold_passages": passage.contents,
+            "paragraphs": {"title": passage.title, "paragraph_text": f"{passage.text}\n", "is_supporting": True},
+            "positive_ctxs": {"title": passage.title, "text": passage.text},
+        }[field]
+        for passage in dataset.corpus
+    }
+    questions = [replace(one, metadata={field: [items[one.metadata["supporting"][0]]]}) for one in dataset.questions]
+    return QuestionSet("capitals", questions, dataset.corpus)
+
+
+def unchanged(retriever):
+    return retriever
+
+
+class Renaming:
+    """A service that sends no ids, so that passages have other ones than in the corpus."""
+
+    def __init__(self, retriever):
+        self.retriever = retriever
+
+    def search(self, queries, top_k):
+        found = self.retriever.search(queries, top_k)
+        return [[replace(one, id=f"hash of {one.id}") for one in passages] for passages in found]
+
+
 def reader(prompts):
     """Searches the question, then answers with what the first passage says."""
     texts = []
@@ -47,9 +78,9 @@ def rememberer(prompts):
     return [f"<answer> {LANDS[land[1]] if land else 'yes'} </answer>" for land in lands]
 
 
-def material(generate, dataset=None) -> Material:
+def material(generate, dataset=None, around=unchanged) -> Material:
     dataset = dataset or world()
-    retriever = BM25Retriever(BM25Config(), corpus=dataset.corpus)
+    retriever = around(BM25Retriever(BM25Config(), corpus=dataset.corpus))
     envs = AgenticRAGVectorEnv(4, dataset=dataset, retriever=retriever, top_k=1, autoreset_mode="Disabled")
     return Material(dataset.questions, generate, play(generate, envs), retriever, dataset.corpus, top_k=1, envs=envs)
 
@@ -58,13 +89,25 @@ def values(figures):
     return {name: figure["value"] for name, figure in figures.items()}
 
 
-def test_an_agent_that_reads_answers_what_the_passages_say_now():
-    figures = run_probes(material(reader), ["counterfactual"])["counterfactual"]
+@pytest.mark.parametrize(
+    ("dataset", "around"),
+    [
+        (world(), unchanged),
+        (gold_as("gold_passages"), unchanged),
+        (gold_as("paragraphs"), unchanged),
+        (gold_as("positive_ctxs"), unchanged),
+        (world(), Renaming),
+    ],
+    ids=["supporting", "gold_passages", "paragraphs", "positive_ctxs", "service without ids"],
+)
+def test_an_agent_that_reads_answers_what_the_passages_say_now(dataset, around):
+    figures = run_probes(material(reader, dataset, around), ["counterfactual"])["counterfactual"]
     assert values(figures) == {
         "left_out": pytest.approx(1 / 7),  # the question that yes answers
         "reads": 1.0,
         "remembers": 0.0,
         "neither": 0.0,
+        "shown": 1.0,
         "own_exact_match": 1.0,
     }
     assert figures["reads"]["n"] == 6
@@ -91,6 +134,7 @@ def test_an_agent_that_remembers_gets_the_opposite():
         "reads": 0.0,
         "remembers": 1.0,
         "neither": 0.0,
+        "shown": 0.0,  # it never searches
         "own_exact_match": 1.0,
     }
 
@@ -104,7 +148,7 @@ def test_an_old_answer_that_another_passage_shows_is_no_memory():
     ]
     seen = material(reader, QuestionSet("capitals", dataset.questions, passages))
     figures = values(run_probes(seen, [{"name": "counterfactual", "num_questions": 1}])["counterfactual"])
-    assert (figures["reads"], figures["remembers"], figures["neither"]) == (0.0, 0.0, 1.0)
+    assert (figures["reads"], figures["remembers"], figures["neither"], figures["shown"]) == (0.0, 0.0, 1.0, 0.0)
 
 
 def test_shuffled_passages_take_a_reader_to_the_closed_book():
@@ -125,13 +169,13 @@ def test_each_new_answer_is_of_the_same_type_and_stands_in_the_passages():
         assert one.answer in {
             other.golden_answers[0] for other in dataset if answer_kind(other) == answer_kind(question)
         }
-        for identifier, passage in one.passages.items():
-            assert holds_answer(by_id[identifier].contents, question.golden_answers)
+        for passage in one.passages.values():
+            assert holds_answer(by_id[passage.id].contents, question.golden_answers)
             assert holds_answer(passage.contents, [one.answer])
             assert not holds_answer(passage.contents, question.golden_answers)
-            assert altered.setdefault(identifier, passage) == passage, "two questions agree on a passage"
+            assert altered.setdefault(passage.id, passage) == passage, "two questions agree on a passage"
     for one in changes:
-        kept = set(dataset[one.number].metadata["supporting"]) - one.passages.keys()
+        kept = set(dataset[one.number].metadata["supporting"]) - {passage.id for passage in one.passages.values()}
         assert not kept & altered.keys(), "what leads to the answer is as it was"
     assert [one.answer for one in change(Material(dataset.questions, corpus=dataset.corpus, seed=3))] == [
         one.answer for one in changes
@@ -139,6 +183,19 @@ def test_each_new_answer_is_of_the_same_type_and_stands_in_the_passages():
     assert [one.answer for one in change(Material(dataset.questions, corpus=dataset.corpus, seed=4))] != [
         one.answer for one in changes
     ]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_no_new_answer_stands_in_the_question_already_whichever_comes_first(turned):
+    bastille = Passage("Bastille", "Bastille\nThe Bastille stood in Paris.")
+    corpus = [*(passage for passage in world().corpus if passage.id in ("France", "Italy")), bastille]
+    questions = [
+        *world().questions[:2],
+        Question("c", "Did the Bastille stand in Paris, Rome or Milan?", ("Paris",), {"supporting": ["Bastille"]}),
+    ]
+    questions = questions[::-1] if turned else questions
+    found = {questions[one.number].id: one.answer for one in change(Material(questions, corpus=corpus))}
+    assert found == {"France": "Rome", "Italy": "Paris"}, "nothing can take the place of Paris in the third"
 
 
 @pytest.mark.parametrize(
