@@ -32,7 +32,7 @@ from agentic_rag_env.registry import PROBES
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import exact_match, normalize_answer
 from agentic_rag_env.settings import at_least, check_settings
-from agentic_rag_env.types import Found, Passage, Question, StepInfo
+from agentic_rag_env.types import Ending, Found, Passage, Question, StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 
 _MONTHS = "january february march april may june july august september october november december".split()
@@ -88,6 +88,7 @@ class Counterfactual:
     | `shown` | share of i that were shown a changed passage; the others had no new text to read |
     | `own_exact_match` | mean EM_i over the unchanged passages; needs `episodes` |
     | `left_out` | share of all questions that could not be changed |
+    | `search_failed` | share of the played questions whose search failed, which are no i; left out if there is none |
 
     Args:
         config: How many questions to play.
@@ -105,7 +106,11 @@ class Counterfactual:
             return figures
         passages = {key: passage for one in changes for key, passage in one.passages.items()}
         questions = [replace(material.questions[one.number], golden_answers=(one.answer,)) for one in changes]
-        episodes = _play(material, questions, Overlaid(_retriever(material), passages))
+        places, episodes = _play(material, questions, Overlaid(_retriever(material), passages))
+        figures |= _search_failed(material, places, len(changes))
+        changes = [changes[place] for place in places]
+        if not changes:
+            return figures
         old = [material.questions[one.number].golden_answers for one in changes]
         reads = _correct(episodes)
         remembers = [_remembers(episode, golden) for episode, golden in zip(episodes, old, strict=True)]
@@ -132,6 +137,7 @@ class Shuffled:
     | `exact_match` | mean EM_i with passages of other questions |
     | `closed_book_exact_match` | mean EM_i of answers given at once, without a search; needs `generate` |
     | `own_exact_match` | mean EM_i with the question's own passages; needs `episodes` |
+    | `search_failed` | share of the first questions whose search failed, which are no i; left out if there is none |
 
     Args:
         config: How many questions to play.
@@ -143,18 +149,22 @@ class Shuffled:
     def __call__(self, material: Material) -> Figures:
         """See the class."""
         questions = list(material.questions[: self.config.num_questions])
-        episodes = _play(material, questions, Misplaced(_retriever(material), questions, material.seed))
+        places, episodes = _play(material, questions, Misplaced(_retriever(material), questions, material.seed))
+        figures = _search_failed(material, places, len(questions))
+        if not places:
+            return figures
+        questions = [questions[place] for place in places]
         prompts = [Prompt(render_prompt(material.prompt, question.text), "", DIRECTLY) for question in questions]
         answers = [parse_action(cut(DIRECTLY + (text or ""))) for text in generated(material.generate, prompts)]
         closed = [
             isinstance(action, Answer) and exact_match(action.text, question.golden_answers) == 1
             for action, question in zip(answers, questions, strict=True)
         ]
-        figures: Figures = {
+        figures |= {
             "exact_match": material.share(_correct(episodes)),
             "closed_book_exact_match": material.share(closed),
         }
-        return figures | _own_exact_match(material, range(len(questions)))
+        return figures | _own_exact_match(material, places)
 
 
 class Overlaid:
@@ -327,8 +337,20 @@ def _retriever(material: Material) -> Retriever:
     return material.retriever
 
 
-def _play(material: Material, questions: Sequence[Question], retriever: Retriever) -> list[list[StepInfo]]:
-    """Play episodes on these questions by the rules of the material's environments."""
+def _search_failed(material: Material, places: Sequence[int], count: int) -> Figures:
+    """The share of played questions whose search failed, if there are any; they are no failure of the model."""
+    failed = [place not in places for place in range(count)]
+    return {"search_failed": material.share(failed)} if any(failed) else {}
+
+
+def _play(
+    material: Material, questions: Sequence[Question], retriever: Retriever
+) -> tuple[list[int], list[list[StepInfo]]]:
+    """Play episodes on these questions by the rules of the material's environments.
+
+    Returns:
+        The places of the questions whose searches worked, and their episodes. The material counts the others.
+    """
     if material.generate is None:
         raise ConfigurationError("This probe lets the model play, and the material has no 'generate'.")
     rules = {"prompt": material.prompt} if material.envs is None else material.envs.rules.settings()
@@ -340,4 +362,7 @@ def _play(material: Material, questions: Sequence[Question], retriever: Retrieve
         autoreset_mode="Disabled",
         **rules,
     )
-    return play(material.generate, envs)
+    episodes = play(material.generate, envs)
+    places = [place for place, episode in enumerate(episodes) if Ending.of(episode[-1]) is not Ending.SEARCH_FAILED]
+    material.num_failed_searches += len(episodes) - len(places)
+    return places, [episodes[place] for place in places]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
@@ -76,6 +76,7 @@ class Material:
         seed: Seed of all draws and of the bootstrap.
         envs: The environments in which the episodes were played; probes that play again obey their rules. None: the
             default rules.
+        num_failed_searches: How many searches of the probes have failed so far.
     """
 
     questions: Sequence[Question]
@@ -87,6 +88,7 @@ class Material:
     top_k: int = 3
     seed: int = 0
     envs: AgenticRAGVectorEnv | None = None
+    num_failed_searches: int = field(default=0, init=False)
 
     @property
     def has_golden_answers(self) -> bool:
@@ -117,6 +119,7 @@ class Material:
             queries, ids = zip(*((question.text, question.id) for question in portion), strict=True)
             results += search(self.retriever, queries, 2 * self.top_k, ids)
         failed = [result for result in results if isinstance(result, RetrieverError)]
+        self.num_failed_searches += len(failed)
         if failed:
             warnings.warn(
                 f"The probes' search failed for {len(failed)} of {len(results)} questions, which are left out where it "
@@ -128,8 +131,7 @@ class Material:
     @property
     def any_search_failed(self) -> bool:
         """Whether a search has failed and a probe went on without it, so that another run may give other figures."""
-        asked = self.retriever is not None and "found_verbatim" in vars(self)
-        return asked and len(self.found_verbatim) < len(self.questions)
+        return self.num_failed_searches > 0
 
     @cached_property
     def evidence(self) -> list[list[Passage]]:

@@ -9,7 +9,7 @@ import pytest
 
 from agentic_rag_env.answers import holds_answer
 from agentic_rag_env.datasets.base import QuestionSet
-from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.probes import Material, play, run_probes
 from agentic_rag_env.probes.grounding import Misplaced, answer_kind, change
 from agentic_rag_env.registry import DATASETS, RETRIEVERS
@@ -123,8 +123,39 @@ def test_a_search_that_fails_ends_its_own_episode_alone():
     envs = AgenticRAGVectorEnv(4, dataset=dataset, retriever=faulty, top_k=1, autoreset_mode="Disabled")
     one = Material(dataset.questions, reader, play(reader, envs), faulty, dataset.corpus, top_k=1, envs=envs)
     figures = run_probes(one, ["counterfactual", "shuffled"])
-    assert 0 < figures["counterfactual"]["reads"]["value"] < 1
-    assert figures["shuffled"]["exact_match"]["value"] < 1
+    changed = figures["counterfactual"]
+    assert (changed["reads"]["value"], changed["neither"]["value"]) == (1.0, 0.0), "no failed search is misread text"
+    assert 0 < changed["search_failed"]["value"] < 1
+    assert changed["reads"]["n"] == round(6 * (1 - changed["search_failed"]["value"]))
+    assert one.any_search_failed, "so that these figures are not kept"
+
+
+def test_shuffled_figures_are_over_the_episodes_whose_search_worked():
+    dataset = world()
+
+    class Failing(Renaming):
+        def search(self, queries, top_k):
+            found = self.retriever.search(queries, top_k)
+            return [
+                RetrieverError("gone") if query == dataset.questions[-1].text else passages
+                for query, passages in zip(queries, found, strict=True)
+            ]
+
+    one = material(reader, dataset, Failing)
+    one.seed = 2  # by it the seventh query gets what another question finds
+    shuffled = run_probes(one, ["shuffled"])["shuffled"]
+    assert shuffled["search_failed"]["value"] == pytest.approx(6 / 7)  # what the queries about capitals find instead
+    assert {shuffled[name]["n"] for name in ("exact_match", "closed_book_exact_match", "own_exact_match")} == {1}
+    assert one.any_search_failed
+
+
+def test_a_dead_search_leaves_only_its_share():
+    dataset = world()
+    dead = RETRIEVERS.build({"name": "faulty", "retriever": "bm25", "error_fraction": 1.0}, corpus=dataset.corpus)
+    one = Material(dataset.questions, reader, None, dead, dataset.corpus, top_k=1)
+    figures = run_probes(one, ["counterfactual", "shuffled"])
+    assert values(figures["counterfactual"]) == {"left_out": pytest.approx(1 / 7), "search_failed": 1.0}
+    assert values(figures["shuffled"]) == {"search_failed": 1.0}
 
 
 def test_an_agent_that_remembers_gets_the_opposite():
