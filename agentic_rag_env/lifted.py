@@ -6,6 +6,8 @@ What it must be: strings in, strings out; `reset` observes the whole prompt, `st
 - `info["correct"]` on the last step: a bool, whether the task was solved. A time limit that truncates an episode may
   leave it out, which counts as unsolved.
 
+`metadata["num_episodes"]` may say how many episodes there are, so that none is measured twice under two seeds.
+
 Further keys of `StepInfo` are passed on where its infos have them, such as `answer`, `action` or `ending`. A value of
 another type than there is refused by name.
 """
@@ -101,7 +103,8 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
     Args:
         env_id: As registered with Gymnasium.
         num_envs: N, at least 1.
-        seeds: Seeds of the episodes that can be asked for by `question_index`.
+        seeds: Seeds of the episodes that can be asked for by `question_index`. Those past the environment's
+            `metadata["num_episodes"]` are left out.
         kwargs: What the environment's constructor is given.
 
     Raises:
@@ -125,6 +128,9 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
         self._name = env_id.rpartition(":")[2]
         ends: Any = self._envs[0].metadata.get("action_ends")
         check_value(f"metadata['action_ends'] of {self._name}", ends, _ACTION_ENDS)
+        most: Any = self._envs[0].metadata.get("num_episodes")
+        check_value(f"metadata['num_episodes'] of {self._name}", most, or_none(COUNT, "no limit"))
+        seeds = seeds[:most]
         self.metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED, "action_ends": tuple(ends)}
         self.dataset = QuestionSet(self._name, SeededEpisodes(self._name, seeds))
         self.single_action_space = self.single_observation_space = FreeText()
@@ -293,7 +299,7 @@ class GymnasiumConfig(BringsQuestions):
         kwargs: What the environment's constructor is given.
         split_argument: The constructor's argument that is told the split, "train", "dev" or "test"; None: there is no
             such argument, and the seeds alone tell the splits apart.
-        num_train, num_dev, num_test: Episodes of each split.
+        num_train, num_dev, num_test: Episodes of each split, or fewer where the environment has fewer.
     """
 
     id: str

@@ -8,6 +8,9 @@ file, and the contents of the messages are the texts.
 
 from __future__ import annotations
 
+import json
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +21,8 @@ import gymnasium
 
 from agentic_rag_env.errors import ConfigurationError, DataError, required_library
 from agentic_rag_env.files import read_rows
-from agentic_rag_env.lifted import SEEDS_OF_A_SPLIT
+from agentic_rag_env.lifted import FIRST_SEEDS, SEEDS_OF_A_SPLIT
+from agentic_rag_env.registry import did_you_mean
 from agentic_rag_env.settings import check_value, one_of
 from agentic_rag_env.spaces import FreeText
 
@@ -30,10 +34,13 @@ ACTION_ENDS = {
     "search": ["</search>", "</answer>"],
     "text2sql": ["</sql>", "</solution>"],
 }
-#: Settings that an environment reads, where the user gives none.
-_DEFAULTS = {
-    "search": {"search_url": "http://127.0.0.1:8000/retrieve", "topk": 3, "timeout": 30, "log_requests": False}
+#: All settings that an environment reads, with the values of the package.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "search": {"search_url": "http://127.0.0.1:8000/retrieve", "topk": 3, "timeout": 30, "log_requests": False},
+    "text2sql": {"db_path": "/home/ray/default/sql_data"},
 }
+#: How the package begins the result of a search that has failed. That of one that worked begins with a passage.
+_FAILURES = ("Search error:", "Search request failed", "Error processing search results", "Unknown API state")
 #: The reward of a solved task, in each of these environments.
 _SOLVED = 1.0
 
@@ -43,11 +50,12 @@ class SkyRLEnv(gymnasium.Env[str, str]):
 
     A task is a line of JSON, in the form of that package's data: `prompt` is a list of messages with `content`, and all
     other fields (`reward_spec`, `max_turns`, ...) go to the environment. The episode with seed i is about task i; seeds
-    count from the first one of the split, and begin again after the last task.
+    count from the first one of the split. In training they begin again after the last task. In the other splits they
+    end with it, so that no task counts twice.
 
-    A task is correct if its last reward is that of a solved one, 1. An episode ends as "answered" in any case, because
-    the package does not tell an answer from the last turn. Environments that run code which the model writes are
-    refused.
+    A task is correct if its last reward is that of a solved one, 1. An episode ends as "answered", because the package
+    does not tell an answer from the last turn; or as "search_failed", and `error` in the info says why. Environments
+    that run code which the model writes are refused.
 
     Args:
         env_class: Name of the environment in `skyrl_gym`: aime, gsm8k, gsm8k_multi_turn, search or text2sql.
@@ -58,7 +66,7 @@ class SkyRLEnv(gymnasium.Env[str, str]):
             an empty double line; the model's end of text ends every action anyway.
 
     Raises:
-        ConfigurationError: The package is missing, or there is no such environment, file or task.
+        ConfigurationError: The package is missing, or there is no such environment, setting, file or task.
         DataError: A line of the file is no task; the message names it.
     """
 
@@ -77,34 +85,72 @@ class SkyRLEnv(gymnasium.Env[str, str]):
             import skyrl_gym
         self._make: Any = skyrl_gym.make
         self._name = env_class
-        self._config = SimpleNamespace(**{**_DEFAULTS.get(env_class, {}), **(config or {})})
-        self.metadata = {"render_modes": [], "action_ends": list(action_ends or ACTION_ENDS[env_class])}
-        file = Path(str(tasks).replace("{split}", split)).expanduser()
+        check_value("split", split, one_of(FIRST_SEEDS))
+        defaults = _DEFAULTS.get(env_class, {})
+        for given in config or {}:
+            if given not in defaults:
+                raise ConfigurationError(f"config of {env_class} has no {given!r}.{did_you_mean(str(given), defaults)}")
+        self._config = SimpleNamespace(**{**defaults, **(config or {})})
+        self._split = split
+        if split != "train" and "{split}" not in str(tasks):
+            warnings.warn(
+                f"tasks={tasks} is the same file for every split, so {split} measures tasks that a run has trained on; "
+                "write {split} in the name, such as tasks-{split}.jsonl.",
+                stacklevel=2,
+            )
+        self._file = file = Path(str(tasks).replace("{split}", split)).expanduser()
         if not file.is_file():
             raise ConfigurationError(f"tasks={tasks} of split {split!r} is no file.")
         self._tasks = _read(file)
         if not self._tasks:
             raise ConfigurationError(f"{file} has no tasks.")
+        self.metadata = {"render_modes": [], "action_ends": list(action_ends or ACTION_ENDS[env_class])}
+        if split != "train":
+            self.metadata["num_episodes"] = len(self._tasks)
         self._env: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Begin the task of a seed; without a seed, a task drawn at random."""
+        """Begin the task of a seed; without a seed, a task drawn at random.
+
+        Raises:
+            ConfigurationError: The seed belongs to another split, or there are not so many tasks.
+            DataError: The task is none of this environment.
+        """
         super().reset(seed=seed)
-        number = int(self.np_random.integers(len(self._tasks))) if seed is None else seed % SEEDS_OF_A_SPLIT
-        prompt, task = self._tasks[number % len(self._tasks)]
+        number = int(self.np_random.integers(len(self._tasks))) if seed is None else self._number(seed)
+        prompt, task = self._tasks[number]
         self.close()
         try:
             self._env = self._make(self._name, env_config=self._config, extras=task)
             messages, info = self._env.init(prompt)
-        except AssertionError as error:  # so it says what a task lacks
-            raise DataError(f"Task {number % len(self._tasks)} is none of {self._name}: {error}.") from error
+        except (AssertionError, KeyError) as error:  # so it says what a task lacks
+            lack = f"{error.args[0]} field is required" if isinstance(error, KeyError) else error
+            raise DataError(f"Task {number} is none of {self._name}: {lack}. Mend {self._file}.") from error
         return _text(messages), dict(info)
+
+    def _number(self, seed: int) -> int:
+        """The number of the task of a seed."""
+        first = FIRST_SEEDS[self._split]
+        number = seed - first
+        if not 0 <= number < SEEDS_OF_A_SPLIT:
+            raise ConfigurationError(
+                f"Seed {seed} belongs to another split than {self._split!r}, whose seeds begin with {first}. Set "
+                "env.split_argument=split, so that each split reads its own tasks."
+            )
+        if self._split != "train" and number >= len(self._tasks):
+            raise ConfigurationError(
+                f"Task {number} was asked for, but {self._file} has {len(self._tasks)} tasks; set "
+                f"env.num_{self._split}={len(self._tasks)}."
+            )
+        return number % len(self._tasks)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take a turn."""
         result = self._env.step(action)
-        reward, done = float(result["reward"]), bool(result["done"])
-        return _text(result["observations"]), reward, done, False, {"correct": done and reward >= _SOLVED}
+        observation, reward, done = _text(result["observations"]), float(result["reward"]), bool(result["done"])
+        if self._name == "search" and (error := _failure(observation)) is not None:
+            return "", 0.0, False, True, {"correct": False, "error": error}
+        return observation, reward, done, False, {"correct": done and reward >= _SOLVED}
 
     def close(self) -> None:
         """Close the environment of the present task."""
@@ -126,6 +172,15 @@ def _task(row: Any) -> tuple[list[dict[str, str]], dict[str, Any]]:
     if not any("ground_truth" in (row.get(name) or {}) for name in ("reward_spec", "reward_model")):
         raise DataError("a task needs 'reward_spec' (or, for aime, 'reward_model') with 'ground_truth'")
     return prompt, {name: value for name, value in row.items() if name != "prompt"}
+
+
+def _failure(observation: str) -> str | None:
+    """Why a search has failed; None for passages, and where nothing was searched for."""
+    block = re.fullmatch(r"\s*<information>(.*)</information>\s*", observation, re.DOTALL)
+    if block is None:  # the package observes an exception of its tool as it is
+        return observation or None
+    result = str(json.loads(block[1])["result"]) if block[1] else ""
+    return result if result.startswith(_FAILURES) else None
 
 
 def _text(messages: Sequence[Mapping[str, str]]) -> str:

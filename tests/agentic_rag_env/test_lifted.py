@@ -170,6 +170,11 @@ def test_episodes_stand_for_questions() -> None:
     assert drawn[:2] == [envs.reset(seed=4)[1]["question_id"][0], envs.reset()[1]["question_id"][0]]
 
 
+def test_no_more_episodes_are_asked_for_than_there_are() -> None:
+    assert len(lift("Silent-v0", 1, action_ends=["</a>"], num_episodes=3).dataset) == 3
+    assert len(lift("Silent-v0", 1, action_ends=["</a>"], num_episodes=300).dataset) == 50
+
+
 def test_our_own_environment_lifted_is_our_own_vector_environment() -> None:
     envs = LiftedVectorEnv("AgenticRAG-v0", 2, range(5), {"max_turns": 2})
     ours = AgenticRAGVectorEnv(2, autoreset_mode="Disabled", max_turns=2)
@@ -191,6 +196,10 @@ def test_our_own_environment_lifted_is_our_own_vector_environment() -> None:
         ({"id": "Silent-v0", "kwargs": {"action_ends": "</a>"}}, "such as ['</answer>'], got '</a>'"),
         ({"id": "Silent-v0", "kwargs": {"action_ends": []}}, "got []"),
         ({"id": "Silent-v0", "kwargs": {"action_ends": ["</a>", ""]}}, "got ['</a>', '']"),
+        (
+            {"id": "Silent-v0", "kwargs": {"action_ends": ["</a>"], "num_episodes": 0}},
+            "metadata['num_episodes'] of Silent-v0 must be an integer of at least 1",
+        ),
         ({"id": "CartPole-v1"}, "metadata['action_ends'] of CartPole-v1 must be a list"),
         ({"id": "Calculatr-v0"}, "Gymnasium can't make 'Calculatr-v0': Environment `Calculatr` doesn't exist"),
         ({"id": "a_module:Calculator-v0"}, "name the module that registers it in AGENTIC_RAG_PLUGINS, got 'a_module:"),

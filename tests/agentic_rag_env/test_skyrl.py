@@ -15,6 +15,7 @@ import pytest
 
 from agentic_rag_env import LiftedVectorEnv, info_at
 from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.lifted import FIRST_SEEDS
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS
 from agentic_rag_env.types import Ending
 
@@ -59,6 +60,13 @@ def test_tasks_of_aime_have_their_solution_under_another_name(tmp_path: Path) ->
         gymnasium.make("SkyRL-v0", env_class="gsm8k", tasks=tasks).reset(seed=0)
 
 
+def test_a_task_that_lacks_a_field_is_named(tmp_path: Path) -> None:
+    tasks = write(tmp_path / "t.jsonl", {"prompt": APPLES, "reward_spec": {"ground_truth": "7"}})
+    env = gymnasium.make("SkyRL-v0", env_class="gsm8k_multi_turn", tasks=tasks)
+    with pytest.raises(DataError, match=r"Task 0 is none of gsm8k_multi_turn: extra_info field is required.*t\.jsonl"):
+        env.reset(seed=0)
+
+
 def test_turns_of_gsm8k_go_on_until_the_answer_is_right(tmp_path: Path) -> None:
     task = {"prompt": APPLES, "reward_spec": {"ground_truth": "7"}, "max_turns": 4, "extra_info": {}}
     env = gymnasium.make("SkyRL-v0", env_class="gsm8k_multi_turn", tasks=write(tmp_path / "t.jsonl", task))
@@ -69,6 +77,45 @@ def test_turns_of_gsm8k_go_on_until_the_answer_is_right(tmp_path: Path) -> None:
     assert (terminated, info["correct"]) == (False, False)
     observation, reward, terminated, truncated, info = env.step("#### 7")
     assert (observation, reward, terminated, truncated, info["correct"]) == ("", 1.0, True, False, True)
+
+
+def three(folder: Path, split: str) -> Path:
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{split} {place}"}], "reward_spec": {"ground_truth": "7"}}
+        for place in range(3)
+    ]
+    return write(folder / f"t-{split}.jsonl", *rows)
+
+
+def lifted(tasks: Path, split: str, **settings: Any) -> Any:
+    kwargs = {"env_class": "gsm8k", "tasks": str(tasks)}
+    return ENVS.build({"name": "gymnasium", "id": "SkyRL-v0", "kwargs": kwargs, **settings}, num_envs=4, split=split)
+
+
+def test_each_split_reads_its_own_tasks_and_measures_none_twice(tmp_path: Path) -> None:
+    for split in ("train", "dev", "test"):
+        three(tmp_path, split)
+    tasks = tmp_path / "t-{split}.jsonl"
+    for split in ("dev", "test"):
+        envs = lifted(tasks, split, split_argument="split")
+        assert len(envs.dataset) == 3
+        prompts, _ = envs.reset(options={"question_index": [0, 1, 2, 0]})
+        assert prompts == (f"{split} 0", f"{split} 1", f"{split} 2", f"{split} 0")
+        with pytest.raises(ConfigurationError, match=r"another split than 'train'.*env\.split_argument=split"):
+            lifted(tasks, split).reset(options={"question_index": [0, 1, 2, 0]})
+    assert len(lifted(tasks, "test", split_argument="split", num_test=2).dataset) == 2
+    training = lifted(tasks, "train", split_argument="split", num_train=5)
+    prompts, _ = training.reset(options={"question_index": [2, 3, 4, 0]})
+    assert prompts == ("train 2", "train 0", "train 1", "train 0")
+    env = gymnasium.make("SkyRL-v0", env_class="gsm8k", tasks=tasks, split="test")
+    assert env.reset(seed=FIRST_SEEDS["test"] + 2)[0] == "test 2"
+    with pytest.raises(ConfigurationError, match=r"Task 3 was asked for, but .* has 3 tasks; set env\.num_test=3"):
+        env.reset(seed=FIRST_SEEDS["test"] + 3)
+
+
+def test_one_file_for_all_splits_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="the same file for every split, so test measures tasks that a run"):
+        lifted(three(tmp_path, "train"), "test", split_argument="split")
 
 
 @pytest.fixture
@@ -125,11 +172,46 @@ def test_its_search_is_a_client_of_our_server(server: tuple[str, list[Any]], tmp
 
 
 @pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        ((None, "refused"), "Search error: refused"),
+        ((None, None), "Unknown API state (no response and no error message)."),
+        (({"result": [[{"text": "no document"}]]}, None), "Error processing search results: 'document'"),
+        (RuntimeError("no route"), "Search error: API Request Exception during batch search: no route"),
+        (({"result": [[{"document": {"contents": "Rome\nA city."}}]]}, None), None),
+        (({"result": []}, None), None),
+    ],
+)
+def test_a_search_that_fails_is_no_passage(
+    reply: Any, error: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(**_: Any) -> Any:
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    monkeypatch.setattr("skyrl_gym.tools.search.call_search_api", call)
+    task = {"prompt": APPLES, "reward_spec": {"ground_truth": {"target": ["Rome"]}}, "max_turns": 3}
+    kwargs = {"env_class": "search", "tasks": str(write(tmp_path / "t.jsonl", task))}
+    envs = LiftedVectorEnv("SkyRL-v0", 2, range(5), kwargs)
+    envs.reset()
+    observations, rewards, terminations, truncations, infos = envs.step(["<search>Italy</search>", "no query"])
+    assert (info_at(infos, 0)["error"], rewards[0], terminations[0]) == (error, 0.0, False)
+    assert info_at(infos, 1)["error"] is None, "nothing was searched for"
+    assert truncations.tolist() == [error is not None, False]
+    assert info_at(infos, 0)["ending"] is (None if error is None else Ending.SEARCH_FAILED)
+    assert bool(observations[0]) == (error is None)
+
+
+@pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
         ({"env_class": "lcb"}, ConfigurationError, "env_class must be one of aime, gsm8k, gsm8k_multi_turn, search"),
         ({"env_class": "serch"}, ConfigurationError, "Did you mean 'search'"),
         ({"tasks": "nowhere-{split}.jsonl"}, ConfigurationError, "tasks=nowhere-{split}.jsonl of split 'train' is no"),
+        ({"split": "tets"}, ConfigurationError, "split must be one of .* Did you mean 'test'"),
+        ({"env_class": "search", "config": {"top_k": 5}}, ConfigurationError, "has no 'top_k'. Did you mean 'topk'"),
+        ({"config": {"topk": 5}}, ConfigurationError, "config of gsm8k has no 'topk'. Known: none"),
         ({"rows": []}, ConfigurationError, "has no tasks"),
         ({"rows": [{"prompt": "Ann?"}]}, DataError, "line 1: no such row .*'prompt', a list of messages"),
         (
