@@ -1,7 +1,7 @@
 """The cache folder keeps what one process has made for every other process. It never lies beside the user's files.
 
 An entry is a folder that is named by a hash of all that its content depends on. It lists its files with their sizes and
-hashes. An entry that is incomplete, damaged or not ours is made again.
+hashes. An entry that is incomplete, damaged or not ours is made again. What a killed process has begun is removed then.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
             _logger.warning("%s is damaged; it is made again.", folder)
         _logger.warning("Making %s, once, to be kept in %s.", what, folder)
         start = time.monotonic()
+        for unfinished in folder.parent.glob(f".{key}.*/"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         making = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
         try:
             make(making)

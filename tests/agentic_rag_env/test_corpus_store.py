@@ -163,6 +163,19 @@ def test_a_kept_store_that_is_not_whole_is_written_again(
     assert "is damaged; it is made again" in caplog.text
 
 
+def test_what_a_killed_writer_left_in_the_cache_is_removed(tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_bytes(LINES + b"\n")  # unlike other tests' files, so that it is not kept yet
+    parent = cache_folder() / "corpora"
+    left, of_another = parent / f".{key_of_file(file)}.left", parent / ".other.left"
+    for folder in (left, of_another):
+        folder.mkdir(parents=True)
+        (folder / "corpus.arrow").write_bytes(b"half")
+    assert tuple(open_corpus(file)) == PASSAGES
+    assert not left.exists()
+    assert of_another.exists(), "its writer may be at work"
+
+
 def test_without_a_cache_folder_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "c.jsonl").write_bytes(LINES)
     (tmp_path / "file").touch()
