@@ -6,7 +6,6 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -24,6 +23,8 @@ from agentic_rag_env.types import Passage
 _FORMAT_KEY, _FORMAT = b"agentic_rag_env.corpus", b"1"
 #: A record batch ends after this many passages or characters. Writing holds one record batch in memory.
 _BATCH_PASSAGES, _BATCH_CHARS = 8192, 2**26
+#: The corpora that this process has read, by file: time and size of the file, and its passages.
+_READ: dict[str, tuple[list[int], Sequence[Passage]]] = {}
 _DAMAGED = "is a damaged store: {}. Delete it, and write it again by the command that wrote it."
 
 
@@ -128,11 +129,13 @@ def read_corpus(path: str | Path) -> Sequence[Passage]:
     Raises:
         DataError: The file is missing, unreadable or empty, or a row is malformed or repeats an id.
     """
-    return _read_corpus(*file_version(path))
+    file, *version = file_version(path)
+    if file not in _READ or _READ[file][0] != version:
+        _READ[file] = version, _read_corpus(file)
+    return _READ[file][1]
 
 
-@lru_cache(maxsize=4)
-def _read_corpus(path: str, mtime_ns: int, size: int) -> Sequence[Passage]:
+def _read_corpus(path: str) -> Sequence[Passage]:
     if _is_store(path):
         return CorpusStore(path)
     passages = []

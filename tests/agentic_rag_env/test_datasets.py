@@ -388,6 +388,18 @@ def test_sources_of_every_kind(two: dict[str, Any], tmp_path: Path) -> None:
     ]
 
 
+def test_the_splits_of_many_sources_share_one_corpus(tmp_path: Path) -> None:
+    sources = {}
+    for name in "abcdefg":
+        for split in ("train", "test"):
+            write(tmp_path / name / f"{split}.jsonl", flashrag(split, 1))
+        corpus = write(tmp_path / f"{name}.jsonl", [{"id": name, "contents": name}])
+        sources[name] = {"name": "benchmark", "path": str(tmp_path / name), "corpus": str(corpus)}
+    train, test = mix(sources), mix(sources, split="test")
+    assert [passage.id for passage in train.corpus or ()] == list("abcdefg")
+    assert train.corpus is test.corpus
+
+
 def test_one_corpus_for_all(two: dict[str, Any], tmp_path: Path) -> None:
     for name in two:
         passages = [{"id": "both", "contents": "in both"}, {"id": name, "contents": name}]
