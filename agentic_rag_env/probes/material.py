@@ -273,7 +273,8 @@ def play(
         num_questions: How many questions to play, from the first of their dataset on; None: all of them.
 
     Returns:
-        The infos of the steps for each question.
+        The infos of the steps for each question. Where a prompt is too long for the model, its episode ends as
+        "out_of_tokens".
 
     Raises:
         ConfigurationError: The environments reset themselves.
@@ -319,16 +320,18 @@ def _play_together(generate: Generate | None, envs: AgenticRAGVectorEnv, numbers
     episodes: list[list[StepInfo]] = [[] for _ in numbers]
     running = list(range(len(numbers)))
     while running:
-        texts = [
-            text or "" for text in generated(generate, [Prompt(messages[row], transcripts[row]) for row in running])
-        ]
+        texts = generated(generate, [Prompt(messages[row], transcripts[row]) for row in running])
         actions: list[str | None] = [None] * envs.num_envs
         for row, text in zip(running, texts, strict=True):
-            actions[row] = text
+            if text is None and episodes[row]:  # there is no room for another turn
+                episodes[row][-1] = envs.cut_off(row).info
+            else:
+                actions[row] = text or ""
         observations, _, terminations, truncations, infos = envs.step(actions)
-        for row, text in zip(running, texts, strict=True):
+        running = [row for row in running if actions[row] is not None]
+        for row in running:
             episodes[row].append(info_at(infos, row))
-            transcripts[row] += cut(text) + observations[row]
+            transcripts[row] += cut(actions[row] or "") + observations[row]
         running = [row for row in running if not terminations[row] and not truncations[row]]
     return episodes
 

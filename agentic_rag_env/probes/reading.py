@@ -58,7 +58,8 @@ class SourceReferencing:
 
     The figures of robustness are over the first `num_questions` of these for which k + 1 distractors are found.
     Distractors are the best matches of the question itself, then gold passages of other questions. The seed draws their
-    order. The gold passages stay together behind p - 1 distractors.
+    order. The gold passages stay together behind p - 1 distractors. The first four figures are over the i whose prompts
+    the model could read all, so that they compare like with like.
 
     | figure | formula |
     | --- | --- |
@@ -66,6 +67,7 @@ class SourceReferencing:
     | `position_<p>_exact_match` | mean_i EM_ip, among k distractors, p = 1..k+1 |
     | `distractors_exact_match` | mean_i mean_p EM_ip |
     | `distractors_effect` | mean_i (mean_p EM_ip - EM_i0), paired; below 0: distracted |
+    | `distractors_too_long` | share of i with a prompt too long for the model; left out if there is none |
     | `absent_answered` | given k + 1 distractors only and no opening: share of i that answer, abstentions apart |
     | `absent_invented` | share of i that answer with what none of the passages holds |
     | `absent_searched`, `absent_abstained`, `absent_malformed` | share of i that search, decline, do neither |
@@ -110,18 +112,20 @@ class SourceReferencing:
         numbers = list(distractors)
         gold = [material.gold[number].passages for number in numbers]
 
-        def matches(shown: Sequence[Sequence[Passage]]) -> np.ndarray:
-            return _scores(exact_match, material, numbers, material.read(shown, numbers, DIRECTLY))
-
-        alone, by_place = matches(gold), []
+        written = [material.read(gold, numbers, DIRECTLY)]
         beside = [others[: self.config.num_distractors] for others in distractors.values()]
         for place in range(self.config.num_distractors + 1):
             shown = [
                 [*others[:place], *passages, *others[place:]] for others, passages in zip(beside, gold, strict=True)
             ]
-            by_place.append(matches(shown))
+            written.append(material.read(shown, numbers, DIRECTLY))
+        read = np.array([None not in texts for texts in zip(*written, strict=True)])
+        figures = {} if read.all() else {"distractors_too_long": material.share(~read)}
+        if not read.any():
+            return figures
+        alone, *by_place = (_scores(exact_match, material, numbers, texts)[read] for texts in written)
         means = np.mean(by_place, axis=0)
-        return {
+        return figures | {
             "alone_exact_match": material.share(alone, "high"),
             **{f"position_{place}_exact_match": material.share(of, "high") for place, of in enumerate(by_place, 1)},
             "distractors_exact_match": material.share(means, "high"),
@@ -141,7 +145,7 @@ def thinking(material: Material) -> Figures:
     | figure | formula |
     | --- | --- |
     | `exact_match`, `f1` | mean_i EM_i, mean_i F1_i |
-    | `gain` | mean_i (EM_i - EM_i of source referencing), paired; above 0: thinking helps |
+    | `gain` | mean (EM_i - EM_i of source referencing) over the i read in both; above 0: thinking helps |
     | `format_failures` | share of i without `</think>`, or with neither an answer nor a search after it; not too long |
     | `too_long` | share of i whose prompt is too long for the model, which scores 0; left out if there is none |
     | `searched` | share of i that close the thought and then search, though all evidence is there |
@@ -165,7 +169,9 @@ def thinking(material: Material) -> Figures:
     read = np.array([text is not None for text in texts])
     figures["exact_match"] = material.share(matches, "high")
     figures["f1"] = material.share(_scores(f1_score, material, numbers, texts), "high")
-    figures["gain"] = material.figure(matches - direct, "high")
+    both = read & np.array([text is not None for text in material.direct_answers])
+    if both.any():
+        figures["gain"] = material.figure((matches - direct)[both], "high")
     figures["format_failures"] = material.share(read & ~answered & ~searched, "low")
     figures |= _too_long(material, texts)
     figures["searched"] = material.share(searched)

@@ -34,9 +34,10 @@ from agentic_rag_env.probes import (
     run_probes,
     share,
 )
+from agentic_rag_env.probes.material import DIRECTLY
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
-from agentic_rag_env.types import Passage, Question
+from agentic_rag_env.types import Ending, Passage, Question
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 
 
@@ -271,6 +272,44 @@ def test_a_prompt_that_is_too_long_is_no_failure_of_format():
     assert (found["absent_malformed"], found["absent_too_long"]) == (0.75, 0.25)
     thought = values(read(generate, "thinking"))
     assert (thought["format_failures"], thought["too_long"]) == (0.75, 0.25)
+
+
+def test_who_cannot_read_a_longer_prompt_is_not_distracted():
+    """The model answers all that it can read. With distractors one prompt of four is too long, then all are."""
+
+    def reader(limits):
+        def generate(prompts):
+            return [
+                f"{ANSWERS[asked(prompt)]}</answer>" if len(docs(prompt)) <= limits.get(asked(prompt), 1) else None
+                for prompt in prompts
+            ]
+
+        return generate
+
+    rest = dict.fromkeys(list(ANSWERS)[1:], 3)
+    found = read(reader(rest), "source_referencing")
+    assert found["distractors_too_long"]["value"] == 0.25
+    names = ["alone_exact_match", *(f"position_{place}_exact_match" for place in (1, 2, 3)), "distractors_exact_match"]
+    assert {(found[name]["value"], found[name]["n"]) for name in names} == {(1.0, 3)}
+    assert (found["distractors_effect"]["value"], found["distractors_effect"]["n"]) == (0.0, 3)
+    none = values(read(reader({}), "source_referencing"))
+    assert none["distractors_too_long"] == 1.0
+    assert "distractors_effect" not in none
+
+
+def test_thinking_is_compared_where_both_prompts_are_read():
+    """The prompt that closes the thought is longer. For one question of four it is too long."""
+
+    def generate(prompts):
+        return [
+            None
+            if prompt.opening == DIRECTLY and asked(prompt) == "Who built the tower"
+            else f"{'' if prompt.opening == DIRECTLY else '</think><answer>'}{ANSWERS[asked(prompt)]}</answer>"
+            for prompt in prompts
+        ]
+
+    found = read(generate, "thinking")
+    assert (found["gain"]["value"], found["gain"]["n"], found["exact_match"]["n"]) == (0.0, 3, 4)
 
 
 def test_distractors_are_the_matches_of_the_question_without_gold_and_answers():
@@ -590,6 +629,21 @@ def test_an_agent_that_is_always_malformed():
     assert behaviour["malformed_fraction"] == behaviour["unanswered"] == behaviour["searches_0"] == 1
     assert behaviour["stopped_too_early"] == behaviour["num_searches"] == 0
     assert found["query_rewriting"]["hit_any_round"] == 0
+
+
+def test_an_episode_without_room_for_another_turn_ends_so():
+    """It counted as turns without any words, up to the last one."""
+
+    def generate(prompts):
+        return [None if prompt.transcript else "<search> river </search>" for prompt in prompts]
+
+    envs = AgenticRAGVectorEnv(2, dataset=TINY, retriever="bm25", autoreset_mode="Disabled")
+    episodes = play(generate, envs, 3)
+    assert [[(info["action"], info["ending"]) for info in one] for one in episodes] == [
+        [("search", Ending.OUT_OF_TOKENS)]
+    ] * 3
+    episodes = play(lambda prompts: [None] * len(prompts), envs, 1)
+    assert [(info["action"], info["ending"]) for info in episodes[0]] == [("malformed", Ending.OUT_OF_TOKENS)]
 
 
 def test_playing_continues_from_the_cut_turn_and_keeps_the_order():
