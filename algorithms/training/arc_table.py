@@ -38,6 +38,7 @@ ROWS = (
     Row("source_referencing", "absent_answered", "answers where there is no evidence"),
     Row("source_referencing", "absent_invented", "... with what no passage says"),
     Row("source_referencing", "too_long", "prompts too long to be read", judged=False),
+    Row("source_referencing", "distractors_too_long", "... with distractors", judged=False),
     Row("thinking", "exact_match", "thinks over gold passages and answers"),
     Row("thinking", "gain", "... gain over answering at once"),
     Row("thinking", "format_failures", "... thought never closed or no action"),
@@ -53,8 +54,11 @@ ROWS = (
     Row("search_behaviour", "unanswered", "episodes without an answer"),
     Row("counterfactual", "reads", "answers what changed passages say"),
     Row("counterfactual", "remembers", "... what they no longer say"),
+    Row("counterfactual", "shown", "... was shown such a passage", judged=False),
+    Row("counterfactual", "search_failed", "... left out, as the search failed", judged=False),
     Row("shuffled", "exact_match", "right with the passages of others"),
     Row("shuffled", "closed_book_exact_match", "... right without any passage"),
+    Row("shuffled", "search_failed", "... left out, as the search failed", judged=False),
 )
 
 
