@@ -34,10 +34,10 @@ ACTION_ENDS = {
     "search": ["</search>", "</answer>"],
     "text2sql": ["</sql>", "</solution>"],
 }
-#: All settings that an environment reads, with the values of the package.
+#: All settings that an environment reads, with the values where the user gives none.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "search": {"search_url": "http://127.0.0.1:8000/retrieve", "topk": 3, "timeout": 30, "log_requests": False},
-    "text2sql": {"db_path": "/home/ray/default/sql_data"},
+    "text2sql": {"db_path": "sql_data"},
 }
 #: How the package begins the result of a search that has failed. That of one that worked begins with a passage.
 _FAILURES = ("Search error:", "Search request failed", "Error processing search results", "Unknown API state")
@@ -61,7 +61,8 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         env_class: Name of the environment in `skyrl_gym`: aime, gsm8k, gsm8k_multi_turn, search or text2sql.
         tasks: A file of JSON lines; `{split}` in its name stands for the split.
         split: The split, as `env.split_argument=split` gives it.
-        config: Settings of the environment, such as `search_url` and `topk` of search.
+        config: Settings of the environment: `search_url`, `topk`, `timeout` and `log_requests` of search, and `db_path`
+            of text2sql, the folder of the databases.
         action_ends: Texts that end an action, where the default does not suit the tasks. For those without tools it is
             an empty double line; the model's end of text ends every action anyway.
 
