@@ -221,7 +221,7 @@ def test_a_last_batch_that_is_too_small_for_its_minibatches(fail):
     assert "sft: 9 demonstrations in batches of 8 leave 1 for the last batch" in message
 
 
-def test_a_loss_that_is_not_finite(fail, tmp_path):
+def test_a_loss_that_is_not_finite(fail):
     update, calls = Learner.update, []
 
     def explode(*args, **options):
@@ -232,9 +232,7 @@ def test_a_loss_that_is_not_finite(fail, tmp_path):
 
     with patch.object(Learner, "update", explode):
         message = fail("algo=sft", *SFT)
-    first, second = message.splitlines()
-    assert first == "FloatingPointError: Training step 4: the loss of the policy is nan."
-    assert second == f"Checkpoints are kept. To go on: python -m algorithms.run resume={tmp_path / 'run'}"
+    assert message.strip() == "FloatingPointError: Training step 4: the loss of the policy is nan.", "no way to go on"
 
 
 # --- run directories -------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ ALLOWED = {
     "rollout/cached_engine.py": 1,
     "learner/folded_decoder.py": 1,
     "rollout/trajectory_files.py": 1,
+    "training/batches.py": 1,
     "training/build.py": 1,
     "training/demonstrations/source.py": 1,
     "training/rehearsal.py": 2,

@@ -23,8 +23,8 @@ _WITHOUT = "backend=torch and retriever=bm25 do without it."
 
 def _how_to_install() -> str:
     # The two wheels share a folder, so one breaks the other. The installed one must be removed first.
-    installed = " ".join({each.name for each in distributions()} & set(_WHEELS))
-    first = f"Run `pip uninstall {installed}`, then" if installed else "Run"
+    installed = [each.name for each in distributions() if each.name in _WHEELS]
+    first = f"Run `pip uninstall {' '.join(sorted(installed))}`, then" if installed else "Run"
     return f"{first} pip install 'agentic-rag-env[faiss]' or, for GPUs, 'agentic-rag-env[faiss-gpu]', never both."
 
 

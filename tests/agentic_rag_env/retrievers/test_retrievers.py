@@ -593,10 +593,22 @@ def test_dense_numbers_that_are_not_finite() -> None:
         dense.search(["0", "1"], 1)
 
 
-def test_two_builds_of_faiss_that_broke_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        (["faiss-gpu-cu12", "numpy", "faiss-cpu"], r"Run `pip uninstall faiss-cpu faiss-gpu-cu12`, then pip install"),
+        (["faiss-cpu"], r"Run `pip uninstall faiss-cpu`, then pip install"),
+        (["numpy"], r"Run pip install"),
+    ],
+)
+def test_two_builds_of_faiss_that_broke_each_other(
+    installed: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both wheels own the folder `faiss/`. Removing one leaves a folder without files, which Python can import."""
     monkeypatch.setitem(sys.modules, "faiss", types.ModuleType("faiss"))
-    with pytest.raises(ConfigurationError, match=r"damaged\. Run `pip uninstall faiss-cpu faiss-gpu-cu12`.*never both"):
+    found = [types.SimpleNamespace(name=name) for name in installed]
+    monkeypatch.setattr("agentic_rag_env.retrievers.vectors.faiss_search.distributions", lambda: found)
+    with pytest.raises(ConfigurationError, match=rf"damaged\. {said}.*never both"):
         DenseRetriever(DenseConfig(backend="faiss"), CORPUS)
 
 
