@@ -226,10 +226,10 @@ class LanceDBRetriever:
         name = self._config.table
         if name not in table_names(database):
             return False
-        facts, whole = facts_of(database, name), is_whole(database, name)
-        if not facts:
+        if not (facts := facts_of(database, name)):
             return True
-        num_rows = database.open_table(name).count_rows()
+        opened = database.open_table(name)
+        num_rows, whole = opened.count_rows(), is_whole(opened, facts)
         if self._given is None:
             if not whole:
                 raise DataError(

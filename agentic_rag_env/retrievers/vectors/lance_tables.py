@@ -95,11 +95,8 @@ def facts_of(database: Any, table: str) -> dict[str, Any]:
         raise DataError(f"lancedb table {name!r} is damaged ({error}); make the table again.") from error
 
 
-def is_whole(database: Any, table: str) -> bool:
-    """Whether a table that was made here has all the rows and indexes that were noted; more of them do no harm."""
-    facts, opened = facts_of(database, table), database.open_table(table)
-    if not facts:
-        return True
+def is_whole(opened: Any, facts: Mapping[str, Any]) -> bool:
+    """Whether an open table has all the rows and indexes that are noted beside it; more of them do no harm."""
     indexed = {column for index in opened.list_indices() for column in index.columns}
     return opened.count_rows() >= facts["num_passages"] and indexed >= set(facts["indexed"])
 

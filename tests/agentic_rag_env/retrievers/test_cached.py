@@ -332,14 +332,20 @@ def test_newest_entries_are_replayed_while_they_are_in_the_log(tmp_path: Path) -
     online.close()
 
 
-def test_offline_reads_no_file_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("no database " * 100)
-    with sqlite3.connect(tmp_path / "other") as file:
+def of_something_else(folder: Path) -> tuple[Path, Path]:
+    """A file that is no database, and a database that is no cache."""
+    text, other = folder / "text", folder / "other"
+    text.write_text("no database " * 100)
+    with sqlite3.connect(other) as file:
         file.execute("CREATE TABLE precious (x)")
     file.close()
-    for name in ("text", "other"):
+    return text, other
+
+
+def test_offline_reads_no_file_of_something_else(tmp_path: Path) -> None:
+    for path in of_something_else(tmp_path):
         with pytest.raises(ConfigurationError, match="is no cache of this version"):
-            cached(Counting(), tmp_path / name, offline=True)
+            cached(Counting(), path, offline=True)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -371,15 +377,11 @@ def test_a_result_under_another_key_is_not_believed(tmp_path: Path) -> None:
 
 
 def test_files_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("no database " * 100)
-    with sqlite3.connect(tmp_path / "other") as file:
-        file.execute("CREATE TABLE precious (x)")
-    file.close()
-    for name in ("text", "other"):
-        before = (tmp_path / name).read_bytes()
+    for path in of_something_else(tmp_path):
+        before = path.read_bytes()
         with pytest.raises(ConfigurationError, match="is no cache of this version"):
-            cached(Counting(), tmp_path / name)
-        assert (tmp_path / name).read_bytes() == before
+            cached(Counting(), path)
+        assert path.read_bytes() == before
     with pytest.raises(RetrieverError, match="cannot be used"):
         cached(Counting(), tmp_path)
 
