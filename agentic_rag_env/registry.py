@@ -186,11 +186,25 @@ class Registry:
         try:
             for point in entry_points(group=f"agentic_rag_env.{self.group}"):
                 _load_entry_point(point)
-            for path in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep)):
+            for path in _named_files():
                 _load_file(path)
         except BaseException:
             self._plugins_loaded = False
             raise
+
+
+def _named_files() -> list[str]:
+    return [path for path in os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep) if path]
+
+
+def _module_name(path: str) -> str:
+    """Name the module of a single file by its path, which no other module can have."""
+    return str(Path(path).expanduser().resolve())
+
+
+def modules_of_files() -> set[str]:
+    """Names of the modules that the files in `AGENTIC_RAG_PLUGINS` become; those of other times are not among them."""
+    return {_module_name(path) for path in _named_files()}
 
 
 def _load_entry_point(point: EntryPoint) -> None:
@@ -205,9 +219,9 @@ def _load_entry_point(point: EntryPoint) -> None:
 
 
 def _load_file(path: str) -> None:
-    file = Path(path).expanduser().resolve()
-    if (name := str(file)) in sys.modules:  # the name is its path, which no other module can have
+    if (name := _module_name(path)) in sys.modules:
         return
+    file = Path(name)
     if not file.is_file() or file.suffix != ".py":
         raise ConfigurationError(
             f"{PLUGINS_VARIABLE} names {path!r}, which is no Python file; give the paths of one or more, separated by "

@@ -17,7 +17,7 @@ from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import AgenticRAGError
 from agentic_rag_env.files import sha256
-from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS
+from agentic_rag_env.registry import DATASETS, ENVS, PROBES, RETRIEVERS, REWARDS, modules_of_files
 from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.types import Question
 from agentic_rag_env.weight_files import WEIGHT_INDEX
@@ -148,7 +148,7 @@ def _registering_modules() -> Iterator[Any]:
     for registry in (*_REGISTRIES, DEMONSTRATION_SOURCES):
         origins |= {point.module for point in entry_points(group=f"agentic_rag_env.{registry.group}")}
     packages = tuple(origin.partition(".")[0] + "." for origin in origins)
+    origins |= modules_of_files()
     for name, module in list(sys.modules.items()):
-        is_single_file = getattr(module, "__file__", None) == name  # as `registry` names those of plug-ins
-        if name in origins or name.startswith(packages) or is_single_file:
+        if name in origins or name.startswith(packages):
             yield module

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from small_runs import DGPO, PPO, assert_same_run, command, resume, train
 
-from agentic_rag_env.registry import REWARDS
+from agentic_rag_env.registry import PLUGINS_VARIABLE, REWARDS
 from algorithms.learner.networks import load_tokenizer
 from algorithms.learner.types import Trajectory, Turn
 from algorithms.rollout.player import Player
@@ -156,10 +156,13 @@ def test_code_of_a_file_that_registers_with_gymnasium_alone_counts(monkeypatch, 
     module = ModuleType(str(file))
     module.__file__ = str(file)
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv(PLUGINS_VARIABLE, str(file))
     for content in ("first", "second"):
         file.write_text(content)
         seen.append((of_code(), of_plugins()))
     assert [len(set(found)) for found in zip(*seen, strict=True)] == [3, 3]
+    monkeypatch.delenv(PLUGINS_VARIABLE)
+    assert (of_code(), of_plugins()) == seen[0], "a file that nobody names any more is still loaded"
 
 
 def test_where_something_is_not_known_nothing_is_kept(conditions, plugged_in):
