@@ -141,6 +141,14 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
         self._infos: list[StepInfo | None] = [None] * num_envs
         self._running = [False] * num_envs
 
+    @property
+    def layers(self) -> list[gymnasium.Env[Any, Any]]:
+        """The wrappers of the first environment, from the outside, and the environment itself."""
+        layers = [self._envs[0]]
+        while isinstance(layers[-1], gymnasium.Wrapper):
+            layers.append(layers[-1].env)
+        return layers
+
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[tuple[str, ...], dict[str, Any]]:

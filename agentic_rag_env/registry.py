@@ -18,6 +18,8 @@ from agentic_rag_env.settings import likely_name
 
 #: Environment variable that lists any number of Python files which register parts, separated as in PATH.
 PLUGINS_VARIABLE = "AGENTIC_RAG_PLUGINS"
+#: The module of each file that was loaded, by the name in that variable, which may be relative to a former folder.
+_MODULES: dict[str, str] = {}
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
@@ -75,7 +77,7 @@ class Registry:
         self.group = group
         self._entries: dict[str, Entry] = {}
         self._replaced: dict[str, str] = {}
-        self._plugins_loaded = False
+        self._plugins_loaded: str | None = None  # the value of PLUGINS_VARIABLE whose files have been loaded
 
     def register(self, name: str, config: type | None = None) -> Callable[[Any], Any]:
         """Return a decorator that gives a part its name.
@@ -180,16 +182,17 @@ class Registry:
             raise ConfigurationError(f"{self.group} {name!r}: {error}") from error
 
     def _load_plugins(self) -> None:
-        if self._plugins_loaded:
+        loaded, named = self._plugins_loaded, os.environ.get(PLUGINS_VARIABLE, "")
+        if loaded == named:
             return
-        self._plugins_loaded = True  # set before loading, because a plug-in may look a name up
+        self._plugins_loaded = named  # set before loading, because a plug-in may look a name up
         try:
             for point in entry_points(group=f"agentic_rag_env.{self.group}"):
                 _load_entry_point(point)
             for path in _named_files():
                 _load_file(path)
         except BaseException:
-            self._plugins_loaded = False
+            self._plugins_loaded = loaded
             raise
 
 
@@ -197,14 +200,9 @@ def _named_files() -> list[str]:
     return [path for path in os.environ.get(PLUGINS_VARIABLE, "").split(os.pathsep) if path]
 
 
-def _module_name(path: str) -> str:
-    """Name the module of a single file by its path, which no other module can have."""
-    return str(Path(path).expanduser().resolve())
-
-
 def modules_of_files() -> set[str]:
-    """Names of the modules that the files in `AGENTIC_RAG_PLUGINS` become; those of other times are not among them."""
-    return {_module_name(path) for path in _named_files()}
+    """Names of the modules of the files that `AGENTIC_RAG_PLUGINS` names now; others may have been loaded before."""
+    return {_MODULES.get(path, path) for path in _named_files()}
 
 
 def _load_entry_point(point: EntryPoint) -> None:
@@ -219,9 +217,10 @@ def _load_entry_point(point: EntryPoint) -> None:
 
 
 def _load_file(path: str) -> None:
-    if (name := _module_name(path)) in sys.modules:
+    file = Path(path).expanduser().resolve()
+    _MODULES[path] = name = str(file)  # which no other module can have
+    if name in sys.modules:
         return
-    file = Path(name)
     if not file.is_file() or file.suffix != ".py":
         raise ConfigurationError(
             f"{PLUGINS_VARIABLE} names {path!r}, which is no Python file; give the paths of one or more, separated by "

@@ -164,25 +164,23 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
         The summary, as `summary.json` holds it.
     """
     # Imported here, so that --help and the report of a typo need not wait for torch.
-    import torch
-
     from algorithms.learner import ranks
     from algorithms.training import evaluation
     from algorithms.training.arc_table import show_arc
     from algorithms.training.build import Environments, Networks
     from algorithms.training.fingerprints import fingerprints
     from algorithms.training.summary import console, provenance, results_table, show_episode
+    from algorithms.training.threads import threads
 
     ranks.join()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     started = time.perf_counter()
-    networks = Networks(config)
     split = config.dataset["split"]
-    envs = Environments(config, networks.tokenizer).envs(split)
-    result = evaluation.evaluate_model(
-        "checkpoint", lambda: networks.policy, networks, envs, config.evaluation, output_dir, split, config.probes
-    )
+    with threads(config.threads):
+        networks = Networks(config)
+        envs = Environments(config, networks.tokenizer).envs(split)
+        result = evaluation.evaluate_model(
+            "checkpoint", lambda: networks.policy, networks, envs, config.evaluation, output_dir, split, config.probes
+        )
     summary = {
         "checkpoint": config.model.policy,
         "split": split,

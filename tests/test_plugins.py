@@ -155,7 +155,7 @@ def load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for registry in (REWARDS, ALGORITHMS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-        monkeypatch.setattr(registry, "_plugins_loaded", False)
+        monkeypatch.setattr(registry, "_plugins_loaded", None)
     return write
 
 
@@ -175,6 +175,14 @@ def test_a_file_is_loaded_once_and_found_from_where_one_is(load, tmp_path, monke
     for registry in (REWARDS, Registry("toy"), Registry("toy")):
         registry.names()
     assert (tmp_path / "log").read_text() == "x"
+
+
+def test_a_file_that_is_named_later_is_loaded_then(load):
+    """As in a notebook: the variable is set after an environment was made."""
+    load(first=CONSTANT.format(name="first"))
+    assert "first" in REWARDS.names()
+    load(second=CONSTANT.format(name="second"))
+    assert REWARDS.build("second").value == 0.5
 
 
 def test_a_plug_in_may_look_names_up(load):

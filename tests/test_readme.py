@@ -67,7 +67,7 @@ def rloo(tmp_path, monkeypatch):
     (tmp_path / "rloo.py").write_text(ALGORITHM, encoding="utf-8")
     monkeypatch.setenv(registry.PLUGINS_VARIABLE, str(tmp_path / "rloo.py"))
     monkeypatch.setattr(ALGORITHMS, "_entries", dict(ALGORITHMS._entries))
-    monkeypatch.setattr(ALGORITHMS, "_plugins_loaded", False)
+    monkeypatch.setattr(ALGORITHMS, "_plugins_loaded", None)
     return ALGORITHMS.build({"name": "rloo", "attempts": 3})
 
 

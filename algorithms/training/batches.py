@@ -152,14 +152,16 @@ class Sources:
         settings["teacher_temperature"] = config.model.teacher_temperature
         searched = of_retriever(envs.retriever)
         settings |= {"searched": searched, "source": name, "of": source.fingerprint}
-        if plugins := of_plugins(source):
+        # No registry here knows the environments that only Gymnasium does.
+        if plugins := of_plugins(source, *getattr(envs, "layers", ())):
             settings["plugins"] = plugins
         teacher = networks.place_of_teacher if source.by_model else None
         tokenizer = networks.teacher_tokenizer if source.by_model else networks.tokenizer
         key = of_playing(settings, teacher or f"no model: {name}", tokenizer, envs.dataset)
-        # What an unknown index or one that failed has answered may differ tomorrow, so it is for this run alone.
+        # What unknown code, an unknown index or one that failed has answered may differ tomorrow, so it is for this run
+        # alone.
         own = self._run_dir / "demonstrations" / f"{key}.jsonl.gz"
-        is_known = envs.retriever is None or searched is not None
+        is_known = plugins is not None and (envs.retriever is None or searched is not None)
         shared = Path(config.cache_dir).expanduser() / "demonstrations" / own.name
         path = shared if is_known and not own.exists() else own
         parts = path.with_name(f"{key}.parts")

@@ -129,14 +129,24 @@ def save(
     return final
 
 
+def recovered(run_dir: str | os.PathLike[str]) -> Path | None:
+    """Finish what a crash has left in the middle of a checkpoint's replacement; then see `latest`.
+
+    For the process that writes the run, while no other one does.
+    """
+    _put_back(Path(run_dir) / "checkpoints")
+    return latest(run_dir)
+
+
 def latest(run_dir: str | os.PathLike[str]) -> Path | None:
     """Find the newest complete checkpoint of a run; None if none was saved. Broken ones are skipped with a warning.
+
+    Nothing is written, since the run may still be going on.
 
     Raises:
         DataError: There are checkpoints, and all of them are broken.
     """
     root = Path(run_dir) / "checkpoints"
-    _put_back(root)
     saved = _checkpoints(root)
     for path in reversed(saved):
         problem = find_problem(path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,17 @@ def make_cache(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not is_cache(folder):
         write_whole(folder / _TAG, _SIGNATURE.encode())
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder, and a file in it that vanishes at once.
+
+    Raises:
+        OSError: It can't be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,8 @@ _MODEL_SETTINGS = ("config.json", "generation_config.json", WEIGHT_INDEX)
 #: measure.
 _ZOO, _PACKAGE = Path(__file__).parents[1], Path(agentic_rag_env.__file__).parent
 _CODE = (_PACKAGE, *(_ZOO / room for room in ("learner", "rollout", "training")))
+#: Packages that parts may come from, and whose files do not change between versions.
+_COUNTED_BY_VERSION = ("agentic_rag_env", "algorithms", "gymnasium")
 
 
 def fingerprints(tested: RunEnvs, num_tested: int, trained: Sequence[Question] | None = None) -> dict[str, str | None]:
@@ -108,24 +110,21 @@ def of_playing(settings: Mapping[str, Any], model_folder: str, tokenizer: Any, d
 
 def of_code() -> str | None:
     """Hash of the code that plays and measures episodes, plug-ins included; None if some of it is in no file."""
-    files = {file for folder in _CODE for file in folder.rglob("*.py")}
-    for module in _registering_modules():
-        if (file := getattr(module, "__file__", None)) is None:
-            return None
-        files.add(Path(file))
+    if (plugins := _plugin_files()) is None:
+        return None
+    files = plugins.union(*(folder.rglob("*.py") for folder in _CODE))
     return hash_of([versions(), *map(sha256, sorted(files))])
 
 
-def of_plugins(*parts: Any) -> str:
-    """Hash of the files of plug-ins that an episode may depend on; empty without plug-ins.
+def of_plugins(*parts: Any) -> str | None:
+    """Hash of the files of plug-ins that an episode may depend on; empty without plug-ins, None if one is in no file.
 
     Args:
-        parts: Further objects whose code counts.
+        parts: Further objects whose code counts, such as an environment that no registry here knows.
     """
-    modules = [*(sys.modules[type(part).__module__] for part in parts), *_registering_modules()]
-    files = {Path(file) for module in modules if (file := getattr(module, "__file__", None)) is not None}
-    foreign = sorted(file for file in files if not any(file.is_relative_to(own) for own in (_ZOO, _PACKAGE)))
-    return hash_of([*map(sha256, foreign)]) if foreign else ""
+    if (files := _plugin_files(*parts)) is None:
+        return None
+    return hash_of([*map(sha256, sorted(files))]) if files else ""
 
 
 def versions() -> dict[str, str | None]:
@@ -139,16 +138,24 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _registering_modules() -> Iterator[Any]:
-    """Find the modules of environments' parts and of plug-ins, with all loaded modules of their packages.
+def _plugin_files(*parts: Any) -> set[Path] | None:
+    """Files of the code from elsewhere: of plug-ins, of the parts, and of the packages to which their modules belong.
 
-    A plug-in may bring an environment to Gymnasium alone, which no registry here knows.
+    What a process has loaded besides does not count, so that a second run in it has the hashes of a first one.
     """
-    origins = {registry.get(name).factory.__module__ for registry in _REGISTRIES for name in registry.names()}
+    names = {type(part).__module__ for part in parts}
+    names |= {registry.get(name).factory.__module__ for registry in _REGISTRIES for name in registry.names()}
     for registry in (*_REGISTRIES, DEMONSTRATION_SOURCES):
-        origins |= {point.module for point in entry_points(group=f"agentic_rag_env.{registry.group}")}
-    packages = tuple(origin.partition(".")[0] + "." for origin in origins)
-    origins |= modules_of_files()
-    for name, module in list(sys.modules.items()):
-        if name in origins or name.startswith(packages):
-            yield module
+        names |= {point.module for point in entry_points(group=f"agentic_rag_env.{registry.group}")}
+    names |= modules_of_files()  # which those names have loaded
+    found: set[Path] = set()
+    for name in names:
+        if name.partition(".")[0] in _COUNTED_BY_VERSION:
+            continue
+        module = sys.modules.get(name)
+        if (place := getattr(module, "__file__", None)) is None:
+            return None
+        file = Path(place)
+        depth = 0 if name == place else name.count(".") + hasattr(module, "__path__")
+        found |= {file, *(file.parents[depth - 1].rglob("*.py") if depth else ())}
+    return {file for file in found if not any(file.is_relative_to(own) for own in (_ZOO, _PACKAGE))}

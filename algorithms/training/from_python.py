@@ -52,8 +52,7 @@ def train(config: RunConfig, run_dir: str | Path) -> RunResult:
     """Carry out a whole run: train, measure on the test questions, write everything into a directory.
 
     A run that was begun there with the same settings goes on after its newest checkpoint; a complete one is only read.
-    In a terminal or a notebook a live line shows the progress. PyTorch's number of threads (`config.threads`) and the
-    random generators of the process are set.
+    In a terminal or a notebook a live line shows the progress. The random generators of the process are set.
 
     Args:
         config: The settings, made by `configure` or by `RunConfig(algo="dgpo", ...)`.
@@ -116,16 +115,20 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     Returns:
         The summary, as `summary.json` holds it.
     """
-    # Imported here, so that --help and the report of a typo need not wait for torch.
-    import torch
+    from algorithms.training.threads import threads  # which loads torch
 
+    # A second run of a process warns of what the first one has warned of, too.
+    with threads(config.threads), warnings.catch_warnings():
+        return _run(config, run_dir)
+
+
+def _run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    # Imported here, so that --help and the report of a typo need not wait for torch.
     from algorithms.learner import ranks, seeding
     from algorithms.training.summary import finish
     from algorithms.training.trainer import Trainer
 
     ranks.join()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     seeding.seed_everything(config.seed)
     if not trains_language_model(config.algo["name"]):  # a learner of another library
         outside = ALGORITHMS.build(config.algo)

@@ -143,7 +143,8 @@ class RunConfig:
             every stage; None: all.
         probes: ARC probes at the end, by name or as a mapping with `name` and settings; empty for none.
         probe_every: Training steps between probes on the questions of a check on the dev split; 0 for none.
-        threads: CPU threads of each process; None leaves PyTorch's choice.
+        threads: CPU threads of each process; None: one for a policy below five million parameters, else PyTorch's
+            choice.
         allow: Addresses and files outside of the run directory that the settings saved in `resume` may name.
         preflight: Write a plan of memory, disk, tokens and time to `preflight.json` instead of training. If this
             process can carry out the run, the times are those of three real steps of every stage.

@@ -117,9 +117,12 @@ def publish(
     evaluated: Sequence[Evaluated],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write `summary.json`, hand the final figures to the loggers, and print them with a whole episode."""
-    write_summary(run_dir, summary)
+    """Hand the final figures to the loggers, write `summary.json`, and print them with a whole episode.
+
+    The summary makes a run complete, so it comes after the loggers: where one fails, the same command tries again.
+    """
     _log(run_dir, config, summary, evaluated[0].group_names)
+    write_summary(run_dir, summary)
     _show(console(), run_dir, evaluated, summary, tokenizer)
 
 

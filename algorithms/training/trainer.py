@@ -30,7 +30,7 @@ from algorithms.training.batches import Sources, choose_source
 from algorithms.training.build import Environments, Networks, build_stages
 from algorithms.training.costs import cost_metrics, speeds, spend, timed
 from algorithms.training.episode_figures import trajectory_metrics
-from algorithms.training.file_locks import make_cache
+from algorithms.training.file_locks import make_cache, require_writable
 from algorithms.training.host_memory import StepMemory
 from algorithms.training.position import Position
 from algorithms.training.presets import toy_settings
@@ -57,7 +57,7 @@ class Trainer:
     def __init__(self, config: RunConfig, run_dir: Path, most_steps: int | None = None) -> None:
         self.config, self.run_dir, self._most_steps = config, run_dir, most_steps
         self.stages = build_stages(config.algo)
-        self._resume_from = ranks.decided(lambda: checkpoint.latest(run_dir))
+        self._resume_from = ranks.decided(lambda: checkpoint.recovered(run_dir))
         self.networks = Networks(config, self._model_steps())
         self.environments = Environments(config, self.networks.tokenizer)
         self._refuse_what_fails_late()
@@ -96,6 +96,8 @@ class Trainer:
         cache_dir = Path(self.config.cache_dir).expanduser()
         try:
             make_cache(cache_dir)
+            for kept in ("demonstrations", "evaluations"):
+                require_writable(cache_dir / kept)
         except OSError as error:
             raise ConfigurationError(
                 f"cache_dir={cache_dir} can't be written to ({error.strerror}); name another folder."
@@ -213,7 +215,7 @@ class Trainer:
                 for every in (self.config.evaluation.every, self.config.probe_every)
             )
             if checks or probes:
-                metrics |= self._check_on_dev(logger, self.config.probes if probes else ())
+                metrics |= self._check_on_dev(logger, self.config.probes if probes else (), steers=checks)
             logger.write(self.position.step, metrics | cost_metrics(self.position.costs), algorithm.name)
             is_due_anyway = self.position.stage_step % self.config.checkpoint_every == 0
             is_best = self.position.step in self.position.best_steps()
@@ -345,8 +347,12 @@ class Trainer:
         learner.algorithm.after_validation(loss)
         return {"train/validation_loss": loss}
 
-    def _check_on_dev(self, logger: RunLogger, probes: Sequence[Any]) -> dict[str, float]:
-        """Measure greedy figures and probes on a few questions of the dev split, and keep some of the transcripts."""
+    def _check_on_dev(self, logger: RunLogger, probes: Sequence[Any], *, steers: bool) -> dict[str, float]:
+        """Measure greedy figures and probes on a few questions of the dev split, and keep some of the transcripts.
+
+        Only a check that `steers` is one of those that end a stage and choose the best step: how often probes look on
+        changes nothing.
+        """
         envs, tokenizer = self.environments.envs("dev"), self.networks.tokenizer
         count = min(self.config.evaluation.num_dev_questions, len(envs.dataset))
         with timed(self.position.costs, "dev_s") as clock:
@@ -354,7 +360,8 @@ class Trainer:
             player = self.networks.player(writer, envs, temperature=0.0)
             trajectories, _ = player.rollout(range(count), seed=(0,))
             metrics = write_check(self.run_dir, self.position.step, trajectories, envs.dataset, tokenizer, logger)
-            self.position.note_check(metrics["dev/exact_match"])
+            if steers:
+                self.position.note_check(metrics["dev/exact_match"])
             if probes:
                 generator = self.networks.generator(writer, envs)
                 arc, _ = evaluation.probe(generator, envs, trajectories, probes)

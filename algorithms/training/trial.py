@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from agentic_rag_env.terminal import print_line
 from algorithms.learner import seeding
 from algorithms.training.host_memory import peak_memory
 from algorithms.training.run_files import read_metrics
 from algorithms.training.settings import RunConfig
+from algorithms.training.threads import threads
 from algorithms.training.trainer import Trainer
 
 #: Steps of each stage; the first one warms up, and counts only if it is the only one.
@@ -59,13 +59,12 @@ def try_out(config: RunConfig, folder: Path) -> Trial:
         AgenticRAGError: What the run itself would end with.
     """
     print_line(f"Trying out {STEPS} steps of every stage.")
-    if config.threads:
-        torch.set_num_threads(config.threads)
     seeding.seed_everything(config.seed)
     shutil.rmtree(folder, ignore_errors=True)  # a trial that was killed would be gone on with
     try:
-        trainer = Trainer(_shortened(config, folder), folder / "run", most_steps=STEPS)
-        trainer.train()
+        with threads(config.threads):
+            trainer = Trainer(_shortened(config, folder), folder / "run", most_steps=STEPS)
+            trainer.train()
         return _measured(trainer, read_metrics(folder / "run"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -78,7 +78,7 @@ class Run:
 
 def command(*overrides: str) -> Run:
     """`python -m algorithms.run ...` without a new process; the code is what it exits with."""
-    out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    out, err = io.StringIO(), io.StringIO()
     code: int | str | None = 0
     try:
         with (
@@ -91,8 +91,6 @@ def command(*overrides: str) -> Run:
         code = end.code
         if isinstance(code, str):
             code, _ = 1, err.write(code + "\n")
-    finally:
-        torch.set_num_threads(threads)
     return Run(Path(), code, out.getvalue(), err.getvalue())
 
 

@@ -371,6 +371,13 @@ def test_the_place_of_any_error_can_be_asked_for(tmp_path, monkeypatch):
         command("algo.steps=-1", f"hydra.run.dir={tmp_path / 'run'}")
 
 
+def test_a_cache_that_others_alone_may_write_to_is_refused_at_the_start(fail, cache):
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    with patch("algorithms.training.file_locks.tempfile.TemporaryFile", side_effect=denied):
+        message = fail("algo=ppo", *PPO)
+    assert f"cache_dir={cache} can't be written to (Permission denied); name another folder." in message
+
+
 def test_in_a_multirun_the_jobs_after_a_failed_one_still_run(tmp_path):
     seeds = []
 

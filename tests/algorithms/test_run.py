@@ -108,7 +108,7 @@ def test_the_best_checkpoint_of_every_stage_is_kept(dgpo_run):
 def test_a_policy_that_collapses_leaves_its_best_checkpoint(tmp_path, cache):
     scores = iter([0.25, 0.5, 0.125])
 
-    def check(trainer, logger, probes):
+    def check(trainer, logger, probes, steers):
         trainer.position.note_check(next(scores))
         return {}
 
@@ -280,7 +280,7 @@ def test_the_threshold_hands_over_early_and_exactly_there(tmp_path, cache):
     settings += ["algo.warm_start.hand_over_exact_match=0.5"]
     scores = iter([0.25, 0.5, 1.0, 1.0])
 
-    def check(trainer, logger, probes):
+    def check(trainer, logger, probes, steers):
         trainer.position.dev_exact_match = next(scores)
         return {"dev/exact_match": trainer.position.dev_exact_match}
 

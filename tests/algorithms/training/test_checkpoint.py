@@ -157,7 +157,9 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path,
         with pytest.raises(Killed):
             save(tmp_path, 1, seed=5)
     assert names(tmp_path) == ["000001.replaced", "000001.unfinished"]
-    path = checkpoint.latest(tmp_path)
+    assert checkpoint.latest(tmp_path) is None
+    assert names(tmp_path) == ["000001.replaced", "000001.unfinished"], "who reads a run changes nothing in it"
+    path = checkpoint.recovered(tmp_path)
     assert path is not None
     assert same(AutoModelForCausalLM.from_pretrained(path), make_model(4))
 

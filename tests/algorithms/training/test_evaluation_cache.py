@@ -9,10 +9,15 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
+import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import registry as registered
 from small_runs import DGPO, PPO, assert_same_run, command, resume, train
 
+from agentic_rag_env import FreeText
+from agentic_rag_env.lifted import LiftedVectorEnv
 from agentic_rag_env.registry import PLUGINS_VARIABLE, REWARDS
 from algorithms.learner.networks import load_tokenizer
 from algorithms.learner.types import Trajectory, Turn
@@ -139,11 +144,13 @@ def test_code_of_plug_ins_counts_with_the_rest_of_their_package(plugged_in, monk
     before = of_code()
     modules = [ModuleType("some_package.rewards"), ModuleType("some_package.helpers")]
     for module in modules:
-        module.__file__ = str(tmp_path / f"{module.__name__}.py")
+        module.__file__ = str(tmp_path / f"{module.__name__.replace('.', '/')}.py")
+        Path(module.__file__).parent.mkdir(exist_ok=True)
         Path(module.__file__).write_text("first")
     plugged_in(modules[0])
-    monkeypatch.setitem(sys.modules, modules[1].__name__, modules[1])
     seen = [before, of_code()]
+    monkeypatch.setitem(sys.modules, modules[1].__name__, modules[1])
+    assert of_code() == seen[1], "a module counts before its first import, too"
     for module in modules:
         Path(module.__file__).write_text("second")
         seen.append(of_code())
@@ -163,6 +170,38 @@ def test_code_of_a_file_that_registers_with_gymnasium_alone_counts(monkeypatch, 
     assert [len(set(found)) for found in zip(*seen, strict=True)] == [3, 3]
     monkeypatch.delenv(PLUGINS_VARIABLE)
     assert (of_code(), of_plugins()) == seen[0], "a file that nobody names any more is still loaded"
+
+
+def test_a_file_that_was_named_from_another_folder_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(REWARDS, "_plugins_loaded", None)
+    (tmp_path / "sums.py").write_text("loaded = True")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(PLUGINS_VARIABLE, "sums.py")
+    found = [of_plugins()]
+    monkeypatch.chdir("/")
+    found.append(of_plugins())
+    (tmp_path / "sums.py").write_text("changed = True")
+    assert found[0] == found[1] != of_plugins()
+
+
+def test_code_of_an_environment_that_gymnasium_alone_knows_counts(monkeypatch, tmp_path):
+    """A script imports it, or a notebook defines it."""
+
+    class Sums(gymnasium.Env):
+        metadata = {"action_ends": ["."]}  # noqa: RUF012
+        observation_space = action_space = FreeText()
+
+    module = ModuleType("sums_of_a_script")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    Sums.__module__ = module.__name__
+    monkeypatch.setitem(registered, "Sums-v0", EnvSpec("Sums-v0", entry_point=Sums, max_episode_steps=2))
+    envs = LiftedVectorEnv("Sums-v0", 2, range(3))
+    assert of_plugins(*envs.layers) is None, "its code is in no file"
+    module.__file__, found = str(tmp_path / "sums.py"), []
+    for content in ("first", "second", "first"):
+        Path(module.__file__).write_text(content)
+        found.append(of_plugins(*envs.layers))
+    assert found[0] == found[2] != found[1]
 
 
 def test_where_something_is_not_known_nothing_is_kept(conditions, plugged_in):

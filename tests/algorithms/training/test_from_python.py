@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from small_runs import DGPO, TINY, assert_same_run, resume
 from small_runs import Run as Read
 
 from agentic_rag_env.errors import ConfigurationError, UnknownNameError
 from agentic_rag_env.registry import PLUGINS_VARIABLE
-from algorithms.training import RunConfig, configure, read_run, train
+from algorithms.training import RunConfig, configure, from_python, read_run, train
 from algorithms.training.compose import complete, composed, overrides_of
 from algorithms.training.loggers import LOGGERS
 from algorithms.training.schemas import register_schemas
 from algorithms.training.settings import EvaluationConfig
+from algorithms.training.threads import threads
 from algorithms.training.typed import run_config
 
 ROOT = Path(__file__).parents[3]
@@ -46,6 +50,20 @@ def test_a_plan_is_not_mistaken_for_a_run(tmp_path):
     with pytest.raises(ConfigurationError, match="preflight is for the command line"):
         train(configure(algo="ppo", preflight=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_of_a_process_begins_like_a_first_one(tmp_path, capsys):
+    def work(config, run_dir):
+        torch.set_num_threads(1)  # as the networks of a small policy do
+        warnings.warn("kd is SKIPPED", stacklevel=1)
+
+    with threads(2), patch.object(from_python, "_run", work), warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *_: print(message)
+        for seed in (0, 1):
+            from_python.run(configure(seed=seed), tmp_path)
+            assert torch.get_num_threads() == 2
+    assert capsys.readouterr().out == "kd is SKIPPED\n" * 2
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -189,15 +207,18 @@ class ListConfig:
 @LOGGERS.register("mine", ListConfig)
 class Mine(Logger):
     def __init__(self, config):
-        self.file = config.file
+        self.name = config.file
 
     def open(self, run_dir, start_step):
-        self.lines = (run_dir / self.file).open("a")
+        self.file = run_dir / self.name
+        self.lines = self.file.open("a")
 
     def write(self, step, metrics, stage):
         print(json.dumps([step, stage, metrics["train/loss"]]), file=self.lines)
 
     def results(self, metrics, step):
+        if not (self.file.parent / "network").exists():
+            raise ConnectionError("no network")
         print(json.dumps([step, "results", metrics["eval/all/exact_match"]]), file=self.lines)
 
     def close(self):
@@ -205,14 +226,18 @@ class Mine(Logger):
 """
 
 
-def test_a_logger_of_ones_own_is_one_file(tmp_path, cache, monkeypatch):
+def test_a_logger_of_ones_own_is_one_file_and_gets_all_figures(tmp_path, cache, monkeypatch):
+    """Those at the end, too: a run is complete when they were handed on."""
     (tmp_path / "mine.py").write_text(MY_LOGGER, encoding="utf-8")
     monkeypatch.setenv(PLUGINS_VARIABLE, str(tmp_path / "mine.py"))
     monkeypatch.setattr(LOGGERS, "_entries", dict(LOGGERS._entries))
-    monkeypatch.setattr(LOGGERS, "_plugins_loaded", False)
+    monkeypatch.setattr(LOGGERS, "_plugins_loaded", None)
     algo = {"name": "sft", "batch_size": 8, "num_demonstrations": 24, "epochs": 1}
     small = {**SMALL, "probes": [], "evaluation": {"num_questions": 8, "every": 0, "temperatures": [0.0]}}
     config = configure(algo=algo, **small, cache_dir=str(cache), logger=[{"name": "mine", "file": "told.jsonl"}])
+    with pytest.raises(ConnectionError):
+        train(config, tmp_path / "run")
+    (tmp_path / "run" / "network").touch()
     run = train(config, tmp_path / "run")
     told = [json.loads(line) for line in (tmp_path / "run" / "told.jsonl").read_text().splitlines()]
     assert [(step, stage) for step, stage, _ in told] == [(1, "sft"), (2, "sft"), (3, "sft"), (3, "results")]

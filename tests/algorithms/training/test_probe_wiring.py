@@ -30,6 +30,7 @@ from algorithms.rollout.trajectory_files import read_trajectories
 from algorithms.training import evaluation
 from algorithms.training.arc_table import arc_table, show_arc, weakest
 from algorithms.training.evaluation import Evaluated
+from algorithms.training.position import Position
 
 FEW = ["threads=1", "num_envs=16", "dataset.num_passages=150", "dataset.num_questions=40", "rollout.max_new_tokens=24",
        "evaluation.num_questions=12", "evaluation.temperatures=[0]"]  # fmt: skip
@@ -282,9 +283,11 @@ def test_a_run_ends_with_the_probes_of_every_model(tmp_path, cache):
     assert names == {f"test-{m}-{d}.jsonl" for m in arc for d in ("greedy", "T=1")}
 
 
-def test_probes_on_the_way(tmp_path, cache):
-    settings = ("probe_every=4", "evaluation.every=3", "probes=[search_behaviour]")
-    run = train(tmp_path / "run", cache, "algo=sft", *SFT, *settings)
+def test_probes_on_the_way_watch_and_steer_nothing(tmp_path, cache):
+    settings, noted = ("probe_every=4", "evaluation.every=3", "probes=[search_behaviour]"), []
+    with patch.object(Position, "note_check", lambda position, _: noted.append(position.step)):
+        run = train(tmp_path / "run", cache, "algo=sft", *SFT, *settings)
+    assert noted == [3, 6]
     probed = [row["step"] for row in run.metrics if "dev/arc/search_behaviour/num_searches" in row]
     checked = [row["step"] for row in run.metrics if "dev/exact_match" in row]
     assert (probed, checked) == ([4, 6], [3, 4, 6])  # and both at the end
