@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_runs import make_run
+from made_runs import CONFIG, as_evaluated, make_run
 from rich.console import Console
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -552,11 +552,59 @@ def test_methods_are_told_apart_by_what_differs(tmp_path):
 )  # fmt: skip
 def test_checkpoints_that_were_evaluated_are_told_apart(tmp_path, places, labels):
     for number, place in enumerate(places):
-        run = make_run(tmp_path / str(number), "kd", 0, answers(0.5, number), config={"model": {"policy": place}})
-        summary = json.loads((run / "summary.json").read_text())
-        summary = {name: value for name, value in summary.items() if name not in ("algo", "stages", "seed")}
-        (run / "summary.json").write_text(json.dumps(summary | {"checkpoint": place}))
+        as_evaluated(make_run(tmp_path / str(number), "kd", 0, answers(0.5, number)), place)
     assert sorted(method.label for method in make_methods(find_runs([tmp_path]))) == sorted(labels)
+
+
+def evaluated(
+    folder: Path, method: str, seed: int, right, step: str = "000450", is_last: bool = True, **changed
+) -> None:
+    """Make the directory of an evaluation of a run's checkpoint on tiny; `changed` is what its training had otherwise.
+
+    The command line named the method. Each seed's run lies in a place of its own.
+    """
+    config = {**CONFIG, "algo": {"name": "dgpo", "kl_coef": 0.01}, "seed": seed, **changed}
+    trained = {"config": config, "overrides": [f"+method={method}", f"seed={seed}"], "is_last": is_last}
+    run = make_run(folder, method, seed, right)
+    as_evaluated(run, f"/runs/method-{method}+seed-{seed}/checkpoints/{step}", trained)
+
+
+def test_seeds_of_evaluated_checkpoints_are_those_of_their_runs(tmp_path):
+    """A comparison of the runs' checkpoints says what that of the runs themselves says of the same answers."""
+    for algo, chance in (("uniform_kl", 0.4), ("no_penalty", 0.75)):
+        for seed in range(3):
+            right = answers(chance, 10 * seed + len(algo))
+            make_run(tmp_path / "runs" / f"{algo}{seed}", algo, seed, right)
+            evaluated(tmp_path / "evaluated" / f"{algo}{seed}", algo, seed, right)
+    runs, checkpoints = (study([tmp_path / part], Options(resamples=10)) for part in ("runs", "evaluated"))
+    for found in (runs, checkpoints):
+        assert [(method.label, method.seeds) for method in found.methods] == [
+            ("no_penalty", [0, 1, 2]), ("uniform_kl", [0, 1, 2]),
+        ]  # fmt: skip
+    first, second = ({table.name: table.records() for table in found.tables} for found in (runs, checkpoints))
+    for name in ("significance-greedy", "significance-T=1"):
+        assert first[name] == second[name]
+        assert second[name][0]["p, methods"] is not None
+
+
+def test_settings_of_the_training_belong_to_its_checkpoint(tmp_path):
+    for value, seed in product((0.01, 0.1), range(2)):
+        algo = {"name": "dgpo", "kl_coef": value}
+        evaluated(tmp_path / f"{value}-{seed}", "dgpo", seed, answers(0.5, seed), algo=algo)
+    other = {"name": "tiny", "num_passages": 150}
+    evaluated(tmp_path / "other data", "dgpo", 0, answers(0.5, 0), dataset=other)
+    methods = make_methods(find_runs([tmp_path]))
+    assert sorted(method.seeds for method in methods) == [[0], [0, 1], [0, 1]]
+    assert any("trained on other data" in finding.text and "150 in" in finding.text for finding in check(methods))
+    (line, _) = score_by_setting(find_runs([tmp_path]), ["algo.kl_coef"], "greedy")
+    assert (line.x, line.seeds) == ((0.01, 0.1), (2, 2))
+
+
+def test_checkpoints_of_one_run_stay_apart(tmp_path):
+    for step, seed in product(("000300", "000450"), range(2)):
+        evaluated(tmp_path / f"{step}-{seed}", "dgpo", seed, answers(0.5, seed), step, is_last=step == "000450")
+    methods = make_methods(find_runs([tmp_path]))
+    assert [(method.label, method.seeds) for method in methods] == [("dgpo", [0, 1]), ("dgpo@000300", [0, 1])]
 
 
 @pytest.mark.parametrize("is_told", [False, True], ids=["older summaries", "summaries that name them"])
