@@ -43,10 +43,17 @@ class Method:
         found = (run.figures(mode).get(group, {}).get(figure) for run in self.runs)
         return np.array([value for value in found if value is not None], dtype=float)
 
-    def exact_match(self, mode: str, group: str = ALL) -> Estimate:
-        """Exact match with the 95 % interval of `statistics.crossed`."""
+    def exact_match(self, mode: str, group: str = ALL, alike: Sequence[Method] = ()) -> Estimate:
+        """Exact match with the 95 % interval of `statistics.crossed`.
+
+        Args:
+            mode: Mode of decoding.
+            group: Group of questions.
+            alike: Methods, this one among them, whose seeds are taken to vary equally; empty: this one alone tells.
+        """
         by_seed, variance, count = self._spread(mode, group)
-        return statistics.crossed(by_seed, variance, count)
+        others = [each.means(mode, group, "exact_match") for each in alike]
+        return statistics.crossed(by_seed, variance, count, others)
 
     def _spread(self, mode: str, group: str) -> tuple[np.ndarray, float, int]:
         """Means by seed, the variance of their mean that comes from the questions, and the number of questions.

@@ -207,6 +207,7 @@ def _setting_section(runs: Sequence[Run], modes: Sequence[str], names: tuple[str
         f"Score by {words}",
         [figures.by_setting(lines[mode], words, mode, of_lines) for mode in modes],
         [curves.setting_table(lines[mode], words, names, mode) for mode in modes],
+        note=f"Large marks are means, small dots are seeds, and bars are intervals. {curves.POOLED}",
     )
 
 

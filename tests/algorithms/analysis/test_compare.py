@@ -13,12 +13,14 @@ from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, product
+from itertools import pairwise as pairwise_of
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from made_runs import CONFIG, as_evaluated, make_run
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,8 +29,8 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 from algorithms import compare as command
 from algorithms.analysis.comparison import arc_panel, pairwise, published, statistics
 from algorithms.analysis.comparison.checks import check
-from algorithms.analysis.comparison.curves import curve, score_by_setting
-from algorithms.analysis.comparison.figures import cost_beside_score, probed
+from algorithms.analysis.comparison.curves import Line, curve, score_by_setting
+from algorithms.analysis.comparison.figures import by_setting, cost_beside_score, probed
 from algorithms.analysis.comparison.methods import Method, make_methods
 from algorithms.analysis.comparison.page import Section, page
 from algorithms.analysis.comparison.study import Options, compare, study, subtitle
@@ -514,6 +516,48 @@ def test_the_order_is_compared_with_the_papers(written):
     assert "Kendall's tau 1.00, Spearman's rho 1.00, over 2 methods" in text
 
 
+# --- the score by a setting ------------------------------------------------------------------------------------------
+
+
+def test_points_of_a_line_share_their_variance_between_seeds(tmp_path):
+    """Two seeds .1, .02, .1, .0 and .06 apart, and a point with one seed."""
+    scores = {1: (0.5, 0.6), 2: (0.54, 0.56), 3: (0.5, 0.6), 4: (0.55, 0.55), 5: (0.5, 0.56), 6: (0.55,)}
+    for value, of_seeds in scores.items():
+        for seed, score in enumerate(of_seeds):
+            right = {"greedy": np.arange(100) < round(100 * score)}
+            make_run(tmp_path / f"{value}-{seed}", "kd", seed, right, settings={"x": value}, groups=["all"])
+    (line,) = score_by_setting(find_runs([tmp_path]), ["algo.x"], "greedy")
+    assert [tuple(by_seed) for by_seed in line.by_seed] == list(scores.values())
+    # Pooled: half of the squares of the distances, over five degrees of freedom; each with its own questions.
+    variance = (0.1**2 + 0.02**2 + 0.1**2 + 0.06**2) / 2 / 5
+    for (value, of_seeds), score in zip(scores.items(), line.scores, strict=True):
+        by_question = np.mean([np.arange(100) < round(100 * each) for each in of_seeds], axis=0)
+        of_questions = stats.t.ppf(0.975, 99) ** 2 * by_question.var(ddof=1) / 100
+        half = (stats.t.ppf(0.975, 5) ** 2 * variance / len(of_seeds) + of_questions) ** 0.5
+        assert score == pytest.approx((np.mean(of_seeds), np.mean(of_seeds) - half, np.mean(of_seeds) + half)), value
+    widths = [score.high - score.low for score in line.scores]
+    assert max(widths[:5]) < 1.2 * min(widths[:5])
+    assert widths[5] > max(widths[:5])
+
+
+def test_settings_with_zero_are_told_apart_on_their_axis():
+    values = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.02)
+    scores = tuple(statistics.Estimate(0.5, 0.4, 0.6) for _ in values)
+    lines = [Line(label, label, values, scores, (np.array([0.45, 0.55]),) * 6) for label in ("dgpo", "ppo")]
+    drawing = by_setting(lines, "kl coef", "greedy", looks([Method(line.label, line.base, ()) for line in lines]))
+    colors = [look.color for look in drawing.legend.values()]
+    figure = Figure(figsize=drawing.size, layout="constrained")
+    axes = figure.add_subplot()
+    drawing.draw(axes, LIGHT)
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.0005", "0.001", "0.002", "0.005", "0.02"]
+    assert all(left.x1 < right.x0 for left, right in pairwise_of(boxes))
+    # Marks of two methods at the same value stand side by side.
+    first, second = (next(line.get_xdata() for line in axes.lines if line.get_color() == of) for of in colors)
+    assert np.all(first < second)
+
+
 # --- which runs make a method ----------------------------------------------------------------------------------------
 
 
@@ -597,7 +641,7 @@ def test_settings_of_the_training_belong_to_its_checkpoint(tmp_path):
     assert sorted(method.seeds for method in methods) == [[0], [0, 1], [0, 1]]
     assert any("trained on other data" in finding.text and "150 in" in finding.text for finding in check(methods))
     (line, _) = score_by_setting(find_runs([tmp_path]), ["algo.kl_coef"], "greedy")
-    assert (line.x, line.seeds) == ((0.01, 0.1), (2, 2))
+    assert (line.x, [len(each) for each in line.by_seed]) == ((0.01, 0.1), [2, 2])
 
 
 def test_checkpoints_of_one_run_stay_apart(tmp_path):
