@@ -40,9 +40,9 @@ CURVES = {metric: tuple(AXES) if metric.endswith("exact_match") else ("steps",) 
 
 #: What the intervals of a `Line` are.
 POOLED = (
-    "95 % t intervals over seeds and questions. The variance between seeds is taken to be the same at all values of the "
-    "setting: it is pooled over those of a method, with the sum of their degrees of freedom. Where a method has a single "
-    "seed at every value, its intervals are over questions alone and say nothing about another seed."
+    "95 % t intervals over seeds and questions. The variance between seeds is taken to be the same at all values of "
+    "the setting: it is pooled over those of a method, with the sum of their degrees of freedom. Where a method has a "
+    "single seed at every value, its intervals are over questions alone and say nothing about another seed."
 )
 
 
@@ -95,13 +95,16 @@ def positions(run: Run, axis: str) -> list[float] | None:
 
 
 def curve(method: Method, metric: str, axis: str) -> Curve | None:
-    """Make a learning curve at the steps that all seeds have logged; None without such steps or without such a cost."""
-    found: list[dict[int, tuple[float, float]]] = []
+    """Make a learning curve at the steps that all seeds have logged; None without such steps or without such a cost.
+
+    Steps are counted within each stage, because the same stage of another seed may be longer.
+    """
+    found: list[dict[tuple[int, int], tuple[float, float]]] = []
     for run in method.runs:
         if (along := positions(run, axis)) is None:
             return None
-        values = zip(run.metrics, along, strict=True)
-        found.append({row["step"]: (x, row[metric]) for row, x in values if row.get(metric) is not None})
+        values = zip(run.metrics, _places(run), along, strict=True)
+        found.append({place: (x, row[metric]) for row, place, x in values if row.get(metric) is not None})
     steps = sorted(set.intersection(*map(set, found)))
     if not steps:
         return None
@@ -110,6 +113,18 @@ def curve(method: Method, metric: str, axis: str) -> Curve | None:
     if not x.any():  # this method does not have that cost
         return None
     return Curve(x, y.mean(axis=0), y.min(axis=0), y.max(axis=0))
+
+
+def _places(run: Run) -> list[tuple[int, int]]:
+    """The number of the stage and the step within it, of each line of a run's metrics."""
+    places = []
+    number, begun, stage, last = 0, 0, None, 0
+    for row in run.metrics:
+        if places and row.get("stage") != stage:
+            number, begun = number + 1, last
+        stage, last = row.get("stage"), row["step"]
+        places.append((number, last - begun))
+    return places
 
 
 def curves_csv(methods: Sequence[Method]) -> str:

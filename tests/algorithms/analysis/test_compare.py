@@ -190,6 +190,18 @@ def test_learning_curves_are_means_over_seeds_on_every_axis(folder, written):
     assert lines[len(lines) // 2] == first_of_kd
 
 
+def test_stages_of_different_length_lose_no_points(tmp_path):
+    for seed, cold in enumerate((100, 96)):
+        lines = [{"step": step, "stage": "kd", "dev/exact_match": 0.4} for step in range(20, cold + 1, 20)]
+        lines += [{"step": cold + step, "stage": "dgpo", "dev/exact_match": 0.6} for step in (0, 10, 20) if step]
+        lines.insert(-2, {"step": cold, "stage": "kd"})
+        make_run(tmp_path / str(seed), "dgpo", seed, answers(0.5, seed), metrics=lines)
+    (method,) = make_methods(find_runs([tmp_path]))
+    found = curve(method, "dev/exact_match", "steps")
+    assert found.x.tolist() == [20, 40, 60, 80, 108, 118]  # 10 and 20 steps after 100 and 96
+    assert found.mean == pytest.approx([0.4] * 4 + [0.6] * 2)
+
+
 def test_without_logged_costs_there_are_steps_and_seconds(tmp_path):
     lines = [{name: value for name, value in row.items() if not name.startswith("cost/")} for row in metrics(0)]
     make_run(tmp_path / "a", "kd", 0, answers(0.5, 0), metrics=lines)
@@ -1065,6 +1077,32 @@ def test_the_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             command.main([str(tmp_path / "runs"), "--out", str(out), *given])
         assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("best", ["dgpo", "ppo"])
+def test_forced_runs_with_other_modes_are_compared_in_the_common_one(tmp_path, best):
+    for algo, modes in (("dgpo", ("greedy", "T=1")), ("ppo", ("T=1",))):
+        right = {mode: answers(0.9 if algo == best else 0.2, 0)["T=1"] for mode in modes}
+        make_run(tmp_path / "runs" / algo, algo, 0, right)
+    out = tmp_path / "out"
+    command.main([str(tmp_path / "runs"), "--out", str(out), "--force", "--resamples", "10"])
+    assert f"{QUESTIONS} test questions; 2 runs of 2 methods" in (out / "comparison.md").read_text()
+    assert rows(out, "results-T=1")[0]["method"] == best
+
+
+def test_a_comparison_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    make_run(tmp_path / "runs" / "kd", "kd", 0, answers(0.5, 0))
+    given = [tmp_path / "runs"], tmp_path / "out", Options(resamples=10), Console(file=io.StringIO())
+    compare(*given)
+    earlier = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("algorithms.analysis.comparison.study.page", fail)
+    with pytest.raises(OSError, match="no space"):
+        compare(*given)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == earlier
 
 
 def test_a_stage_that_was_skipped_or_had_too_few_demonstrations_is_told(tmp_path):
