@@ -242,6 +242,18 @@ def test_a_number_of_searches_that_a_seed_never_made_counts_as_none(tmp_path):
     assert ("kd", ("thinking", "gain")) not in panel.estimates
 
 
+@pytest.mark.parametrize("name", ["too_long", "absent_too_long", "distractors_too_long", "search_failed"])
+def test_what_went_wrong_for_one_seed_alone_counts_as_none_for_the_others(tmp_path, name):
+    figure = {"value": 0.3, "n": 40, "interval": [0.2, 0.4]}
+    for seed in range(4):
+        shares = {"exact_match": figure} | ({name: figure, "exact_match_well_formed": figure} if seed == 0 else {})
+        made = {"kd": {"source_referencing": shares} if seed < 3 else {}}  # the last one was not probed
+        make_run(tmp_path / str(seed), "kd", seed, answers(0.5, seed), arc=made)
+    panel = arc_panel.make_panel(make_methods(find_runs([tmp_path])))
+    assert panel.estimates["kd", ("source_referencing", name)].value == pytest.approx(0.1)
+    assert panel.estimates["kd", ("source_referencing", "exact_match_well_formed")].value == pytest.approx(0.3)
+
+
 def made_figure(value: float, **declared: Any) -> dict:
     return {"value": value, "n": 40, "interval": [value, value], **declared}
 
