@@ -86,6 +86,12 @@ class Run:
         return self.summary.get("algo") or (algo.get("name") if isinstance(algo, Mapping) else algo) or "unknown"
 
     @property
+    def data(self) -> str:
+        """Name of the data of the questions: `nq` of a benchmark, `nq + hotpotqa` of a mixture, else the dataset's."""
+        dataset = self.config.get("dataset") or {}
+        return str(dataset.get("subset") or " + ".join(dataset.get("sources") or ()) or dataset.get("name", "unknown"))
+
+    @property
     def final(self) -> str:
         """The trained model among the evaluated ones; it comes from the last stage that had any step."""
         evaluated = self.summary["evaluation"]

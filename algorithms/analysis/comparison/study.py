@@ -245,7 +245,7 @@ def _mark(out: Path) -> dict[str, Any]:
 def subtitle(methods: Sequence[Method]) -> str:
     """Data, date and code of a comparison in one line, as far as the runs tell."""
     runs = [run for method in methods for run in method.runs]
-    data = {str(run.settings.get("dataset.name", "unknown")) for run in runs}
+    data = {run.data for run in runs}
     counts = {run.figures(run.modes[0])[ALL]["n"] for run in runs}
     dates = sorted(str(date)[:10] for run in runs if (date := run.summary.get("date")))
     commits = {str(commit) for run in runs if (commit := run.summary.get("commit"))}

@@ -535,6 +535,23 @@ def test_the_papers_rows_stand_beside_ours_where_the_dataset_is_the_same(tmp_pat
     assert cells["ours"] == cells["all"] == "–"
 
 
+@pytest.mark.parametrize(
+    ("dataset", "data", "score"),
+    [
+        ({"name": "benchmark", "subset": "nq"}, "nq", 0.378),
+        ({"name": "nq"}, "nq", 0.378),
+        ({"name": "mixture", "sources": {"nq": {"name": "benchmark"}, "ours": {"name": "jsonl"}}}, "nq + ours", None),
+        (None, "unknown", None),
+    ],
+)
+def test_a_benchmark_is_named_by_its_subset_and_a_mixture_by_its_sources(tmp_path, dataset, data, score):
+    make_run(tmp_path / "a", "kd", 0, answers(0.5, 0), groups=["all"], config={"dataset": dataset})
+    found = study([tmp_path], Options(resamples=10))
+    assert f"Data: {data}, {QUESTIONS} test questions" in subtitle(found.methods)
+    of_paper = {row[0]: row[2].value for row in found.tables[0].rows if str(row[0]).startswith("paper")}
+    assert of_paper.get("paper: DGPO") == score
+
+
 def test_the_order_is_compared_with_the_papers(written):
     text = (written[0] / "comparison.md").read_text()
     assert "Kendall's tau 1.00, Spearman's rho 1.00, over 2 methods" in text
