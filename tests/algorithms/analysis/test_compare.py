@@ -1072,6 +1072,7 @@ def test_cells():
     assert "| x_1 | 0.500 [0.250, 0.750] | <0.001 |" in table.markdown()
     assert "| a | b\\|c | p |" in table.markdown()
     assert table.csv().splitlines() == ["a,b|c,b|c (low),b|c (high),p", "x_1,0.5,0.25,0.75,0.0001", "<y>,,,,0.2"]
+    assert r"P(a $>$ b)" in Table("t", "T", ["P(a > b)"], []).latex()
     assert r"x\_1 & 0.500 {\scriptsize [0.250, 0.750]} & $<$0.001 \\" in table.latex()
     assert "&lt;y&gt;" in page("title", [Section("tables", tables=[table])], [])
 
