@@ -15,6 +15,10 @@ from algorithms.analysis.comparison.statistics import Estimate
 from algorithms.analysis.runs import ALL, Run
 
 
+#: Settings in which the runs of a method may differ. Probes come after training and change no score.
+_ALIKE = ("seed", "probes")
+
+
 @dataclass(frozen=True)
 class Method:
     """Runs of the same settings with one or more seeds.
@@ -106,7 +110,7 @@ def make_methods(runs: Sequence[Run], ignore: Sequence[str] = ()) -> list[Method
     Returns:
         Methods in the order of the paper's table, then by label; the runs of a method are sorted by seed.
     """
-    ignored = frozenset(ignore).union({"seed"}, *(run.settings_without_effect for run in runs))
+    ignored = frozenset(ignore).union(_ALIKE, *(run.settings_without_effect for run in runs))
     found: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         found.setdefault((run.name, _key(run, ignored)), []).append(run)

@@ -708,6 +708,13 @@ def test_what_says_only_how_a_run_is_carried_out_makes_no_method(tmp_path, is_to
     assert sorted(method.seeds for method in make_methods(find_runs([tmp_path]))) == [[0, 1, 2], [3]]
 
 
+def test_probes_make_no_other_method(tmp_path):
+    for seed, probes in enumerate((["thinking", "search_behaviour"], [])):
+        make_run(tmp_path / str(seed), "kd", seed, answers(0.5, seed), config={"probes": probes})
+    (method,) = make_methods(find_runs([tmp_path]))
+    assert method.seeds == [0, 1]
+
+
 # --- unfinished, single, incomparable --------------------------------------------------------------------------------
 
 
