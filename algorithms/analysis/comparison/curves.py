@@ -117,7 +117,7 @@ def curve(method: Method, metric: str, axis: str) -> Curve | None:
 
 def _places(run: Run) -> list[tuple[int, int]]:
     """The number of the stage and the step within it, of each line of a run's metrics."""
-    places = []
+    places: list[tuple[int, int]] = []
     number, begun, stage, last = 0, 0, None, 0
     for row in run.metrics:
         if places and row.get("stage") != stage:

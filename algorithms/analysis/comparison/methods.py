@@ -14,7 +14,6 @@ from algorithms.analysis.comparison import published, statistics
 from algorithms.analysis.comparison.statistics import Estimate
 from algorithms.analysis.runs import ALL, Run
 
-
 #: Settings in which the runs of a method may differ. Probes come after training and change no score.
 _ALIKE = ("seed", "probes")
 
