@@ -22,9 +22,9 @@ from algorithms.learner.adapter_folders import ADAPTER_FILE
 from algorithms.sb3.learner import is_outside_learner
 from algorithms.training.agent_files import Agent, read_agent, tell_overruled
 from algorithms.training.model_names import newest_checkpoint, resolve_model
-from algorithms.training.run_files import CONFIG_FILE, read_settings, write_summary
+from algorithms.training.run_files import CONFIG_FILE, read_overrides, read_settings, write_summary
 from algorithms.training.schemas import register_schemas
-from algorithms.training.settings import QUESTION_PARTS, RunConfig
+from algorithms.training.settings import QUESTION_PARTS, RunConfig, settings_with_effect, settings_without_effect
 from algorithms.training.typed import evaluate_config
 
 with clear_errors():  # of a plug-in
@@ -108,16 +108,19 @@ def find(name: str | None, cache_dir: str = RunConfig.cache_dir, given: Mapping[
             f"adapter (config.json and {ADAPTER_FILE} are missing); found: {listed or 'nothing'}. Give the folder that "
             "a run printed, a folder written by save_pretrained, or a hub id."
         )
-    run_dir = path.absolute().parent.parent
-    of_run = path.exists() and path.absolute().parent.name == "checkpoints" and (run_dir / CONFIG_FILE).is_file()
-    if of_run:
+    if run_dir := _run_of(path):
         from algorithms.training.checkpoint import require_whole
 
         require_whole(path)
-    found = Found(resolve_model(name, cache_dir), {})
-    if of_run:
-        found.settings, found.run_dir = _settings(run_dir), run_dir
+    found = Found(resolve_model(name, cache_dir), _settings(run_dir) if run_dir else {}, run_dir=run_dir)
     return _with_agent(found, given)
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run directory in which a checkpoint's folder lies; None if it lies in none."""
+    run_dir = folder.absolute().parent.parent
+    of_run = folder.exists() and folder.absolute().parent.name == "checkpoints" and (run_dir / CONFIG_FILE).is_file()
+    return run_dir if of_run else None
 
 
 def _with_agent(found: Found, given: Mapping[str, Any] | None) -> Found:
@@ -153,6 +156,18 @@ def _settings(run_dir: Path) -> dict[str, Any]:
     return settings
 
 
+def _trained(model: Path) -> dict[str, Any]:
+    """What a summary says of a checkpoint's training, for `compare`; nothing if the model comes from no run."""
+    if (run_dir := _run_of(model)) is None:
+        return {}
+    trained = {
+        "config": settings_with_effect(read_settings(run_dir)),
+        "overrides": read_overrides(run_dir),
+        "is_last": newest_checkpoint(run_dir).name == model.name,
+    }
+    return {"trained": trained}
+
+
 def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
     """Let a model play a split in every mode of decoding. No teacher is loaded; processes of `torchrun` share the work.
 
@@ -183,6 +198,7 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
         )
     summary = {
         "checkpoint": config.model.policy,
+        **_trained(Path(config.model.policy)),
         "split": split,
         "evaluation": {result.name: result.by_mode()},
         "arc": {result.name: result.arc},
@@ -197,6 +213,7 @@ def evaluate(config: RunConfig, output_dir: Path) -> dict[str, Any]:
         "attention": networks.attention,
         "cuda_graphs": networks.cuda_graphs,
         "config": asdict(config),
+        "settings_without_effect": sorted(settings_without_effect()),
         **provenance(networks.device),
     }
     if not ranks.is_first():

@@ -14,7 +14,9 @@ from agentic_rag_env.terminal import printable
 from algorithms.training.run_files import CONFIG_FILE, flat, read_metrics, read_overrides, read_summary, read_yaml
 
 ALL = "all"
-
+#: Settings that an evaluated checkpoint has from its training, and those that its evaluation has for itself as well.
+_OF_TRAINING = ("algo", "seed", "model", "demonstrations")
+_OF_BOTH = ("env", "dataset", "retriever", "reward", "rollout", "num_envs")
 
 #: The settings without effect for runs whose summaries do not name them yet.
 _WITHOUT_EFFECT_BEFORE = ("resume", "cache_dir", "threads", "checkpoint_every", "keep_checkpoints", "probe_every")
@@ -28,7 +30,7 @@ class Run:
         path: Where it is.
         summary: What `summary.json` holds; empty if the run is unfinished.
         config: All settings, nested.
-        overrides: Overrides from the command line.
+        overrides: Overrides from the command line; of an evaluated checkpoint, those of its training come first.
         missing: Reason why the run can't be read; None for a finished run.
     """
 
@@ -40,8 +42,15 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        """Seed of the run; None where a checkpoint was only evaluated."""
-        return self.summary.get("seed", self.config.get("seed") if self.missing else None)
+        """Seed of the training; None for an evaluated checkpoint that comes from no run."""
+        if self.missing:
+            return self.config.get("seed")
+        return self.trained["config"].get("seed") if self.trained else self.summary.get("seed")
+
+    @property
+    def trained(self) -> Mapping[str, Any]:
+        """Of an evaluated checkpoint that a run wrote: `config`, `overrides`, `is_last`; else empty."""
+        return self.summary.get("trained", {})
 
     @property
     def fingerprints(self) -> Mapping[str, str | None]:
@@ -55,15 +64,32 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's own name: its `+method`, its algorithm, or the checkpoint that was evaluated."""
+        """The run's own name: its `+method` or its algorithm.
+
+        An evaluated checkpoint has the name of its training, with the step unless it is the last one. If it comes from
+        no run, it is named by its place.
+        """
+        if "checkpoint" not in self.summary:
+            return self._trained_name
+        place = self.summary["checkpoint"]
+        if not self.trained:
+            return _name_of_checkpoint(place)
+        return self._trained_name if self.trained["is_last"] else f"{self._trained_name}@{Path(place).name}"
+
+    @property
+    def _trained_name(self) -> str:
         for override in self.overrides:
             group, _, choice = override.lstrip("+").partition("=")
             if group in ("method", "ablation"):
                 return choice
-        if "checkpoint" in self.summary:
-            return _name_of_checkpoint(self.summary["checkpoint"])
-        algo = self.config.get("algo") or {}
+        algo = (self.trained or {"config": self.config})["config"].get("algo") or {}
         return self.summary.get("algo") or (algo.get("name") if isinstance(algo, Mapping) else algo) or "unknown"
+
+    @property
+    def data(self) -> str:
+        """Name of the data of the questions: `nq` of a benchmark, `nq + hotpotqa` of a mixture, else the dataset's."""
+        dataset = self.config.get("dataset") or {}
+        return str(dataset.get("subset") or " + ".join(dataset.get("sources") or ()) or dataset.get("name", "unknown"))
 
     @property
     def final(self) -> str:
@@ -127,8 +153,14 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All settings by dotted name."""
-        return flat(self.config)
+        """All settings by dotted name; `trained.dataset.name` is that of the training of an evaluated checkpoint."""
+        if not self.trained:
+            return flat(self.config)
+        trained = self.trained["config"]
+        of_training = {name: trained[name] for name in _OF_TRAINING if name in trained}
+        of_evaluation = {name: value for name, value in self.config.items() if name not in _OF_TRAINING}
+        others = {name: trained[name] for name in _OF_BOTH if name in trained}
+        return flat({**of_training, **of_evaluation, "trained": others})
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -167,6 +199,7 @@ def _read(folder: Path) -> Run:
     config = config if isinstance(config, dict) else {}
     try:
         summary = _shown(read_summary(folder))
+        given = (*summary.get("trained", {}).get("overrides", ()), *given)
         run = Run(folder, summary, summary["config"], given)
         if not all(run.figures(mode)[ALL]["n"] for mode in run.modes):
             return Run(folder, {}, config, given, "nothing was evaluated")

@@ -106,3 +106,22 @@ def make_run(
     }
     (folder / "summary.json").write_text(json.dumps(summary | ({"arc": arc} if arc else {})))
     return folder
+
+
+def as_evaluated(run: Path, place: str, trained: Mapping[str, Any] | None = None) -> None:
+    """Turn a run directory into that of `evaluate`, which measured a checkpoint.
+
+    Args:
+        run: What `make_run` made, with the modes of decoding that are measured.
+        place: Of the checkpoint.
+        trained: What the summary says of its training; None: it comes from no run.
+    """
+    summary = json.loads((run / "summary.json").read_text())
+    algo = summary["algo"]
+    kept = {name: value for name, value in summary.items() if name not in ("algo", "stages", "seed")}
+    kept["evaluation"] = {"checkpoint": summary["evaluation"][algo]}
+    for file in (run / "predictions").iterdir():
+        file.rename(file.with_name(file.name.replace(f"test-{algo}-", "test-checkpoint-")))
+    config = summary["config"] | {"algo": None, "seed": 0, "model": {"policy": place, "teacher": None}}
+    told = {"checkpoint": place, "split": "test", "config": config} | ({"trained": trained} if trained else {})
+    (run / "summary.json").write_text(json.dumps(kept | told))

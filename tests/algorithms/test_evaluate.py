@@ -13,6 +13,7 @@ from small_runs import DGPO_STEPS, KD_STEPS, TINY, Run
 
 from agentic_rag_env.errors import RetrieverError
 from algorithms import evaluate
+from algorithms.analysis.runs import find_runs
 from algorithms.assets import ASSETS
 from algorithms.rollout.trajectory_files import read_trajectories
 from algorithms.training import build
@@ -177,6 +178,18 @@ def test_a_checkpoint_folder_of_a_run_brings_the_settings_of_the_run(dgpo_run, s
     step = dgpo_run.path / "checkpoints" / f"{KD_STEPS:06d}"
     score = scored(f"checkpoint={step}", "threads=1", "probes=[]")
     assert score.summary["evaluation"]["checkpoint"] == dgpo_run.summary["evaluation"]["kd"]
+
+
+def test_a_comparison_knows_a_checkpoint_by_its_training(dgpo_run, scored):
+    """Settings of the training, its seed and its name; of an earlier checkpoint also the step."""
+    step = dgpo_run.path / "checkpoints" / f"{KD_STEPS:06d}"
+    for place, name in ((dgpo_run.path, "dgpo"), (step, f"dgpo@{KD_STEPS:06d}")):
+        (run,) = find_runs([scored(f"checkpoint={place}", *FEW).path])
+        assert (run.name, run.seed) == (name, dgpo_run.summary["seed"])
+        (trained,) = find_runs([dgpo_run.path])
+        for key in ("algo.name", "algo.warm_start.name", "model.policy", "model.teacher"):
+            assert run.settings[key] == trained.settings[key]
+        assert run.settings["trained.dataset.name"] == trained.settings["dataset.name"]
 
 
 def test_a_hugging_face_folder_and_a_bundled_name_start_from_the_defaults(dgpo_run, scored, tmp_path):

@@ -20,6 +20,8 @@ _UNTRAINED = ("raw", "teacher")
 _DETAILS = re.compile(r"searches_\d+|.*without_gold|.*_f1|f1")
 #: Share of the episodes with so many searches; a run has no such share above its largest number.
 _SHARE_OF_COUNT = re.compile(r"searches_\d+")
+#: Shares that a probe names only if they are above 0.
+_LEFT_OUT_AT_ZERO = re.compile(r".*(too_long|search_failed)")
 #: The built-in probes, and the ends of their figures' names, for older runs that do not declare what figures mean.
 _BUILT_IN = ("source_referencing", "thinking", "query_rewriting", "search_behaviour")
 _NO_SHARES = ("num_searches", "extra_searches", "effect", "gain", "gain_over_verbatim")
@@ -170,12 +172,14 @@ def _undeclared(probe: str, metric: str) -> Meaning:
 
 
 def _figure(of_run: Mapping[tuple[str, str], Mapping[str, Any]], column: tuple[str, str]) -> Mapping[str, Any] | None:
-    """A figure of a run; the share of a number of searches that never occurred is 0, not unknown."""
+    """A figure of a run; the share of what never occurred is 0, not unknown, if its probe ran."""
     probe, metric = column
-    if column not in of_run and _SHARE_OF_COUNT.fullmatch(metric) and (probe, "searches_0") in of_run:
-        n = of_run[probe, "searches_0"]["n"]
+    of_probe = {name: figure for (its_probe, name), figure in of_run.items() if its_probe == probe}
+    is_zero = _LEFT_OUT_AT_ZERO.fullmatch(metric) or (_SHARE_OF_COUNT.fullmatch(metric) and "searches_0" in of_probe)
+    if of_probe and metric not in of_probe and is_zero:
+        n = max(int(figure["n"]) for figure in of_probe.values())
         return {"value": 0.0, "n": n, "interval": [0.0, 0.0]}
-    return of_run.get(column)
+    return of_probe.get(metric)
 
 
 def _estimate(figures: Sequence[Mapping[str, Any]], is_share: bool) -> Estimate:

@@ -28,6 +28,7 @@ _SHOULD_AGREE = {
     "model.teacher": "another teacher",
     "num_envs": "another batch of episodes",
     "learner.": "other numerics",
+    "trained.": "trained on other data, or in another way",
 }
 #: Data that must be the same under any name, with the meaning of a difference.
 _DATA = {
@@ -60,8 +61,9 @@ def check(methods: Sequence[Method]) -> list[Finding]:
     """Find all reasons why the runs can't be compared, or only with caution."""
     runs = [(method, run) for method in methods for run in method.runs]
     findings = []
-    # If a checkpoint was only evaluated, `model.policy` is the compared model and not where its training started.
-    trained = [(method, run) for method, run in runs if "checkpoint" not in run.summary]
+    # Of a checkpoint that comes from no run, `model.policy` is the compared model and not where its training started.
+    trained = [(method, run) for method, run in runs if run.trained or "checkpoint" not in run.summary]
+    evaluated = [(method, run) for method, run in runs if run.trained]
     free = frozenset[str]().union(*(run.settings_without_effect for _, run in runs))
     names = [
         name for name in dict.fromkeys(name for _, run in runs for name in run.settings) if not is_below(name, free)
@@ -69,7 +71,7 @@ def check(methods: Sequence[Method]) -> list[Finding]:
     for table, refuses in ((_MUST_AGREE, True), (_SHOULD_AGREE, False)):
         for name in names:
             for prefix, meaning in table.items():
-                concerned = trained if prefix == "model.policy" else runs
+                concerned = {"model.policy": trained, "trained.": evaluated}.get(prefix, runs)
                 if not name.startswith(prefix):
                     continue
                 values = _values((method, run.settings.get(name, "absent")) for method, run in concerned)

@@ -13,7 +13,7 @@ import numpy as np
 from algorithms.analysis.comparison.methods import Method, make_methods
 from algorithms.analysis.comparison.statistics import Estimate
 from algorithms.analysis.comparison.table_formats import Number, Table
-from algorithms.analysis.runs import Run
+from algorithms.analysis.runs import ALL, Run
 
 #: Costs of training, in words; tokens and turns are logged as `cost/...`, summed from the start of the run.
 AXES = {
@@ -37,6 +37,13 @@ WORDS = {
 }
 #: Their axes: scores are drawn against every cost, the others against steps alone.
 CURVES = {metric: tuple(AXES) if metric.endswith("exact_match") else ("steps",) for metric in WORDS}
+
+#: What the intervals of a `Line` are.
+POOLED = (
+    "95 % t intervals over seeds and questions. The variance between seeds is taken to be the same at all values of "
+    "the setting: it is pooled over those of a method, with the sum of their degrees of freedom. Where a method has a "
+    "single seed at every value, its intervals are over questions alone and say nothing about another seed."
+)
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,15 @@ class Line:
         label: The method, without the setting.
         base: See `Method`.
         x: Values of the setting, in ascending order.
-        scores: One score for each value.
-        seeds: Number of runs behind each score.
+        scores: One score for each value; their intervals share one variance between seeds.
+        by_seed: The scores of the seeds behind each score.
     """
 
     label: str
     base: str
     x: tuple[float, ...]
     scores: tuple[Estimate, ...]
-    seeds: tuple[int, ...]
+    by_seed: tuple[np.ndarray, ...]
 
 
 def positions(run: Run, axis: str) -> list[float] | None:
@@ -88,13 +95,16 @@ def positions(run: Run, axis: str) -> list[float] | None:
 
 
 def curve(method: Method, metric: str, axis: str) -> Curve | None:
-    """Make a learning curve at the steps that all seeds have logged; None without such steps or without such a cost."""
-    found: list[dict[int, tuple[float, float]]] = []
+    """Make a learning curve at the steps that all seeds have logged; None without such steps or without such a cost.
+
+    Steps are counted within each stage, because the same stage of another seed may be longer.
+    """
+    found: list[dict[tuple[int, int], tuple[float, float]]] = []
     for run in method.runs:
         if (along := positions(run, axis)) is None:
             return None
-        values = zip(run.metrics, along, strict=True)
-        found.append({row["step"]: (x, row[metric]) for row, x in values if row.get(metric) is not None})
+        values = zip(run.metrics, _places(run), along, strict=True)
+        found.append({place: (x, row[metric]) for row, place, x in values if row.get(metric) is not None})
     steps = sorted(set.intersection(*map(set, found)))
     if not steps:
         return None
@@ -103,6 +113,18 @@ def curve(method: Method, metric: str, axis: str) -> Curve | None:
     if not x.any():  # this method does not have that cost
         return None
     return Curve(x, y.mean(axis=0), y.min(axis=0), y.max(axis=0))
+
+
+def _places(run: Run) -> list[tuple[int, int]]:
+    """The number of the stage and the step within it, of each line of a run's metrics."""
+    places: list[tuple[int, int]] = []
+    number, begun, stage, last = 0, 0, None, 0
+    for row in run.metrics:
+        if places and row.get("stage") != stage:
+            number, begun = number + 1, last
+        stage, last = row.get("stage"), row["step"]
+        places.append((number, last - begun))
+    return places
 
 
 def curves_csv(methods: Sequence[Method]) -> str:
@@ -138,19 +160,20 @@ def score_by_setting(runs: Sequence[Run], names: Sequence[str], mode: str) -> li
             by_value.setdefault(value, []).append(run)
         values = tuple(sorted(by_value))
         members = [Method(method.label, method.base, tuple(by_value[value])) for value in values]
-        scores = tuple(each.exact_match(mode) for each in members)
-        lines.append(Line(method.label, method.base, values, scores, tuple(len(each.runs) for each in members)))
+        scores = tuple(each.exact_match(mode, alike=members) for each in members)
+        by_seed = tuple(each.means(mode, ALL, "exact_match") for each in members)
+        lines.append(Line(method.label, method.base, values, scores, by_seed))
     return lines
 
 
 def setting_table(lines: Sequence[Line], words: str, names: Sequence[str], mode: str) -> Table:
     """The points of `score_by_setting`."""
     rows: list[list[Any]] = [
-        [line.label, Number(x, style="g"), str(seeds), Number.of(score)]
+        [line.label, Number(x, style="g"), str(len(by_seed)), Number.of(score)]
         for line in lines
-        for x, score, seeds in zip(line.x, line.scores, line.seeds, strict=True)
+        for x, score, by_seed in zip(line.x, line.scores, line.by_seed, strict=True)
     ]
-    note = f"Setting: the first of {', '.join(names)} that a run has. Methods without it are left out."
+    note = f"Setting: the first of {', '.join(names)} that a run has. Methods without it are left out. {POOLED}"
     return Table(
         f"setting-{mode}", f"Exact match by {words}, {mode}", ["method", words, "seeds", "exact match"], rows, note
     )

@@ -17,6 +17,8 @@ from algorithms.analysis.comparison.style import Drawing, Look, Theme
 from algorithms.analysis.runs import ALL
 
 THRESHOLDS = np.linspace(0, 1, 101)
+#: Between the marks of two methods at the same value of a setting, as a share of the distance of the outer values.
+_ASIDE = 0.015
 
 
 def scores(methods: Sequence[Method], mode: str, shown: Mapping[str, Look]) -> Drawing:
@@ -181,28 +183,34 @@ def in_words(mode: str) -> str:
 
 
 def by_setting(lines: Sequence[Line], words: str, mode: str, shown: Mapping[str, Look]) -> Drawing:
-    """Draw the final score of each method against a setting."""
+    """Draw the final score of each method against a setting, with a dot for each seed; methods stand side by side."""
 
     def draw(axes: Any, theme: Theme) -> None:
-        for line in lines:
+        every = sorted({x for line in lines for x in line.x})
+        least = min((x for x in every if x > 0), default=0.0)
+        if every[0] >= 0 and every[-1] >= 8 * least > 0:
+            linear = {"linthresh": least, "linscale": 0.4} if every[0] == 0 else {}
+            axes.set_xscale("symlog" if linear else "log", **linear)
+        scale = axes.xaxis.get_transform()
+        width = np.ptp(scale.transform(np.array([every[0], every[-1]])))
+        for number, line in enumerate(lines):
             look = shown[line.label]
+            aside = (number - (len(lines) - 1) / 2) * _ASIDE * width
+            places = scale.inverted().transform(scale.transform(np.array(line.x)) + aside)
+            values = np.array([found.value for found in line.scores])
             low = [found.low or 0.0 for found in line.scores]
             high = [found.high or 0.0 for found in line.scores]
-            axes.fill_between(line.x, low, high, color=look.color, alpha=0.15, linewidth=0)
-            values = [found.value for found in line.scores]
-            axes.errorbar(line.x, values, [np.subtract(values, low), np.subtract(high, values)], color=look.color,
-                          fmt=look.dash, marker=look.marker, markersize=6, elinewidth=1)  # fmt: skip
-        every = sorted({x for line in lines for x in line.x})
-        if every[0] > 0 and every[-1] >= 8 * every[0]:
-            axes.set_xscale("log")
+            axes.errorbar(places, values, [values - low, high - values], color=look.color, fmt=look.dash,
+                          marker=look.marker, markersize=5, linewidth=1, elinewidth=1)  # fmt: skip
+            seeds = [(x, each) for x, by_seed in zip(places, line.by_seed, strict=True) for each in by_seed]
+            axes.plot(*zip(*seeds, strict=True), ".", color=look.color, alpha=0.6, markersize=4)
         axes.set_xticks(every, [f"{x:g}" for x in every])
         axes.minorticks_off()
         axes.set_xlabel(words)
         axes.set_ylabel(f"exact match, {in_words(mode)}")
-        axes.set_ylim(-0.02, 1.02)
 
     title = f"Exact match by {words}, {in_words(mode)}"
-    return Drawing(f"setting-{mode}", title, draw, described=title, legend=shown)
+    return Drawing(f"setting-{mode}", title, draw, (5.6, 3.4), described=title, legend=shown)
 
 
 def _frame(axes: Any, rows: Sequence[str], columns: Sequence[str]) -> None:

@@ -14,6 +14,9 @@ from algorithms.analysis.comparison import published, statistics
 from algorithms.analysis.comparison.statistics import Estimate
 from algorithms.analysis.runs import ALL, Run
 
+#: Settings in which the runs of a method may differ. Probes come after training and change no score.
+_ALIKE = ("seed", "probes")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -43,10 +46,17 @@ class Method:
         found = (run.figures(mode).get(group, {}).get(figure) for run in self.runs)
         return np.array([value for value in found if value is not None], dtype=float)
 
-    def exact_match(self, mode: str, group: str = ALL) -> Estimate:
-        """Exact match with the 95 % interval of `statistics.crossed`."""
+    def exact_match(self, mode: str, group: str = ALL, alike: Sequence[Method] = ()) -> Estimate:
+        """Exact match with the 95 % interval of `statistics.crossed`.
+
+        Args:
+            mode: Mode of decoding.
+            group: Group of questions.
+            alike: Methods, this one among them, whose seeds are taken to vary equally; empty: this one alone tells.
+        """
         by_seed, variance, count = self._spread(mode, group)
-        return statistics.crossed(by_seed, variance, count)
+        others = [each.means(mode, group, "exact_match") for each in alike]
+        return statistics.crossed(by_seed, variance, count, others)
 
     def _spread(self, mode: str, group: str) -> tuple[np.ndarray, float, int]:
         """Means by seed, the variance of their mean that comes from the questions, and the number of questions.
@@ -99,7 +109,7 @@ def make_methods(runs: Sequence[Run], ignore: Sequence[str] = ()) -> list[Method
     Returns:
         Methods in the order of the paper's table, then by label; the runs of a method are sorted by seed.
     """
-    ignored = frozenset(ignore).union({"seed"}, *(run.settings_without_effect for run in runs))
+    ignored = frozenset(ignore).union(_ALIKE, *(run.settings_without_effect for run in runs))
     found: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         found.setdefault((run.name, _key(run, ignored)), []).append(run)

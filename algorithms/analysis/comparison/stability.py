@@ -26,7 +26,7 @@ class Stability(NamedTuple):
         last: Exact match of the last check.
         area: Mean over the steps that the checks span: area under the curve (trapezoidal rule) over its width.
         collapse: Step of the run at which exact match first was at most half of the best check before it, and at least
-            0.1 below it; None: never.
+            0.1 below it; None: never. The last check of the stage before is one of those before it.
     """
 
     best: float
@@ -44,9 +44,10 @@ def of_run(run: Run) -> Stability | None:
     steps, scores = np.array([row["step"] for row in checks]), np.array([row[_METRIC] for row in checks], dtype=float)
     between = (scores[1:] + scores[:-1]) / 2
     area = np.average(between, weights=np.diff(steps)) if len(between) else scores[0]
-    best = np.maximum.accumulate(scores)
+    earlier = [row[_METRIC] for row in run.metrics if row.get(_METRIC) is not None and row.get("stage") != stage]
+    best = np.maximum.accumulate([*earlier[-1:], *scores])[-len(scores) :]
     fallen = steps[(scores <= _SHARE * best) & (scores <= best - _DEPTH)]
-    return Stability(float(best[-1]), float(scores[-1]), float(area), int(fallen[0]) if len(fallen) else None)
+    return Stability(float(scores.max()), float(scores[-1]), float(area), int(fallen[0]) if len(fallen) else None)
 
 
 def table(methods: Sequence[Method]) -> Table | None:
@@ -62,8 +63,8 @@ def table(methods: Sequence[Method]) -> Table | None:
     note = (
         "Exact match of the checks on the dev split in the last stage: means over seeds with 95 % t intervals over "
         "seeds alone, none where all seeds agree. Area: mean over the steps. A run has collapsed at the first check "
-        "that is at most half of the best one before it, and at least 0.1 below it; the step is that of the seed that "
-        "did so first."
+        "that is at most half of the best one before it, and at least 0.1 below it, where the last check of the stage "
+        "before counts as one before it; the step is that of the seed that did so first."
     )
     columns = ["method", "best", "last", "area", "collapsed", "first collapse"]
     return Table("stability", "Stability of training", columns, rows, note) if rows else None

@@ -55,19 +55,22 @@ class Paired(NamedTuple):
     p_methods: float | None
 
 
-def crossed(by_seed: np.ndarray, question_variance: float, num_questions: int) -> Estimate:
+def crossed(
+    by_seed: np.ndarray, question_variance: float, num_questions: int, alike: Sequence[np.ndarray] = ()
+) -> Estimate:
     """Return the mean of a share over seeds and questions, with its interval.
 
     Args:
         by_seed: Mean over the questions for each seed, [seeds], in [0, 1].
         question_variance: Variance of the mean that comes from the choice of the questions.
         num_questions: How many questions there were.
+        alike: As in `crossed_mean`.
 
     Returns:
         The t interval of the module's docstring, cut at 0 and 1. With one seed, it covers the questions alone. If
         nothing varies, it is the interval of Clopper and Pearson for that many questions.
     """
-    value, low, high = crossed_mean(by_seed, question_variance, num_questions)
+    value, low, high = crossed_mean(by_seed, question_variance, num_questions, alike)
     assert low is not None
     assert high is not None
     if low == high:
@@ -76,16 +79,21 @@ def crossed(by_seed: np.ndarray, question_variance: float, num_questions: int) -
     return Estimate(value, max(0.0, low), min(1.0, high))
 
 
-def crossed_mean(by_seed: np.ndarray, item_variance: float, num_items: int) -> Estimate:
+def crossed_mean(
+    by_seed: np.ndarray, item_variance: float, num_items: int, alike: Sequence[np.ndarray] = ()
+) -> Estimate:
     """Return the mean of any figure, with its uncut interval; the interval is a point if nothing varies.
 
     Args:
         by_seed: Mean over the items for each seed, [seeds].
         item_variance: Variance of the mean that comes from the choice of the items.
         num_items: How many items there were.
+        alike: Samples like `by_seed`, itself among them, that share one variance between seeds, which is pooled over
+            them; empty: it is that of `by_seed`.
     """
     value = float(by_seed.mean())
-    half = _half_width([_Part(item_variance, max(1, num_items - 1)), *_between_seeds(by_seed)])
+    of_seeds = _pooled(alike or [by_seed], len(by_seed))
+    half = _half_width([_Part(item_variance, max(1, num_items - 1)), *of_seeds])
     return Estimate(value, value - half, value + half)
 
 
@@ -303,6 +311,16 @@ def _between_seeds(*by_seed: np.ndarray, num_seeds: int | None = None) -> list[_
     total = sum(part.variance for part in parts)
     spread = sum(part.variance**2 / part.freedom for part in parts)
     return [_Part(total, total**2 / spread if spread else parts[0].freedom)]  # after Satterthwaite
+
+
+def _pooled(samples: Sequence[np.ndarray], num_seeds: int) -> list[_Part]:
+    """The variance of a mean over so many seeds, if it is the same in all samples; empty if none has two seeds."""
+    several = [sample for sample in samples if len(sample) > 1]
+    if not several:
+        return []
+    freedom = sum(len(sample) - 1 for sample in several)
+    squares = sum(0.0 if np.ptp(sample) < 1e-12 else sample.var() * len(sample) for sample in several)
+    return [_Part(float(squares) / freedom / num_seeds, freedom)]
 
 
 def _half_width(parts: Sequence[_Part], level: float = LEVEL) -> float:

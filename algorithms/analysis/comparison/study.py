@@ -32,7 +32,10 @@ _MARK = "comparison.json"
 _KEPT = "="
 #: Files of each figure: for the screen, for the web, and for a paper.
 _KINDS = ("png", "svg", "pdf")
-_BANDS = "Lines are means over seeds at steps that all have logged; bands reach from the lowest seed to the highest."
+_BANDS = (
+    "Lines are means over seeds at steps of a stage that all have logged; bands reach from the lowest seed to the "
+    "highest."
+)
 _BARS = "Bars are the 95 % intervals of the table of results."
 
 
@@ -207,6 +210,7 @@ def _setting_section(runs: Sequence[Run], modes: Sequence[str], names: tuple[str
         f"Score by {words}",
         [figures.by_setting(lines[mode], words, mode, of_lines) for mode in modes],
         [curves.setting_table(lines[mode], words, names, mode) for mode in modes],
+        note=f"Large marks are means, small dots are seeds, and bars are intervals. {curves.POOLED}",
     )
 
 
@@ -241,9 +245,8 @@ def _mark(out: Path) -> dict[str, Any]:
 def subtitle(methods: Sequence[Method]) -> str:
     """Data, date and code of a comparison in one line, as far as the runs tell."""
     runs = [run for method in methods for run in method.runs]
-    mode = runs[0].modes[0]
-    data = {str(run.settings.get("dataset.name", "unknown")) for run in runs}
-    counts = {run.figures(mode)[ALL]["n"] for run in runs}
+    data = {run.data for run in runs}
+    counts = {run.figures(run.modes[0])[ALL]["n"] for run in runs}
     dates = sorted(str(date)[:10] for run in runs if (date := run.summary.get("date")))
     commits = {str(commit) for run in runs if (commit := run.summary.get("commit"))}
     told = [
@@ -270,9 +273,7 @@ def _is_ours(name: Any) -> bool:
 
 
 def write(found: Comparison, out: Path) -> None:
-    """Write every file of a comparison; those of an earlier one are removed."""
-    _remove_earlier(out)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    """Write every file of a comparison; those of an earlier one are removed when all are made."""
     told = "".join(f"- {'**Not comparable:** ' if each.refuses else ''}{each.text}\n" for each in found.findings)
     head = f"# {TITLE}\n\n{subtitle(found.methods)}\n\n" + (f"{told}\n" if told else "")
     text = head + "\n".join(table.markdown() for table in found.tables)
@@ -291,13 +292,14 @@ def write(found: Comparison, out: Path) -> None:
     }
     content["runs"] = sorted(str(run.path.resolve()) for run in found.runs)
     content["files"] = [*files, "comparison.html", *(f"figures/{name}" for name in images)]
+    files["comparison.html"] = page(TITLE, found.sections, found.findings, subtitle(found.methods))
     files[_MARK] = json.dumps(content, indent=2, ensure_ascii=False)
+    _remove_earlier(out)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, written in files.items():
         write_whole(out / name, written.encode())
     for name, image in images.items():
         write_whole(out / "figures" / name, image)
-    whole = page(TITLE, found.sections, found.findings, subtitle(found.methods))
-    write_whole(out / "comparison.html", whole.encode())
     shutil.rmtree(out / "tb", ignore_errors=True)
     shown = {name.removesuffix(".png"): image for name, image in images.items() if name.endswith(".png")}
     write_board(out / "tb", found.methods, shown)

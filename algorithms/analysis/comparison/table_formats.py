@@ -263,6 +263,7 @@ def _latex(text: str) -> str:
         ("→", r"$\to$"),
         ("–", "--"),
         ("<", "$<$"),
+        (">", "$>$"),
     ):
         escaped = escaped.replace(plain, command)
     return escaped

@@ -214,7 +214,7 @@ def _results_note(methods: Sequence[Method], mode: str, groups: Sequence[str]) -
 
 
 def _only_dataset(methods: Sequence[Method]) -> dict[str, str]:
-    name = published.matching_dataset(str(methods[0].runs[0].settings.get("dataset.name")))
+    name = published.matching_dataset(methods[0].runs[0].data)
     return {ALL: name} if name else {}
 
 

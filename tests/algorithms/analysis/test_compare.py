@@ -13,12 +13,14 @@ from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, product
+from itertools import pairwise as pairwise_of
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from made_runs import make_run
+from made_runs import CONFIG, as_evaluated, make_run
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,8 +29,8 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 from algorithms import compare as command
 from algorithms.analysis.comparison import arc_panel, pairwise, published, statistics
 from algorithms.analysis.comparison.checks import check
-from algorithms.analysis.comparison.curves import curve, score_by_setting
-from algorithms.analysis.comparison.figures import cost_beside_score, probed
+from algorithms.analysis.comparison.curves import Line, curve, score_by_setting
+from algorithms.analysis.comparison.figures import by_setting, cost_beside_score, probed
 from algorithms.analysis.comparison.methods import Method, make_methods
 from algorithms.analysis.comparison.page import Section, page
 from algorithms.analysis.comparison.study import Options, compare, study, subtitle
@@ -188,6 +190,18 @@ def test_learning_curves_are_means_over_seeds_on_every_axis(folder, written):
     assert lines[len(lines) // 2] == first_of_kd
 
 
+def test_stages_of_different_length_lose_no_points(tmp_path):
+    for seed, cold in enumerate((100, 96)):
+        lines = [{"step": step, "stage": "kd", "dev/exact_match": 0.4} for step in range(20, cold + 1, 20)]
+        lines += [{"step": cold + step, "stage": "dgpo", "dev/exact_match": 0.6} for step in (0, 10, 20) if step]
+        lines.insert(-2, {"step": cold, "stage": "kd"})
+        make_run(tmp_path / str(seed), "dgpo", seed, answers(0.5, seed), metrics=lines)
+    (method,) = make_methods(find_runs([tmp_path]))
+    found = curve(method, "dev/exact_match", "steps")
+    assert found.x.tolist() == [20, 40, 60, 80, 108, 118]  # 10 and 20 steps after 100 and 96
+    assert found.mean == pytest.approx([0.4] * 4 + [0.6] * 2)
+
+
 def test_without_logged_costs_there_are_steps_and_seconds(tmp_path):
     lines = [{name: value for name, value in row.items() if not name.startswith("cost/")} for row in metrics(0)]
     make_run(tmp_path / "a", "kd", 0, answers(0.5, 0), metrics=lines)
@@ -226,6 +240,18 @@ def test_a_number_of_searches_that_a_seed_never_made_counts_as_none(tmp_path):
     panel = arc_panel.make_panel(make_methods(find_runs([tmp_path])))
     assert [panel.estimates["dgpo", ("search_behaviour", f"searches_{j}")].value for j in range(3)] == [1.0, 0.0, 0.0]
     assert ("kd", ("thinking", "gain")) not in panel.estimates
+
+
+@pytest.mark.parametrize("name", ["too_long", "absent_too_long", "distractors_too_long", "search_failed"])
+def test_what_went_wrong_for_one_seed_alone_counts_as_none_for_the_others(tmp_path, name):
+    figure = {"value": 0.3, "n": 40, "interval": [0.2, 0.4]}
+    for seed in range(4):
+        shares = {"exact_match": figure} | ({name: figure, "exact_match_well_formed": figure} if seed == 0 else {})
+        made = {"kd": {"source_referencing": shares} if seed < 3 else {}}  # the last one was not probed
+        make_run(tmp_path / str(seed), "kd", seed, answers(0.5, seed), arc=made)
+    panel = arc_panel.make_panel(make_methods(find_runs([tmp_path])))
+    assert panel.estimates["kd", ("source_referencing", name)].value == pytest.approx(0.1)
+    assert panel.estimates["kd", ("source_referencing", "exact_match_well_formed")].value == pytest.approx(0.3)
 
 
 def made_figure(value: float, **declared: Any) -> dict:
@@ -509,9 +535,68 @@ def test_the_papers_rows_stand_beside_ours_where_the_dataset_is_the_same(tmp_pat
     assert cells["ours"] == cells["all"] == "–"
 
 
+@pytest.mark.parametrize(
+    ("dataset", "data", "score"),
+    [
+        ({"name": "benchmark", "subset": "nq"}, "nq", 0.378),
+        ({"name": "nq"}, "nq", 0.378),
+        ({"name": "mixture", "sources": {"nq": {"name": "benchmark"}, "ours": {"name": "jsonl"}}}, "nq + ours", None),
+        (None, "unknown", None),
+    ],
+)
+def test_a_benchmark_is_named_by_its_subset_and_a_mixture_by_its_sources(tmp_path, dataset, data, score):
+    make_run(tmp_path / "a", "kd", 0, answers(0.5, 0), groups=["all"], config={"dataset": dataset})
+    found = study([tmp_path], Options(resamples=10))
+    assert f"Data: {data}, {QUESTIONS} test questions" in subtitle(found.methods)
+    of_paper = {row[0]: row[2].value for row in found.tables[0].rows if str(row[0]).startswith("paper")}
+    assert of_paper.get("paper: DGPO") == score
+
+
 def test_the_order_is_compared_with_the_papers(written):
     text = (written[0] / "comparison.md").read_text()
     assert "Kendall's tau 1.00, Spearman's rho 1.00, over 2 methods" in text
+
+
+# --- the score by a setting ------------------------------------------------------------------------------------------
+
+
+def test_points_of_a_line_share_their_variance_between_seeds(tmp_path):
+    """Two seeds .1, .02, .1, .0 and .06 apart, and a point with one seed."""
+    scores = {1: (0.5, 0.6), 2: (0.54, 0.56), 3: (0.5, 0.6), 4: (0.55, 0.55), 5: (0.5, 0.56), 6: (0.55,)}
+    for value, of_seeds in scores.items():
+        for seed, score in enumerate(of_seeds):
+            right = {"greedy": np.arange(100) < round(100 * score)}
+            make_run(tmp_path / f"{value}-{seed}", "kd", seed, right, settings={"x": value}, groups=["all"])
+    (line,) = score_by_setting(find_runs([tmp_path]), ["algo.x"], "greedy")
+    assert [tuple(by_seed) for by_seed in line.by_seed] == list(scores.values())
+    # Pooled: half of the squares of the distances, over five degrees of freedom; each with its own questions.
+    variance = (0.1**2 + 0.02**2 + 0.1**2 + 0.06**2) / 2 / 5
+    for (value, of_seeds), score in zip(scores.items(), line.scores, strict=True):
+        by_question = np.mean([np.arange(100) < round(100 * each) for each in of_seeds], axis=0)
+        of_questions = stats.t.ppf(0.975, 99) ** 2 * by_question.var(ddof=1) / 100
+        half = (stats.t.ppf(0.975, 5) ** 2 * variance / len(of_seeds) + of_questions) ** 0.5
+        assert score == pytest.approx((np.mean(of_seeds), np.mean(of_seeds) - half, np.mean(of_seeds) + half)), value
+    widths = [score.high - score.low for score in line.scores]
+    assert max(widths[:5]) < 1.2 * min(widths[:5])
+    assert widths[5] > max(widths[:5])
+
+
+def test_settings_with_zero_are_told_apart_on_their_axis():
+    values = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.02)
+    scores = tuple(statistics.Estimate(0.5, 0.4, 0.6) for _ in values)
+    lines = [Line(label, label, values, scores, (np.array([0.45, 0.55]),) * 6) for label in ("dgpo", "ppo")]
+    drawing = by_setting(lines, "kl coef", "greedy", looks([Method(line.label, line.base, ()) for line in lines]))
+    colors = [look.color for look in drawing.legend.values()]
+    figure = Figure(figsize=drawing.size, layout="constrained")
+    axes = figure.add_subplot()
+    drawing.draw(axes, LIGHT)
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.0005", "0.001", "0.002", "0.005", "0.02"]
+    assert all(left.x1 < right.x0 for left, right in pairwise_of(boxes))
+    # Marks of two methods at the same value stand side by side.
+    first, second = (next(line.get_xdata() for line in axes.lines if line.get_color() == of) for of in colors)
+    assert np.all(first < second)
 
 
 # --- which runs make a method ----------------------------------------------------------------------------------------
@@ -552,11 +637,59 @@ def test_methods_are_told_apart_by_what_differs(tmp_path):
 )  # fmt: skip
 def test_checkpoints_that_were_evaluated_are_told_apart(tmp_path, places, labels):
     for number, place in enumerate(places):
-        run = make_run(tmp_path / str(number), "kd", 0, answers(0.5, number), config={"model": {"policy": place}})
-        summary = json.loads((run / "summary.json").read_text())
-        summary = {name: value for name, value in summary.items() if name not in ("algo", "stages", "seed")}
-        (run / "summary.json").write_text(json.dumps(summary | {"checkpoint": place}))
+        as_evaluated(make_run(tmp_path / str(number), "kd", 0, answers(0.5, number)), place)
     assert sorted(method.label for method in make_methods(find_runs([tmp_path]))) == sorted(labels)
+
+
+def evaluated(
+    folder: Path, method: str, seed: int, right, step: str = "000450", is_last: bool = True, **changed
+) -> None:
+    """Make the directory of an evaluation of a run's checkpoint on tiny; `changed` is what its training had otherwise.
+
+    The command line named the method. Each seed's run lies in a place of its own.
+    """
+    config = {**CONFIG, "algo": {"name": "dgpo", "kl_coef": 0.01}, "seed": seed, **changed}
+    trained = {"config": config, "overrides": [f"+method={method}", f"seed={seed}"], "is_last": is_last}
+    run = make_run(folder, method, seed, right)
+    as_evaluated(run, f"/runs/method-{method}+seed-{seed}/checkpoints/{step}", trained)
+
+
+def test_seeds_of_evaluated_checkpoints_are_those_of_their_runs(tmp_path):
+    """A comparison of the runs' checkpoints says what that of the runs themselves says of the same answers."""
+    for algo, chance in (("uniform_kl", 0.4), ("no_penalty", 0.75)):
+        for seed in range(3):
+            right = answers(chance, 10 * seed + len(algo))
+            make_run(tmp_path / "runs" / f"{algo}{seed}", algo, seed, right)
+            evaluated(tmp_path / "evaluated" / f"{algo}{seed}", algo, seed, right)
+    runs, checkpoints = (study([tmp_path / part], Options(resamples=10)) for part in ("runs", "evaluated"))
+    for found in (runs, checkpoints):
+        assert [(method.label, method.seeds) for method in found.methods] == [
+            ("no_penalty", [0, 1, 2]), ("uniform_kl", [0, 1, 2]),
+        ]  # fmt: skip
+    first, second = ({table.name: table.records() for table in found.tables} for found in (runs, checkpoints))
+    for name in ("significance-greedy", "significance-T=1"):
+        assert first[name] == second[name]
+        assert second[name][0]["p, methods"] is not None
+
+
+def test_settings_of_the_training_belong_to_its_checkpoint(tmp_path):
+    for value, seed in product((0.01, 0.1), range(2)):
+        algo = {"name": "dgpo", "kl_coef": value}
+        evaluated(tmp_path / f"{value}-{seed}", "dgpo", seed, answers(0.5, seed), algo=algo)
+    other = {"name": "tiny", "num_passages": 150}
+    evaluated(tmp_path / "other data", "dgpo", 0, answers(0.5, 0), dataset=other)
+    methods = make_methods(find_runs([tmp_path]))
+    assert sorted(method.seeds for method in methods) == [[0], [0, 1], [0, 1]]
+    assert any("trained on other data" in finding.text and "150 in" in finding.text for finding in check(methods))
+    (line, _) = score_by_setting(find_runs([tmp_path]), ["algo.kl_coef"], "greedy")
+    assert (line.x, [len(each) for each in line.by_seed]) == ((0.01, 0.1), [2, 2])
+
+
+def test_checkpoints_of_one_run_stay_apart(tmp_path):
+    for step, seed in product(("000300", "000450"), range(2)):
+        evaluated(tmp_path / f"{step}-{seed}", "dgpo", seed, answers(0.5, seed), step, is_last=step == "000450")
+    methods = make_methods(find_runs([tmp_path]))
+    assert [(method.label, method.seeds) for method in methods] == [("dgpo", [0, 1]), ("dgpo@000300", [0, 1])]
 
 
 @pytest.mark.parametrize("is_told", [False, True], ids=["older summaries", "summaries that name them"])
@@ -573,6 +706,13 @@ def test_what_says_only_how_a_run_is_carried_out_makes_no_method(tmp_path, is_to
     assert (method.label, method.seeds) == ("kd", [0, 1, 2])
     make_run(tmp_path / "3", "kd", 3, answers(0.5, 3), config={"num_envs": 8})
     assert sorted(method.seeds for method in make_methods(find_runs([tmp_path]))) == [[0, 1, 2], [3]]
+
+
+def test_probes_make_no_other_method(tmp_path):
+    for seed, probes in enumerate((["thinking", "search_behaviour"], [])):
+        make_run(tmp_path / str(seed), "kd", seed, answers(0.5, seed), config={"probes": probes})
+    (method,) = make_methods(find_runs([tmp_path]))
+    assert method.seeds == [0, 1]
 
 
 # --- unfinished, single, incomparable --------------------------------------------------------------------------------
@@ -939,6 +1079,7 @@ def test_cells():
     assert "| x_1 | 0.500 [0.250, 0.750] | <0.001 |" in table.markdown()
     assert "| a | b\\|c | p |" in table.markdown()
     assert table.csv().splitlines() == ["a,b|c,b|c (low),b|c (high),p", "x_1,0.5,0.25,0.75,0.0001", "<y>,,,,0.2"]
+    assert r"P(a $>$ b)" in Table("t", "T", ["P(a > b)"], []).latex()
     assert r"x\_1 & 0.500 {\scriptsize [0.250, 0.750]} & $<$0.001 \\" in table.latex()
     assert "&lt;y&gt;" in page("title", [Section("tables", tables=[table])], [])
 
@@ -973,6 +1114,32 @@ def test_the_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             command.main([str(tmp_path / "runs"), "--out", str(out), *given])
         assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("best", ["dgpo", "ppo"])
+def test_forced_runs_with_other_modes_are_compared_in_the_common_one(tmp_path, best):
+    for algo, modes in (("dgpo", ("greedy", "T=1")), ("ppo", ("T=1",))):
+        right = {mode: answers(0.9 if algo == best else 0.2, 0)["T=1"] for mode in modes}
+        make_run(tmp_path / "runs" / algo, algo, 0, right)
+    out = tmp_path / "out"
+    command.main([str(tmp_path / "runs"), "--out", str(out), "--force", "--resamples", "10"])
+    assert f"{QUESTIONS} test questions; 2 runs of 2 methods" in (out / "comparison.md").read_text()
+    assert rows(out, "results-T=1")[0]["method"] == best
+
+
+def test_a_comparison_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    make_run(tmp_path / "runs" / "kd", "kd", 0, answers(0.5, 0))
+    given = [tmp_path / "runs"], tmp_path / "out", Options(resamples=10), Console(file=io.StringIO())
+    compare(*given)
+    earlier = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("algorithms.analysis.comparison.study.page", fail)
+    with pytest.raises(OSError, match="no space"):
+        compare(*given)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == earlier
 
 
 def test_a_stage_that_was_skipped_or_had_too_few_demonstrations_is_told(tmp_path):

@@ -40,10 +40,15 @@ def methods_of(folder, scores: dict[int, list[float | None]], before: list[dict]
     ],
 )
 def test_stability_of_one_run_by_hand(tmp_path, scores, expected):
-    (method,) = methods_of(tmp_path, {0: scores}, before=checked([0.9, 0.1], "kd"))  # another stage does not count
+    (method,) = methods_of(tmp_path, {0: scores}, before=checked([0.9, 0.05], "kd"))  # of it only the last counts
     best, last, area, collapse = stability.of_run(method.runs[0])
     assert (best, last, collapse) == (expected[0], expected[1], expected[3])
     assert area == pytest.approx(expected[2], abs=1e-12)
+
+
+def test_a_run_that_collapses_at_once_fell_from_the_stage_before(tmp_path):
+    (method,) = methods_of(tmp_path, {0: [0.0, 0.0, 0.0]}, before=checked([0.3, 0.56], "kd"))
+    assert stability.of_run(method.runs[0]) == (0.0, 0.0, 0.0, 10)
 
 
 def test_the_table_has_means_over_seeds_and_counts_collapses(tmp_path):
