@@ -68,14 +68,14 @@ def crossed(
 
     Returns:
         The t interval of the module's docstring, cut at 0 and 1. With one seed, it covers the questions alone. If
-        nothing varies, it is the interval of Clopper and Pearson for that many questions.
+        nothing varies, or all answers are alike, it covers that of Clopper and Pearson for that many questions.
     """
     value, low, high = crossed_mean(by_seed, question_variance, num_questions, alike)
     assert low is not None
     assert high is not None
-    if low == high:
+    if low == high or value in (0, 1):
         bounds = stats.binomtest(round(value * num_questions), num_questions).proportion_ci(LEVEL)
-        return Estimate(value, float(bounds.low), float(bounds.high))
+        low, high = min(low, float(bounds.low)), max(high, float(bounds.high))
     return Estimate(value, max(0.0, low), min(1.0, high))
 
 

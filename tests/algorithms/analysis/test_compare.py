@@ -581,6 +581,12 @@ def test_points_of_a_line_share_their_variance_between_seeds(tmp_path):
     assert widths[5] > max(widths[:5])
 
 
+def test_none_right_is_no_certainty_however_alike_the_seeds_of_other_settings_are():
+    none, some = np.zeros(3), np.array([0.001, 0.002, 0.001])
+    found = statistics.crossed(none, 0.0, 600, alike=[none, some])
+    assert (found.low, found.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 600)))
+
+
 def test_settings_with_zero_are_told_apart_on_their_axis():
     values = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.02)
     scores = tuple(statistics.Estimate(0.5, 0.4, 0.6) for _ in values)
