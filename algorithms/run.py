@@ -20,7 +20,7 @@ from algorithms.launch.run_guard import drop_settings_of_others, left_to_run, no
 from algorithms.training.compose import require_one_number
 from algorithms.training.from_python import run
 from algorithms.training.protocol import with_protocol
-from algorithms.training.schemas import by_group, register_schemas
+from algorithms.training.schemas import by_group, register_schemas, tell_without_stages
 from algorithms.training.typed import run_config
 
 with clear_errors():  # of a plug-in
@@ -49,6 +49,7 @@ def _composed(config: DictConfig) -> None:
         drop_settings_of_others(config)
         said: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
         require_one_number(config, said)
+        tell_without_stages(config, HydraConfig.get().runtime.choices)
         left = left_to_run(run_dir, with_protocol(config, said))
         if left is not None:
             settings = run_config(left)

@@ -1,6 +1,7 @@
 """Reads files of passages, and holds millions of passages in a memory-mapped store."""
 
 from agentic_rag_env.corpus.rows import (
+    checked_id,
     checked_text,
     file_version,
     json_type,
@@ -24,6 +25,7 @@ __all__ = [
     "CorpusStore",
     "Texts",
     "check_corpus",
+    "checked_id",
     "checked_text",
     "file_version",
     "fingerprint",

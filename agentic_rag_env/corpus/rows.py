@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ def passages_in(path: str | Path) -> Iterator[tuple[str, Passage]]:
     """Yield the place (file and line or row, for errors) and the passage of each row of a corpus file.
 
     A row has `id` and `contents` (title on the first line, text after it), or `id`, `title` and `text`. In the second
-    case the contents are the title in literal double quotes, a line break and the text. Other fields are ignored.
+    case the contents are the title in literal double quotes, a line break and the text. An `id` that is an integer
+    becomes text. Other fields are ignored.
 
     Args:
         path: A file that `read_rows` reads.
@@ -33,7 +34,7 @@ def passages_in(path: str | Path) -> Iterator[tuple[str, Passage]]:
         DataError: The file is missing or unreadable, or a row is malformed.
     """
     for where, row in read_rows(path):
-        identifier = text_field(row, "id", where)
+        identifier = text_field(row, "id", where, checked_id)
         if "contents" in row:
             yield where, Passage(identifier, text_field(row, "contents", where))
             continue
@@ -48,7 +49,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Args:
         path: A file that ends in `.parquet`, or in `.arrow` (the file or the stream format). Any other file is read as
-            JSON lines, see `read_jsonl`. A column `id` of integers becomes text.
+            JSON lines, see `read_jsonl`.
 
     Raises:
         DataError: The file is missing or unreadable, or a line is malformed.
@@ -62,9 +63,6 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         number = 0
         for batch in _batches(Path(path).expanduser()):
-            names = batch.schema.names
-            if "id" in names and pa.types.is_integer(batch.schema.field("id").type):
-                batch = batch.set_column(names.index("id"), "id", batch.column("id").cast(pa.string()))
             for row in _rows(batch, path):
                 number += 1
                 yield f"{path}, row {number}", row
@@ -122,20 +120,34 @@ def json_type(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def text_field(row: Mapping[str, Any], field: str, where: str) -> str:
+def text_field(row: Mapping[str, Any], field: str, where: str, checked: Callable[[Any, str], str] | None = None) -> str:
     """The text in a field of a row.
 
     Args:
         row: The row.
         field: Name of the field.
         where: File and line, for the error.
+        checked: Makes the text of the value and its place; None: `checked_text`.
 
     Raises:
         DataError: The field is missing, is no string, or holds a lone surrogate, which no tokenizer can encode.
     """
     if field not in row:
         raise DataError(f"{where}: no field {field!r}; the row has {', '.join(row) or 'no fields'}.")
-    return checked_text(row[field], f"{where}, field {field!r}")
+    return (checked or checked_text)(row[field], f"{where}, field {field!r}")
+
+
+def checked_id(value: Any, where: str) -> str:
+    """The text of an id, which may be given as an integer: tables often number their rows.
+
+    Raises:
+        DataError: It is neither a string that can be encoded in UTF-8 nor an integer.
+    """
+    if isinstance(value, str):
+        return checked_text(value, where)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DataError(f"{where}: expected an id, a string or an integer, got {json_type(value)}.")
+    return str(value)
 
 
 def checked_text(value: Any, where: str) -> str:

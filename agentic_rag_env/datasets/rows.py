@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from agentic_rag_env.corpus import checked_text, file_version, json_type, read_rows, text_field
+from agentic_rag_env.corpus import checked_id, checked_text, file_version, json_type, read_rows, text_field
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.types import Question
 
@@ -108,6 +108,9 @@ def question_in(row: dict[str, Any], where: str, name: str, stem: str) -> Questi
     the last message of `prompt` that holds this marker. Search-R1's merged files number the questions of each source
     anew, so `data_source` precedes the id there.
 
+    An `id` may be an integer, and so may the ids of gold passages in the metadata's `supporting`. They become text, as
+    the ids of passages do.
+
     A list of answers that is written as text, such as `"['Rome', 'Roma']"`, counts as the list.
 
     The metadata's `context` is dropped. It holds the paragraphs that HotpotQA and others give with a question. They are
@@ -126,12 +129,14 @@ def question_in(row: dict[str, Any], where: str, name: str, stem: str) -> Questi
     if row.get("id") is None:
         identifier = f"{stem}-{where.rpartition(' ')[2]}"
     else:
-        identifier = text_field(row, "id", where)
+        identifier = text_field(row, "id", where, checked_id)
         identifier = f"{source}/{identifier}" if source else identifier
     metadata = {} if row.get("metadata") is None else row["metadata"]
     if not isinstance(metadata, dict):
         raise DataError(f"{where}, field 'metadata': expected an object, got {json_type(metadata)}.")
     kept = {key: value for key, value in metadata.items() if value is not None and key != "context"}
+    if "supporting" in kept:
+        kept["supporting"] = _supporting(kept["supporting"], f"{where}, field 'metadata.supporting'")
     return Question(identifier, _text(row, where), _golden_answers(row, where), {"dataset": source or name, **kept})
 
 
@@ -165,6 +170,13 @@ def is_exploded(golden_answers: Sequence[str]) -> bool:
         and all(len(answer) == 1 for answer in golden_answers)
         and any(answer.islower() or answer == "[" for answer in golden_answers)
     )
+
+
+def _supporting(given: Any, place: str) -> list[str]:
+    """The ids of gold passages, as their corpus has them."""
+    if not isinstance(given, list):
+        raise DataError(f"{place}: expected a list of passage ids, got {json_type(given)}.")
+    return [checked_id(identifier, f"{place}[{index}]") for index, identifier in enumerate(given)]
 
 
 def _text(row: dict[str, Any], where: str) -> str:

@@ -72,7 +72,7 @@ def find_gold(questions: Sequence[Question], corpus: Iterable[Passage] | None) -
     Raises:
         DataError: A field has another form; the message names the question.
     """
-    wanted = {identifier for question in questions for identifier in _list(question, "supporting")}
+    wanted = {identifier for question in questions for identifier in _ids(question)}
     by_id = {passage.id: passage for passage in corpus or () if passage.id in wanted} if wanted else {}
     return [_gold(question, by_id) for question in questions]
 
@@ -83,7 +83,7 @@ def titles(passages: Iterable[Passage]) -> frozenset[str]:
 
 
 def _gold(question: Question, by_id: Mapping[str, Passage]) -> Gold:
-    if ids := _list(question, "supporting"):
+    if ids := _ids(question):
         known = tuple(by_id[identifier] for identifier in ids if identifier in by_id)
         any_suffices = question.metadata.get("supporting_mode") == "any"
         return Gold(known if len(known) == len(ids) else (), frozenset(ids), titles(known), any_suffices)
@@ -95,6 +95,17 @@ def _gold(question: Question, by_id: Mapping[str, Passage]) -> Gold:
         return Gold(passages, titles=titles(passages))
     named = [normalize_answer(str(title)) for title in _list(question, "supporting_titles")]
     return Gold(titles=frozenset(filter(None, named)))
+
+
+def _ids(question: Question) -> list[str]:
+    ids = _list(question, "supporting")
+    for identifier in ids:
+        if not isinstance(identifier, str):
+            raise DataError(
+                f"Question {question.id!r}, metadata field 'supporting': expected ids of passages, strings as in the "
+                f"corpus, got {identifier!r:.80}."
+            )
+    return ids
 
 
 def _list(question: Question, field: str) -> list[Any]:

@@ -16,7 +16,7 @@ from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
 from algorithms.training.protocol import names_of, with_protocol
 from algorithms.training.run_files import flat, plain_data
-from algorithms.training.schemas import register_schemas
+from algorithms.training.schemas import register_schemas, tell_without_stages
 from algorithms.training.settings import RunConfig, settings_with_effect
 from algorithms.training.typed import run_config
 
@@ -110,6 +110,7 @@ def composed_values(values: Mapping[str, Any]) -> DictConfig:
             given[group] = spec
     # The launcher of multiruns is no matter here, and Hydra knows it only where the commands are loaded.
     config = composed("config", [*choices, "hydra/launcher=basic"])
+    tell_without_stages(config, config.hydra.runtime.choices)
     OmegaConf.set_struct(config, False)  # sections of any keys, such as `dataset.sources`, stay so; others are typed
     del config["hydra"]
     try:

@@ -53,8 +53,9 @@ class EventFile:
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Show a text word for word."""
-        # An indented block: TensorBoard reads Markdown, which would swallow <search> as an HTML tag.
-        block = "\n".join("    " + line for line in text.split("\n"))
+        # An indented block: TensorBoard reads Markdown, which would swallow <search> as an HTML tag. A lone carriage
+        # return ends a line for it, too: without an indent, a stranger's links and images would follow.
+        block = "\n".join("    " + line for line in text.splitlines())
         self._value(step, tag=f"{tag}/text_summary", tensor=_strings(block.encode()), metadata=_plugin("text"))
 
     def image(self, tag: str, png: bytes) -> None:

@@ -86,9 +86,10 @@ def toy_settings(config: Any, stages: Sequence[Any], num_parameters: int) -> str
     if num_parameters <= TOY_PARAMETERS:
         return None
     met = [
-        f"learning rate {stage.config.optimizer.learning_rate:g} of {stage.name}"
+        f"learning rate {optimizer.learning_rate:g} of {owner}{stage.name}"
         for stage in stages
-        if stage.config.optimizer.learning_rate >= _TOY_LEARNING_RATE
+        for owner, name in (("", "optimizer"), ("the critic of ", "critic_optimizer"))
+        if (optimizer := getattr(stage.config, name, None)) and optimizer.learning_rate >= _TOY_LEARNING_RATE
     ]
     if config.env.get("prompt") == "bare":
         met.append("env.prompt=bare, which tells the model nothing of the protocol")

@@ -10,18 +10,24 @@ import dataclasses
 import importlib
 import pkgutil
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import algorithms
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, Registry
+from agentic_rag_env.terminal import print_line
 from agentic_rag_env.vector import brings_questions
-from algorithms.learner.algorithm import ALGORITHMS
+from algorithms.learner.algorithm import ALGORITHMS, AlgorithmConfig
 from algorithms.training import presets
 from algorithms.training.settings import QUESTION_PARTS, AskConfig, EvaluateConfig, ModelConfig, RunConfig
+
+#: Sets of settings by algorithm, one folder a set and one file an algorithm.
+STAGES = Path(__file__).parents[2] / "conf" / "stages"
 
 
 def import_zoo() -> None:
@@ -48,6 +54,8 @@ def register_schemas() -> None:
         store.store(f"of_model-{name}", settings, group="schema/preset", package="_global_")
     for name, settings in presets.of_algorithms().items():
         store.store(f"of_model-{name}", settings, group="schema/preset_of_algorithm")
+    for stages, name, parent in _heirs():
+        store.store(name, {"defaults": [f"/stages/{stages}/{parent}@_here_"]}, group=f"stages/{stages}")
     registries: tuple[Registry, ...] = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
     for registry in registries:
         for name in registry.names():
@@ -96,6 +104,58 @@ def _selectable(registry: Registry, name: str, schema: type) -> Any:
             parts.append({f"/{registry.group}@warm_start": start})
     parts.append({"optional /schema/preset_of_algorithm@_here_": f"${{preset}}-${{model}}-{name}"})
     return {"defaults": [*parts, {"optional /stages@_here_": f"${{stages}}/{name}"}]}
+
+
+def _heirs() -> Iterator[tuple[str, str, str]]:
+    """Yield a set of stages, a plug-in's algorithm, and the one whose file it takes there: the nearest that it extends.
+
+    An algorithm that has a file in any set is none of a plug-in: it composes as its files say.
+    """
+    files = _stage_files()
+    entries = {name: ALGORITHMS.get(name) for name in ALGORITHMS.names()}
+    for name, entry in entries.items():
+        if any(name in known for known in files.values()):
+            continue
+        factories, configs = (getattr(each, "__mro__", ()) for each in (entry.factory, entry.config))
+        parents = [
+            parent
+            for factory in factories
+            for parent, other in entries.items()
+            if other.factory is factory and other.config in configs
+        ]
+        for stages, known in files.items():
+            if nearest := next((parent for parent in parents if parent in known), None):
+                yield stages, name, nearest
+
+
+def _stage_files() -> dict[str, set[str]]:
+    """The algorithms that have a file, by set of stages."""
+    return {
+        folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in STAGES.iterdir() if folder.is_dir()
+    }
+
+
+def tell_without_stages(config: DictConfig, choices: Mapping[str, Any]) -> None:
+    """Print a line for each algorithm of a new run of which the chosen `stages` say nothing.
+
+    Args:
+        config: A composed configuration.
+        choices: The options that Hydra chose, by group.
+    """
+    chosen = choices.get("stages")
+    files = _stage_files()
+    if config.resume is not None or chosen not in files:
+        return
+    known = files[chosen] | {name for stages, name, _ in _heirs() if stages == chosen}
+    place, stage = "algo", config.algo
+    while OmegaConf.is_dict(stage) and "name" in stage:
+        settings = ALGORITHMS.get(stage.name).config
+        if stage.name not in known and settings and issubclass(settings, AlgorithmConfig):
+            print_line(
+                f"stages={chosen} says nothing of {place}={stage.name}, nor of an algorithm whose settings it extends: "
+                f"it keeps its own. Give those that a real model needs, such as {place}.optimizer.learning_rate=1e-6."
+            )
+        place, stage = f"{place}.warm_start", stage.get("warm_start")
 
 
 _CHOSEN_START = re.compile(r"\+{0,2}(?:algo@)?(algo(?:\.warm_start)+)=(?!(?:[^{]*,)?null(?:,|$)|\{)")

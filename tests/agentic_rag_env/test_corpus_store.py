@@ -114,10 +114,14 @@ def test_every_format_gives_the_same_store(tmp_path: Path, ending: str) -> None:
     assert opened.fingerprint == fingerprint(PASSAGES)
 
 
-def test_title_and_text_and_integer_ids_of_parquet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_title_and_text_and_integer_ids(tmp_path: Path, ending: str) -> None:
     table = pa.table({"id": [7, 8], "title": ["Two\nlines", "T"], "text": ["alpha", "beta"]})
-    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
-    assert read_corpus(tmp_path / "c.parquet") == (Passage("7", '"Two lines"\nalpha'), Passage("8", '"T"\nbeta'))
+    if ending == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    else:
+        (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, table.to_pylist())))
+    assert read_corpus(tmp_path / f"c.{ending}") == (Passage("7", '"Two lines"\nalpha'), Passage("8", '"T"\nbeta'))
 
 
 def test_a_store_is_written_once_and_again_when_the_file_changes(tmp_path: Path) -> None:

@@ -61,6 +61,14 @@ def test_formats(tmp_path: Path) -> None:
         ([row("a?", "w " * 21)], (False, 1, "no answer of 20 words or fewer")),
         ([row("who is it", "b")], (False, 1, "no question mark at the end")),
         ([row("a?", "b"), "{"], (True, 1, "broken off: the rest of the file can't be read")),
+        (
+            [row("a?", "b", metadata={"supporting": given}) for given in ("abc", "p1")],
+            (True, 2, "field 'metadata.supporting': expected a list of passage ids, got str"),
+        ),
+        (
+            [row("a?", "b", metadata={"supporting": [["Rome", 0]]})],
+            (True, 1, "field 'metadata.supporting'[...]: expected an id, a string or an integer, got list"),
+        ),
         ([], (True, 1, "no row that is a question")),
     ],
 )
@@ -118,6 +126,20 @@ def test_coverage(tmp_path: Path) -> None:
     ]
     corpus = [Passage("p1", '"A"\nHe lives in New York.'), Passage("p2", '"B"\nAlong Seine, new, and York')]
     assert coverages(reports, corpus) == [Coverage(4, 2, [("gone", "q-1")]), Coverage(1, 0, [])]
+
+
+def test_gold_passages_of_another_form_are_a_finding_with_a_corpus_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row("a?", "Rome", metadata={"supporting": given}) for given in ([["Rome", 0]], "abc", 5, [1])]
+    file = write(tmp_path / "dev.jsonl", *rows)
+    corpus = write(tmp_path / "c.jsonl", {"id": 1, "contents": "A\nIn Rome."})
+    for more in ([], ["--corpus", str(corpus)]):
+        assert main(["check", str(file), *more]) == 1
+        printed = capsys.readouterr().out
+        assert "Errors of 3 kinds" in printed
+        assert "metadata.supporting" in printed
+    assert coverages([check_file(file)], [Passage("1", "A\nIn Rome.")]) == [Coverage(1, 1, [])]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

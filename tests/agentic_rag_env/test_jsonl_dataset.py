@@ -167,10 +167,27 @@ def test_splits_share_one_corpus_object(tmp_path: Path) -> None:
             {"question": "?", "reward_model": {"ground_truth": {"target": 3}}},
             "line 2, field 'reward_model.ground_truth.target': expected a string or a list of strings, got int.",
         ),
-        ({"id": 7, "question": "?", "golden_answers": "a"}, "line 2, field 'id': expected a string, got int."),
+        (
+            {"id": [7], "question": "?", "golden_answers": "a"},
+            "line 2, field 'id': expected an id, a string or an integer, got list.",
+        ),
         (
             {"question": "?", "golden_answers": "a", "metadata": []},
             "line 2, field 'metadata': expected an object, got list.",
+        ),
+        *(
+            (
+                {"question": "?", "golden_answers": "a", "metadata": {"supporting": given}},
+                f"line 2, field 'metadata.supporting'{said}.",
+            )
+            for given, said in (
+                ("abc", ": expected a list of passage ids, got str"),
+                (5, ": expected a list of passage ids, got int"),
+                ({"title": ["Rome"]}, ": expected a list of passage ids, got dict"),
+                ([["Rome", 0]], "[0]: expected an id, a string or an integer, got list"),
+                (["p1", True], "[1]: expected an id, a string or an integer, got bool"),
+                ([None], "[0]: expected an id, a string or an integer, got null"),
+            )
         ),
         ({"id": "q0", "question": "?", "golden_answers": "a"}, "line 2: id 'q0' is already the id of line 1."),
         ("{", "line 2: invalid JSON"),

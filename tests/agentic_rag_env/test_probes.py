@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from unittest.mock import ANY
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
@@ -147,6 +149,8 @@ def test_gold_passages_come_from_every_documented_field():
     ("metadata", "said"),
     [
         ({"supporting": "p1"}, "expected a list, got 'p1'"),
+        ({"supporting": [["Rome", 0]]}, "expected ids of passages, strings as in the corpus, got ['Rome', 0]"),
+        ({"supporting": ["1", 2]}, "expected ids of passages, strings as in the corpus, got 2"),
         ({"gold_passages": [{"title": "no text"}]}, "has 'contents', or 'title' and 'text'"),
         ({"paragraphs": [{"title": "A"}]}, "each needs 'is_supporting'"),
     ],
@@ -155,6 +159,23 @@ def test_gold_of_another_form_is_an_error_that_names_the_question(metadata, said
     with pytest.raises(DataError, match="Question 'q7'") as error:
         find_gold([Question("q7", "?", ("x",), metadata)], None)
     assert said in str(error.value)
+
+
+def test_integer_ids_of_tables_are_the_ids_of_the_corpus(tmp_path):
+    passages = {"id": [1, 2], "title": ["Rome", "Oslo"], "text": ["Rome lies on the Tiber.", "Oslo is in Norway."]}
+    questions = {"id": [7], "question": ["Which river?"], "golden_answers": [["Tiber"]],
+                 "metadata": [{"supporting": [1]}]}  # fmt: skip
+    for name, columns in (("corpus", passages), ("questions", questions)):
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    files = {name: str(tmp_path / f"{name}.parquet") for name in ("questions", "corpus")}
+    envs = AgenticRAGVectorEnv(1, dataset={"name": "jsonl", **files}, retriever="bm25", autoreset_mode="Disabled")
+
+    def generate(prompts):
+        return ["<answer>Tiber</answer>" if "<information>" in text else "<search>Rome</search>" for text in prompts]
+
+    found = run_probes(Material(envs.dataset, generate, play(generate, envs)), DEFAULT_PROBES)
+    assert found["query_rewriting"]["passage_recall"]["value"] == 1.0
+    assert found["search_behaviour"]["evidence_complete"]["value"] == 1.0
 
 
 # --- reading, on four questions known by heart -----------------------------------------------------------------------

@@ -22,7 +22,7 @@ from algorithms.analysis.comparison.checks import Finding
 from algorithms.analysis.comparison.methods import Method, make_methods, without_copies
 from algorithms.analysis.comparison.page import Section, page
 from algorithms.analysis.comparison.style import LIGHT, Drawing
-from algorithms.analysis.comparison.table_formats import Table
+from algorithms.analysis.comparison.table_formats import Table, as_markdown
 from algorithms.analysis.comparison.tensorboard import write_board
 from algorithms.analysis.runs import ALL, Run, find_runs, groups
 
@@ -274,8 +274,10 @@ def _is_ours(name: Any) -> bool:
 
 def write(found: Comparison, out: Path) -> None:
     """Write every file of a comparison; those of an earlier one are removed when all are made."""
-    told = "".join(f"- {'**Not comparable:** ' if each.refuses else ''}{each.text}\n" for each in found.findings)
-    head = f"# {TITLE}\n\n{subtitle(found.methods)}\n\n" + (f"{told}\n" if told else "")
+    told = "".join(
+        f"- {'**Not comparable:** ' if each.refuses else ''}{as_markdown(each.text)}\n" for each in found.findings
+    )
+    head = f"# {TITLE}\n\n{as_markdown(subtitle(found.methods))}\n\n" + (f"{told}\n" if told else "")
     text = head + "\n".join(table.markdown() for table in found.tables)
     files = {"comparison.md": text, "curves.csv": curves.curves_csv(found.methods)}
     for table in found.tables:

@@ -108,12 +108,13 @@ class Table:
         """The table in Markdown, with title and note."""
 
         def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+            return "| " + " | ".join(cells) + " |"
 
         ruler = line(["---", *("---:" if number else "---" for number in self.numeric[1:])])
-        body = [line([_plain(cell, "**") for cell in row]) for row in self.rows]
-        note = [f"\n{self.note}"] if self.note else []
-        return "\n".join([f"## {self.title}\n", line(self.columns), ruler, *body, *note]) + "\n"
+        body = [line([_markdown_cell(cell) for cell in row]) for row in self.rows]
+        note = [f"\n{as_markdown(self.note)}"] if self.note else []
+        head = [f"## {as_markdown(self.title)}\n", line([as_markdown(column) for column in self.columns])]
+        return "\n".join([*head, ruler, *body, *note]) + "\n"
 
     def csv(self) -> str:
         """The table as CSV, with full precision; intervals have columns of their own."""
@@ -147,7 +148,7 @@ class Table:
         columns = "".join("r" if number else "l" for number in self.numeric)
         return "\n".join(
             [
-                f"% {self.title}. {self.note}".replace("\n", " "),
+                " ".join(f"% {self.title}. {self.note}".splitlines()),
                 r"\begin{tabular}{" + columns + "}",
                 r"\toprule",
                 " & ".join(_latex(column) for column in self.columns) + r" \\",
@@ -235,10 +236,16 @@ def _record(cell: Cell) -> Any:
     return value if cell.low is None else [value, cell.low, cell.high]
 
 
-def _plain(cell: Cell, strong: str = "") -> str:
+def as_markdown(text: str) -> str:
+    """A text as one line of Markdown that shows it as it is: a stranger's names bring no links, images or rows."""
+    line = printable(text).replace("\n", "\\n")
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", line).replace("<", "&lt;")
+
+
+def _markdown_cell(cell: Cell) -> str:
     if isinstance(cell, str):
-        return cell
-    text = f"{strong}{cell.text}{strong}" if cell.best else cell.text
+        return as_markdown(cell)
+    text = f"**{cell.text}**" if cell.best else cell.text
     return f"{text} {cell.interval}".strip()
 
 

@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import io
 import json
+import re
 import sys
 import types
 from collections import Counter
@@ -17,6 +18,7 @@ from itertools import pairwise as pairwise_of
 from pathlib import Path
 from typing import Any
 
+import markdown
 import numpy as np
 import pytest
 from made_runs import CONFIG, as_evaluated, make_run
@@ -33,7 +35,7 @@ from algorithms.analysis.comparison.curves import Line, curve, score_by_setting
 from algorithms.analysis.comparison.figures import by_setting, cost_beside_score, probed
 from algorithms.analysis.comparison.methods import Method, make_methods
 from algorithms.analysis.comparison.page import Section, page
-from algorithms.analysis.comparison.study import Options, compare, study, subtitle
+from algorithms.analysis.comparison.study import Options, compare, study, subtitle, write
 from algorithms.analysis.comparison.style import DARK, LIGHT, looks, render
 from algorithms.analysis.comparison.table_formats import Number, Table
 from algorithms.analysis.runs import find_runs
@@ -1088,6 +1090,24 @@ def test_cells():
     assert r"P(a $>$ b)" in Table("t", "T", ["P(a > b)"], []).latex()
     assert r"x\_1 & 0.500 {\scriptsize [0.250, 0.750]} & $<$0.001 \\" in table.latex()
     assert "&lt;y&gt;" in page("title", [Section("tables", tables=[table])], [])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\n\n", "\u2028"])
+def test_names_of_groups_bring_no_markdown(tmp_path, end):
+    plain, evil = "mine", f"mine{end}![x](http://e/) [y](http://e/) `<img src=e>`{end}# z"
+    texts = {}
+    for place, name in (("plain", plain), ("evil", evil)):
+        make_run(tmp_path / place, "kd", 0, answers(0.5, 0), groups=("a", name))
+        write(study([tmp_path / place], Options(resamples=10)), tmp_path / f"of_{place}")
+        texts[place] = (tmp_path / f"of_{place}" / "comparison.md").read_text()
+        comment = (tmp_path / f"of_{place}" / "iqm-greedy.tex").read_text().splitlines()[1]
+        assert comment.startswith(r"\begin{tabular}")
+    assert len(texts["evil"].splitlines()) == len(texts["plain"].splitlines())
+    html = {place: markdown.markdown(text, extensions=["tables"]) for place, text in texts.items()}
+    assert not re.search("<img|<a ", html["evil"])
+    for tag in ("<h1", "<h2", "<tr", "<td", "<code"):
+        assert html["evil"].count(tag) == html["plain"].count(tag)
+    assert "![x](http://e/) [y](http://e/) `&lt;img src=e&gt;`" in html["evil"]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from small_runs import command
 from test_experiments import run_settings
 
 from agentic_rag_env.errors import ConfigurationError
-from algorithms.learner.algorithm import ALGORITHMS
+from algorithms.learner.algorithm import ALGORITHMS, Algorithm, AlgorithmConfig
 from algorithms.learner.config import CriticConfig, OptimizerConfig
-from algorithms.ppo import PPO
+from algorithms.ppo import PPO, PPOConfig
 from algorithms.training import presets
 from algorithms.training.build import build_stages
 from algorithms.training.compose import complete, configure
@@ -59,6 +59,55 @@ def test_an_algorithm_of_ones_own_gets_the_preset(monkeypatch):
     assert (found["batch_size"], float(found["optimizer"]["learning_rate"])) == (240, 1e-6)
     assert float(found["critic_optimizer"]["learning_rate"]) == 1e-5
     assert "clip_range" not in found
+
+
+def test_an_algorithm_of_ones_own_gets_the_stages_of_the_one_that_it_extends(monkeypatch):
+    @dataclass(kw_only=True)
+    class OwnConfig(PPOConfig):
+        """Settings.
+
+        Attributes:
+            bonus: Of its own.
+        """
+
+        bonus: float = 0.5
+
+    monkeypatch.setattr(ALGORITHMS, "_entries", dict(ALGORITHMS._entries))
+    own = ALGORITHMS.register("own_ppo", OwnConfig)(type("Own", (PPO,), {}))
+    ALGORITHMS.register("owner_ppo", OwnConfig)(type("Owner", (own,), {}))
+    for stages in ("paper", "real_text", "main_table"):
+        ppo = run_settings("algo=ppo", f"stages={stages}").algo
+        assert ppo != run_settings("algo=ppo").algo
+        for name in ("own_ppo", "owner_ppo"):
+            assert run_settings(f"algo={name}", f"stages={stages}").algo == {**ppo, "name": name, "bonus": 0.5}
+    ppo, mine = (run_settings(f"algo={name}", "+experiment=paper").algo for name in ("ppo", "own_ppo"))
+    assert mine == {**ppo, "name": "own_ppo", "bonus": 0.5}
+    assert (mine["optimizer"]["learning_rate"], mine["batch_size"], mine["steps"]) == (1e-6, 512, 1000)
+    start = run_settings("algo=sft", "algo.warm_start=own_ppo", "+experiment=paper").algo["warm_start"]
+    assert start["critic_optimizer"] == ppo["critic_optimizer"]
+
+
+def test_an_algorithm_that_no_stages_know_is_named_once(monkeypatch, capsys):
+    @dataclass(kw_only=True)
+    class LoneConfig(AlgorithmConfig):
+        """Settings."""
+
+        steps: int = 3
+
+    monkeypatch.setattr(ALGORITHMS, "_entries", dict(ALGORITHMS._entries))
+    ALGORITHMS.register("lone", LoneConfig)(type("Lone", (Algorithm,), {}))
+    ALGORITHMS.register("half", LoneConfig)(type("Half", (PPO,), {}))  # without the settings of PPO
+    place = "algo.warm_start"
+    for name in ("lone", "half"):
+        assert configure(algo={"name": "ppo", "warm_start": name}, stages="paper").algo["warm_start"]["steps"] == 3
+        assert capsys.readouterr().out.splitlines() == [
+            f"stages=paper says nothing of {place}={name}, nor of an algorithm whose settings it extends: it keeps its "
+            f"own. Give those that a real model needs, such as {place}.optimizer.learning_rate=1e-6."
+        ]
+    configure(algo="lone")
+    configure(algo="dgpo", stages="paper")
+    configure(algo="maskable_ppo", stages="main_table")
+    assert capsys.readouterr().out == ""
 
 
 def test_chosen_stages_win_over_the_preset():
@@ -121,3 +170,11 @@ def test_a_real_model_that_meets_the_settings_of_the_toy_is_told_once_which_pres
     for part in ("135M", "0.003 of sft", "env.prompt=bare", "max_new_tokens=48", "model=smollm2_135m", "qwen2.5_0.5b"):
         assert part in said
     assert presets.toy_settings(config, [stage], 200_000) is None
+
+
+def test_the_learning_rate_of_a_toys_critic_is_named_too():
+    slow, fast = OptimizerConfig(learning_rate=1e-6), OptimizerConfig(learning_rate=1.5e-3)
+    stage = SimpleNamespace(name="ppo", config=SimpleNamespace(optimizer=slow, critic_optimizer=fast))
+    said = presets.toy_settings(run_settings("+experiment=paper"), [stage], 500_000_000)
+    assert said is not None
+    assert "made for a network of 0.2M: learning rate 0.0015 of the critic of ppo." in said

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -98,6 +100,17 @@ def test_transcripts_are_shown_word_for_word(tmp_path):
         "    <search> héllo \\ud83d </search>", "    ```", "    <information>\x00</information>",
     ]  # fmt: skip
     assert without_surrogates("\udc80a") == "\\udc80a"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\r\r", "\v", "\f", "\x1c", "\x85", "\u2028"])
+def test_no_line_of_a_transcript_is_read_as_markdown(tmp_path, end):
+    lines = ["Rome", "![x](http://e/)", "[y](http://e/)", "# z", "<img src=http://e/>"]
+    with open_logger(tmp_path) as logger:
+        logger.text("transcript", end.join(lines), 3)
+    (event,) = events(tmp_path).Tensors("transcript/text_summary")
+    shown = plugin_util.markdown_to_safe_html(event.tensor_proto.string_val[0])
+    assert not re.search("<img|<a|<h1", shown)
+    assert shown.startswith("<pre><code>Rome\n")
 
 
 def test_a_message_steers_no_terminal(tmp_path):
