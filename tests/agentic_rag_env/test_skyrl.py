@@ -29,6 +29,12 @@ def write(file: Path, *rows: Any) -> Path:
     return file
 
 
+def solved(env_class: str, solution: Any, **fields: Any) -> dict[str, Any]:
+    """A class, and the rows of a file with one task that has this solution."""
+    spec = "reward_model" if env_class == "aime" else "reward_spec"
+    return {"env_class": env_class, "rows": [{"prompt": APPLES, spec: {"ground_truth": solution}, **fields}]}
+
+
 @pytest.fixture
 def sums(tmp_path: Path) -> Path:
     rows = [{"prompt": APPLES, "reward_spec": {"ground_truth": "7"}}]
@@ -56,8 +62,8 @@ def test_tasks_of_aime_have_their_solution_under_another_name(tmp_path: Path) ->
     env.reset(seed=0)
     _, reward, terminated, _, info = env.step("So 3 + 4 is 7. Answer: 7")
     assert (reward, terminated, info["correct"]) == (1.0, True, True)
-    with pytest.raises(DataError, match="Task 0 is none of gsm8k: reward_spec field is required"):
-        gymnasium.make("SkyRL-v0", env_class="gsm8k", tasks=tasks).reset(seed=0)
+    with pytest.raises(DataError, match=r"line 1: .*a task of gsm8k needs 'reward_spec' with 'ground_truth'"):
+        gymnasium.make("SkyRL-v0", env_class="gsm8k", tasks=tasks)
 
 
 def test_a_task_that_lacks_a_field_is_named(tmp_path: Path) -> None:
@@ -214,11 +220,24 @@ def test_a_search_that_fails_is_no_passage(
         ({"config": {"topk": 5}}, ConfigurationError, "config of gsm8k has no 'topk'. Known: none"),
         ({"rows": []}, ConfigurationError, "has no tasks"),
         ({"rows": [{"prompt": "Ann?"}]}, DataError, "line 1: no such row .*'prompt', a list of messages"),
+        ({"rows": [{"prompt": APPLES}]}, DataError, "a task of gsm8k needs 'reward_spec' with 'ground_truth'"),
         (
-            {"rows": [{"prompt": APPLES}]},
+            {"env_class": "aime", "rows": [{"prompt": APPLES, "reward_model": None}]},
             DataError,
-            r"a task needs 'reward_spec' \(or, for aime, 'reward_model'\) with 'ground_truth'",
+            "a task of aime needs 'reward_model' with 'ground_truth'",
         ),
+        (solved("gsm8k", 7), DataError, r"line 1: .*ground_truth of gsm8k must be a number as a text .*, got 7\."),
+        (solved("gsm8k", "1,200"), DataError, "a text without commas, such as '1200', got '1,200'"),
+        (solved("gsm8k_multi_turn", "3+4=7 #### 7"), DataError, "ground_truth of gsm8k_multi_turn must be a number"),
+        (solved("aime", 7), DataError, r"ground_truth of aime must be a text, got 7\."),
+        (solved("text2sql", ["SELECT 1"]), DataError, "ground_truth of text2sql must be a text, got"),
+        (
+            solved("search", {"target": None}),
+            DataError,
+            r"search must be {'target': ...} with a text or a list of texts",
+        ),
+        (solved("search", {"target": []}), DataError, "ground_truth of search must be"),
+        (solved("search", ["Rome"]), DataError, r"ground_truth of search must be .*, got \['Rome'\]"),
     ],
 )
 def test_what_cant_work_is_refused(kwargs: dict[str, Any], error: type, message: str, tmp_path: Path) -> None:
