@@ -120,7 +120,8 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         self._file = file = Path(str(tasks).replace("{split}", split)).expanduser()
         if not file.is_file():
             raise ConfigurationError(f"tasks={tasks} of split {split!r} is no file.")
-        self._tasks = _read(file, env_class)
+        now = file.stat()
+        self._tasks = _read(file, env_class, (now.st_mtime_ns, now.st_size))
         if not self._tasks:
             raise ConfigurationError(f"{file} has no tasks.")
         self.metadata = {"render_modes": [], "action_ends": list(action_ends or ACTION_ENDS[env_class])}
@@ -178,8 +179,11 @@ class SkyRLEnv(gymnasium.Env[str, str]):
 
 
 @lru_cache(maxsize=8)  # for the many environments of a run, which share their tasks
-def _read(file: Path, env_class: str) -> list[tuple[list[dict[str, str]], dict[str, Any]]]:
-    return list(read_rows(file, partial(_task, env_class)))
+def _read(
+    file: Path, env_class: str, version: tuple[int, int]
+) -> tuple[tuple[list[dict[str, str]], dict[str, Any]], ...]:
+    """The tasks of a file; another time or size of it, its `version`, is another file."""
+    return tuple(read_rows(file, partial(_task, env_class)))
 
 
 def _task(env_class: str, row: Any) -> tuple[list[dict[str, str]], dict[str, Any]]:

@@ -85,6 +85,15 @@ def test_turns_of_gsm8k_go_on_until_the_answer_is_right(tmp_path: Path) -> None:
     assert (observation, reward, terminated, truncated, info["correct"]) == ("", 1.0, True, False, True)
 
 
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"content": text}], "reward_spec": {"ground_truth": "7"}} for text in ("a", "b", "c")]
+    tasks, seen = tmp_path / "t.jsonl", []
+    for written in (rows[:1], rows[1:]):
+        env = gymnasium.make("SkyRL-v0", env_class="gsm8k", tasks=write(tasks, *written))
+        seen.append([env.reset(seed=seed)[0] for seed in range(2)])
+    assert seen == [["a", "a"], ["b", "c"]]
+
+
 def three(folder: Path, split: str) -> Path:
     rows = [
         {"prompt": [{"role": "user", "content": f"{split} {place}"}], "reward_spec": {"ground_truth": "7"}}
