@@ -23,7 +23,7 @@ from agentic_rag_env.errors import ConfigurationError, DataError, required_libra
 from agentic_rag_env.files import read_rows
 from agentic_rag_env.lifted import FIRST_SEEDS, SEEDS_OF_A_SPLIT
 from agentic_rag_env.registry import did_you_mean
-from agentic_rag_env.settings import Allowed, check_value, one_of
+from agentic_rag_env.settings import COUNT, Allowed, check_value, one_of
 from agentic_rag_env.spaces import FreeText
 
 #: Where an action ends, for each environment that we know to run nothing that a model writes but the tool's query.
@@ -133,7 +133,8 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         """Begin the task of a seed; without a seed, a task drawn at random.
 
         Raises:
-            ConfigurationError: The seed belongs to another split, or there are not so many tasks.
+            ConfigurationError: The seed belongs to another split, there are not so many tasks, or the task's database
+                is missing.
             DataError: The task is none of this environment.
         """
         super().reset(seed=seed)
@@ -146,6 +147,16 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         except (AssertionError, KeyError) as error:  # so it says what a task lacks
             lack = f"{error.args[0]} field is required" if isinstance(error, KeyError) else error
             raise DataError(f"Task {number} is none of {self._name}: {lack}. Mend {self._file}.") from error
+        except NotImplementedError as error:  # text2sql says no more
+            raise DataError(
+                f"Task {number} is none of {self._name}: data must be synsql, spider or bird, got {task['data']!r}. "
+                f"Mend {self._file}."
+            ) from error
+        except FileNotFoundError as error:
+            raise ConfigurationError(
+                f"Task {number} of {self._file} has no database: {error}. Set config.db_path to the folder of the "
+                f"databases, now {self._config.db_path}, or mend the task's data and db_id."
+            ) from error
         return _text(messages), dict(info)
 
     def _number(self, seed: int) -> int:
@@ -189,12 +200,16 @@ def _read(
 def _task(env_class: str, row: Any) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """Split a line into the prompt and the rest."""
     prompt = row.get("prompt")
-    if not isinstance(prompt, list) or not all(isinstance(one, dict) and "content" in one for one in prompt):
-        raise DataError("a task needs 'prompt', a list of messages with 'content'")
+    if not isinstance(prompt, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("content"), str) for one in prompt
+    ):
+        raise DataError("a task needs 'prompt', a list of messages with a text as 'content'")
     field, allowed = _SOLUTIONS[env_class]
     if not isinstance(row.get(field), dict) or "ground_truth" not in row[field]:
         raise DataError(f"a task of {env_class} needs {field!r} with 'ground_truth'")
     check_value(f"ground_truth of {env_class}", row[field]["ground_truth"], allowed)
+    if "max_turns" in row:
+        check_value("max_turns", row["max_turns"], COUNT)
     return prompt, {name: value for name, value in row.items() if name != "prompt"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import sys
 import threading
 import time
@@ -71,6 +72,24 @@ def test_a_task_that_lacks_a_field_is_named(tmp_path: Path) -> None:
     env = gymnasium.make("SkyRL-v0", env_class="gsm8k_multi_turn", tasks=tasks)
     with pytest.raises(DataError, match=r"Task 0 is none of gsm8k_multi_turn: extra_info field is required.*t\.jsonl"):
         env.reset(seed=0)
+
+
+def test_a_task_without_its_database_is_named(tmp_path: Path) -> None:
+    def env(data: str) -> Any:
+        fields = solved("text2sql", "SELECT 1", db_id="bank", data=data)
+        tasks = write(tmp_path / f"{data}.jsonl", *fields["rows"])
+        return gymnasium.make("SkyRL-v0", env_class="text2sql", tasks=tasks, config={"db_path": str(tmp_path)})
+
+    with pytest.raises(DataError, match=r"Task 0 is .* data must be synsql, spider or bird, got 'wiki'. Mend .*wiki\."):
+        env("wiki").reset(seed=0)
+    with pytest.raises(
+        ConfigurationError, match=r"Task 0 of .*spider\.jsonl has no .*bank\.sqlite.*Set config\.db_path"
+    ):
+        env("spider").reset(seed=0)
+    database = tmp_path / "spider" / "database" / "bank" / "bank.sqlite"
+    database.parent.mkdir(parents=True)
+    sqlite3.connect(database).close()
+    assert env("spider").reset(seed=0)[0].startswith("End with ####")
 
 
 def test_turns_of_gsm8k_go_on_until_the_answer_is_right(tmp_path: Path) -> None:
@@ -229,6 +248,13 @@ def test_a_search_that_fails_is_no_passage(
         ({"config": {"topk": 5}}, ConfigurationError, "config of gsm8k has no 'topk'. Known: none"),
         ({"rows": []}, ConfigurationError, "has no tasks"),
         ({"rows": [{"prompt": "Ann?"}]}, DataError, "line 1: no such row .*'prompt', a list of messages"),
+        ({"rows": [{"prompt": [{"content": None}]}]}, DataError, "line 1: .* messages with a text as 'content'"),
+        ({"rows": [{"prompt": [{"content": [{"text": "Ann?"}]}]}]}, DataError, "messages with a text as 'content'"),
+        (
+            solved("search", {"target": "Rome"}, max_turns=None),
+            DataError,
+            "line 1: .*max_turns must be an integer of at least 1, got None",
+        ),
         ({"rows": [{"prompt": APPLES}]}, DataError, "a task of gsm8k needs 'reward_spec' with 'ground_truth'"),
         (
             {"env_class": "aime", "rows": [{"prompt": APPLES, "reward_model": None}]},
