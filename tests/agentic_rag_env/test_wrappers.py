@@ -86,6 +86,13 @@ def test_spans_are_runs_of_words_that_are_not_common(text, expected):
     assert [tuple(span) for span in find_spans(text, frozenset({"who", "is", "of"}))] == expected
 
 
+def test_few_of_many_passages_are_kept_in_memory():
+    for number in range(10_000):
+        assert find_spans(f"the {number}", frozenset({"the"})) == ((str(number), 1),)
+        assert words(f"The {number}") == ("the", str(number))
+    assert max(find_spans.cache_info().currsize, words.cache_info().currsize) <= 4096
+
+
 # --- the discrete view -----------------------------------------------------------------------------------------------
 
 
