@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from agentic_rag_env.errors import ConfigurationError, DataError, required_libra
 from agentic_rag_env.files import read_rows
 from agentic_rag_env.lifted import FIRST_SEEDS, SEEDS_OF_A_SPLIT
 from agentic_rag_env.registry import did_you_mean
-from agentic_rag_env.settings import check_value, one_of
+from agentic_rag_env.settings import COUNT, Allowed, check_value, one_of
 from agentic_rag_env.spaces import FreeText
 
 #: Where an action ends, for each environment that we know to run nothing that a model writes but the tool's query.
@@ -38,6 +38,24 @@ ACTION_ENDS = {
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "search": {"search_url": "http://127.0.0.1:8000/retrieve", "topk": 3, "timeout": 30, "log_requests": False},
     "text2sql": {"db_path": "sql_data"},
+}
+_TEXT = Allowed("a text", lambda value: isinstance(value, str))
+_SUM = Allowed(
+    "a number as a text without commas, such as '1200'",  # all that the package reads out of an answer
+    lambda value: isinstance(value, str) and re.fullmatch(r"-?[0-9.]+", value) is not None,
+)
+_TARGET = Allowed(
+    "{'target': ...} with a text or a list of texts",
+    lambda value: isinstance(value, Mapping) and _is_text_or_texts(value.get("target")),
+)
+#: The field of a task whose `ground_truth` is the solution, and what that must be. Of another one the package would
+#: call every answer wrong, or it would break at the first answer.
+_SOLUTIONS: dict[str, tuple[str, Allowed]] = {
+    "aime": ("reward_model", _TEXT),
+    "gsm8k": ("reward_spec", _SUM),
+    "gsm8k_multi_turn": ("reward_spec", _SUM),
+    "search": ("reward_spec", _TARGET),
+    "text2sql": ("reward_spec", _TEXT),
 }
 #: How the package begins the result of a search that has failed. That of one that worked begins with a passage.
 _FAILURES = ("Search error:", "Search request failed", "Error processing search results", "Unknown API state")
@@ -102,7 +120,8 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         self._file = file = Path(str(tasks).replace("{split}", split)).expanduser()
         if not file.is_file():
             raise ConfigurationError(f"tasks={tasks} of split {split!r} is no file.")
-        self._tasks = _read(file)
+        now = file.stat()
+        self._tasks = _read(file, env_class, (now.st_mtime_ns, now.st_size))
         if not self._tasks:
             raise ConfigurationError(f"{file} has no tasks.")
         self.metadata = {"render_modes": [], "action_ends": list(action_ends or ACTION_ENDS[env_class])}
@@ -114,7 +133,8 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         """Begin the task of a seed; without a seed, a task drawn at random.
 
         Raises:
-            ConfigurationError: The seed belongs to another split, or there are not so many tasks.
+            ConfigurationError: The seed belongs to another split, there are not so many tasks, or the task's database
+                is missing.
             DataError: The task is none of this environment.
         """
         super().reset(seed=seed)
@@ -127,6 +147,16 @@ class SkyRLEnv(gymnasium.Env[str, str]):
         except (AssertionError, KeyError) as error:  # so it says what a task lacks
             lack = f"{error.args[0]} field is required" if isinstance(error, KeyError) else error
             raise DataError(f"Task {number} is none of {self._name}: {lack}. Mend {self._file}.") from error
+        except NotImplementedError as error:  # text2sql says no more
+            raise DataError(
+                f"Task {number} is none of {self._name}: data must be synsql, spider or bird, got {task['data']!r}. "
+                f"Mend {self._file}."
+            ) from error
+        except FileNotFoundError as error:
+            raise ConfigurationError(
+                f"Task {number} of {self._file} has no database: {error}. Set config.db_path to the folder of the "
+                f"databases, now {self._config.db_path}, or mend the task's data and db_id."
+            ) from error
         return _text(messages), dict(info)
 
     def _number(self, seed: int) -> int:
@@ -160,19 +190,32 @@ class SkyRLEnv(gymnasium.Env[str, str]):
 
 
 @lru_cache(maxsize=8)  # for the many environments of a run, which share their tasks
-def _read(file: Path) -> list[tuple[list[dict[str, str]], dict[str, Any]]]:
-    return list(read_rows(file, _task))
+def _read(
+    file: Path, env_class: str, version: tuple[int, int]
+) -> tuple[tuple[list[dict[str, str]], dict[str, Any]], ...]:
+    """The tasks of a file; another time or size of it, its `version`, is another file."""
+    return tuple(read_rows(file, partial(_task, env_class)))
 
 
-def _task(row: Any) -> tuple[list[dict[str, str]], dict[str, Any]]:
+def _task(env_class: str, row: Any) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """Split a line into the prompt and the rest."""
     prompt = row.get("prompt")
-    if not isinstance(prompt, list) or not all(isinstance(one, dict) and "content" in one for one in prompt):
-        raise DataError("a task needs 'prompt', a list of messages with 'content'")
-    # Of the package's environments, only aime reads the other name.
-    if not any("ground_truth" in (row.get(name) or {}) for name in ("reward_spec", "reward_model")):
-        raise DataError("a task needs 'reward_spec' (or, for aime, 'reward_model') with 'ground_truth'")
+    if not isinstance(prompt, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("content"), str) for one in prompt
+    ):
+        raise DataError("a task needs 'prompt', a list of messages with a text as 'content'")
+    field, allowed = _SOLUTIONS[env_class]
+    if not isinstance(row.get(field), dict) or "ground_truth" not in row[field]:
+        raise DataError(f"a task of {env_class} needs {field!r} with 'ground_truth'")
+    check_value(f"ground_truth of {env_class}", row[field]["ground_truth"], allowed)
+    if "max_turns" in row:
+        check_value("max_turns", row["max_turns"], COUNT)
     return prompt, {name: value for name, value in row.items() if name != "prompt"}
+
+
+def _is_text_or_texts(value: Any) -> bool:
+    many = isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+    return many or isinstance(value, str)
 
 
 def _failure(observation: str) -> str | None:

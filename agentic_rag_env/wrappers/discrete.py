@@ -15,6 +15,7 @@ import numpy as np
 from gymnasium import spaces
 
 from agentic_rag_env.actions import Action, Answer, Malformed, Search
+from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.settings import COUNT, check_value
 from agentic_rag_env.types import Passage, StepInfo
 from agentic_rag_env.wrappers.spans import common_words, find_spans, words
@@ -77,7 +78,7 @@ class DiscreteActions(View[np.ndarray, np.integer]):
     | 1 + C * (2 + W) + c | answer candidate c |
 
     `action_masks()` tells which of them are possible: candidates that exist, and no search in a last turn that does not
-    execute it. Any other action is a malformed turn.
+    execute it. Any other action of the space is a malformed turn; one outside of it is refused.
 
     ## Observation Space
     `Box(0, 1, float32)`, flat: features of the state, then those of each candidate, 0 where there is none.
@@ -143,7 +144,11 @@ class DiscreteActions(View[np.ndarray, np.integer]):
         self.observation_space = spaces.Box(0.0, 1.0, (self._width,), np.float32)
         self._read: dict[str, _Candidate] = {}
         self._candidates: list[_Candidate] = []
-        self.reply = ""
+        self._question = self._searched_question = self._question_tail = self.reply = ""
+        self._question_set: frozenset[str] = frozenset()
+        self._turn, self._num_searches = 0, 0
+        self._query: frozenset[str] = frozenset()
+        self._queried_words: set[str] = set()
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -161,8 +166,7 @@ class DiscreteActions(View[np.ndarray, np.integer]):
         self._question_set = frozenset(words(self._question))
         self._question_tail = " ".join(word for word in words(self._question) if word in self._common)
         self._read, self._turn, self._num_searches = {}, 0, 0
-        self._query: frozenset[str] = frozenset()
-        self._queried_words: set[str] = set()
+        self._query, self._queried_words = frozenset(), set()
         # A question of common words alone leaves nothing to pick, so it is picked from as a whole.
         found = [span.text for span in find_spans(self._question, self._common)] or [" ".join(words(self._question))]
         for text in found:
@@ -175,6 +179,7 @@ class DiscreteActions(View[np.ndarray, np.integer]):
 
         Raises:
             ResetNeededError: No episode is running.
+            ConfigurationError: There is no such action.
         """
         meaning = self.meaning(int(action))
         self.reply, reward, terminated, truncated, info = self.env.step(self.text(meaning))
@@ -195,8 +200,18 @@ class DiscreteActions(View[np.ndarray, np.integer]):
         return mask
 
     def meaning(self, action: int) -> Action:
-        """What an action stands for at the moment; `Malformed` where the mask forbids it."""
-        if not self.action_masks()[action]:
+        """What an action stands for at the moment; `Malformed` where the mask forbids it.
+
+        Raises:
+            ConfigurationError: There is no such action.
+        """
+        mask = self.action_masks()
+        if not 0 <= action < len(mask):
+            raise ConfigurationError(
+                f"action must be one of the {len(mask)} of action_space, 0 to {len(mask) - 1}, got {action}; "
+                "action_masks() tells which are possible now."
+            )
+        if not mask[action]:
             return Malformed("not possible now")
         if action >= self._first_answer:
             return Answer(self._candidates[action - self._first_answer].text)

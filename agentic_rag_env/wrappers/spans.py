@@ -12,6 +12,8 @@ from typing import NamedTuple
 #: Angle brackets end a word and a run, so that no span can spell a tag of the protocol.
 _RAW_WORD = re.compile(r"[^\s<>]+")
 _BREAK = re.compile(r"[<>\r\n]+")
+#: Number of texts whose words and spans are kept. Passages may be long, and each is kept with the text itself.
+_NUM_KEPT = 4096
 _PUNCTUATION = string.punctuation + "“”‘’«»…–—。、「」？！،؟"
 
 
@@ -27,7 +29,7 @@ class Span(NamedTuple):
     position: int
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=_NUM_KEPT)
 def words(text: str) -> tuple[str, ...]:
     """The words of a text in lower case, without the punctuation around them."""
     return tuple(word for raw in _RAW_WORD.findall(text) if (word := raw.strip(_PUNCTUATION).lower()))
@@ -57,7 +59,7 @@ def common_words(
     return tuple(word for word, count in ranked[:max_words] if count >= threshold)
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=_NUM_KEPT)
 def find_spans(text: str, common: frozenset[str]) -> tuple[Span, ...]:
     """The longest runs of words that are not common, in their order; punctuation and line breaks end a run.
 

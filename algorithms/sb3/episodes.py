@@ -167,8 +167,9 @@ def single(envs: RunEnvs) -> AgenticRAGEnv:
     """Make one environment with the questions, the retriever and the rules of a vector environment.
 
     Raises:
-        ConfigurationError: They are of another kind.
+        ConfigurationError: They are of another class. That of a subclass may have rules of its own, which one
+            environment would not follow.
     """
-    if not isinstance(envs, AgenticRAGVectorEnv):
+    if type(envs) is not AgenticRAGVectorEnv:
         raise ConfigurationError(f"An outside learner needs env=agentic_rag, got a {type(envs).__name__}.")
     return AgenticRAGEnv(dataset=envs.dataset, retriever=envs.retriever, top_k=envs.top_k, **envs.rules.settings())

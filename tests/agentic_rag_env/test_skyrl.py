@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import sys
 import threading
 import time
@@ -27,6 +28,12 @@ APPLES = [{"role": "system", "content": "End with #### and a number."}, {"role":
 def write(file: Path, *rows: Any) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+def solved(env_class: str, solution: Any, **fields: Any) -> dict[str, Any]:
+    """A class, and the rows of a file with one task that has this solution."""
+    spec = "reward_model" if env_class == "aime" else "reward_spec"
+    return {"env_class": env_class, "rows": [{"prompt": APPLES, spec: {"ground_truth": solution}, **fields}]}
 
 
 @pytest.fixture
@@ -56,8 +63,8 @@ def test_tasks_of_aime_have_their_solution_under_another_name(tmp_path: Path) ->
     env.reset(seed=0)
     _, reward, terminated, _, info = env.step("So 3 + 4 is 7. Answer: 7")
     assert (reward, terminated, info["correct"]) == (1.0, True, True)
-    with pytest.raises(DataError, match="Task 0 is none of gsm8k: reward_spec field is required"):
-        gymnasium.make("SkyRL-v0", env_class="gsm8k", tasks=tasks).reset(seed=0)
+    with pytest.raises(DataError, match=r"line 1: .*a task of gsm8k needs 'reward_spec' with 'ground_truth'"):
+        gymnasium.make("SkyRL-v0", env_class="gsm8k", tasks=tasks)
 
 
 def test_a_task_that_lacks_a_field_is_named(tmp_path: Path) -> None:
@@ -65,6 +72,24 @@ def test_a_task_that_lacks_a_field_is_named(tmp_path: Path) -> None:
     env = gymnasium.make("SkyRL-v0", env_class="gsm8k_multi_turn", tasks=tasks)
     with pytest.raises(DataError, match=r"Task 0 is none of gsm8k_multi_turn: extra_info field is required.*t\.jsonl"):
         env.reset(seed=0)
+
+
+def test_a_task_without_its_database_is_named(tmp_path: Path) -> None:
+    def env(data: str) -> Any:
+        fields = solved("text2sql", "SELECT 1", db_id="bank", data=data)
+        tasks = write(tmp_path / f"{data}.jsonl", *fields["rows"])
+        return gymnasium.make("SkyRL-v0", env_class="text2sql", tasks=tasks, config={"db_path": str(tmp_path)})
+
+    with pytest.raises(DataError, match=r"Task 0 is .* data must be synsql, spider or bird, got 'wiki'. Mend .*wiki\."):
+        env("wiki").reset(seed=0)
+    with pytest.raises(
+        ConfigurationError, match=r"Task 0 of .*spider\.jsonl has no .*bank\.sqlite.*Set config\.db_path"
+    ):
+        env("spider").reset(seed=0)
+    database = tmp_path / "spider" / "database" / "bank" / "bank.sqlite"
+    database.parent.mkdir(parents=True)
+    sqlite3.connect(database).close()
+    assert env("spider").reset(seed=0)[0].startswith("End with ####")
 
 
 def test_turns_of_gsm8k_go_on_until_the_answer_is_right(tmp_path: Path) -> None:
@@ -77,6 +102,15 @@ def test_turns_of_gsm8k_go_on_until_the_answer_is_right(tmp_path: Path) -> None:
     assert (terminated, info["correct"]) == (False, False)
     observation, reward, terminated, truncated, info = env.step("#### 7")
     assert (observation, reward, terminated, truncated, info["correct"]) == ("", 1.0, True, False, True)
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"content": text}], "reward_spec": {"ground_truth": "7"}} for text in ("a", "b", "c")]
+    tasks, seen = tmp_path / "t.jsonl", []
+    for written in (rows[:1], rows[1:]):
+        env = gymnasium.make("SkyRL-v0", env_class="gsm8k", tasks=write(tasks, *written))
+        seen.append([env.reset(seed=seed)[0] for seed in range(2)])
+    assert seen == [["a", "a"], ["b", "c"]]
 
 
 def three(folder: Path, split: str) -> Path:
@@ -214,11 +248,31 @@ def test_a_search_that_fails_is_no_passage(
         ({"config": {"topk": 5}}, ConfigurationError, "config of gsm8k has no 'topk'. Known: none"),
         ({"rows": []}, ConfigurationError, "has no tasks"),
         ({"rows": [{"prompt": "Ann?"}]}, DataError, "line 1: no such row .*'prompt', a list of messages"),
+        ({"rows": [{"prompt": [{"content": None}]}]}, DataError, "line 1: .* messages with a text as 'content'"),
+        ({"rows": [{"prompt": [{"content": [{"text": "Ann?"}]}]}]}, DataError, "messages with a text as 'content'"),
         (
-            {"rows": [{"prompt": APPLES}]},
+            solved("search", {"target": "Rome"}, max_turns=None),
             DataError,
-            r"a task needs 'reward_spec' \(or, for aime, 'reward_model'\) with 'ground_truth'",
+            "line 1: .*max_turns must be an integer of at least 1, got None",
         ),
+        ({"rows": [{"prompt": APPLES}]}, DataError, "a task of gsm8k needs 'reward_spec' with 'ground_truth'"),
+        (
+            {"env_class": "aime", "rows": [{"prompt": APPLES, "reward_model": None}]},
+            DataError,
+            "a task of aime needs 'reward_model' with 'ground_truth'",
+        ),
+        (solved("gsm8k", 7), DataError, r"line 1: .*ground_truth of gsm8k must be a number as a text .*, got 7\."),
+        (solved("gsm8k", "1,200"), DataError, "a text without commas, such as '1200', got '1,200'"),
+        (solved("gsm8k_multi_turn", "3+4=7 #### 7"), DataError, "ground_truth of gsm8k_multi_turn must be a number"),
+        (solved("aime", 7), DataError, r"ground_truth of aime must be a text, got 7\."),
+        (solved("text2sql", ["SELECT 1"]), DataError, "ground_truth of text2sql must be a text, got"),
+        (
+            solved("search", {"target": None}),
+            DataError,
+            r"search must be {'target': ...} with a text or a list of texts",
+        ),
+        (solved("search", {"target": []}), DataError, "ground_truth of search must be"),
+        (solved("search", ["Rome"]), DataError, r"ground_truth of search must be .*, got \['Rome'\]"),
     ],
 )
 def test_what_cant_work_is_refused(kwargs: dict[str, Any], error: type, message: str, tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from agentic_rag_env import AgenticRAGEnv, Answer, ConfigurationError, Malformed, Passage, Question, QuestionSet, Search
+from agentic_rag_env import (
+    AgenticRAGEnv,
+    Answer,
+    ConfigurationError,
+    Malformed,
+    Passage,
+    Question,
+    QuestionSet,
+    ResetNeededError,
+    Search,
+)
 from agentic_rag_env.datasets.selection import share
 from agentic_rag_env.wrappers import DiscreteActions, TokenIds, common_words
 from agentic_rag_env.wrappers.spans import find_spans, words
@@ -74,6 +84,13 @@ def test_common_words_are_those_of_many_texts():
 )
 def test_spans_are_runs_of_words_that_are_not_common(text, expected):
     assert [tuple(span) for span in find_spans(text, frozenset({"who", "is", "of"}))] == expected
+
+
+def test_few_of_many_passages_are_kept_in_memory():
+    for number in range(10_000):
+        assert find_spans(f"the {number}", frozenset({"the"})) == ((str(number), 1),)
+        assert words(f"The {number}") == ("the", str(number))
+    assert max(find_spans.cache_info().currsize, words.cache_info().currsize) <= 4096
 
 
 # --- the discrete view -----------------------------------------------------------------------------------------------
@@ -243,6 +260,15 @@ def test_what_cannot_work_is_refused():
         DiscreteActions(gymnasium.make("CartPole-v1"))
 
 
+@pytest.mark.parametrize("action", [-1, 1 + 3 * KINDS + 3])
+def test_an_action_that_does_not_exist_is_refused(action):
+    view = small()
+    view.reset()
+    with pytest.raises(ConfigurationError, match=rf"one of the 25 of action_space, 0 to 24, got {action}; action_mask"):
+        view.step(action)
+    assert view.step(24)[4]["action"] == "malformed", "it exists, but no candidate stands there"
+
+
 # --- the token-id view -----------------------------------------------------------------------------------------------
 
 
@@ -302,6 +328,16 @@ def test_the_checkers_of_gymnasium_and_stable_baselines_find_nothing(make):
         from stable_baselines3.common.env_checker import check_env as check_for_stable_baselines
 
         check_for_stable_baselines(make())
+
+
+def test_before_the_first_reset_a_view_asks_for_one():
+    view = small()
+    for action in range(int(view.action_space.n)):
+        with pytest.raises(ResetNeededError, match="call reset to begin an episode"):
+            view.step(action)
+    assert view.candidates == ()
+    with pytest.raises(ResetNeededError, match="call reset to begin an episode"):
+        letters(max_action_tokens=4).step(np.full(4, 128))
 
 
 def test_a_view_shows_the_transcript_of_what_it_views():

@@ -13,7 +13,7 @@ import pytest
 from small_runs import Run, command
 from transformers import AutoTokenizer
 
-from agentic_rag_env import AgenticRAGEnv, ConfigurationError, RetrieverError
+from agentic_rag_env import AgenticRAGEnv, AgenticRAGVectorEnv, ConfigurationError, RetrieverError
 from agentic_rag_env.types import Ending, StepInfo
 from agentic_rag_env.wrappers import DiscreteActions
 from algorithms import evaluate
@@ -21,7 +21,7 @@ from algorithms.analysis.runs import find_runs
 from algorithms.assets import ASSETS
 from algorithms.maskable_ppo import MaskablePPO, MaskablePPOConfig
 from algorithms.rollout.trajectory_files import read_trajectories, transcript
-from algorithms.sb3.episodes import pick
+from algorithms.sb3.episodes import pick, single
 from algorithms.sb3.run import OutsideRun, check_failures
 from algorithms.training.build import build_stages
 from algorithms.training.trajectory_samples import NUM_SAVED
@@ -274,6 +274,20 @@ def test_nothing_starts_from_it_and_it_starts_from_nothing(tmp_path):
 def test_evaluate_says_where_its_figures_are(run):
     with pytest.raises(ConfigurationError, match=r"trained maskable_ppo, which is no language model.*summary\.json"):
         evaluate.find(str(run.path))
+
+
+class Hurried(AgenticRAGVectorEnv):
+    """Takes something off for every turn."""
+
+    def step(self, actions):
+        observations, rewards, *rest = super().step(actions)
+        return observations, rewards - 0.1, *rest
+
+
+def test_an_environment_with_rules_of_its_own_is_refused():
+    assert single(AgenticRAGVectorEnv(1, dataset=DATASET, max_turns=3)).rules.max_turns == 3
+    with pytest.raises(ConfigurationError, match=r"needs env=agentic_rag, got a Hurried\."):
+        single(Hurried(1, dataset=DATASET))
 
 
 def test_a_batch_of_one_turn_is_refused():
