@@ -43,6 +43,7 @@ FIRST_SEEDS = {split: place * SEEDS_OF_A_SPLIT for place, split in enumerate(("t
 #: Infos of several environments are stacked into columns, so the numbers of an info have one type each.
 _NUMBERS: dict[str, type] = {"exact_match": float, "f1": float, "num_searches": int}
 _NUMBER = Allowed("a finite number", lambda value: isinstance(value, (Real, np.bool_)) and math.isfinite(value))
+_INFO = Allowed("a dict", lambda value: isinstance(value, Mapping))
 _TEXT = or_none(Allowed("a text (str)", lambda value: isinstance(value, str)))
 #: What the other keys of an info may hold. Infos are stacked, compared with answers, and written to files.
 _OTHERS: dict[str, Allowed] = {
@@ -240,8 +241,7 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
         info = self._filled(blank_info(last["question_id"], last["turn"] + 1), given)
         if ended:
             info = self._at_the_end(info, given, bool(terminated))
-        if not math.isfinite(float(reward)):
-            raise ConfigurationError(f"A reward of {self._name} must be a finite number, got {reward!r}.")
+        check_value(f"reward of {self._name}", reward, _NUMBER)
         self._infos[row], self._running[row] = info, not ended
         return StepResult(self._text(observation, "step"), float(reward), bool(terminated), bool(truncated), info)
 
@@ -255,6 +255,7 @@ class LiftedVectorEnv(VectorEnv[tuple[str, ...], Sequence[str | None], np.ndarra
 
     def _filled(self, info: StepInfo, given: Mapping[str, Any]) -> StepInfo:
         """An info with what the environment knows of it, while the episode goes on."""
+        check_value(f"info of {self._name}", given, _INFO)
         known = {key: given[key] for key in StepInfo.__annotations__ if key in given}
         for key, kind in _NUMBERS.items():
             if key in known:

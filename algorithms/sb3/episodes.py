@@ -27,9 +27,11 @@ class Record:
             the turn's first token; the other tokens have 0.
         prompt: Text that the episode begins with.
         group_id: Group of the trajectory.
+        batch: Number of the batch of a `Sample` that the episode is begun for; kept as an attribute.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, group_id: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, group_id: int, batch: int = 0) -> None:
+        self.batch = batch
         self._tokenizer, self._group_id, self._reward = tokenizer, group_id, 0.0
         self._prompt_ids = encode_prompts(tokenizer, [prompt])[0]
         self._turns: list[Turn] = []
@@ -82,7 +84,7 @@ class RecordedView(DiscreteActions):
         self._seen, reward, terminated, truncated, info = super().step(action)
         self._record.add(text, log_prob, self.reply, reward, terminated, truncated, info)
         if terminated or truncated:
-            self._sample.keep(self._record.trajectory())
+            self._sample.keep(self._record)
         return self._seen, reward, terminated, truncated, info
 
 
@@ -98,23 +100,24 @@ class Sample:
     def __init__(self, size: int, tokenizer: PreTrainedTokenizerBase, wanted: Callable[[], bool]) -> None:
         self._size, self._tokenizer, self._wanted = size, tokenizer, wanted
         self._kept: list[Trajectory] = []
-        self._begun = 0
+        self._begun, self._batch = 0, 0
 
     def begin(self, prompt: str) -> Record | None:
         """Record an episode that begins; None if it is not wanted."""
         if self._begun >= self._size or not self._wanted():
             return None
         self._begun += 1
-        return Record(self._tokenizer, prompt, self._begun - 1)
+        return Record(self._tokenizer, prompt, self._begun - 1, self._batch)
 
-    def keep(self, trajectory: Trajectory) -> None:
+    def keep(self, record: Record) -> None:
         """Keep an episode that has ended; one that ends after its update is left out."""
-        if self._wanted():
-            self._kept.append(trajectory)
+        if record.batch == self._batch:
+            self._kept.append(record.trajectory())
 
     def take(self) -> list[Trajectory]:
         """Return the kept episodes of the present update; the next update starts empty."""
         taken, self._kept, self._begun = self._kept, [], 0
+        self._batch += 1
         return taken
 
 

@@ -78,10 +78,17 @@ class Numbers(Calculator):
         return np.zeros(3), {}
 
 
+class Blank(Calculator):
+    def reset(self, **kwargs: Any) -> Any:
+        return "1 * 1 = ?", None
+
+
 class Raising(Calculator):
     def step(self, action: str) -> Any:
-        if action == "nan":
-            return "", float("nan"), False, False, {}
+        if action in (rewards := {"nan": float("nan"), "none": None, "text": "1", "list": [1.0]}):
+            return "", rewards[action], False, False, {}
+        if action == "no info":
+            return "", 0.0, True, False, None
         if action == "array":
             return np.zeros(2), 0.0, False, False, {}
         raise ZeroDivisionError("oops")
@@ -90,7 +97,7 @@ class Raising(Calculator):
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
     known = dict(registered)
-    for name in (Calculator, Scored, Silent, Numbers, Raising, Says):
+    for name in (Calculator, Scored, Silent, Numbers, Blank, Raising, Says):
         gymnasium.register(f"{name.__name__}-v0", entry_point=name)
     yield
     registered.clear()
@@ -254,9 +261,15 @@ def test_the_ending_is_what_the_environment_says_or_shows(says: dict[str, Any], 
 def test_what_is_no_text_or_no_number_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"reset of Numbers-v0 must observe a text \(str\), got ndarray"):
         lift("Numbers-v0").reset()
+    with pytest.raises(ConfigurationError, match=r"info of Blank-v0 must be a dict, got None\."):
+        lift("Blank-v0").reset()
     envs = lift("Raising-v0", 1)
     for action, error, message in (
-        ("nan", ConfigurationError, "A reward of Raising-v0 must be a finite number, got nan"),
+        ("nan", ConfigurationError, r"reward of Raising-v0 must be a finite number, got nan\."),
+        ("none", ConfigurationError, r"reward of Raising-v0 must be a finite number, got None\."),
+        ("text", ConfigurationError, r"reward of Raising-v0 must be a finite number, got '1'\."),
+        ("list", ConfigurationError, r"reward of Raising-v0 must be a finite number, got \[1\.0\]\."),
+        ("no info", ConfigurationError, r"info of Raising-v0 must be a dict, got None\."),
         ("array", ConfigurationError, r"step of Raising-v0 must observe a text \(str\), got ndarray"),
         ("x", ZeroDivisionError, "oops"),
     ):

@@ -14,14 +14,14 @@ from small_runs import Run, command
 from transformers import AutoTokenizer
 
 from agentic_rag_env import AgenticRAGEnv, AgenticRAGVectorEnv, ConfigurationError, RetrieverError
-from agentic_rag_env.types import Ending, StepInfo
+from agentic_rag_env.types import Ending, StepInfo, blank_info
 from agentic_rag_env.wrappers import DiscreteActions
 from algorithms import evaluate
 from algorithms.analysis.runs import find_runs
 from algorithms.assets import ASSETS
 from algorithms.maskable_ppo import MaskablePPO, MaskablePPOConfig
 from algorithms.rollout.trajectory_files import read_trajectories, transcript
-from algorithms.sb3.episodes import pick, single
+from algorithms.sb3.episodes import Sample, pick, single
 from algorithms.sb3.run import OutsideRun, check_failures
 from algorithms.training.build import build_stages
 from algorithms.training.trajectory_samples import NUM_SAVED
@@ -140,6 +140,25 @@ def test_some_episodes_of_training_are_kept_as_they_were_played(run, tmp_path):
     assert [each.correct for each in dev].count(True) / 5 == pytest.approx(run.metrics[-1]["dev/exact_match"])
     unwatched = train(tmp_path / "unwatched", "evaluation.every=0")
     assert unwatched.metrics[-1]["train/loss"] == run.metrics[-1]["train/loss"], "watching changes nothing"
+
+
+def test_an_episode_that_ends_after_its_update_is_left_out():
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-student")
+    sample = Sample(2, tokenizer, lambda: True)  # every update is wanted, as with evaluation.every=1
+
+    def end(record, reward: float) -> None:
+        record.add("<answer> Oslo </answer>", -1.0, "", reward, True, False, blank_info("q", 1))
+        sample.keep(record)
+
+    late, early = sample.begin("Where?"), sample.begin("Where?")
+    assert sample.begin("Where?") is None, "two are enough"
+    end(early, 1.0)
+    assert [each.reward for each in sample.take()] == [1.0]
+    following = sample.begin("Where?")
+    end(late, 2.0)
+    end(following, 3.0)
+    assert [each.reward for each in sample.take()] == [3.0]
+    assert sample.take() == []
 
 
 def test_the_saved_controller_acts_like_the_trained_one(run):
