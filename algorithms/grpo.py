@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from agentic_rag_env.settings import Allowed, at_least, check_settings, one_of
+from agentic_rag_env.settings import at_least, check_settings, one_of
 from algorithms.learner import ops
 from algorithms.learner.algorithm import ALGORITHMS, Algorithm, PolicyGradientConfig
 from algorithms.learner.config import ANCHORS
@@ -47,8 +47,6 @@ class GRPOConfig(PolicyGradientConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_settings(self, at_least(2), "rollouts_per_prompt")
-        allowed = f"a divisor of batch_size ({self.batch_size})"
-        check_settings(self, Allowed(allowed, lambda value: self.batch_size % value == 0), "rollouts_per_prompt")
         for name, choices in (("scale_rewards", ops.REWARD_SCALES), ("kl_estimator", ops.KL_ESTIMATORS)):
             check_settings(self, one_of(choices), name)
 

@@ -79,10 +79,10 @@ class TAID(SFT):
     def after_step(self, metrics: Mapping[str, float]) -> None:
         """Move t as lines 7 to 10 of algorithm 1 do."""
         config, loss = self.config, metrics["loss"]
-        if self._last_loss is not None:
+        if self._last_loss:  # None before the first step; 0 at t = 0, and from 0 there is no relative fall
             fall = (self._last_loss - loss) / (self._last_loss + 1e-15)
             self._fall = config.momentum * self._fall + (1 - config.momentum) * fall
-            # The sigmoid as a tangent, which can't overflow: after a loss of 0 the fall is almost minus infinity.
+            # The sigmoid as a tangent, which can't overflow: after a loss near 0 the fall is almost minus infinity.
             self.t += config.step_size * (1 - self.t) * (1 + math.tanh(self._fall / 2)) / 2
         self._last_loss = loss
         line = config.t_start + (config.t_end - config.t_start) * metrics["progress"]

@@ -16,6 +16,7 @@ import numpy as np
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import Registry, did_you_mean
+from agentic_rag_env.settings import Allowed, check_value
 from algorithms.learner.config import (
     AlgorithmConfig,
     CriticConfig,
@@ -99,7 +100,7 @@ class Algorithm:
         needs: What the hooks read beyond the samples themselves, from `NEEDS`.
         trains_on: Where its trajectories come from. "policy": fresh rollouts of the policy; "teacher": stored
             trajectories of the teacher; "replay": earlier rollouts of the policy.
-        rollouts_per_prompt: Trajectories of each question in a batch of fresh rollouts.
+        rollouts_per_prompt: Trajectories of each question in a batch of fresh rollouts; must divide `batch_size`.
         sampling_temperature: Temperature of fresh rollouts; None: the run's, which is also that of the losses.
         replay_capacity: Number of newest trajectories kept for replay.
         num_validation: Demonstrations held out for `after_validation`.
@@ -151,6 +152,10 @@ class Algorithm:
                     f"{name} {reason}, so its settings, {type(self.config).__name__}, must extend {base.__name__} of "
                     f"{__name__}."
                 )
+        if "policy" in self.trains_on:
+            size = self.config.batch_size
+            divisor = Allowed(f"a divisor of batch_size ({size})", lambda value: value >= 1 and size % value == 0)
+            check_value(f"{name}.rollouts_per_prompt", self.rollouts_per_prompt, divisor)
 
     def num_steps(self, num_demonstrations: int) -> int:
         """Training steps of a whole run.

@@ -180,6 +180,15 @@ class Sources:
         return found
 
 
+def without_failed_searches(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """Leave out groups in which a failed search ended an episode: nobody knows whether it would have been right.
+
+    A group goes as a whole, since algorithms compare its members and count on all of them.
+    """
+    failed = {one.group_id for one in trajectories if one.turns[-1].info["error"] is not None}
+    return [one for one in trajectories if one.group_id not in failed]
+
+
 def _question_id(trajectory: Trajectory) -> str:
     return trajectory.turns[-1].info["question_id"]
 

@@ -136,6 +136,7 @@ class RunConfig:
         resume: Run directory to go on with; its own configuration is used.
         num_envs: Episodes played at once, in each process.
         max_retriever_error_fraction: Share of a rollout's episodes that a failed search may end; past it the run stops.
+            Nothing is learned from these episodes, nor from others of their group.
         cache_dir: Folder that keeps demonstrations, and evaluations of models that other runs measure too, between
             runs.
         checkpoint_every: Training steps between checkpoints.

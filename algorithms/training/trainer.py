@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
 from algorithms.learner import ranks, seeding, sharding
 from algorithms.learner.adapters import trained_state
 from algorithms.learner.algorithm import Algorithm, CriticConfig, DemonstrationConfig, Progress, Role
@@ -26,7 +26,7 @@ from algorithms.rollout.replay import Replay
 from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training import checkpoint, evaluation
 from algorithms.training.agent_files import described
-from algorithms.training.batches import Sources, choose_source
+from algorithms.training.batches import Sources, choose_source, without_failed_searches
 from algorithms.training.build import Environments, Networks, build_stages
 from algorithms.training.costs import cost_metrics, speeds, spend, timed
 from algorithms.training.episode_figures import trajectory_metrics
@@ -268,7 +268,11 @@ class Trainer:
         return self.networks.earlier_policy(self.checkpoint_path(start) if start else None)
 
     def _draw(self, algorithm: Algorithm, source: str) -> tuple[list[Trajectory], dict[str, float]]:
-        """Draw the trajectories of the next step; also return figures of the rollout if there was one."""
+        """Draw the trajectories of the next step; also return figures of the rollout if there was one.
+
+        Raises:
+            RetrieverError: So many searches fail that too few trajectories are left.
+        """
         stage, step = self.position.stage, self.position.stage_step
         if source == "teacher":
             return self.sources.demonstrated(algorithm, stage, step), {}
@@ -276,7 +280,13 @@ class Trainer:
             draw = seeding.rng(self.config.seed, stage, "replay", step)
             return self.sources.replay.sample(algorithm.config.batch_size, draw), {}
         trajectories, stats = self.sources.played(algorithm, stage, step)
-        self.sources.replay.add(trajectories)
+        served = without_failed_searches(trajectories)
+        if len(served) < algorithm.config.num_minibatches:
+            raise RetrieverError(
+                f"Failed searches leave {len(served)} of {len(trajectories)} episodes of training step "
+                f"{self.position.step + 1} to learn from, fewer than num_minibatches={algorithm.config.num_minibatches}."
+            )
+        self.sources.replay.add(served)
         spend(
             self.position.costs,
             rollout_s=stats.seconds,
@@ -284,7 +294,7 @@ class Trainer:
             episodes=len(trajectories),
             env_steps=sum(len(trajectory.turns) for trajectory in trajectories),
         )
-        return trajectories, trajectory_metrics(trajectories, stats)
+        return served, trajectory_metrics(trajectories, stats)
 
     def _train_step(self, learner: Learner, total_steps: int) -> dict[str, float]:
         stage, step, replay = self.position.stage, self.position.stage_step, self.sources.replay

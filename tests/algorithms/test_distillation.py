@@ -268,10 +268,11 @@ def test_replay_keeps_the_newest_and_comes_back_from_a_checkpoint():
 # --- TAID ------------------------------------------------------------------------------------------------------------
 
 
-def run_schedule(algorithm: TAID, losses: list[float]) -> list[float]:
+def run_schedule(algorithm: TAID, losses: list[float], num_steps: int | None = None) -> list[float]:
+    """Where t is after the first steps of a stage, which has as many steps as losses unless a number is given."""
     places = []
     for step, loss in enumerate(losses):
-        algorithm.after_step({"loss": loss, "progress": step / len(losses)})
+        algorithm.after_step({"loss": loss, "progress": step / (num_steps or len(losses))})
         places.append(algorithm.t)
     return places
 
@@ -322,11 +323,15 @@ def test_taid_with_a_constant_loss_goes_half_its_step():
     assert algorithm.t - before == pytest.approx(0.1 / 2 * (1 - before), abs=1e-12)
 
 
-def test_taid_goes_on_after_a_loss_of_zero():
-    """At t = 0 the target is the student itself, so the first loss is 0 and the fall after it without bound."""
+def test_taid_adapts_after_a_loss_of_zero():
+    """At t = 0 the target is the student itself, so the first loss is 0, and no fall is measured from it."""
     algorithm = TAID(TAIDConfig(t_start=0.0, step_size=0.1))
-    assert run_schedule(algorithm, [0.0, 0.5, 0.4, 0.3]) == pytest.approx([0.0, 0.25, 0.5, 0.75], abs=1e-12)
-    assert math.isfinite(algorithm.state_dict()["fall"])
+    third = 0.01 + 0.1 * 0.99 / (1 + math.exp(-0.01 * 0.2))  # 0.2 is the first fall, from 0.5 to 0.4
+    fourth = third + 0.1 * (1 - third) / (1 + math.exp(-(0.99 * 0.01 * 0.2 + 0.01 * 0.25)))
+    found = run_schedule(algorithm, [0.0, 0.5, 0.4, 0.3], num_steps=100)
+    assert found == pytest.approx([0.0, 0.01, third, fourth], abs=1e-12)
+    assert third > 0.02
+    assert fourth > 0.03
 
 
 def test_taid_loss_written_out_and_where_it_ends():

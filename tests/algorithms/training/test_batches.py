@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from unittest.mock import patch
 
 import numpy as np
 import pytest
-from small_runs import SFT, TINY
+from small_runs import PPO, SFT, TINY, command, train
 from test_preflight import composed
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import RETRIEVERS
 from algorithms.learner.algorithm import Algorithm, AlgorithmConfig, Progress
-from algorithms.training.batches import choose_source
+from algorithms.learner.training_step import Learner
+from algorithms.learner.types import Trajectory, Turn
+from algorithms.training.batches import choose_source, without_failed_searches
 from algorithms.training.demonstrations.teacher import Teacher
 from algorithms.training.trainer import Trainer
 
@@ -72,6 +75,53 @@ def test_a_declaration_that_nobody_understands_is_an_error(field, given, said):
     misspelled = type("Misspelled", (Algorithm,), {field: frozenset({given})})
     with pytest.raises(ConfigurationError, match=re.escape(said)):
         misspelled(AlgorithmConfig())
+
+
+@pytest.mark.parametrize("of_each", [5, 100, 0])
+def test_a_batch_that_can_not_be_made_of_whole_groups_is_an_error(of_each):
+    grouped = type("Grouped", (Wilful,), {"rollouts_per_prompt": of_each})
+    said = f"Grouped.rollouts_per_prompt must be a divisor of batch_size (64), got {of_each}."
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        grouped("policy")
+    assert type("Grouped", (Wilful,), {"rollouts_per_prompt": 8})("policy").rollouts_per_prompt == 8
+    stored = type("Stored", (Wilful,), {"rollouts_per_prompt": of_each, "trains_on": frozenset({"replay"})})
+    assert stored("replay").rollouts_per_prompt == of_each, "nobody plays for it"
+
+
+def played(group: int, error: str | None = None) -> Trajectory:
+    ids = np.array([1, 2])
+    turn = Turn(ids, np.zeros(2, np.float32), ids[:0], {"error": error})
+    return Trajectory(ids, [turn], group, "policy", 0.0, False, error is None, error is not None)
+
+
+def test_groups_with_a_failed_search_go_as_a_whole():
+    episodes = [played(0), played(0), played(1), played(1, "no answer"), played(2), played(2)]
+    assert without_failed_searches(episodes) == [*episodes[:2], *episodes[4:]]
+    assert without_failed_searches([played(0, "no answer")]) == []
+
+
+def test_episodes_of_failed_searches_teach_nothing(tmp_path, cache):
+    trained, update = [], Learner.update
+
+    def watched(learner, batch, *args, **kwargs):
+        trained.append(len(batch))
+        return update(learner, batch, *args, **kwargs)
+
+    settings = ["algo=ppo", *PPO, "model.policy=tiny-teacher", "model.teacher=null", "probes=[]", "evaluation.every=0"]
+    faulty = ["retriever=faulty", "retriever.error_fraction=0.1", "max_retriever_error_fraction=0.9"]
+    with patch.object(Learner, "update", watched):
+        run = train(tmp_path / "run", cache, *settings, *faulty, "evaluation.num_questions=8")
+    failed = [int(row["rollout/retriever_errors"]) for row in run.metrics]
+    assert sum(failed) > 0
+    assert trained == [16 - each for each in failed]
+
+
+def test_a_step_whose_every_search_fails_ends_the_run(tmp_path, cache):
+    settings = ["algo=ppo", *PPO, "model.policy=tiny-teacher", "model.teacher=null", "probes=[]", "evaluation.every=0"]
+    faulty = ["retriever=faulty", "retriever.error_fraction=1", "max_retriever_error_fraction=1"]
+    run = command(*TINY, *settings, *faulty, f"hydra.run.dir={tmp_path}", f"cache_dir={cache}")
+    assert run.code == 1
+    assert "Failed searches leave 0 of 16 episodes of training step 1 to learn from, fewer than num_mini" in run.err
 
 
 def test_no_stage_trains_on_what_a_later_one_is_validated_on(tmp_path, cache):
