@@ -298,6 +298,33 @@ def test_what_an_algorithm_in_a_file_lacks_is_said_at_the_start(load, tmp_path, 
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_frozen_settings_of_a_file_take_values_from_the_command_line(load, tmp_path):
+    load(calm=CONSTANT.format(name="calm").replace("@dataclass", "@dataclass(frozen=True)"))
+    assert REWARDS.build({"name": "calm", "value": 0.75})(None) == 0.75
+    done = run_python(tmp_path, "-m", "algorithms.run", "reward=calm", "reward.value=0.25", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert OmegaConf.create(done.stdout).reward == {"name": "calm", "value": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ('value: Literal["a", "b"] = "a"',
+         "has the type Literal[a, b], which a command line can't hold; use str, a number, or a list or mapping of "
+         "them, and one_of in __post_init__."),
+        ('value: int = "a"',
+         "can't be one of a command line: Value 'a' of type 'str' could not be converted to Integer."),
+    ],
+)  # fmt: skip
+def test_a_setting_that_a_command_line_cannot_hold_is_named_with_its_file(load, tmp_path, setting, said):
+    text = CONSTANT.format(name="picky").replace("value: float = 0.5", setting)
+    load(picky=text.replace("import annotations", "import annotations\nfrom typing import Literal"))
+    done = run_python(tmp_path, "-m", "algorithms.run", "--cfg", "job")
+    assert done.returncode == 1
+    place = f"reward 'picky' ({tmp_path / 'picky.py'})"
+    assert done.stderr.splitlines() == [f"ConfigurationError: {place}: the setting value {said}"]
+
+
 @pytest.mark.parametrize("name", ["missing.py", "folder", "notes.txt"])
 def test_what_is_no_python_file_is_refused(load, tmp_path, monkeypatch, name):
     load()

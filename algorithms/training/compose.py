@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
@@ -116,7 +116,7 @@ def composed_values(values: Mapping[str, Any]) -> DictConfig:
     try:
         merged = OmegaConf.merge(config, given)
     except OmegaConfBaseException as error:
-        raise ConfigurationError(explanation(error) or " ".join(str(error).split())) from error
+        raise ConfigurationError(_told(error)) from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -125,7 +125,7 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose the configuration of a command line.
 
     Raises:
-        ConfigurationError: A name in it is unknown.
+        ConfigurationError: A name in it is unknown, or a value has another type than its setting.
     """
     hydra = GlobalHydra.instance()
     before, hydra.hydra = hydra.hydra, None  # of a program that uses Hydra itself
@@ -133,9 +133,7 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
         with initialize_config_module("conf", version_base="1.3"):
             return compose(config_name, list(overrides), return_hydra_config=True)
     except (ConfigCompositionException, MissingConfigException, ValueError) as error:  # the last for `dataset=null`
-        if (message := explanation(error)) is None:
-            message = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise ConfigurationError(message) from error
+        raise ConfigurationError(_told(error)) from error
     finally:
         GlobalHydra.instance().hydra = before
 
@@ -145,7 +143,7 @@ def explanation(error: Exception) -> str | None:
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"Unknown {group} {name!r}.{did_you_mean(name, error.options)}"
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    cause = _cause(error)
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(cause.parent_node):
         known = [str(name) for name in cause.parent_node if name != "hydra"]
         if "warm_start" in known and _has(cause.parent_node.warm_start, cause.key):
@@ -153,6 +151,28 @@ def explanation(error: Exception) -> str | None:
             return f"There is no setting {cause.full_key}, but the stage before has it: {place}.warm_start.{name}."
         return f"There is no setting {cause.full_key}.{did_you_mean(str(cause.key), known)}"
     return None
+
+
+def _told(error: Exception) -> str:
+    """What a user is told of an error of composition."""
+    return explanation(error) or _wanted(error) or " ".join(f"{error} {error.__cause__ or ''}".split())
+
+
+def _wanted(error: Exception) -> str | None:
+    """Say what a setting wants, if the error is a value of another type; None for every other error."""
+    cause = _cause(error)
+    if not isinstance(cause, ValidationError) or not cause.full_key:
+        return None
+    if "is not a ListConfig" in str(cause):
+        return f"{cause.full_key} is a list: write {cause.full_key}=[{cause.value}]."
+    for kind, wanted in (("Integer", "a whole number"), ("Float", "a number")):
+        if f"could not be converted to {kind}" in str(cause):
+            return f"{cause.full_key} must be {wanted}, got {cause.value!r}."
+    return None
+
+
+def _cause(error: Exception) -> BaseException | None:
+    return error if isinstance(error, OmegaConfBaseException) else error.__cause__
 
 
 def _has(section: Any, key: Any) -> bool:

@@ -15,7 +15,7 @@ from agentic_rag_env.terminal import print_line
 from algorithms.training.agent_files import AGENT_FILE, LIMITS, Agent, listed, read_agent, tell_overruled
 from algorithms.training.model_names import resolve_model
 from algorithms.training.run_files import differences
-from algorithms.training.schemas import named_config
+from algorithms.training.schemas import named_settings
 
 
 def with_protocol(config: DictConfig, overrides: Sequence[str], quiet: bool = False) -> DictConfig:
@@ -98,7 +98,7 @@ def _adopted(config: DictConfig, agent: Agent, is_said: Callable[[str], bool]) -
             adopted.rollout = OmegaConf.merge(adopted.rollout, limits)
             if not is_said("env"):
                 same = current["name"] == agent.env["name"]
-                schema = OmegaConf.structured(named_config(ENVS, agent.env["name"]))
+                schema = named_settings(ENVS, agent.env["name"])
                 adopted.env = OmegaConf.merge(schema, current if same else {}, agent.env, kept)
         except OmegaConfBaseException as error:
             raise ConfigurationError(f"{AGENT_FILE}: {' '.join(str(error).split())}") from error

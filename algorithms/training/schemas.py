@@ -17,8 +17,10 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import algorithms
+from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import DATASETS, ENVS, RETRIEVERS, REWARDS, Registry
 from agentic_rag_env.terminal import print_line
 from agentic_rag_env.vector import brings_questions
@@ -59,23 +61,47 @@ def register_schemas() -> None:
     registries: tuple[Registry, ...] = (ALGORITHMS, ENVS, RETRIEVERS, DATASETS, REWARDS)
     for registry in registries:
         for name in registry.names():
-            schema = named_config(registry, name)
-            store.store(name, _with_free_mappings(schema), group=f"schema/{registry.group}")
-            store.store(name, _selectable(registry, name, schema), group=registry.group)
+            settings = named_settings(registry, name)
+            store.store(name, _with_free_mappings(settings), group=f"schema/{registry.group}")
+            store.store(name, _selectable(registry, name, settings), group=registry.group)
 
 
-def named_config(registry: Registry, name: str) -> type:
-    """Make a dataclass of a registered part's settings, with a `name` field in front."""
+def named_settings(registry: Registry, name: str) -> Any:
+    """Make the typed settings of a registered part with their defaults, and a `name` in front.
+
+    Raises:
+        ConfigurationError: A setting has a type or a default that a command line can't hold.
+    """
     config = registry.get(name).config
-    return dataclasses.make_dataclass(
+    schema = dataclasses.make_dataclass(
         config.__name__ if config else f"{name.title()}Config",
         [("name", str, field(default=name, kw_only=True))],
         bases=(config,) if config else (),
         namespace={"__post_init__": lambda self: None},
+        frozen=config is not None and config.__dataclass_params__.frozen,  # type: ignore[attr-defined]
+    )
+    try:
+        settings = OmegaConf.structured(schema)
+    except OmegaConfBaseException as error:
+        place = getattr(config, "__module__", None)  # that of a single file is its path
+        raise ConfigurationError(f"{registry.group} {name!r} ({place}): the setting {_reason(error)}") from error
+    OmegaConf.set_readonly(settings, None)  # a frozen dataclass would take no values from the command line
+    return settings
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    """Which setting can't be one of a command line, and why."""
+    what = str(error).partition("\n")[0].rstrip(".")
+    kind = what.removeprefix("Unexpected type annotation: ")
+    if kind == what:
+        return f"{error.full_key} can't be one of a command line: {what}."
+    return (
+        f"{error.full_key} has the type {kind}, which a command line can't hold; use str, a number, or a list or "
+        "mapping of them, and one_of in __post_init__."
     )
 
 
-def _with_free_mappings(schema: type) -> Any:
+def _with_free_mappings(schema: Any) -> Any:
     """Let settings that are mappings take any key: they are arguments of something that is not known yet."""
     settings = OmegaConf.structured(schema)
     for name in settings:
@@ -84,7 +110,7 @@ def _with_free_mappings(schema: type) -> Any:
     return settings
 
 
-def _selectable(registry: Registry, name: str, schema: type) -> Any:
+def _selectable(registry: Registry, name: str, settings: Any) -> Any:
     """Make a config-group option.
 
     The option of an algorithm composes the warm start in place, so that its settings are typed too. The algorithm takes
@@ -95,9 +121,9 @@ def _selectable(registry: Registry, name: str, schema: type) -> Any:
         left_out = [{f"override /{group}@_global_.{group}": None} for group in QUESTION_PARTS]
         return {"defaults": [{f"/schema/{registry.group}@_here_": name}, *left_out]}
     if registry is not ALGORITHMS:
-        return schema
+        return settings
     parts: list[dict[str, str | None]] = [{f"/schema/{registry.group}@_here_": name}]
-    for setting in dataclasses.fields(schema):
+    for setting in registry.get(name).settings.values():
         if setting.name == "warm_start":
             make = setting.default_factory
             start = None if make is dataclasses.MISSING else make()["name"]

@@ -19,7 +19,7 @@ from algorithms.learner.config import DemonstrationConfig, LearnerConfig, LoraCo
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training.hardware import HardwareConfig
 from algorithms.training.run_files import require_named
-from algorithms.training.schemas import named_config
+from algorithms.training.schemas import named_settings
 from algorithms.training.settings import (
     DEFAULT_PARTS,
     QUESTION_PARTS,
@@ -82,7 +82,7 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
         saved = {} if "name" in chosen else {**(of_run.get(group) or {"name": default})}
         specs[group] = {**saved, **chosen}
         used[group] = {name: value for name, value in saved.items() if name not in chosen}
-        schemas[group] = named_config(registries[group], specs[group]["name"])
+        schemas[group] = named_settings(registries[group], specs[group]["name"])
     if "env" not in of_run and Path(model).parent != ASSETS and specs["env"]["name"] == DEFAULT_PARTS["env"]:
         specs["env"] = {"prompt": "search_r1", **specs["env"]}  # others know no protocol unasked
     require_named(used, given.get("allow", ()), "the run directory")

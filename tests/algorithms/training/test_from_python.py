@@ -112,7 +112,8 @@ def test_settings_made_by_hand_are_completed():
         ({"algo": {"stpes": 3}}, "There is no setting algo.stpes. Did you mean 'steps'?"),
         ({"evaluation": {"evry": 3}}, "There is no setting evaluation.evry. Did you mean 'every'?"),
         ({"experiment": "papr"}, "Unknown experiment 'papr'. Did you mean 'paper'?"),
-        ({"seed": "x"}, "Value 'x' of type 'str' could not be converted to Integer"),
+        ({"seed": "x"}, "seed must be a whole number, got 'x'."),
+        ({"logger": "jsonl"}, r"logger is a list: write logger=\[jsonl\]."),
         ({"dataset": object()}, "dataset must be a name, or a mapping with 'name' and settings, got a object."),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
     ],
@@ -120,6 +121,26 @@ def test_settings_made_by_hand_are_completed():
 def test_what_cannot_be_meant_is_refused_in_a_few_words(values, message):
     with pytest.raises(ConfigurationError, match=message):
         configure(**values)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("logger=jsonl", "logger is a list: write logger=[jsonl]."),
+        ("probes=reading", "probes is a list: write probes=[reading]."),
+        ("evaluation.temperatures=0.5", "evaluation.temperatures is a list: write evaluation.temperatures=[0.5]."),
+        ("seed=1.5", "seed must be a whole number, got 1.5."),
+        ("seed=abc", "seed must be a whole number, got 'abc'."),
+        ("algo.steps=1.5", "algo.steps must be a whole number, got 1.5."),
+        ("algo.kl_coef=much", "algo.kl_coef must be a number, got 'much'."),
+        ("evaluation.temperatures=[0.0,warm]", "evaluation.temperatures[1] must be a number, got 'warm'."),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_what_the_setting_wants(override, message):
+    register_schemas()
+    with pytest.raises(ConfigurationError) as caught:
+        composed("config", [override, "hydra/launcher=basic"])
+    assert str(caught.value) == message
 
 
 def test_a_logger_nobody_knows_is_refused_before_any_training():

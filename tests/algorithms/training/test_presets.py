@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from small_runs import command
 from test_experiments import run_settings
 
@@ -18,6 +19,17 @@ from algorithms.training.build import build_stages
 from algorithms.training.compose import complete, configure
 
 PRESETS = sorted(file.stem for file in presets.FOLDER.glob("*.yaml") if file.stem != "tiny")
+
+
+@pytest.fixture
+def own_algorithms(monkeypatch):
+    """Forgets afterwards the algorithms that a test registers."""
+
+    def copied(node):
+        return {name: copied(each) for name, each in node.items()} if isinstance(node, dict) else node
+
+    monkeypatch.setattr(ALGORITHMS, "_entries", dict(ALGORITHMS._entries))
+    monkeypatch.setattr(ConfigStore.instance(), "repo", copied(ConfigStore.instance().repo))
 
 
 def test_a_preset_is_enough():
@@ -46,14 +58,13 @@ def test_a_warm_start_of_any_chain_gets_the_preset():
     assert config.algo["warm_start"]["warm_start"]["batch_size"] == 8
 
 
-def test_an_algorithm_of_ones_own_gets_the_preset(monkeypatch):
+def test_an_algorithm_of_ones_own_gets_the_preset(own_algorithms):
     @dataclass(kw_only=True)
     class OwnConfig(CriticConfig):
         """Settings."""
 
         steps: int = 3
 
-    monkeypatch.setattr(ALGORITHMS, "_entries", dict(ALGORITHMS._entries))
     ALGORITHMS.register("own", OwnConfig)(type("Own", (PPO,), {}))
     found = presets.of_algorithms()["qwen2.5_0.5b-own"]
     assert (found["batch_size"], float(found["optimizer"]["learning_rate"])) == (240, 1e-6)
@@ -61,7 +72,7 @@ def test_an_algorithm_of_ones_own_gets_the_preset(monkeypatch):
     assert "clip_range" not in found
 
 
-def test_an_algorithm_of_ones_own_gets_the_stages_of_the_one_that_it_extends(monkeypatch):
+def test_an_algorithm_of_ones_own_gets_the_stages_of_the_one_that_it_extends(own_algorithms):
     @dataclass(kw_only=True)
     class OwnConfig(PPOConfig):
         """Settings.
@@ -72,7 +83,6 @@ def test_an_algorithm_of_ones_own_gets_the_stages_of_the_one_that_it_extends(mon
 
         bonus: float = 0.5
 
-    monkeypatch.setattr(ALGORITHMS, "_entries", dict(ALGORITHMS._entries))
     own = ALGORITHMS.register("own_ppo", OwnConfig)(type("Own", (PPO,), {}))
     ALGORITHMS.register("owner_ppo", OwnConfig)(type("Owner", (own,), {}))
     for stages in ("paper", "real_text", "main_table"):
@@ -87,14 +97,13 @@ def test_an_algorithm_of_ones_own_gets_the_stages_of_the_one_that_it_extends(mon
     assert start["critic_optimizer"] == ppo["critic_optimizer"]
 
 
-def test_an_algorithm_that_no_stages_know_is_named_once(monkeypatch, capsys):
+def test_an_algorithm_that_no_stages_know_is_named_once(own_algorithms, capsys):
     @dataclass(kw_only=True)
     class LoneConfig(AlgorithmConfig):
         """Settings."""
 
         steps: int = 3
 
-    monkeypatch.setattr(ALGORITHMS, "_entries", dict(ALGORITHMS._entries))
     ALGORITHMS.register("lone", LoneConfig)(type("Lone", (Algorithm,), {}))
     ALGORITHMS.register("half", LoneConfig)(type("Half", (PPO,), {}))  # without the settings of PPO
     place = "algo.warm_start"
