@@ -284,7 +284,8 @@ class Trainer:
         if len(served) < algorithm.config.num_minibatches:
             raise RetrieverError(
                 f"Failed searches leave {len(served)} of {len(trajectories)} episodes of training step "
-                f"{self.position.step + 1} to learn from, fewer than num_minibatches={algorithm.config.num_minibatches}."
+                f"{self.position.step + 1} to learn from, fewer than the minibatches "
+                f"(num_minibatches={algorithm.config.num_minibatches})."
             )
         self.sources.replay.add(served)
         spend(
