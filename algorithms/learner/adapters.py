@@ -41,7 +41,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str | Path, se
         seed: Decides the adapter's first weights. They are the same in every process.
 
     Raises:
-        ConfigurationError: peft is not installed, or no linear layer of the model's backbone has the name of a target.
+        ConfigurationError: peft is not installed, no linear layer of the model's backbone has the name of a target, or
+            peft takes a target for fused experts.
     """
     try:
         from peft import LoraConfig as Settings
@@ -49,19 +50,24 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str | Path, se
         raise ConfigurationError(
             f"model.lora.rank={config.rank} needs peft: pip install 'agentic-rag-env[lora]'."
         ) from error
-    _check_targets(model, config)
     assert config.rank is not None
     settings = Settings(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
         lora_dropout=0.0,
-        target_modules=ALL_LINEAR if ALL_LINEAR in config.targets else list(config.targets),
+        target_modules=_targets(model, config),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads a name that transformers has renamed
         torch.manual_seed(seed)
         model.add_adapter(settings, adapter_name=_NAME)
+    if settings.target_parameters:
+        raise ConfigurationError(
+            f"peft takes some of model.lora.targets for the experts of {model.config.model_type!r}, which are no "
+            "linear layers, and an adapter with these is not read here. Leave them out: 'model.lora.targets="
+            f"[{','.join(sorted(settings.target_modules or ()))}]'."
+        )
     settings.target_modules = sorted(settings.target_modules or ())  # from a set, which has no order
     folder = as_folder(base)
     settings.base_model_name_or_path = str(base) if folder is None else str(folder.resolve())
@@ -154,15 +160,22 @@ def merge(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     return model
 
 
-def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Make sure that every target names linear layers of the backbone, whose weights are no one else's."""
+def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """The names of the layers that get an adapter: linear layers of the backbone, whose weights are no one else's."""
     modules = [(name.rpartition(".")[2], module) for name, module in model.base_model.named_modules()]
     known = sorted({name for name, module in modules if isinstance(module, nn.Linear)})
+    if not known:
+        raise ConfigurationError(
+            f"Models of type {model.config.model_type!r} have no linear layers (torch.nn.Linear) in their backbone, so "
+            "there is no place for an adapter. Train all weights (model.lora.rank=null), or choose another model."
+        )
     if wrong := [target for target in config.targets if target not in (ALL_LINEAR, *known)]:
         raise ConfigurationError(
             f"model.lora.targets has {wrong[0]!r}, which is no linear layer of this model; there are {', '.join(known)}"
             f", and {ALL_LINEAR!r} stands for all of them."
         )
+    # peft's own "all-linear" means more: fused experts, and layers that are no torch.nn.Linear.
+    return known if ALL_LINEAR in config.targets else list(config.targets)
 
 
 def _frozen(network: nn.Module) -> set[str]:

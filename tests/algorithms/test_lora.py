@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import PPO, Run, assert_same_run, resume, train
 from test_zoo_step import ZOO, batch_of_groups, build
 from toy_learner import VOCAB, make_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms import evaluate, export, merge
@@ -155,6 +155,49 @@ def test_the_first_weights_depend_on_the_seed_alone_and_change_nothing():
 def test_a_target_that_is_not_there(targets, said):
     with pytest.raises(ConfigurationError, match=said):
         add_adapter(make_model(0), LoraConfig(rank=2, targets=targets), "somebody/toy", 0)
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+def moe(folder: Path, **settings) -> Path:
+    """A mixture of experts, whose experts are fused tensors and no linear layers."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    config = AutoConfig.for_model("qwen3_moe", **SIZES, **sizes, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_all_linear_leaves_fused_experts_out_and_what_is_saved_loads_again(tmp_path):
+    base = moe(tmp_path / "base")
+    model = stirred(add_adapter(load_model(base), LoraConfig(rank=2, alpha=4), base, 0))
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = find_adapter(tmp_path / "adapter", str(base))
+    assert adapter is not None
+    settings = json.loads((tmp_path / "adapter" / ADAPTER_FILE).read_text())
+    assert settings["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    merged = load_model(tmp_path / "adapter", base=str(base))
+    torch.testing.assert_close(logits(merged, 64), logits(model, 64), atol=1e-5, rtol=0)
+    assert (logits(merged, 64) - logits(load_model(base), 64)).abs().max() > 0.01
+    further = add_adapter(load_model(base), LoraConfig(rank=2, alpha=4), base, 1)
+    load_adapter(further, adapter)
+    assert torch.equal(logits(further, 64), logits(model, 64))
+
+
+def test_targets_that_peft_takes_for_experts_are_refused_with_those_that_can_be_had(tmp_path):
+    model = load_model(moe(tmp_path / "base", mlp_only_layers=[0]))  # the first layer's MLP has linear layers
+    said = r"experts of 'qwen3_moe'.*'model\.lora\.targets=\[k_proj,o_proj,q_proj,v_proj\]'"
+    with pytest.raises(ConfigurationError, match=said):
+        add_adapter(model, LoraConfig(rank=2), "somebody/moe", 0)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    """Those of GPT-2 are transposed, of a class of their own (Conv1D)."""
+    config = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+    with pytest.raises(ConfigurationError, match=r"'gpt2' have no linear layers.*model\.lora\.rank=null"):
+        add_adapter(AutoModelForCausalLM.from_config(config), LoraConfig(rank=2), "somebody/gpt2", 0)
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------
