@@ -8,6 +8,7 @@ adapter is loaded merged into its base model, unless it is trained further.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from pathlib import Path
@@ -114,16 +115,22 @@ def load_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
         ConfigurationError: They are of another rank or scale, or belong to other layers.
     """
     settings: Any = model.peft_config[_NAME]
-    found, wanted = (adapter.rank, adapter.scale), (settings.r, settings.lora_alpha / settings.r)
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     weights = _weights(adapter)
-    if found != wanted or weights.keys() != layers.keys():
-        targets = sorted({name.rpartition(".")[2] for name in weights})
+    targets, wanted = ({name.rpartition(".")[2] for name in names} for names in (weights, layers))
+    same_scale = math.isclose(adapter.scale, settings.lora_alpha / settings.r, rel_tol=1e-6)
+    if adapter.rank != settings.r or not same_scale or targets != wanted:
         raise ConfigurationError(
             f"The adapter in {str(adapter.folder)!r} is another one than model.lora describes. To train it further: "
-            f"model.lora.rank={adapter.rank} model.lora.alpha={adapter.scale * adapter.rank:g} "
-            f"'model.lora.targets=[{','.join(targets)}]'. For a new adapter on top, merge it first: python -m "
+            f"model.lora.rank={adapter.rank} model.lora.alpha={adapter.scale * adapter.rank:.9g} "
+            f"'model.lora.targets=[{','.join(sorted(targets))}]'. For a new adapter on top, merge it first: python -m "
             "algorithms.merge."
+        )
+    if weights.keys() != layers.keys():
+        raise ConfigurationError(
+            f"The adapter in {str(adapter.folder)!r} covers {len(weights)} layers, and model.lora describes "
+            f"{len(layers)}: all that have the names of its targets. One that covers only some can't be trained "
+            "further. For a new adapter on top, merge it first: python -m algorithms.merge."
         )
     with torch.no_grad():
         for name, (down, up) in weights.items():

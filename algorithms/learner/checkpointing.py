@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -17,12 +20,28 @@ def enable(network: nn.Module) -> None:
             # The second name is that of transformers before 5.20 or so.
             enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+            layers: list[Any] = [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
+            for layer in layers:
+                layer._gradient_checkpointing_func = partial(_without_dropout, layer)
             return
+
+
+def _without_dropout(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    """Checkpoint a layer's forward, and put the layer itself in evaluation mode whenever it computes."""
+
+    def compute(*inputs: Any) -> Any:
+        before, layer.training = layer.training, False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = before
+
+    return checkpoint(compute, *inputs, use_reentrant=False)
 
 
 @contextmanager
 def active(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """Put only the layers themselves in training mode: they recompute only then, and dropout inside them stays off."""
+    """Put only the layers themselves in training mode: they recompute only then. Dropout stays off."""
     layers = [m for network in networks for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
         layer.training = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -96,16 +97,26 @@ def load_model(
         use_safetensors=True,
         trust_remote_code=False,
     )
-    if lacking := sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]):
+    wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    if wrong := sorted([*wrong, *_without_place(model, report["unexpected_keys"])]):
         raise ConfigurationError(
-            f"The weights in {str(path)!r} do not fit its config.json: {len(lacking)} of them are missing or have "
-            f"another shape, among them {lacking[0]}. Copy config.json and weights from the same model."
+            f"The weights in {str(path)!r} do not fit its config.json: {len(wrong)} of them are missing, have another "
+            f"shape or have no place, among them {wrong[0]}. Copy config.json and weights from the same model."
         )
     model = model.to(device).eval()
     if model.dtype == torch.float64:
         _keep_norms_in_float64(model)
     check_lm_head(model)
     return model
+
+
+def _without_place(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Those of the weights that the model did not take which belong to its own parts.
+
+    A head of its own beside the model, such as `v_head` of a critic, is no part of a language model.
+    """
+    parts = {name for module in (model, model.base_model) for name, _ in module.named_children()}
+    return [name for name in unexpected if name.partition(".")[0] in parts]
 
 
 def _load_merged(adapter: Adapter, device: torch.device | str, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -115,8 +126,8 @@ def _load_merged(adapter: Adapter, device: torch.device | str, dtype: torch.dtyp
     return merged if dtype == "auto" else merged.to(getattr(torch, str(dtype).rpartition(".")[2]))
 
 
-def declared_vocab_size(path: str | Path) -> int:
-    """Read the width of a model's logits from its configuration, without loading weights.
+def declared_config(path: str | Path) -> PreTrainedConfig:
+    """Read a language model's configuration, without loading weights.
 
     Args:
         path: A folder or a hub id.
@@ -127,7 +138,12 @@ def declared_vocab_size(path: str | Path) -> int:
     require_model(path)
     path = whole_model(path)
     require_config(path)
-    return _load(AutoConfig.from_pretrained, path, trust_remote_code=False).get_text_config().vocab_size
+    return _load(AutoConfig.from_pretrained, path, trust_remote_code=False).get_text_config()
+
+
+def declared_vocab_size(path: str | Path) -> int:
+    """The width of a model's logits; see `declared_config`."""
+    return declared_config(path).vocab_size
 
 
 def freeze(model: Network) -> Network:
@@ -139,12 +155,14 @@ def soften(model: PreTrainedModel, temperature: float) -> PreTrainedModel:
     """Divide a model's logits by a temperature for all who read them. Returns the same network.
 
     Args:
-        model: A causal language model without a bias on its logits.
+        model: A causal language model.
         temperature: Above 1, the model is less sure and errs more often when it is sampled from.
     """
     head = model.get_output_embeddings()
     # A parameter of its own: a head tied to the input embedding must not change that embedding.
     head.weight = nn.Parameter(head.weight.detach() / temperature)
+    if head.bias is not None:
+        head.bias = nn.Parameter(head.bias.detach() / temperature)
     return model
 
 
@@ -351,14 +369,26 @@ class Critic(nn.Module):
 
 
 def _keep_norms_in_float64(model: PreTrainedModel) -> None:
-    """Replace norms that go through float32 whatever the model's dtype, as those of transformers do."""
+    """Replace norms that go through float32 whatever the model's dtype, as those of transformers do.
+
+    Raises:
+        ConfigurationError: The family has such a norm of another formula.
+    """
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
-            weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-            if type(norm).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and eps is not None:
-                exact = nn.RMSNorm(weight.shape, eps)
-                exact.weight = weight
-                setattr(parent, name, exact)
+            kind, eps = type(norm).__name__, getattr(norm, "variance_epsilon", None)
+            if "RMSNorm" not in kind or isinstance(norm, nn.RMSNorm):
+                continue
+            if eps is None or not kind.endswith("RMSNorm"):
+                raise ConfigurationError(
+                    f"Models of type {model.config.model_type!r} can't be computed in float64: their {kind} goes "
+                    "through float32. Set learner.precision=float32, or choose another family, such as Qwen, Llama or "
+                    "Mistral."
+                )
+            weight: Any = norm.weight
+            exact = nn.RMSNorm(weight.shape, eps)
+            exact.weight = weight
+            setattr(parent, name, exact)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.collate import num_shared
@@ -61,7 +61,7 @@ class CachedEngine:
         precision: str = "float32",
         recorder: Callable[[], Recorder] | None = None,
     ) -> None:
-        _check_context(model, config)
+        check_context(model.config.get_text_config(), config)
         check_cache(model)
         self.tokenizer, self.config, self.num_rows, self.precision = tokenizer, config, num_rows, precision
         self.vocab_size = vocab_size or logit_width(model)
@@ -331,16 +331,25 @@ class CachedEngine:
         return send(torch.from_numpy(array), self.model.device)
 
 
-def _check_context(model: PreTrainedModel, config: RolloutConfig) -> None:
-    settings = model.config.get_text_config()
+def check_context(settings: PreTrainedConfig, config: RolloutConfig, name: str = "the model") -> None:
+    """Make sure that a model reads episodes as long as the settings allow.
+
+    Args:
+        settings: The configuration of the language model.
+        config: How to write.
+        name: What the error calls the model.
+
+    Raises:
+        ConfigurationError: Its context is shorter.
+    """
     names = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
     bounds = {name: getattr(settings, name, None) for name in names}
     rope = getattr(settings, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # past this, other rotations hold for all tokens, those in the cache too
         bounds["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    for name, bound in bounds.items():
+    for kind, bound in bounds.items():
         if bound is not None and config.max_tokens > bound:
             raise ConfigurationError(
-                f"max_tokens is {config.max_tokens}, but the model's {name} is {bound}, and an episode is read whole. "
+                f"max_tokens is {config.max_tokens}, but {name}'s {kind} is {bound}, and an episode is read whole. "
                 f"Set max_tokens to at most {bound}, or choose a model with a longer context."
             )

@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,9 +41,10 @@ from algorithms.rollout.cached_engine import CachedEngine
 from algorithms.rollout.cuda_graphs import decided_recorder
 from algorithms.rollout.engine import Engine
 from algorithms.rollout.generator import Generator
+from algorithms.rollout.kv_cache import check_cache
 from algorithms.rollout.player import Player, TextEnvs
 from algorithms.rollout.recorded_steps import Recorder
-from algorithms.rollout.tokenization import PlainEncoder, opened_thought
+from algorithms.rollout.tokenization import PlainEncoder, encode_prompts, opened_thought
 from algorithms.training.agent_files import read_agent
 from algorithms.training.checkpoint import checkpoint_name, find_problem
 from algorithms.training.host_memory import give_back
@@ -301,13 +302,14 @@ class Networks:
         """The frozen teacher at its temperature, loaded if it is not in memory.
 
         Raises:
-            ConfigurationError: No teacher is configured, or it can't be loaded.
+            ConfigurationError: No teacher is configured, it can't be loaded, or it can't play.
         """
         if self._teacher is None:
             if self.place_of_teacher is None:
                 raise ConfigurationError("This algorithm needs a teacher, and model.teacher is null; name a model.")
             teacher = load_model(self.place_of_teacher, device=self.device, dtype=self._teacher_dtype())
             temperature = self._config.model.teacher_temperature
+            check_cache(teacher)  # also where it only scores: it plays at the end, in the evaluation
             self._teacher = freeze(teacher if temperature == 1 else soften(teacher, temperature))
             self._teachers.add(self._teacher)
         return self._teacher
@@ -323,7 +325,13 @@ class Networks:
         if self.place_of_teacher is None:
             return logit_width(self.policy)
         widths = (logit_width(self.policy), declared_vocab_size(self.place_of_teacher))
-        return shared_vocab_size(self.tokenizer, self.teacher_tokenizer, *widths)
+        shared = shared_vocab_size(self.tokenizer, self.teacher_tokenizer, *widths)
+        tokenizers = {"policy": self.tokenizer, "teacher": self.teacher_tokenizer}
+        for (owner, tokenizer), other in zip(tokenizers.items(), reversed(tokenizers), strict=True):
+            # With a chat template of its own, each reads prompts of its own.
+            prompt = [] if self.reads_otherwise else encode_prompts(tokenizer, ["?"])[0].tolist()
+            _require_shared_texts(tokenizer, shared, prompt, owner, other)
+        return shared
 
     @property
     def reads_otherwise(self) -> bool:
@@ -404,6 +412,33 @@ def _require_same_opening(policy: PreTrainedTokenizerBase, teacher: PreTrainedTo
             f"The chat template of model.{does} opens the reply with {opened[does]}, and the other's does not, so they "
             "would not write the same turns. Give both folders the same chat_template."
         )
+
+
+def _require_shared_texts(
+    tokenizer: PreTrainedTokenizerBase, shared: int, prompt: Sequence[int], owner: str, other: str
+) -> None:
+    """Require that what a tokenizer makes of texts can be read by both models.
+
+    In texts, special tokens are not recognized. They occur only in what stands around a prompt.
+
+    Args:
+        tokenizer: The tokenizer of one of the models.
+        shared: Ids below it are common to both.
+        prompt: Ids of a prompt that both models read.
+        owner: Role of the model that the tokenizer belongs to.
+        other: Role of the other model.
+
+    Raises:
+        ConfigurationError: A token that can occur is the owner's alone.
+    """
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
+        if token_id >= shared and (token_id in prompt or token_id not in special):
+            raise ConfigurationError(
+                f"The {other} has no {token!r} (id {token_id} of model.{owner}; both have the ids below {shared}), so "
+                "it can't read texts that are encoded with it. Give both the same added tokens, or take it out of the "
+                f"tokenizer of model.{owner}."
+            )
 
 
 def _with_nested(spec: Any) -> Any:

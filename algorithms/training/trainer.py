@@ -17,11 +17,12 @@ from algorithms.learner import ranks, seeding, sharding
 from algorithms.learner.adapters import trained_state
 from algorithms.learner.algorithm import Algorithm, CriticConfig, DemonstrationConfig, Progress, Role
 from algorithms.learner.collate import collate
-from algorithms.learner.networks import Critic, pad_id
+from algorithms.learner.networks import Critic, declared_config, pad_id
 from algorithms.learner.teacher_states import TeacherStates
 from algorithms.learner.training_step import Learner
 from algorithms.learner.types import Batch, Trajectory
 from algorithms.rollout.attention_kernels import in_words
+from algorithms.rollout.cached_engine import check_context
 from algorithms.rollout.replay import Replay
 from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training import checkpoint, evaluation
@@ -91,6 +92,9 @@ class Trainer:
         for split in ("train", "dev", "test"):
             self.environments.dataset(split)
         self.networks.player(self.networks.writer(), self.environments.envs("train"))
+        if (teacher := self.networks.place_of_teacher) is not None:  # it plays at the end, in the evaluation
+            name = f"model.teacher={self.config.model.teacher}"
+            check_context(declared_config(teacher), self.config.rollout, name)
         if warning := toy_settings(self.config, self.stages, self.networks.policy.num_parameters()):
             warnings.warn(warning, stacklevel=2)
         cache_dir = Path(self.config.cache_dir).expanduser()
@@ -333,7 +337,9 @@ class Trainer:
             write_sample(self.run_dir, self.position.step + 1, trajectories, dataset, tokenizer, figures)
 
     def _collate(self, trajectories: Sequence[Trajectory]) -> Batch:
-        tensors = pad_id(self.networks.tokenizer), self.networks.device, self.networks.precision
+        # The teacher may have no row for the policy's padding token.
+        filler = min(pad_id(self.networks.tokenizer), self.networks.vocab_size - 1)
+        tensors = filler, self.networks.device, self.networks.precision
         batch = collate(trajectories, *tensors)
         if self.networks.reads_otherwise:
             prompts = encode_prompts(self.networks.teacher_tokenizer, [one.prompt for one in trajectories])

@@ -61,6 +61,53 @@ def test_a_token_without_a_row_in_the_embedding(refused, student, role):
     assert f"its embedding has only {rows} rows. Call model.resize_token_embeddings(len(tokenizer))" in message
 
 
+def model_with(folder: Path, source: str, tokens: list[str], rows: int = 768) -> Path:
+    """A bundled model with further tokens and, as published models have, more rows than tokens."""
+    model, tokenizer = load_model(ASSETS / source), AutoTokenizer.from_pretrained(ASSETS / source)
+    tokenizer.add_tokens(tokens)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+FROM_EXPERT = {
+    "kd": ["algo=kd", "algo.demonstrations.source=expert"],
+    "dgpo": ["algo=dgpo", "algo.warm_start.demonstrations.source=expert"],
+}
+
+
+@pytest.mark.parametrize("algo", FROM_EXPERT)
+@pytest.mark.parametrize(("owner", "other"), [("policy", "teacher"), ("teacher", "policy")])
+def test_a_token_of_texts_that_the_other_model_does_not_know(refused, tmp_path, algo, owner, other):
+    models = {"policy": "tiny-student", "teacher": "tiny-teacher"}
+    tokens = {owner: ["<remark>"], other: []}
+    given = [f"model.{role}={model_with(tmp_path / role, models[role], tokens[role])}" for role in models]
+    message = refused(*FROM_EXPERT[algo], *given)
+    size = len(AutoTokenizer.from_pretrained(ASSETS / "tiny-student"))
+    assert f"The {other} has no '<remark>' (id {size} of model.{owner}; both have the ids below {size})" in message
+    assert f"take it out of the tokenizer of model.{owner}" in message
+
+
+def test_a_special_token_of_one_model_occurs_in_no_text_and_may_pad(tmp_path, cache):
+    policy = model_with(tmp_path / "policy", "tiny-student", [], rows=760)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.add_special_tokens({"pad_token": "[PADDING]"})
+    tokenizer.save_pretrained(policy)
+    small = ["algo.batch_size=8", "algo.num_demonstrations=8", "algo.epochs=1", "evaluation.every=0"]
+    places = [f"hydra.run.dir={tmp_path / 'run'}", f"cache_dir={cache}"]
+    run = command(*TINY, "algo=kd", *small, f"model.policy={policy}", *places)
+    assert run.code == 0, run.err
+
+
+def test_a_teachers_short_context_is_noticed_before_it_is_only_scored_with(refused, tmp_path):
+    folder = Path(shutil.copytree(ASSETS / "tiny-teacher", tmp_path / "teacher"))
+    settings = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(settings))
+    message = refused(*FROM_EXPERT["kd"], f"model.teacher={folder}")
+    assert f"max_tokens is 512, but model.teacher={folder}'s max_position_embeddings is 256" in message
+
+
 def test_a_token_without_a_row_in_an_encoder(student):
     rows = add_token(student)
     spec = {"name": "dense", "encoder": {"name": "huggingface", "model": str(student)}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -451,13 +452,34 @@ def test_an_adapter_of_an_adapter_and_a_base_that_is_gone(foreign, tmp_path):
         load_model(foreign, base=str(tmp_path / "gone"))
 
 
-def test_going_on_with_another_adapter_says_which_settings_it_has(foreign):
-    model = add_adapter(load_model(STUDENT), LoraConfig(rank=2), STUDENT, 0)
+def put_on(adapter, **settings):
+    model = add_adapter(load_model(STUDENT), LoraConfig(**settings), STUDENT, 0)
+    load_adapter(model, adapter)
+    return model
+
+
+def test_going_on_with_another_adapter_says_which_settings_it_has_and_they_work(foreign):
     adapter = find_adapter(foreign, str(STUDENT))
     assert adapter is not None
-    said = r"rank=2 model\.lora\.alpha=4\.24264 'model\.lora\.targets=\[q_proj,v_proj\]'"
-    with pytest.raises(ConfigurationError, match=said):
-        load_adapter(model, adapter)
+    with pytest.raises(ConfigurationError) as error:
+        put_on(adapter, rank=2)
+    said = r"rank=(2) model\.lora\.alpha=(4\.24264069) 'model\.lora\.targets=\[(q_proj,v_proj)\]'"
+    advice = re.search(said, str(error.value))
+    assert advice is not None
+    rank, alpha, targets = advice.groups()
+    model = put_on(adapter, rank=int(rank), alpha=float(alpha), targets=targets.split(","))
+    expected = logits(load_model(foreign, base=str(STUDENT)), 700)
+    torch.testing.assert_close(logits(model, 700), expected, atol=1e-4, rtol=0)
+
+
+def test_going_on_with_an_adapter_of_some_layers_says_that_it_is_one(foreign):
+    rewrite(foreign, lambda weights: [weights.pop(name) for name in list(weights) if ".layers.0." in name])
+    adapter = find_adapter(foreign, str(STUDENT))
+    assert adapter is not None
+    with pytest.raises(ConfigurationError, match=r"covers \d+ layers, and model\.lora describes") as error:
+        put_on(adapter, rank=2, alpha=adapter.scale * 2, targets=["q_proj", "v_proj"])
+    assert "To train it further" not in str(error.value)
+    assert "merge" in str(error.value)
 
 
 def test_merging_refuses_a_whole_model_and_a_folder_in_use(foreign, tmp_path, capsys):

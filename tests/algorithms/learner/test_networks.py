@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from toy_policy import make_policy, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -204,6 +206,89 @@ def test_a_softened_model_has_its_logits_divided_and_nothing_else_changed(folder
     torch.testing.assert_close(softened(ids).logits, logits / 2)
     assert torch.equal(softened.get_input_embeddings().weight, embedding)
     check_lm_head(softened)
+
+
+def test_a_softened_bias_of_the_head_is_divided_too():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "phi", vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+        logits = model(ids).logits
+        torch.testing.assert_close(soften(model, 2.0)(ids).logits, logits / 2)
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+
+
+def saved(folder, family: str, **settings):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **settings)).save_pretrained(folder)
+    return folder
+
+
+def change(folder, weights=None, **settings) -> None:
+    """Change config.json of a model's folder, and its weights by a function."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    if weights is not None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(weights(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_layers_that_config_json_does_not_count_are_not_dropped(tmp_path, prefix):
+    change(
+        saved(tmp_path, "llama", tie_word_embeddings=True),
+        lambda tensors: {name.replace("model.", prefix): each for name, each in tensors.items()},
+        num_hidden_layers=1,
+    )
+    with pytest.raises(ConfigurationError, match=r"9 of them .*have no place, among them (model\.)?layers\.1\."):
+        load_model(tmp_path)
+
+
+def test_biases_that_the_family_has_not_are_not_dropped(tmp_path):
+    change(saved(tmp_path, "qwen2"), model_type="llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(ConfigurationError, match=r"6 of them .*self_attn\.k_proj\.bias\. Copy config\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",  # a buffer in older files
+        "lm_head.weight",  # tied, and saved all the same
+        "v_head.summary.weight",  # of a critic
+        "score.weight",  # of a classifier
+    ],
+)
+def test_what_is_no_part_of_a_language_model_may_lie_beside_it(tmp_path, name):
+    saved(tmp_path, "llama", tie_word_embeddings=True)
+    expected = load_model(tmp_path)
+    change(tmp_path, lambda tensors: {**tensors, name: tensors["model.embed_tokens.weight"].clone()})
+    ids = torch.arange(6)[None]
+    assert torch.equal(load_model(tmp_path)(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "smollm3", "granite"])
+def test_norms_in_float64_follow_their_formula(tmp_path, family):
+    norm = load_model(saved(tmp_path, family), dtype="float64").model.norm
+    with torch.no_grad():
+        norm.weight.uniform_()
+        x = torch.randn(5, 16, dtype=torch.float64)
+        expected = x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+        torch.testing.assert_close(norm(x), expected, atol=1e-12, rtol=0)
+
+
+def test_a_family_whose_norms_have_another_formula_is_refused_in_float64(tmp_path):
+    """Gemma's weigh by 1 + weight."""
+    load_model(saved(tmp_path, "gemma"))
+    with pytest.raises(ConfigurationError, match=r"'gemma' .*float64: their GemmaRMSNorm.*learner\.precision=float32"):
+        load_model(tmp_path, dtype="float64")
 
 
 def test_freeze():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from toy_learner import VOCAB, make_batch, make_learner, make_model, sgd_free
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agentic_rag_env.errors import ConfigurationError
@@ -21,7 +22,7 @@ from algorithms.dgpo_grpo import DGPOGRPO, DGPOGRPOConfig
 from algorithms.gkd import GKD, GKDConfig
 from algorithms.grpo import GRPO, GRPOConfig
 from algorithms.kd import KD, KDConfig
-from algorithms.learner import scoring
+from algorithms.learner import checkpointing, scoring
 from algorithms.learner.algorithm import Algorithm, AlgorithmConfig, OptimizerConfig
 from algorithms.learner.collate import collate
 from algorithms.learner.config import LearnerConfig
@@ -227,6 +228,34 @@ def test_checkpointing_recomputes_layers_and_is_off_outside_the_update():
     learner.update(batch, np.random.default_rng(0))
     assert calls == [False] * 8  # 2 networks, 2 layers, forward and again in backward; dropout stays off
     assert not any(module.training for module in learner.policy.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.5}),
+        ("falcon", {"hidden_dropout": 0.5}),
+        ("llama", {"intermediate_size": 32, "attention_dropout": 0.5}),
+    ],
+)
+def test_checkpointing_turns_no_dropout_on(family, sizes):
+    """Layers of OPT and Falcon drop by a function, which looks at the layer's own mode."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids, found = torch.arange(24).view(2, 12), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpointing.enable(model)
+        model.zero_grad()
+        with checkpointing.active([model] if checkpointed else []):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        found.append({name: each.grad.clone() for name, each in model.named_parameters()} | {"loss": loss.detach()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not any(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("make", [make_kd, make_ppo])

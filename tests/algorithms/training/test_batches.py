@@ -121,7 +121,9 @@ def test_a_step_whose_every_search_fails_ends_the_run(tmp_path, cache):
     faulty = ["retriever=faulty", "retriever.error_fraction=1", "max_retriever_error_fraction=1"]
     run = command(*TINY, *settings, *faulty, f"hydra.run.dir={tmp_path}", f"cache_dir={cache}")
     assert run.code == 1
-    assert "Failed searches leave 0 of 16 episodes of training step 1 to learn from, fewer than the minibatches (num_mini" in run.err
+    assert (
+        "Failed searches leave 0 of 16 episodes of training step 1 to learn from, fewer than the minibatches" in run.err
+    )
 
 
 def test_no_stage_trains_on_what_a_later_one_is_validated_on(tmp_path, cache):
