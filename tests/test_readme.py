@@ -68,7 +68,7 @@ def rloo(tmp_path, monkeypatch):
     monkeypatch.setenv(registry.PLUGINS_VARIABLE, str(tmp_path / "rloo.py"))
     monkeypatch.setattr(ALGORITHMS, "_entries", dict(ALGORITHMS._entries))
     monkeypatch.setattr(ALGORITHMS, "_plugins_loaded", None)
-    return ALGORITHMS.build({"name": "rloo", "attempts": 3})
+    return ALGORITHMS.build({"name": "rloo", "attempts": 3, "batch_size": 48})
 
 
 def test_algorithm_of_ones_own(rloo):
