@@ -156,7 +156,10 @@ def test_weights_that_lack_a_layer(fail, student):
     kept = {name: tensor for name, tensor in tensors.items() if "layers.0.mlp" not in name}
     save_file(kept, student / "model.safetensors", {"format": "pt"})
     message = fail(f"model.policy={student}")
-    assert "3 of them are missing, have another shape or have no place, among them model.layers.0.mlp.down_proj.weight" in message
+    assert (
+        "3 of them are missing, have another shape or have no place, among them model.layers.0.mlp.down_proj.weight"
+        in message
+    )
 
 
 def test_a_configuration_that_is_no_json(fail, student):
