@@ -113,10 +113,11 @@ def load_model(
 def _without_place(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
     """Those of the weights that the model did not take which belong to its own parts.
 
-    A head of its own beside the model, such as `v_head` of a critic, is no part of a language model.
+    A head of its own beside the model, such as `v_head` of a critic, is no part of a language model, and the number
+    `masked_bias` in older files of GPT-2 is no weight.
     """
     parts = {name for module in (model, model.base_model) for name, _ in module.named_children()}
-    return [name for name in unexpected if name.partition(".")[0] in parts]
+    return [name for name in unexpected if name.partition(".")[0] in parts and not name.endswith(".masked_bias")]
 
 
 def _load_merged(adapter: Adapter, device: torch.device | str, dtype: torch.dtype | str) -> PreTrainedModel:

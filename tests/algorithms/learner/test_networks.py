@@ -261,6 +261,7 @@ def test_biases_that_the_family_has_not_are_not_dropped(tmp_path):
     "name",
     [
         "model.layers.0.self_attn.rotary_emb.inv_freq",  # a buffer in older files
+        "model.layers.0.self_attn.masked_bias",  # a number in older files of GPT-2
         "lm_head.weight",  # tied, and saved all the same
         "v_head.summary.weight",  # of a critic
         "score.weight",  # of a classifier
