@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,13 +44,14 @@ from algorithms.rollout.generator import Generator
 from algorithms.rollout.kv_cache import check_cache
 from algorithms.rollout.player import Player, TextEnvs
 from algorithms.rollout.recorded_steps import Recorder
-from algorithms.rollout.tokenization import PlainEncoder, encode_prompts, opened_thought
+from algorithms.rollout.tokenization import PlainEncoder
 from algorithms.training.agent_files import read_agent
 from algorithms.training.checkpoint import checkpoint_name, find_problem
 from algorithms.training.host_memory import give_back
 from algorithms.training.model_names import is_run, resolve_model
 from algorithms.training.run_files import SUMMARY_FILE
 from algorithms.training.settings import RunConfig
+from algorithms.training.tokenizer_pairs import reads_otherwise, require_same_opening, require_shared_texts
 
 
 def build_stages(spec: Any) -> list[Algorithm]:
@@ -235,7 +236,7 @@ class Networks:
         require_rows(self.tokenizer, logit_width(self.policy), config.model.policy)
         if teacher is not None:
             require_rows(self.teacher_tokenizer, declared_vocab_size(teacher), str(config.model.teacher))
-            _require_same_opening(self.tokenizer, self.teacher_tokenizer)
+            require_same_opening(self.tokenizer, self.teacher_tokenizer)
         # The processors of several machines may differ.
         decided = ranks.decided(lambda: decided_precision(config.learner.precision, self.policy))
         self.precision, self.precision_reason = decided
@@ -326,17 +327,13 @@ class Networks:
             return logit_width(self.policy)
         widths = (logit_width(self.policy), declared_vocab_size(self.place_of_teacher))
         shared = shared_vocab_size(self.tokenizer, self.teacher_tokenizer, *widths)
-        tokenizers = {"policy": self.tokenizer, "teacher": self.teacher_tokenizer}
-        for (owner, tokenizer), other in zip(tokenizers.items(), reversed(tokenizers), strict=True):
-            # With a chat template of its own, each reads prompts of its own.
-            prompt = [] if self.reads_otherwise else encode_prompts(tokenizer, ["?"])[0].tolist()
-            _require_shared_texts(tokenizer, shared, prompt, owner, other)
+        require_shared_texts(self.tokenizer, self.teacher_tokenizer, shared)
         return shared
 
     @property
     def reads_otherwise(self) -> bool:
-        """Whether the teacher's chat template is not the policy's, so that each needs prompts of its own."""
-        return self.teacher_tokenizer.chat_template != self.tokenizer.chat_template
+        """Whether policy and teacher need prompts of their own."""
+        return reads_otherwise(self.tokenizer, self.teacher_tokenizer)
 
     def tokenizer_of(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
         """The tokenizer whose chat template a network reads."""
@@ -397,48 +394,6 @@ class Networks:
 
 #: Settings that are dataclasses, by the last word of their name.
 _NESTED: dict[str, Any] = {"optimizer": OptimizerConfig, "demonstrations": DemonstrationsConfig}
-
-
-def _require_same_opening(policy: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Require that both chat templates open a thought, or neither: else a tag would be read twice or never.
-
-    Raises:
-        ConfigurationError: One does.
-    """
-    opened = {name: opened_thought(tokenizer) for name, tokenizer in (("policy", policy), ("teacher", teacher))}
-    if opened["policy"] != opened["teacher"]:
-        (does,) = (name for name, tag in opened.items() if tag)
-        raise ConfigurationError(
-            f"The chat template of model.{does} opens the reply with {opened[does]}, and the other's does not, so they "
-            "would not write the same turns. Give both folders the same chat_template."
-        )
-
-
-def _require_shared_texts(
-    tokenizer: PreTrainedTokenizerBase, shared: int, prompt: Sequence[int], owner: str, other: str
-) -> None:
-    """Require that what a tokenizer makes of texts can be read by both models.
-
-    In texts, special tokens are not recognized. They occur only in what stands around a prompt.
-
-    Args:
-        tokenizer: The tokenizer of one of the models.
-        shared: Ids below it are common to both.
-        prompt: Ids of a prompt that both models read.
-        owner: Role of the model that the tokenizer belongs to.
-        other: Role of the other model.
-
-    Raises:
-        ConfigurationError: A token that can occur is the owner's alone.
-    """
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
-        if token_id >= shared and (token_id in prompt or token_id not in special):
-            raise ConfigurationError(
-                f"The {other} has no {token!r} (id {token_id} of model.{owner}; both have the ids below {shared}), so "
-                "it can't read texts that are encoded with it. Give both the same added tokens, or take it out of the "
-                f"tokenizer of model.{owner}."
-            )
 
 
 def _with_nested(spec: Any) -> Any:
