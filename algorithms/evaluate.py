@@ -160,10 +160,12 @@ def _trained(model: Path) -> dict[str, Any]:
     """What a summary says of a checkpoint's training, for `compare`; nothing if the model comes from no run."""
     if (run_dir := _run_of(model)) is None:
         return {}
+    from algorithms.training.checkpoint import is_newest
+
     trained = {
         "config": settings_with_effect(read_settings(run_dir)),
         "overrides": read_overrides(run_dir),
-        "is_last": newest_checkpoint(run_dir).name == model.name,
+        "is_last": is_newest(model),
     }
     return {"trained": trained}
 

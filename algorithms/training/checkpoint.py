@@ -161,6 +161,13 @@ def latest(run_dir: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def is_newest(path: str | os.PathLike[str]) -> bool:
+    """Whether no whole checkpoint of a later step lies beside a checkpoint."""
+    path = Path(path)
+    later = (each for each in _checkpoints(path.parent) if int(each.name) > int(path.name))
+    return all(find_problem(each) is not None for each in later)
+
+
 def require_whole(path: str | os.PathLike[str]) -> None:
     """Refuse a checkpoint that is damaged, and name a whole one.
 

@@ -164,6 +164,13 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path,
     assert same(AutoModelForCausalLM.from_pretrained(path), make_model(4))
 
 
+def test_a_checkpoint_is_the_newest_if_no_whole_one_follows(tmp_path):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    assert (checkpoint.is_newest(first), checkpoint.is_newest(second)) == (False, True)
+    (second / checkpoint.MANIFEST).unlink()
+    assert checkpoint.is_newest(first)
+
+
 # --- full disk -------------------------------------------------------------------------------------------------------
 
 
