@@ -56,8 +56,14 @@ def ask(config: RunConfig, questions: Iterator[str] | Sequence[str], show: Calla
         show: Called with each text as soon as it exists, and with its kind: "note", "action", "observation" or
             "answer".
     """
+    from algorithms.training.threads import threads  # which loads torch
+
+    with threads(config.threads):
+        _ask(config, questions, show)
+
+
+def _ask(config: RunConfig, questions: Iterator[str] | Sequence[str], show: Callable[[str, str], None]) -> None:
     # Imported here, so that --help and the report of a typo need not wait for torch.
-    import torch
     from gymnasium.vector import AutoresetMode
 
     from agentic_rag_env.datasets.base import QuestionSet
@@ -66,8 +72,6 @@ def ask(config: RunConfig, questions: Iterator[str] | Sequence[str], show: Calla
     from algorithms.rollout.tokenization import PlainEncoder
     from algorithms.training.build import Networks
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     networks = Networks(config)
     corpus = DATASETS.build(config.dataset).corpus
     retriever = RETRIEVERS.build(config.retriever, corpus=corpus)

@@ -49,7 +49,10 @@ class Run:
 
     @property
     def trained(self) -> Mapping[str, Any]:
-        """Of an evaluated checkpoint that a run wrote: `config`, `overrides`, `is_last`; else empty."""
+        """What an evaluated checkpoint's summary says of its training (`config`, `overrides`, `is_last`).
+
+        It is empty for a run itself, and for a checkpoint that comes from no run.
+        """
         return self.summary.get("trained", {})
 
     @property
@@ -82,7 +85,7 @@ class Run:
             group, _, choice = override.lstrip("+").partition("=")
             if group in ("method", "ablation"):
                 return choice
-        algo = (self.trained or {"config": self.config})["config"].get("algo") or {}
+        algo = self.trained.get("config", self.config).get("algo") or {}
         return self.summary.get("algo") or (algo.get("name") if isinstance(algo, Mapping) else algo) or "unknown"
 
     @property

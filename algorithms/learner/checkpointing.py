@@ -20,10 +20,14 @@ def enable(network: nn.Module) -> None:
             # The second name is that of transformers before 5.20 or so.
             enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-            layers: list[Any] = [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
-            for layer in layers:
+            for layer in _layers(module):
                 layer._gradient_checkpointing_func = partial(_without_dropout, layer)
             return
+
+
+def _layers(network: nn.Module) -> list[Any]:
+    """The layers that can recompute their activations."""
+    return [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _without_dropout(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
@@ -42,7 +46,7 @@ def _without_dropout(layer: nn.Module, forward: Callable[..., Any], *inputs: Any
 @contextmanager
 def active(networks: Sequence[nn.Module]) -> Iterator[None]:
     """Put only the layers themselves in training mode: they recompute only then. Dropout stays off."""
-    layers = [m for network in networks for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = [layer for network in networks for layer in _layers(network)]
     for layer in layers:
         layer.training = True
     try:

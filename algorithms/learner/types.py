@@ -86,6 +86,11 @@ class Trajectory:
         return Ending.of(self.turns[-1].info)
 
     @property
+    def error(self) -> str | None:
+        """Message of the failed search that ended the episode; None if none did."""
+        return self.turns[-1].info["error"]
+
+    @property
     def num_action_tokens(self) -> int:
         """Model-written tokens of all turns."""
         return sum(len(turn.action_ids) for turn in self.turns)

@@ -137,7 +137,7 @@ class Player:
             self.engine.close(list(rollout.episodes))
         stats = RolloutStats.of_all(ranks.gathered(stats))
         played = ranks.in_order(own)
-        if failures := [error for one in played if (error := one.turns[-1].info["error"]) is not None]:
+        if failures := [error for one in played if (error := one.error) is not None]:
             rollout.check_failures(len(failures), failures[-1])
         return played, stats
 

@@ -185,7 +185,7 @@ def without_failed_searches(trajectories: Sequence[Trajectory]) -> list[Trajecto
 
     A group goes as a whole, since algorithms compare its members and count on all of them.
     """
-    failed = {one.group_id for one in trajectories if one.turns[-1].info["error"] is not None}
+    failed = {one.group_id for one in trajectories if one.error is not None}
     return [one for one in trajectories if one.group_id not in failed]
 
 

@@ -277,7 +277,7 @@ def _figures(trajectories: Sequence[Trajectory], scores: Mapping[str, np.ndarray
         **episode_means(trajectories),
         **{name: float(values.mean()) for name, values in scores.items()},
         **{f"{name}_interval": interval(values, seed) for name, values in scores.items()},
-        "retriever_errors": sum(trajectory.turns[-1].info["error"] is not None for trajectory in trajectories),
+        "retriever_errors": sum(trajectory.error is not None for trajectory in trajectories),
     }
 
 

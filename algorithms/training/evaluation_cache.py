@@ -83,7 +83,7 @@ class Kept:
             return kept[0]
         self.found_all = False
         played = play()
-        if any(trajectory.turns[-1].info["error"] is not None for trajectory in played):
+        if any(trajectory.error is not None for trajectory in played):
             self._folder = None
         elif path and ranks.is_first():
             write_trajectories(path, played, self._tokenizer)

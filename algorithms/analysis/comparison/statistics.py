@@ -304,8 +304,7 @@ def _between_seeds(*by_seed: np.ndarray, num_seeds: int | None = None) -> list[_
     for sample in by_seed:
         count = num_seeds or len(sample)
         if len(sample) > 1:
-            alike = np.ptp(sample) < 1e-12  # but for rounding
-            parts.append(_Part(0.0 if alike else float(sample.var(ddof=1)) / count, count - 1))
+            parts.append(_Part(_variance(sample) / count, count - 1))
     if not parts:
         return []
     total = sum(part.variance for part in parts)
@@ -319,8 +318,13 @@ def _pooled(samples: Sequence[np.ndarray], num_seeds: int) -> list[_Part]:
     if not several:
         return []
     freedom = sum(len(sample) - 1 for sample in several)
-    squares = sum(0.0 if np.ptp(sample) < 1e-12 else sample.var() * len(sample) for sample in several)
-    return [_Part(float(squares) / freedom / num_seeds, freedom)]
+    squares = sum(_variance(sample) * (len(sample) - 1) for sample in several)
+    return [_Part(squares / freedom / num_seeds, freedom)]
+
+
+def _variance(sample: np.ndarray) -> float:
+    """The variance of what at least two seeds were drawn from; 0 if they are alike but for rounding."""
+    return 0.0 if np.ptp(sample) < 1e-12 else float(sample.var(ddof=1))
 
 
 def _half_width(parts: Sequence[_Part], level: float = LEVEL) -> float:

@@ -115,7 +115,7 @@ def reason_to_drop(
         max_new_tokens: Most tokens of an action.
         given: Why its source would drop it. A failed search comes first, because the source had no say in it.
     """
-    if trajectory.turns[-1].info["error"] is not None:
+    if trajectory.error is not None:
         return SEARCH_FAILED
     if given is not None:
         return given
