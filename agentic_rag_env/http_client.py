@@ -21,6 +21,10 @@ from agentic_rag_env.settings import Allowed, above, at_least, check_settings, o
 MAX_REPLY_BYTES = 2**28
 #: Statuses below 500 that another try may change: the request was too slow, or there were too many requests.
 _PASSING_STATUSES = (408, 429)
+#: Statuses that refuse this one request: an equal server would reply the same, and others may be answered.
+REFUSALS = (400, 413, 422)
+#: Characters of a reply that an error holds.
+_SHOWN = 200
 #: Longest pause that a server may ask for with the header `Retry-After` [seconds]; an overload takes about this long.
 MAX_ASKED_PAUSE_S = 60.0
 #: With this setting, the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` decide on the proxy.
@@ -39,11 +43,14 @@ class ServiceError(Exception):
         status: Status of the last reply; None where there was none.
         is_final: Whether another try would have the same outcome.
         pause_s: How long the server asks to wait before another try [seconds].
+        said: What the server said, where the status is no 200.
     """
 
-    def __init__(self, message: str, status: int | None = None, is_final: bool = True, pause_s: float = 0.0) -> None:
+    def __init__(
+        self, message: str, status: int | None = None, is_final: bool = True, pause_s: float = 0.0, said: str = ""
+    ) -> None:
         super().__init__(message)
-        self.status, self.is_final, self.pause_s = status, is_final, pause_s
+        self.status, self.is_final, self.pause_s, self.said = status, is_final, pause_s, said
 
 
 class Reply(NamedTuple):
@@ -66,7 +73,7 @@ class Reply(NamedTuple):
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError) as error:
-            start = self.body[:200].decode("utf-8", errors="replace")
+            start = self.body[:_SHOWN].decode("utf-8", errors="replace")
             raise self.error(f"the reply is not JSON: {start!r}") from error
 
     def error(self, problem: str) -> ServiceError:
@@ -104,8 +111,9 @@ class ClientConfig:
 class HttpClient:
     """Asks one service, or several equal ones, over connections that stay open.
 
-    A request is asked again after a failed connection, a timeout, and the statuses 408, 429 and 500 or above. Threads
-    may share a client; a forked process opens connections of its own.
+    A request is asked again after a failed connection, a timeout, and the statuses 408, 429 and 500 or above. Halves of
+    surrogate pairs, which no request can hold, are sent as `?`. Threads may share a client; a forked process opens
+    connections of its own.
 
     Args:
         urls: One or more servers with the same contents, which take turns and stand in for each other.
@@ -147,16 +155,19 @@ class HttpClient:
         """
         attempt = 1
         while True:
+            failures = []
             for url in self._servers():
                 try:
                     reply = self._ask("POST", url, attempt, payload)
                     self._skipped_until[url] = 0.0
                     return reply
                 except ServiceError as error:
-                    if error.is_final:
+                    if error.is_final and (error.status is None or error.status in REFUSALS):
                         raise
-                    self._skipped_until[url], failure = time.monotonic() + self._skip_s, error
-            if attempt > self._config.max_retries:
+                    self._skipped_until[url] = time.monotonic() + self._skip_s
+                    failures.append(error)
+            failure = failures[-1]
+            if attempt > self._config.max_retries or all(error.is_final for error in failures):
                 raise failure
             backoff = self._config.backoff_s * 2 ** (attempt - 1)
             time.sleep(max(backoff, failure.pause_s) * (1 + self._chance.random() / 2))
@@ -192,7 +203,7 @@ class HttpClient:
         deadline = time.monotonic() + self._config.timeout_s
         body = bytearray()
         try:
-            with self._connected().stream(method, httpx.URL(url).join(path), json=payload) as response:
+            with self._connected().stream(method, httpx.URL(url).join(path), **_sent(payload)) as response:
                 for chunk in response.iter_bytes():
                     body += chunk
                     # httpx bounds the wait for each piece only: a reply that trickles would never time out.
@@ -205,10 +216,10 @@ class HttpClient:
             problem = f"{type(error).__name__}: {error}. Is the service running and reachable from here?"
             raise ServiceError(f"{asked}: {problem}", is_final=False) from error
         if status != 200:
-            said = body[:200].decode("utf-8", errors="replace")
+            said = body.decode("utf-8", errors="replace")
             is_final = status < 500 and status not in _PASSING_STATUSES
             pause_s = min(float(asked_pause), MAX_ASKED_PAUSE_S) if asked_pause.isdecimal() else 0.0
-            raise ServiceError(f"{asked}: status {status}: {said}", status, is_final, pause_s)
+            raise ServiceError(f"{asked}: status {status}: {said[:_SHOWN]}", status, is_final, pause_s, said)
         return Reply(bytes(body), asked)
 
     def _connected(self) -> Any:
@@ -221,11 +232,13 @@ class HttpClient:
     def _connect(self) -> Any:
         import httpx
 
+        # By default httpx opens 100 connections, and the wait for a free one would count as the server's time.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         mounts = {}
         for url, proxy in self._proxies.items():
             if proxy is not None:
                 try:
-                    mounts[str(httpx.URL(url).join("/")).rstrip("/")] = httpx.HTTPTransport(proxy=proxy)
+                    mounts[str(httpx.URL(url).join("/")).rstrip("/")] = httpx.HTTPTransport(proxy=proxy, limits=limits)
                 except ImportError as error:
                     raise ServiceError(
                         f"{url} is to be asked through the proxy {_shown(proxy)}, which needs a library: pip install "
@@ -235,15 +248,17 @@ class HttpClient:
                     raise ServiceError(f"{url} cannot be asked through the proxy {_shown(proxy)}: {error}.") from error
         # Given a transport of ours, httpx itself reads no variable for proxies.
         return httpx.Client(
-            timeout=self._config.timeout_s, headers=self._headers, transport=httpx.HTTPTransport(), mounts=mounts
+            timeout=self._config.timeout_s,
+            headers=self._headers,
+            transport=httpx.HTTPTransport(limits=limits),
+            mounts=mounts,
         )
 
     def _asked(self, url: str, attempt: int) -> str:
         proxy = self._proxies[url]
         through = "" if proxy is None else f" (through the proxy {_shown(proxy)}; proxy=null asks without)"
         tries = f"{attempt} {'try' if attempt == 1 else 'tries'}"
-        others = f" by each of {len(self.urls)} servers" if len(self.urls) > 1 else ""
-        return f"{url}{through} failed after {tries}{others}"
+        return f"{url}{through} failed after {tries}"
 
 
 def proxy_for(url: str, proxy: str | None) -> str | None:
@@ -265,12 +280,24 @@ def proxy_for(url: str, proxy: str | None) -> str | None:
 
 
 def _is_loopback(host: str) -> bool:
+    host = host.rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    # A server that listens on 0.0.0.0 prints that address, and people copy it.
+    return address.is_loopback or address.is_unspecified
+
+
+def _sent(payload: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What httpx sends: JSON as UTF-8, or nothing."""
+    if payload is None:
+        return {}
+    content = json.dumps(payload, ensure_ascii=False, allow_nan=False).encode("utf-8", errors="replace")
+    return {"content": content, "headers": {"Content-Type": "application/json"}}
 
 
 def _shown(proxy: str) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 from agentic_rag_env.errors import ConfigurationError, required_library
 from agentic_rag_env.files import written_whole
 from agentic_rag_env.settings import COUNT, FRACTION, above, at_least, check_settings
+from agentic_rag_env.types import Ending
 from algorithms.learner.algorithm import ALGORITHMS
 from algorithms.sb3.learner import OutsideLearner, Report
 
@@ -163,6 +164,8 @@ class MaskablePPO(OutsideLearner):
                 at["infos"][row]["TimeLimit.truncated"] = False
                 last.append(at["infos"][row])
                 rewards.append(float(at["rewards"][row]))
+                if Ending.of(at["infos"][row]) is Ending.SEARCH_FAILED:  # nothing is learned from it: no advantage
+                    at["rewards"][row] = float(at["values"][row])
             played_until = time.perf_counter()
             return True
 

@@ -305,9 +305,9 @@ def executed_searches(episode: EpisodeInfos) -> Iterator[StepInfo]:
         before = info["num_searches"]
 
 
-def cut(text: str) -> str:
-    """A turn up to the end of its earliest closing tag."""
-    ends = [text.find(tag) + len(tag) for tag in CLOSING_TAGS if tag in text]
+def cut(text: str, action_ends: Sequence[str] = CLOSING_TAGS) -> str:
+    """A turn up to the earliest end of an action."""
+    ends = [text.find(end) + len(end) for end in action_ends if end in text]
     return text[: min(ends)] if ends else text
 
 

@@ -29,7 +29,7 @@ class HttpConfig(ClientConfig):
         url: Address of the service, such as `http://127.0.0.1:8000/retrieve`; without a path, `/retrieve` is added. A
             list of addresses names servers with the same contents, which take turns and stand in for each other.
         max_batch: Most queries of one request; longer batches are split. A request that the server finds too large
-            (status 413) is halved as well.
+            (status 413) is halved as well, down to the query that is too large by itself.
         skip_s: Time for which a server that failed is asked only if all others fail too [seconds].
         seed: Seed of the pauses; None: another one for every client.
         one_query_per_request: Whether to send each query by itself, as `{"query": "..."}`, for services that take no
@@ -78,7 +78,7 @@ class HttpRetriever:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
         """See `Retriever.search`. An empty list of queries sends nothing."""
-        texts = [encodable(query) for query in checked_queries(queries, top_k)]
+        texts = checked_queries(queries, top_k)
         if self.config.one_query_per_request:
             with ThreadPoolExecutor(_NUM_PARALLEL) as pool:
                 return list(pool.map(lambda text: self._search_one(text, top_k), texts))
@@ -114,8 +114,10 @@ class HttpRetriever:
         except ServiceError as error:
             if error.status == _OTHER_FIELDS:
                 raise _retriever_error(error, " If it takes one query each, set one_query_per_request=true.") from error
-            if error.status != _TOO_LARGE or len(queries) == 1:
+            if error.status != _TOO_LARGE:
                 raise _retriever_error(error) from error
+            if len(queries) == 1:
+                return [_retriever_error(error)]
             middle = len(queries) // 2
             return self._search(queries[:middle], top_k) + self._search(queries[middle:], top_k)
 

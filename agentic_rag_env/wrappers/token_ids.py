@@ -96,7 +96,9 @@ class TokenIds(View[np.ndarray, np.ndarray]):
         return self._observe(), float(reward), terminated, truncated, info
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        # A question or a passage that spells a control token stays text, where the tokenizer can be told so.
+        plain = {"split_special_tokens": True} if hasattr(self.tokenizer, "all_special_tokens") else {}
+        return list(self.tokenizer.encode(text, add_special_tokens=False, **plain))
 
     def _observe(self) -> np.ndarray:
         length = self.observation_space.shape[0]  # type: ignore[index]

@@ -213,7 +213,7 @@ class SlotsLauncher(Launcher):
         """See `job_pool.Job.command`."""
 
         def command(slot: job_pool.Slot) -> list[str]:
-            start = [sys.executable, *_path_flag(), *self._torchrun(), "-m", "algorithms.run", *self._hydra_flags()]
+            start = [sys.executable, *self._torchrun(), "-m", "algorithms.run", *self._hydra_flags()]
             if begun(directory):
                 # `_plan` has checked that its settings are this command's, so the job may use the places they name.
                 named = allowed([place for _, place in places(read_settings(directory))])
@@ -254,12 +254,14 @@ class SlotsLauncher(Launcher):
         )
 
 
-def _path_flag() -> list[str]:
+def _safe_path() -> dict[str, str]:
     """Keep the working directory off a job's module path where it is not on this process's path either.
 
     An installed command does not import from there, so a user's own package `algorithms` must not be imported by jobs.
+    A variable, unlike Python's flag -P, also reaches the processes that torchrun starts.
     """
-    return [] if not sys.flags.safe_path and {"", str(Path.cwd())} & set(sys.path) else ["-P"]
+    imports_from_here = not sys.flags.safe_path and {"", str(Path.cwd())} & set(sys.path)
+    return {} if imports_from_here else {"PYTHONSAFEPATH": "1"}
 
 
 def make_slots(num_slots: int | None, gpus: int | None, gpus_per_job: int = 1) -> list[job_pool.Slot]:
@@ -287,7 +289,7 @@ def make_slots(num_slots: int | None, gpus: int | None, gpus_per_job: int = 1) -
     slots = []
     for index in range(count):
         gpu = ",".join(shares[index % len(shares)]) if shares else ""
-        environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}
+        environment = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads, **_safe_path()}
         slots.append(job_pool.Slot(index, environment, f"GPU {gpu}" if shares else f"slot {index}"))
     return slots
 
@@ -303,7 +305,9 @@ def _visible_gpus() -> list[str]:
     import torch  # this import takes seconds, and only multiruns need it
 
     count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if named.startswith("MIG-"):  # CUDA shows a process only the first of several instances
+        return named.split(",")
     return (named.split(",") if named else list(map(str, range(count))))[:count]
 
 

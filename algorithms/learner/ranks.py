@@ -10,6 +10,7 @@ The first process alone reads and writes files of the run. What it has decided o
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner.lifeline import PATIENCE, Lifeline
 
 T = TypeVar("T")
@@ -34,13 +36,38 @@ class _Together:
 
 
 def join() -> None:
-    """Join the processes that `torchrun` has started beside this one, if there are any. A second call does nothing."""
+    """Join the processes that `torchrun` has started beside this one, if there are any. A second call does nothing.
+
+    Raises:
+        ConfigurationError: Two of them share a GPU.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     use_device()
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     _Together.objects = dist.new_group(backend="gloo", timeout=PATIENCE)
     _Together.lifeline = Lifeline(dist.get_rank(), dist.get_world_size())
+    if torch.cuda.is_available():
+        own = platform.node(), str(torch.cuda.get_device_properties(device()).uuid)
+        require_own_gpus(gathered(own))
+
+
+def require_own_gpus(found: Sequence[tuple[str, str]]) -> None:
+    """Refuse processes that share a GPU, at which NCCL would fail later.
+
+    Args:
+        found: The machine and the GPU of every process.
+
+    Raises:
+        ConfigurationError: A GPU occurs twice.
+    """
+    for machine in dict(found):
+        gpus = [gpu for place, gpu in found if place == machine]
+        if len(set(gpus)) < len(gpus):
+            raise ConfigurationError(
+                f"{len(gpus)} processes on {machine} have {len(set(gpus))} GPUs, and each needs its own; start "
+                f"torchrun with --nproc-per-node {len(set(gpus))}."
+            )
 
 
 def leave() -> None:

@@ -88,7 +88,7 @@ class Trajectory:
     @property
     def error(self) -> str | None:
         """Message of the failed search that ended the episode; None if none did."""
-        return self.turns[-1].info["error"]
+        return self.turns[-1].info["error"] if self.ending is Ending.SEARCH_FAILED else None
 
     @property
     def num_action_tokens(self) -> int:

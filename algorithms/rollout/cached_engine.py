@@ -85,7 +85,7 @@ class CachedEngine:
         self._cache = EpisodeCache(self.num_rows, self.config.max_tokens)
         self._recorded: RecordedSteps | None = None
         if self._recorder is not None:
-            self._recorded = RecordedSteps(self._cache, self.config.max_tokens, self._recorder(), self.model.device)
+            self._recorded = RecordedSteps(self._cache, self.config.max_tokens, self._recorder, self.model.device)
         # The cache's places, in the order running (in the middle of an action), waiting (action ended), closed, and
         # the row in each of them.
         self._row_at = np.arange(self.num_rows)

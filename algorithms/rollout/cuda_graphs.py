@@ -28,9 +28,14 @@ class CudaGraphs:
         """See `Recorder`. The computation may neither make the host wait nor take anything from it."""
         compute()  # libraries make their workspaces in a first call, which can't be recorded
         graph = torch.cuda.CUDAGraph()
-        # Another thread may search on the same GPU meanwhile; that is no part of the recording, and does it no harm.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = compute()
+        usual = torch.cuda.current_stream()
+        try:
+            # Another thread may search on the same GPU meanwhile, which is no part of the recording, nor harmed by it.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = compute()
+        except RuntimeError:
+            torch.cuda.set_stream(usual)  # where a recording fails, torch leaves the thread on the stream of recordings
+            raise
 
         def replay() -> Tensor:
             graph.replay()

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 from agentic_rag_env.episode import StepResult
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.retrievers.base import stats_of
-from agentic_rag_env.types import StepInfo
+from agentic_rag_env.types import Ending, StepInfo
 from agentic_rag_env.vector import info_at
 from algorithms.learner import ranks
 from algorithms.learner.seeding import rng
@@ -279,9 +279,9 @@ class _Rollout:
     def _record_turn(self, episode: _Episode, turn: Turn) -> None:
         episode.turns.append(turn)
         self.stats.sampled_tokens += len(turn.action_ids)
-        if turn.info["error"] is not None:
+        if turn.info["ending"] == Ending.SEARCH_FAILED:
             self.stats.retriever_errors += 1
-            self.check_failures(self.stats.retriever_errors, turn.info["error"])
+            self.check_failures(self.stats.retriever_errors, str(turn.info["error"]))
 
     def _finish(self, env: int, info: StepInfo, terminated: bool) -> None:
         episode = self.episodes.pop(env)

@@ -42,12 +42,14 @@ class RecordedSteps:
     Args:
         cache: The cache. Recordings are thrown away when it grows.
         max_length: Most tokens of a row.
-        record: Records a step when its shape is first met.
+        recorder: Makes what records a step when its shape is first met, anew when the recordings are thrown away.
         device: Where the inputs go.
     """
 
-    def __init__(self, cache: EpisodeCache, max_length: int, record: Recorder, device: torch.device) -> None:
-        self._cache, self._record = cache, record
+    def __init__(
+        self, cache: EpisodeCache, max_length: int, recorder: Callable[[], Recorder], device: torch.device
+    ) -> None:
+        self._cache, self._recorder, self._record = cache, recorder, recorder()
         self._widths = _halves(cache.num_rows, 3)
         self._lengths = _halves(max_length, 4)
         # Last token, length, bits of the uniform; and the place in the step before that drew the last token, or -1.
@@ -88,6 +90,8 @@ class RecordedSteps:
         if self._stored is not self._cache.stored:
             self._stored = self._cache.stored
             self._steps.clear()
+            # The memory of recordings can't be recorded into again once all of them are gone.
+            self._record = self._recorder()
         if (width, length) not in self._steps:
             self._steps[width, length] = self._record(lambda: self._step(compute, width, length))
         return self._steps[width, length]()[:, :number]

@@ -29,18 +29,23 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
         Ids [p] int64 of each text.
     """
     if tokenizer.chat_template:
-        # Llama 3 names two of its control tokens as special; the others are so without a name.
-        unnamed = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-        control_tokens = {*tokenizer.all_special_tokens, *unnamed}
-        return [_in_template(tokenizer, text, control_tokens) for text in texts]
+        tokens = control_tokens(tokenizer)
+        return [_in_template(tokenizer, text, tokens) for text in texts]
     bos = tokenizer.bos_token_id
     prefix = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
     return [np.concatenate((np.array(prefix, dtype=np.int64), ids)) for ids in encode_plain(tokenizer, texts)]
 
 
-def _in_template(tokenizer: PreTrainedTokenizerBase, text: str, control_tokens: Iterable[str]) -> np.ndarray:
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Return the tokens that are no text, such as those that end one."""
+    # Llama 3 names two of its control tokens as special; the others are so without a name.
+    unnamed = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return frozenset([*tokenizer.all_special_tokens, *unnamed])
+
+
+def _in_template(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Iterable[str]) -> np.ndarray:
     """Encode a text as the message of a user; the template then opens the reply, [p] int64."""
-    if not any(token in text for token in control_tokens):
+    if not any(token in text for token in tokens):
         chat = [{"role": "user", "content": text}]
         return np.array(_rendered(tokenizer, chat, return_dict=False), dtype=np.int64)
     # A question that spells a control token stays text: such tokens are read only in what the template puts around it.
@@ -79,6 +84,8 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     Returns:
         Ids [n] int64 of each text.
     """
+    if not len(texts):  # transformers can't encode nothing
+        return []
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
     return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from agentic_rag_env.files import write_whole
-from agentic_rag_env.types import StepInfo
+from agentic_rag_env.types import Ending, StepInfo
 from agentic_rag_env.wrappers import DiscreteActions
 from algorithms.learner import seeding
 from algorithms.learner.networks import load_tokenizer
@@ -161,5 +161,5 @@ def check_failures(last: Sequence[StepInfo], config: RunConfig) -> None:
         last: Info of each episode's last step.
         config: The run's.
     """
-    if errors := [info["error"] for info in last if info["error"] is not None]:
+    if errors := [str(info["error"]) for info in last if Ending.of(info) is Ending.SEARCH_FAILED]:
         player.check_failures(len(errors), len(last), config.max_retriever_error_fraction, errors[-1])

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from agentic_rag_env.errors import ConfigurationError
+from agentic_rag_env.probes.endpoints import CUT_OFF
+from agentic_rag_env.retrievers.base import hash_of
 from agentic_rag_env.terminal import print_line
 from algorithms.learner import ranks, seeding
 from algorithms.learner.algorithm import Algorithm, Progress
@@ -23,7 +25,6 @@ from algorithms.rollout.tokenization import encode_prompts
 from algorithms.training import demonstrations
 from algorithms.training.build import Environments, Networks
 from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, Demonstrations
-from algorithms.training.demonstrations.endpoint import CUT_OFF
 from algorithms.training.fingerprints import of_playing, of_plugins, of_retriever
 from algorithms.training.settings import RunConfig, settings_with_effect
 
@@ -41,6 +42,7 @@ class Sources:
         demonstrations: Demonstrations, collected or read, of each algorithm that trains on them.
         replay: The policy's latest trajectories in the present stage.
         demonstrations_s: Seconds that collecting or reading the demonstrations took.
+        origins: What the source of each stage with demonstrations says of itself, hashed.
 
     Raises:
         ConfigurationError: There are no demonstrations for the last algorithm. (An earlier one is skipped in that case,
@@ -60,6 +62,8 @@ class Sources:
         self._config, self._networks, self._environments = config, networks, environments
         self.replay = Replay(0)
         self._players: dict[float | None, Player] = {}
+        self.origins: list[str] = []
+        self._sampled_tokens: dict[str, int] = {}
         started = time.perf_counter()
         self.demonstrations = {
             stage: self._demonstrate(stage.config) for stage in stages if "teacher" in stage.trains_on
@@ -79,6 +83,11 @@ class Sources:
                     f"the questions held out for validation (num_validation); lower it, now "
                     f"{', '.join(f'{each.num_validation} in {each.name}' for each in self.demonstrations)}."
                 )
+
+    @property
+    def teacher_tokens(self) -> int:
+        """Tokens that models of this run wrote for its demonstrations; stages may share these."""
+        return sum(self._sampled_tokens.values())
 
     def to_train_on(self, algorithm: Algorithm) -> list[Trajectory]:
         """The demonstrations that an algorithm trains on: none about a question that any stage is validated on."""
@@ -158,10 +167,10 @@ class Sources:
         teacher = networks.place_of_teacher if source.by_model else None
         tokenizer = networks.teacher_tokenizer if source.by_model else networks.tokenizer
         key = of_playing(settings, teacher or f"no model: {name}", tokenizer, envs.dataset)
-        # What unknown code, an unknown index or one that failed has answered may differ tomorrow, so it is for this run
-        # alone.
+        # What unknown code, an unknown index or one that failed has answered, and the tasks that an environment brings,
+        # may differ tomorrow, so it is for this run alone.
         own = self._run_dir / "demonstrations" / f"{key}.jsonl.gz"
-        is_known = plugins is not None and (envs.retriever is None or searched is not None)
+        is_known = plugins is not None and searched is not None
         shared = Path(config.cache_dir).expanduser() / "demonstrations" / own.name
         path = shared if is_known and not own.exists() else own
         parts = path.with_name(f"{key}.parts")
@@ -172,6 +181,8 @@ class Sources:
         found = demonstrations.cached(path, make, tokenizer, if_searches_failed=own)
         if ranks.is_first():
             shutil.rmtree(parts, ignore_errors=True)
+        self.origins.append(hash_of(source.fingerprint))
+        self._sampled_tokens[key] = found.num_sampled_tokens if source.by_model else 0
         if source.by_model and networks.reads_otherwise:  # the policy learns to write behind its own prompts
             prompts = encode_prompts(networks.tokenizer, [one.prompt for one in found.trajectories])
             found.trajectories = [

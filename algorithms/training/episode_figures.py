@@ -59,7 +59,7 @@ def rollout_metrics(last: Sequence[StepInfo], rewards: Sequence[float]) -> dict[
         "rollout/reward": float(np.mean(rewards)),
         "rollout/reward_variance": float(np.var(rewards)),
         "rollout/truncated_fraction": float(np.mean([Ending.of(info) is not Ending.ANSWERED for info in last])),
-        "rollout/retriever_errors": float(sum(info["error"] is not None for info in last)),
+        "rollout/retriever_errors": float(sum(Ending.of(info) is Ending.SEARCH_FAILED for info in last)),
     }
 
 

@@ -262,7 +262,7 @@ def _summary(trainer: Trainer, evaluated: Sequence[Evaluated]) -> dict[str, Any]
     config = trainer.config
     demonstrations = {stage.name: found for stage, found in trainer.sources.demonstrations.items()}
     costs = dict(trainer.position.costs, demonstrations_s=trainer.sources.demonstrations_s)
-    costs["teacher_sampled_tokens"] = sum(found.num_sampled_tokens for found in demonstrations.values())
+    costs["teacher_sampled_tokens"] = trainer.sources.teacher_tokens
     trained_by = trainer.stages[-1].config
     return summarize(
         config,

@@ -7,11 +7,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from agentic_rag_env.corpus import fingerprint
 from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
 from algorithms.learner import ranks, seeding, sharding
 from algorithms.learner.adapters import trained_state
@@ -32,6 +34,7 @@ from algorithms.training.build import Environments, Networks, build_stages
 from algorithms.training.costs import cost_metrics, speeds, spend, timed
 from algorithms.training.episode_figures import trajectory_metrics
 from algorithms.training.file_locks import make_cache, require_writable
+from algorithms.training.fingerprints import of_questions
 from algorithms.training.host_memory import StepMemory
 from algorithms.training.position import Position
 from algorithms.training.presets import toy_settings
@@ -75,6 +78,8 @@ class Trainer:
                 )
             self.networks.teacher()
         self.sources = Sources(config, self.networks, self.environments, self.stages, run_dir)
+        if self._resume_from is not None:
+            self._require_same_data(self._resume_from)
         self._check_last_batches()
 
     def _refuse_what_fails_late(self) -> None:
@@ -136,6 +141,26 @@ class Trainer:
                 f"{self.run_dir / CONFIG_FILE} was changed since checkpoint {saved_in.name} was saved: {changed}. "
                 f"Change it back to go on; or begin a new run from these weights: model.policy={saved_in}"
             )
+
+    def _require_same_data(self, saved_in: Path) -> None:
+        """Refuse to go on with other data than a checkpoint was trained on, where it says which."""
+        saved = checkpoint.read_trainer_state(saved_in).get("data", {})  # earlier versions saved none
+        if changed := [what for what, hashed in self._data.items() if saved.get(what, hashed) != hashed]:
+            raise ConfigurationError(
+                f"{' and '.join(changed)} were changed since checkpoint {saved_in.name} was saved. Change them back to "
+                f"go on; or begin a new run from these weights: model.policy={saved_in}"
+            )
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        """Hashes of what the run trains on, by what it is."""
+        train = self.environments.dataset("train")
+        passages = None if train.corpus is None else fingerprint(train.corpus)
+        return {
+            "The training questions": of_questions(train),
+            "The passages": passages,
+            "The demonstrations": self.sources.origins,
+        }
 
     def _settings(self) -> dict[str, Any]:
         """The settings that have an effect on the results of the run."""
@@ -402,6 +427,7 @@ class Trainer:
                     "position": asdict(self.position),
                     "replay": self.sources.replay.state_dict(),
                     "settings": self._settings(),
+                    "data": self._data,
                     "model_steps": self.networks.model_steps,
                 },
                 agent=described(self.config, self.networks.precision, self.networks.vocab_size, action_ends),

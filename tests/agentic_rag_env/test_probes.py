@@ -785,6 +785,8 @@ def test_an_endpoint_is_asked_again_only_where_that_may_help(server):
         ((200, b"<html>"), "is not JSON: '<html>'", 1),
         ((200, {"choices": []}), "holds no text", 1),
         ((200, {"choices": [{"text": 5}]}), "holds no text", 1),
+        ((200, b"null"), "holds no text: None", 1),
+        ((200, b'"fine"'), "holds no text: fine", 1),
         ((200, b"[" * 100_000), "is not JSON", 1),
         ((408, b"too slow"), "after 3 tries: status 408: too slow", 3),
     ):
@@ -793,6 +795,48 @@ def test_an_endpoint_is_asked_again_only_where_that_may_help(server):
         with pytest.raises(EndpointError, match=re.escape(said)):
             endpoint(server, max_retries=2)(["q"])
         assert len(server.requests) == tries
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"object": "error", "message": "This model's maximum context length is 4096 tokens. However, .."},
+        {"error": {"code": "context_length_exceeded", "message": "too long"}},
+        {"error": {"type": "exceed_context_size_error", "message": "the request exceeds the available context size"}},
+    ],
+)
+def test_a_prompt_that_is_too_long_for_the_model_has_no_text(server, said):
+    server.reply = lambda body: (400, said) if body["prompt"] == "long" else (200, {"choices": [{"text": "fine"}]})
+    assert endpoint(server)(["short", "long"]) == ["fine", None]
+
+
+def test_half_of_a_surrogate_pair_is_no_text_of_a_request(server):
+    server.reply = lambda body: (200, b'{"choices": [{"text": "so \\ud83d"}]}')
+    asked = endpoint(server)
+    assert asked(asked(["\udc80"])) == ["so ?"]
+    assert [body["prompt"] for _, body, _ in server.requests] == ["?", "so ?"]
+
+
+def test_parts_of_a_reply_are_joined(server):
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "in "}, {"type": "text", "text": "two"}]
+    server.reply = lambda body: (200, {"choices": [{"message": {"content": parts}}]})
+    assert endpoint(server, api="chat")(["q"]) == ["in two"]
+
+
+@pytest.mark.parametrize(("key", "sent"), [("secret\r\n", "Bearer secret"), (" ", None)])
+def test_blanks_around_a_key_are_no_part_of_it(server, monkeypatch, key, sent):
+    monkeypatch.setenv("A_KEY_FOR_TESTS", key)
+    server.reply = lambda body: (200, {"choices": [{"text": "fine"}]})
+    endpoint(server)(["q"])
+    assert server.requests[0][2] == sent
+
+
+@pytest.mark.parametrize("key", ["sec\rret", "sécret"])
+def test_a_key_that_no_request_can_carry_is_refused_and_never_shown(server, monkeypatch, key):
+    monkeypatch.setenv("A_KEY_FOR_TESTS", key)
+    with pytest.raises(ConfigurationError, match="The key in the variable A_KEY_FOR_TESTS holds") as refused:
+        endpoint(server)
+    assert key not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -309,6 +310,19 @@ def test_turns_are_written_and_read_as_ids():
 def test_a_long_transcript_shows_its_end():
     view = letters(max_action_tokens=4, max_observation_tokens=10)
     assert Letters().decode(view.reset()[0]) == (QUESTION + "\n")[-10:]
+
+
+def test_a_question_that_spells_a_control_token_stays_text():
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "algorithms/assets/tiny-student")
+    question = f"who is {tokenizer.eos_token}"
+    world = QuestionSet("one", (Question("q", question, ("x",)),), PASSAGES)
+    view = TokenIds(
+        AgenticRAGEnv(dataset=world, retriever=Shelf()), tokenizer, len(tokenizer), max_observation_tokens=99
+    )
+    ids = [number for number in view.reset()[0].tolist() if number != view.no_token]
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == question + "?\n"
 
 
 def test_token_counts_are_checked():

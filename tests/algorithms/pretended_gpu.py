@@ -54,6 +54,7 @@ class PretendedGpu:
         places: The same by file and line of our code.
         tape: What the CUDA graph that is being recorded consists of; None: nothing is recorded.
         arriving: Copies to the host that have not arrived, and what they copy.
+        stream: "usual", or "recordings" while a CUDA graph is recorded.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,7 @@ class PretendedGpu:
         self.places: Counter[str] = Counter()
         self.tape: list[tuple[Any, ...]] | None = None
         self.arriving: list[tuple[Tensor, Tensor]] = []
+        self.stream = "usual"
 
     def reset(self) -> None:
         """Count from zero."""
@@ -149,9 +151,10 @@ class _Event:
 
 @contextlib.contextmanager
 def _recording(gpu: PretendedGpu, graph: Any, pool: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
-    gpu.tape = graph.tape
+    gpu.tape, gpu.stream = graph.tape, "recordings"
     try:
         yield
+        gpu.stream = "usual"  # like torch, which stays on the stream of recordings if one fails
     finally:
         gpu.tape = None
 
@@ -284,6 +287,8 @@ def _patches(gpu: PretendedGpu) -> Iterator[Any]:
     yield patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped)
     yield patch.object(torch.amp.autocast_mode.autocast, "__init__", _autocast_on_the_cpu)
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "pretended"}
+    yield patch.object(torch.cuda, "current_stream", lambda: gpu.stream)
+    yield patch.object(torch.cuda, "set_stream", functools.partial(setattr, gpu, "stream"))
     for name, answer in {**answers, "empty_cache": None, "synchronize": None}.items():
         yield patch.object(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     yield patch.object(torch.cuda, "CUDAGraph", _graph_class(gpu))

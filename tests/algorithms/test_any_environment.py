@@ -134,6 +134,8 @@ def test_scripted_turns_are_learned_and_measured(sft):
     }  # fmt: skip
     assert sft.summary["stages"][0]["steps"] == 6
     assert sft.summary["demonstrations"]["sft"] == {"wanted": 24, "found": 24, "asked": 24}
+    # Other runs must not read them: nobody knows on what else the tasks of this environment depend.
+    assert len(list((sft.path / "demonstrations").glob("*.jsonl.gz"))) == 1
     assert sft.summary["arc"] == {}
     rows = [json.loads(line) for line in (sft.path / "predictions" / "test-sft-greedy.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in rows] == [f"Calculator-v1/{FIRST_TEST + place}" for place in range(16)]

@@ -237,6 +237,25 @@ def test_an_episode_without_an_answer_earns_nothing():
     assert set(np.unique(learner.model.rollout_buffer.rewards)) <= {0.0, 1.0}
 
 
+def test_nothing_is_learned_from_an_episode_that_a_failed_search_ended():
+    config = MaskablePPOConfig(total_env_steps=64, turns_per_update=64, batch_size=32, hidden_size=8)
+    faulty = {"name": "faulty", "error_fraction": 0.5}
+    env = AgenticRAGEnv(
+        dataset={"name": "tiny", "num_questions": 60}, max_turns=1, retriever=faulty, reward=lambda _: 0.5
+    )
+
+    class Settings:
+        seed, num_envs, max_retriever_error_fraction = 0, 1, 1.0
+
+    learner, told = MaskablePPO(config), []
+    learner.train(lambda: DiscreteActions(env), Settings, told.append)
+    buffer = learner.model.rollout_buffer
+    failed = buffer.rewards.ravel() != 0.5
+    assert told[0]["rollout/retriever_errors"] == failed.sum() > 10
+    np.testing.assert_allclose(buffer.advantages.ravel()[failed], 0, atol=1e-7)
+    np.testing.assert_allclose(buffer.returns.ravel()[failed], buffer.values.ravel()[failed], atol=1e-7)
+
+
 def test_actions_are_picked_by_their_probability():
     log_probs, draw = np.log([0.2, 0.7, 0.1, 1e-30]), np.random.default_rng(0)
     log_probs[3] = -np.inf

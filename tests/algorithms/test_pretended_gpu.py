@@ -269,6 +269,20 @@ def test_whether_graphs_are_used(gpu, monkeypatch):
         assert decided("on") == (trouble, "rollout.cuda_graphs=on")
 
 
+def test_a_recording_that_fails_leaves_nothing_behind(gpu):
+    calls = []
+
+    def reads_on_the_host():
+        calls.append(gpu.stream)
+        if gpu.stream == "recordings":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaGraphs()(reads_on_the_host)
+    assert calls == ["usual", "recordings"]
+    assert gpu.stream == "usual"
+
+
 def test_a_machine_without_a_gpu_has_no_graphs():
     model, tokenizer = make_policy("pieces"), make_tokenizer("pieces")
     assert decided_recorder("auto", model, tokenizer, "float32") == (None, "auto: there is no GPU")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from agentic_rag_env.errors import ConfigurationError, required_library
 from agentic_rag_env.retrievers.vectors.ranking import SCORE_DECIMALS, Candidates
+from agentic_rag_env.retrievers.vectors.transformer import fixed_device
 
 #: Rows of a block: on a CPU its scores for some hundred queries fit into the cache, on a GPU those for 512 take half a
 #: gigabyte.
@@ -36,7 +37,7 @@ class TorchSearch:
         self._dtype = getattr(torch, dtype or str(vectors.dtype))
         names = (devices or ("cuda" if torch.cuda.is_available() else "cpu")).split(",")
         try:
-            self._devices = [torch.device(name.strip()) for name in names]
+            self._devices = [fixed_device(name.strip()) for name in names]
             self._rounding = 0.0
             size = CPU_BLOCK_ROWS if self._devices[0].type == "cpu" else GPU_BLOCK_ROWS
             self._blocks = [

@@ -47,7 +47,7 @@ def load_pretrained(
     with required_library(without_libraries):
         import torch
         import transformers
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = fixed_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     try:
         require_own_weights(model)
@@ -70,6 +70,15 @@ def load_pretrained(
             f"only {width} rows. Call model.resize_token_embeddings(len(tokenizer)) and save both, or take it out."
         )
     return Pretrained(tokenizer, loaded, set(loading["missing_keys"]), place, precision, _positions(loaded))
+
+
+def fixed_device(name: str) -> Any:
+    """The device of this name. "cuda" is the present GPU of this thread; threads begun later start on the first one."""
+    import torch
+
+    place = torch.device(name)
+    is_open = place.type == "cuda" and place.index is None and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if is_open else place
 
 
 def _positions(model: Any) -> int | None:

@@ -80,11 +80,13 @@ def collect(
             result.num_sampled_tokens += part.num_sampled_tokens
             result.trajectories += part.trajectories
             dropped.update(part.dropped)
+            for name, spent in part.costs.items():
+                result.costs[name] = result.costs.get(name, 0) + spent
             show(min(len(result.trajectories), count), count)
             if len(result.trajectories) >= count:
                 break
     del result.trajectories[count:]
-    counts, costs = ranks.decided(lambda: (source.counts, source.costs))
+    counts, costs = ranks.decided(lambda: (source.counts, result.costs))
     result.dropped = dict(dropped) | {name: value for name, value in counts.items() if value}
     result.costs = {name: value for name, value in costs.items() if value}
     return result
@@ -92,7 +94,9 @@ def collect(
 
 def _ask(source: Source, items: list[int], seed: tuple[int, int], filters: Sequence[str]) -> Demonstrations:
     """Play some items once."""
+    before = dict(source.costs)
     played, reasons, stats = source.play(items, seed)
+    costs = {name: spent - before.get(name, 0) for name, spent in source.costs.items()}
     found, dropped = [], Counter[str]()
     for trajectory, given in zip(played, reasons, strict=True):
         reason = reason_to_drop(trajectory, filters, source.rollout.max_new_tokens, given)
@@ -100,7 +104,7 @@ def _ask(source: Source, items: list[int], seed: tuple[int, int], filters: Seque
             found.append(trajectory)
         else:
             dropped[reason] += 1
-    return Demonstrations(found, len(items), len(played), stats.sampled_tokens, dict(dropped))
+    return Demonstrations(found, len(items), len(played), stats.sampled_tokens, dict(dropped), costs)
 
 
 def reason_to_drop(

@@ -11,8 +11,6 @@ from agentic_rag_env.probes.endpoints import EndpointConfig
 from algorithms.learner.config import DemonstrationsConfig
 from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Authored, Dialogue
 
-CUT_OFF = "cut_off"
-
 
 @DEMONSTRATION_SOURCES.register("endpoint", DemonstrationsConfig)
 class Endpoint(Authored):
@@ -36,7 +34,8 @@ class Endpoint(Authored):
                 temperature=self.rollout.temperature,
                 num_parallel=min(self.config.num_parallel, self.envs.num_envs),
                 api_key_variable=self.config.api_key_variable,
-            )
+            ),
+            self.envs.metadata["action_ends"],
         )
 
     @property
@@ -48,15 +47,12 @@ class Endpoint(Authored):
         """Ask the server for the next turns of all episodes. One that it cut off or left empty is not worth paying for.
 
         Raises:
-            EndpointError: The server failed, also when it was asked again.
+            EndpointError: The server failed, also when it was asked again, or it has refused all requests so far.
         """
         messages = self.client.chat([self._messages(dialogue) for dialogue in dialogues])
         self.costs = dict(self.client.costs)
         for dialogue, message in zip(dialogues, messages, strict=True):
-            if message.is_cut_off:
-                dialogue.dropped = CUT_OFF
-            elif not message.text.strip():
-                dialogue.dropped = "no_text"
+            dialogue.dropped = message.problem or (None if message.text.strip() else "no_text")
         return [message.text for message in messages]
 
     def _messages(self, dialogue: Dialogue) -> list[dict[str, str]]:

@@ -2,12 +2,13 @@
 
 The script searches for the question first, and then for titles of gold passages that it has seen. It answers with the
 shortest golden answer that stands in what it has read. It is honest: a query holds only words of the question and of
-observations already seen, and an answer holds only text already seen. A question that can't be answered in this way is
-dropped as `not_derivable`.
+passages already seen, and an answer holds only text of these. The tags around passages and their numbers are no text. A
+question that can't be answered in this way is dropped as `not_derivable`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Aut
 NOT_DERIVABLE = "not_derivable"
 #: Longer answers are sentences, which nobody answers word for word.
 _MAX_ANSWER_WORDS = 8
+#: What `prompts.format_passages` and `information_block` write around passages.
+_LAYOUT = re.compile(r"</?information>|Doc\s*\d+\s*\(Title:")
 
 
 @DEMONSTRATION_SOURCES.register("expert", DemonstrationsConfig)
@@ -59,8 +62,8 @@ class Expert(Authored):
         if not dialogue.actions:
             return _search("I need to look this up.", question.text.strip())
         gold = self.gold[dialogue.item]
-        seen = "\n".join(dialogue.observations)
-        missing = [passage for passage in gold.passages if not _was_read(passage, seen)]
+        seen = _seen(dialogue)
+        missing = [passage for passage in gold.passages if not _was_read(passage, dialogue)]
         complete = not missing or (gold.any_suffices and len(missing) < len(gold.passages))
         # The last turn is for the answer.
         may_search = len(dialogue.actions) < min(self.envs.rules.max_turns, self.envs.rules.num_calls - 1)
@@ -77,30 +80,35 @@ class Expert(Authored):
         """Whether a title was seen and not searched for before."""
         asked = [parse_action(action) for action in dialogue.actions]
         queries = [normalize_answer(action.query) for action in asked if isinstance(action, Search)]
-        visible = "\n".join([dialogue.question.text, *dialogue.observations])
+        visible = f"{dialogue.question.text}\n{_seen(dialogue)}"
         return normalize_answer(passage.title) not in queries and holds_answer(visible, [passage.title])
 
 
 def is_honest(text: str, dialogue: Dialogue) -> bool:
     """Whether a turn says only what could be known when it was written.
 
-    Every word of a query stands in the question or in an observation. An answer stands in an observation as a whole.
+    Every word of a query stands in the question or in a passage. An answer stands in what was read as a whole.
     """
     action = parse_action(text)
     if isinstance(action, Search):
-        visible = " ".join([dialogue.question.text, *dialogue.observations])
+        visible = f"{dialogue.question.text} {_seen(dialogue)}"
         return set(normalize_answer(action.query).split()) <= set(normalize_answer(visible).split())
-    return isinstance(action, Answer) and _is_visible(action.text, "\n".join(dialogue.observations))
+    return isinstance(action, Answer) and _is_visible(action.text, _seen(dialogue))
 
 
 def _search(thought: str, query: str) -> str:
     return f"<think> {thought} </think><search> {query} </search>"
 
 
+def _seen(dialogue: Dialogue) -> str:
+    """The text of the passages that were read."""
+    return _LAYOUT.sub(" ", "\n".join(dialogue.observations))
+
+
 def _is_visible(answer: str, seen: str) -> bool:
     return len(answer.split()) <= _MAX_ANSWER_WORDS and holds_answer(seen, [answer])
 
 
-def _was_read(passage: Passage, seen: str) -> bool:
+def _was_read(passage: Passage, dialogue: Dialogue) -> bool:
     # Without blanks, because not every tokenizer gives them back as they were.
-    return "".join(f"(Title: {passage.title})".split()) in "".join(seen.split())
+    return "".join(f"(Title: {passage.title})".split()) in "".join("".join(dialogue.observations).split())

@@ -4,14 +4,15 @@ JSON lines, plain or `.gz`. Two forms, also mixed:
 
 - `{"question_id": "q7", "turns": ["<think>..</think><search>..</search>", "<think>..</think><answer>..</answer>"]}`;
   `question`, the text of the question, may stand in place of `question_id`.
-- a line of a trajectory file of a run, whose `turns` are objects with `action` and `observation`.
+- a line of a trajectory file of a run, whose `turns` are objects with `action` and `observation`. Where such an action
+  ends with the policy's token for the end of a text, that token is no part of the text.
 
 An observation in the file is compared with what the environment answers, and never used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.files import sha256
 from algorithms.learner.config import DemonstrationsConfig
 from algorithms.learner.types import Trajectory
-from algorithms.rollout.tokenization import decode, encode_plain
+from algorithms.rollout.tokenization import control_tokens, decode, encode_plain
 from algorithms.training.demonstrations.source import DEMONSTRATION_SOURCES, Authored, Dialogue
 
 
@@ -54,14 +55,14 @@ class File(Authored):
         texts = [normalize_answer(question.text) for question in self.envs.dataset]
         by_text = {text: index for index, text in enumerate(texts) if text}
         self.scripts: list[Script] = []
-        unknown = 0
+        unknown, tokens = 0, tuple(control_tokens(self.networks.tokenizer))
         for number, row in read_jsonl(path):
             place = f"{path}, line {number}"
             index = _question_index(row, by_id, by_text, texts, place)
             if index is None:
                 unknown += 1
             else:
-                self.scripts.append(Script(index, *_turns(row, place)))
+                self.scripts.append(Script(index, *_turns(row, place, tokens)))
         self.num_items = len(self.scripts)
         self.counts = {"unknown_question": unknown}
         if not self.scripts:
@@ -94,7 +95,7 @@ class File(Authored):
     def check(self, dialogue: Dialogue, trajectory: Trajectory) -> str | None:
         """Drop an episode that ended before its turns did: another environment answered the later ones."""
         told = len(self.scripts[dialogue.item].actions)
-        ended_early = dialogue.dropped is None and len(trajectory.turns) < told
+        ended_early = dialogue.dropped is None and trajectory.terminated and len(trajectory.turns) < told
         return "environment_differs" if ended_early else dialogue.dropped
 
     def _is_same(self, told: str | None, observed: str) -> bool:
@@ -121,7 +122,7 @@ def _question_index(
     return index if index is not None and texts[index] == asked else by_text.get(asked)
 
 
-def _turns(row: dict[str, Any], place: str) -> tuple[list[str], list[str | None]]:
+def _turns(row: dict[str, Any], place: str, control_tokens: tuple[str, ...]) -> tuple[list[str], list[str | None]]:
     """Read the text of each turn and its observation; the observation is None if the row has none."""
     turns = row.get("turns")
     if not isinstance(turns, list) or not turns:
@@ -135,4 +136,20 @@ def _turns(row: dict[str, Any], place: str) -> tuple[list[str], list[str | None]
                 f"{place}, turn {number}: expected a text, or an object with the text 'action' and perhaps "
                 f"'observation', got {turns[number - 1]!r:.80}."
             )
-    return [str(action) for action in actions], observations
+        if not _is_encodable(action):
+            raise DataError(
+                f"{place}, turn {number}: holds half of a surrogate pair, which is no text: {action!r:.80}."
+            )
+    return [_text(turn, control_tokens) for turn in objects], observations
+
+
+def _is_encodable(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _text(turn: Mapping[str, Any], control_tokens: tuple[str, ...]) -> str:
+    """The text of an action. A run's own files have the token that ended it at its end."""
+    action = str(turn["action"])
+    if "action_ids" in turn and action.endswith(control_tokens):
+        return action.removesuffix(next(token for token in control_tokens if action.endswith(token)))
+    return action

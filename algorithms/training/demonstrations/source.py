@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from agentic_rag_env.actions import THINK_CLOSE, THINK_OPEN
+from agentic_rag_env.probes.material import cut
 from agentic_rag_env.registry import Registry
 from agentic_rag_env.types import Question
 from algorithms.learner import ranks
@@ -146,14 +148,15 @@ class _TextEngine:
     """An engine whose actions are an author's texts. The player opens a row for each dialogue, in their order.
 
     A text is cut at the end of its first action, and encoded once. A text that ends no action gets the end-of-text
-    token, as a model would have ended it. Where the policy's chat template has opened the first thought, the author's
-    own tag is left out. An author who gives up writes nothing, and is not asked again.
+    token, as a model would have ended it. The policy's chat template may have opened the first thought, or not, and the
+    author's text is fitted to it. The environment reads the text that the tokens give back, as it does of a model. An
+    author who gives up writes nothing, and is not asked again.
     """
 
     def __init__(self, author: Authored, envs: _Observed, dialogues: Sequence[Dialogue]) -> None:
         self.author, self.config, self.envs = author, author.rollout, envs
         self.tokenizer = author.networks.tokenizer
-        self._opened_thought = opened_thought(self.tokenizer)
+        self._has_opened_thought = bool(opened_thought(self.tokenizer))
         self.num_rows, self.computed_tokens = author.envs.num_envs, 0
         self._action_ends = tuple(author.envs.metadata["action_ends"])
         self._coming = iter(dialogues)
@@ -184,11 +187,21 @@ class _TextEngine:
         for row, dialogue, text in zip(rows, dialogues, texts, strict=True):
             if dialogue.dropped is not None:
                 self.envs.given_up.add(row)
-            text = self._first_action(text if dialogue.dropped is None else "")
-            begun = "" if dialogue.actions else self._opened_thought
-            actions.append(self._action(row, text.removeprefix(begun)))
+            text = cut(text if dialogue.dropped is None else "", self._action_ends)
+            actions.append(self._action(row, text if dialogue.actions else self._behind_prompt(text)))
             dialogue.actions.append(text)
         return actions
+
+    def _behind_prompt(self, text: str) -> str:
+        """Fit the first turn to a prompt that has opened a thought, or has not."""
+        opens, has_thought = text.lstrip().startswith(THINK_OPEN), THINK_CLOSE in text
+        if self._has_opened_thought and opens:
+            return text.lstrip().removeprefix(THINK_OPEN)
+        if self._has_opened_thought and text and not has_thought:
+            return THINK_CLOSE + text
+        if not self._has_opened_thought and THINK_OPEN not in text.partition(THINK_CLOSE)[0] and has_thought:
+            return THINK_OPEN + text
+        return text
 
     def advance(self, max_steps: int) -> None:
         """Do nothing: an author writes whole actions."""
@@ -198,12 +211,9 @@ class _TextEngine:
         for row in rows:
             self._open.pop(row, None)
 
-    def _first_action(self, text: str) -> str:
-        ends = [text.find(end) + len(end) for end in self._action_ends if end in text]
-        return text[: min(ends)] if ends else text
-
     def _action(self, row: int, text: str) -> Action:
         (ids,) = encode_plain(self.tokenizer, [text])
+        text = decode(self.tokenizer, ids.tolist())
         eos = self.tokenizer.eos_token_id
         adds_eos = eos is not None and not text.endswith(self._action_ends)
         if adds_eos:

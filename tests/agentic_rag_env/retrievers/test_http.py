@@ -6,17 +6,19 @@ import copy
 import http.server
 import json
 import pickle
+import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
-from agentic_rag_env.http_client import proxy_for
+from agentic_rag_env.http_client import ClientConfig, HttpClient, proxy_for
 from agentic_rag_env.registry import RETRIEVERS
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.retrievers.http import HttpConfig, HttpRetriever
@@ -221,9 +223,9 @@ def test_a_server_may_say_when_to_come_back(
 class Echo(Service):
     """A server that finds each query's own text, and takes so many queries at once."""
 
-    def __init__(self, most: int = 1000, fingerprint: Any = None) -> None:
+    def __init__(self, most: int = 1000, fingerprint: Any = None, too_large: str | None = None) -> None:
         super().__init__()
-        self.most = most
+        self.most, self.too_large = most, too_large
         self.server.RequestHandlerClass = self.handler(fingerprint)
 
     def handler(self, fingerprint: Any) -> Any:
@@ -234,7 +236,7 @@ class Echo(Service):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 service.requests.append((self.path, body))
                 found = [[scored(query, query, 1.0)] for query in body["queries"]]
-                fits = len(found) <= service.most
+                fits = len(found) <= service.most and service.too_large not in body["queries"]
                 self.reply(200 if fits else 413, {"result": found} if fits else {"detail": "too large"})
 
             def do_GET(self) -> None:
@@ -276,9 +278,12 @@ def test_what_the_server_finds_too_large_is_halved() -> None:
         assert echo.sizes() == [10, 5, 2, 3, 5, 2, 3]
 
 
-def test_one_query_too_large_is_an_error() -> None:
-    with Echo(most=0) as echo, pytest.raises(RetrieverError, match=r"failed after 1 try: status 413: .*too large"):
-        retriever(echo).search(QUERIES, 1)
+def test_one_query_too_large_is_an_error_of_its_own() -> None:
+    with Echo(too_large="q3") as echo:
+        found = retriever(echo).search(QUERIES, 1)
+    assert isinstance(found[3], RetrieverError)
+    assert re.search(r"failed after 1 try: status 413: .*too large", str(found[3]))
+    assert found[:3] + found[4:] == ANSWERS[:3] + ANSWERS[4:]
 
 
 def test_servers_take_turns() -> None:
@@ -297,6 +302,58 @@ def test_a_dead_server_is_stood_in_for_and_skipped(service: Service) -> None:
     assert len(service.requests) == 1
 
 
+@pytest.mark.parametrize("status", [401, 404])
+def test_what_one_server_refuses_is_asked_of_the_others(service: Service, status: int) -> None:
+    service.replies.append((status, b"no"))
+    with Echo() as echo:
+        client = HttpRetriever(HttpConfig([service.url, echo.url], backoff_s=30.0))  # a pause would be noticed
+        assert [client.search([query], 1) for query in QUERIES] == [[answer] for answer in ANSWERS]
+    assert len(service.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_request_at_fault_is_sent_to_one_server(service: Service, status: int) -> None:
+    service.replies.append((status, b"no"))
+    with Echo() as echo:
+        with pytest.raises(RetrieverError, match=f"after 1 try: status {status}: no"):
+            HttpRetriever(HttpConfig([service.url, echo.url])).search(["q"], 1)
+        assert not echo.requests
+
+
+def test_what_all_servers_refuse_is_not_repeated(service: Service) -> None:
+    service.replies.append((404, b"nothing here"))
+    with pytest.raises(RetrieverError, match="failed after 1 try: status 404: nothing here"):
+        HttpRetriever(HttpConfig([service.url, service.url + "2"], backoff_s=30.0)).search(["q"], 1)
+    assert len(service.requests) == 2
+
+
+def test_many_requests_at_once_do_not_wait_for_connections() -> None:
+    """The server replies to none before all have come, which 100 connections, httpx's own limit, would never bring."""
+    together = threading.Barrier(110)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            together.wait(timeout=20)
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads, request_queue_size = True, 128
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        client = HttpClient([f"http://127.0.0.1:{server.server_port}/"], ClientConfig(timeout_s=10.0, max_retries=0))
+        with ThreadPoolExecutor(110) as pool:
+            assert {reply.body for reply in pool.map(client.post, [{}] * 110)} == {b"{}"}
+        server.shutdown()
+
+
 def test_a_server_is_asked_again_once_its_time_has_passed(service: Service) -> None:
     service.replies.append((500, b"broken"))
     with Echo() as echo:
@@ -311,7 +368,7 @@ def test_all_servers_dead(service: Service) -> None:
     client = HttpRetriever(HttpConfig([service.url, service.url + "2"], max_retries=1, backoff_s=0.001))
     with pytest.raises(RetrieverError) as caught:
         client.search(["q"], 1)
-    assert "failed after 2 tries by each of 2 servers: status 500: broken" in str(caught.value)
+    assert "failed after 2 tries: status 500: broken" in str(caught.value)
     assert sorted(path for path, _ in service.requests) == ["/retrieve", "/retrieve", "/retrieve2", "/retrieve2"]
 
 
@@ -485,7 +542,10 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://wiki.example/retrieve", "http://q:1", {"http_proxy": "http://p:3128"}, "http://q:1"),
         *(
             (f"http://{host}:8000/retrieve", setting, {"http_proxy": "http://p:3128", "all_proxy": "http://p:1"}, None)
-            for host in ("localhost", "127.0.0.1", "127.1.2.3", "[::1]", "gpu.localhost")
+            for host in (
+                *("localhost", "localhost.", "gpu.localhost", "127.0.0.1", "127.1.2.3", "0.0.0.0"),
+                *("[::1]", "[::]", "[::ffff:127.0.0.1]"),
+            )
             for setting in ("environment", "http://q:1")
         ),
     ],

@@ -26,7 +26,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.files import file_name
 from algorithms.launch import job_pool
-from algorithms.launch.hydra_launcher import _path_flag, make_slots
+from algorithms.launch.hydra_launcher import _safe_path, make_slots
 from algorithms.launch.job_pool import Job, Launcher, Slot
 from algorithms.launch.resolvers import job_name
 from algorithms.training import demonstrations, file_locks
@@ -281,17 +281,26 @@ def test_more_seeds_may_follow_the_first(tmp_path, launched):
     assert list(launched[2]) == ["algo-ppo+seed-1"], "the first seed is done already"
 
 
-@pytest.mark.parametrize(("path", "flags"), [(["/bin", "/lib"], ["-P"]), (["", "/lib"], []), ([None, "/lib"], [])])
-def test_jobs_import_from_the_working_directory_only_if_this_process_does(tmp_path, monkeypatch, path, flags):
+@pytest.mark.parametrize(
+    ("path", "imports_from_here"), [(["/bin", "/lib"], False), (["", "/lib"], True), ([None, "/lib"], True)]
+)
+@pytest.mark.parametrize("torchrun", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]])
+def test_jobs_import_from_the_working_directory_only_if_this_process_does(
+    tmp_path, monkeypatch, path, imports_from_here, torchrun
+):
     """An installed command does not, so a user's own package `algorithms` there is not taken for ours."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path) if place is None else place for place in path])
-    assert _path_flag() == flags
-    # What the flag does, with a package of the user's own:
+    settings = _safe_path()
+    assert all(settings.items() <= slot.environment.items() for slot in make_slots(2, 0))
+    # What the variable does, with a package of the user's own:
     (tmp_path / "algorithms_of_mine").mkdir()
-    (tmp_path / "algorithms_of_mine" / "__init__.py").write_text("print('mine')")
-    done = subprocess.run([sys.executable, *flags, "-m", "algorithms_of_mine"], capture_output=True, text=True)
-    assert ("mine" in done.stdout) is (flags == [])
+    (tmp_path / "algorithms_of_mine" / "__init__.py").touch()
+    (tmp_path / "algorithms_of_mine" / "__main__.py").write_text("print('mine')")
+    command, environment = [sys.executable, *torchrun, "-m", "algorithms_of_mine"], {**os.environ, **settings}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ("mine" in done.stdout) is imports_from_here
 
 
 def test_a_restart_runs_what_is_missing_and_resumes_what_has_begun(tmp_path, launched):

@@ -14,6 +14,7 @@ import torch
 from rank_processes import join, start, told
 from torch import nn
 
+from agentic_rag_env.errors import ConfigurationError
 from algorithms.learner import ranks
 
 
@@ -60,6 +61,12 @@ def share_some_work(folder: Path) -> None:
     found["pid"] = os.getpid()
     (folder / f"{rank}.json").write_text(json.dumps(found))
     ranks.leave()
+
+
+def test_processes_that_share_a_gpu_are_refused():
+    ranks.require_own_gpus([("a", "gpu-0"), ("a", "gpu-1"), ("b", "gpu-0")])
+    with pytest.raises(ConfigurationError, match=r"3 processes on b have 2 GPUs.*--nproc-per-node 2"):
+        ranks.require_own_gpus([("a", "gpu-0"), ("b", "gpu-0"), ("b", "gpu-1"), ("b", "gpu-0")])
 
 
 def test_shares_and_decisions_of_three_processes(tmp_path):

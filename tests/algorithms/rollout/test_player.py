@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from datetime import datetime
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,10 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, PreTraine
 
 from agentic_rag_env.env import AgenticRAGEnv
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
+from agentic_rag_env.lifted import LiftedVectorEnv
 from agentic_rag_env.probes import Prompt
 from agentic_rag_env.retrievers.bm25 import BM25Config, BM25Retriever
+from agentic_rag_env.spaces import FreeText
 from agentic_rag_env.types import Ending
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 from algorithms.learner.collate import collate, predicting_positions
@@ -31,6 +34,8 @@ from algorithms.rollout.player import Player
 from algorithms.rollout.sampling import sample
 from algorithms.rollout.tokenization import decode, encode_plain, encode_prompts, opened_thought
 from algorithms.rollout.trajectory_files import pack, unpack
+from algorithms.training.batches import without_failed_searches
+from algorithms.training.episode_figures import trajectory_metrics
 
 CLOSING = ("</search>", "</answer>")
 BASE = {"max_new_tokens": 20, "max_tokens": 400}
@@ -425,6 +430,43 @@ def test_bos_goes_before_the_prompt_only():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<bos>")
     assert encode_prompts(tokenizer, [" ada"])[0].tolist() == [bos, *plain.encode(" ada")]
     assert encode_plain(tokenizer, [" ada"])[0].tolist() == plain.encode(" ada")
+
+
+def test_no_text_has_no_ids():
+    assert encode_plain(make_tokenizer("whole"), []) == []
+
+
+class Sums(gymnasium.Env[str, str]):
+    """Its tool is busy at first, and then it calls the answer wrong."""
+
+    metadata = {"render_modes": [], "action_ends": ["</answer>"]}  # noqa: RUF012
+    observation_space = action_space = FreeText()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turn = 0
+        return "sum? ", {}
+
+    def step(self, action):
+        self.turn += 1
+        if self.turn == 1:
+            return "again ", 0.0, False, False, {"error": "the tool is busy"}
+        return "", 0.0, True, False, {"correct": False, "answer": "x", "error": "division by zero"}
+
+
+def test_an_error_that_an_environment_reports_is_no_failed_search():
+    gymnasium.register("Sums-v0", Sums)
+    try:
+        envs = LiftedVectorEnv("Sums-v0", 2, range(10))
+        player = make_player(make_policy("whole"), make_tokenizer("whole"), envs, RolloutConfig(**BASE))
+        played, stats = player.rollout(range(4), seed=(0,))
+    finally:
+        del gymnasium.registry["Sums-v0"]
+    assert [one.ending for one in played] == [Ending.ANSWERED] * 4
+    assert [one.error for one in played] == [None] * 4
+    assert stats.retriever_errors == 0
+    assert without_failed_searches(played) == played
+    assert trajectory_metrics(played, stats)["rollout/retriever_errors"] == 0
 
 
 def test_an_episode_without_room_is_cut_off():

@@ -72,14 +72,20 @@ def test_an_episode_may_fill_the_cache_to_the_last_column():
 
 
 def test_shapes_are_recorded_once_and_anew_when_the_cache_has_moved():
-    cache, recorded, computed = EpisodeCache(8, 4096), [], []
+    cache, recorders, recorded, computed = EpisodeCache(8, 4096), [], [], []
 
-    def record(compute):
-        compute()
-        recorded.append(computed[-1])
-        return compute
+    def recorder():
+        number = len(recorders)
 
-    steps = RecordedSteps(cache, 4096, record, torch.device("cpu"))
+        def record(compute):
+            compute()
+            recorded.append((number, *computed[-1]))
+            return compute
+
+        recorders.append(record)
+        return record
+
+    steps = RecordedSteps(cache, 4096, recorder, torch.device("cpu"))
 
     def compute(inputs, length):
         computed.append((inputs.shape[1], length))
@@ -98,7 +104,7 @@ def test_shapes_are_recorded_once_and_anew_when_the_cache_has_moved():
         assert computed[-1] == (4, 1024), "a row beside them is"
         draw(5, 1, 1, 1, 1, 4095, 9, 9, 9)
         assert computed[-1] == (8, 4096)
-    assert recorded == [(2, 512), (4, 1024), (8, 4096)]
+    assert recorded == [(0, 2, 512), (0, 4, 1024), (0, 8, 4096)]
     assert not cache.stored
     backbone = make_policy("whole").base_model
     with torch.no_grad():
@@ -106,7 +112,7 @@ def test_shapes_are_recorded_once_and_anew_when_the_cache_has_moved():
     draw(2, 5, 5, 0, 0, 0, 0, 0, 0)
     assert cache.stored[0].shape[2] >= 512
     draw(2, 5, 5, 0, 0, 0, 0, 0, 0)
-    assert recorded[3:] == [(2, 512)]
+    assert recorded[3:] == [(1, 2, 512)], "by another recorder, whose memory nothing was recorded into"
 
 
 def test_a_step_reads_the_tokens_that_the_step_before_drew():
@@ -116,7 +122,7 @@ def test_a_step_reads_the_tokens_that_the_step_before_drew():
         compute()
         return compute
 
-    steps = RecordedSteps(EpisodeCache(4, 8), 8, record, torch.device("cpu"))
+    steps = RecordedSteps(EpisodeCache(4, 8), 8, lambda: record, torch.device("cpu"))
 
     def draw(places_before, *last):
         running = np.stack([np.array(last), np.ones_like(last), np.zeros_like(last)])
@@ -147,7 +153,7 @@ def test_a_token_too_many_is_neither_taken_nor_counted(num_rows):
 def test_there_are_at_most_twelve_shapes():
     for num_rows in (1, 2, 3, 64, 512):
         for max_length in (2, 40, 4096):
-            steps = RecordedSteps(EpisodeCache(num_rows), max_length, unrecorded, torch.device("cpu"))
+            steps = RecordedSteps(EpisodeCache(num_rows), max_length, lambda: unrecorded, torch.device("cpu"))
             assert len(steps._widths) * len(steps._lengths) <= 12
             assert (steps._widths[-1], steps._lengths[-1]) == (num_rows, max_length)
             for sizes in (steps._widths, steps._lengths):

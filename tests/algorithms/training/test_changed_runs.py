@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from small_runs import DGPO_STEPS, KD_STEPS, PPO, TINY, command
+from small_runs import DGPO_STEPS, KD_STEPS, PPO, SFT, TINY, command, train
 
 from algorithms.training.checkpoint import MANIFEST, TRAINING_STATE, _write_manifest
 from algorithms.training.trainer import Trainer
@@ -41,6 +42,23 @@ def test_settings_that_were_edited_are_noticed(run, saved, edited, said):
     assert again.code == 1
     assert f"{file} was changed since checkpoint {STEPS:06d} was saved: {said}." in again.err
     assert "Change it back to go on; or begin a new run from these weights: model.policy=" in again.err
+
+
+def test_demonstrations_that_were_edited_are_noticed(dgpo_run, cache, tmp_path):
+    turns = tmp_path / "turns.jsonl.gz"
+    kept = next((cache / "demonstrations").glob("*.jsonl.gz")).read_bytes()
+    turns.write_bytes(kept)
+    file = ["model.teacher=null", "algo.demonstrations.source=file", f"algo.demonstrations.path={turns}"]
+    brief = ["evaluation.every=0", "evaluation.num_questions=8", "probes=[]"]
+    run = train(tmp_path / "run", cache, "algo=sft", *SFT, *file, *brief)
+    assert run.summary["costs"]["teacher_sampled_tokens"] == 0, "no model of this run wrote them"
+    (run.path / "summary.json").unlink()
+    turns.write_bytes(gzip.compress(b"\n".join(gzip.decompress(kept).splitlines()[1:])))
+    again = command(f"resume={run.path}")
+    assert again.code == 1
+    assert "The demonstrations were changed since checkpoint 000006 was saved. Change them back to go on" in again.err
+    turns.write_bytes(kept)
+    assert command(f"resume={run.path}").code == 0
 
 
 def test_a_name_or_a_value_that_was_damaged_is_refused_with_the_file(run):

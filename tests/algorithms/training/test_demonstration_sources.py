@@ -16,11 +16,13 @@ from types import SimpleNamespace
 import pytest
 from small_runs import SFT, TINY, command, train
 
-from agentic_rag_env.errors import ConfigurationError, RetrieverError
+from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
+from agentic_rag_env.probes.endpoints import EndpointError
 from agentic_rag_env.registry import PLUGINS_VARIABLE
 from agentic_rag_env.types import Question
 from algorithms.learner.config import DemonstrationConfig, DemonstrationsConfig
 from algorithms.rollout.tokenization import decode
+from algorithms.rollout.trajectory_files import write_trajectories
 from algorithms.training.build import Environments, Networks
 from algorithms.training.demonstrations import DEMONSTRATION_SOURCES, cached, collect
 from algorithms.training.demonstrations.expert import is_honest
@@ -70,7 +72,7 @@ def source(world, **settings):
 
 def found_by(world, **settings):
     made = collect(source(world, **settings), 50, max_questions=50, filters=["correct", "well_formed"], seed=0)
-    return {one.turns[-1].info["question_id"]: one for one in made.trajectories}, made.counts()["dropped"]
+    return {one.turns[-1].info["question_id"]: one for one in made.trajectories}, made.counts().get("dropped", {})
 
 
 def test_ten_lines_by_hand_are_played_again_and_what_does_not_hold_is_counted(world, tmp_path):
@@ -90,14 +92,15 @@ def test_ten_lines_by_hand_are_played_again_and_what_does_not_hold_is_counted(wo
         {"question_id": "two", "question": "What does Bob Stone play?", "turns": [SEARCH, HARP]},
         {"question_id": "elsewhere", "turns": [HARP]},
         {"question": "Who?", "turns": [HARP]},
+        {"question_id": "one", "turns": [SEARCH] * 6 + [HARP]},
     ]
     path = tmp_path / "by_hand.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = collect(source(world, source="file", path=str(path)), 50, max_questions=50, seed=0)
     counts = made.counts()
-    assert {name: counts[name] for name in ("wanted", "found", "asked")} == {"wanted": 50, "found": 4, "asked": 9}
+    assert {name: counts[name] for name in ("wanted", "found", "asked")} == {"wanted": 50, "found": 4, "asked": 10}
     assert counts["dropped"] == {
-        "environment_differs": 2, "malformed": 1, "unfinished": 1, "unknown_question": 3, "wrong": 1,
+        "environment_differs": 2, "malformed": 1, "unfinished": 2, "unknown_question": 3, "wrong": 1,
     }  # fmt: skip
     for one in made.trajectories:
         assert one.correct
@@ -148,6 +151,70 @@ def test_a_thought_that_the_policys_template_opens_is_not_opened_again(world):
         assert all(text.startswith("<think>") for text in later)
 
 
+@pytest.mark.parametrize(
+    ("template", "written", "behind"),
+    [
+        ("<think>", f"\n{SEARCH}", SEARCH),
+        ("<think>", SEARCH.removeprefix("<think>"), SEARCH),
+        ("<think>", "<search> Bob Stone play </search>", "<think></think><search> Bob Stone play </search>"),
+        ("", SEARCH.removeprefix("<think>"), SEARCH),
+        ("", "<search> Bob Stone play </search>", "<search> Bob Stone play </search>"),
+    ],
+)
+def test_a_thought_is_opened_and_closed_once_whatever_the_template_opens(world, tmp_path, template, written, behind):
+    networks, envs, rollout = world
+    networks = copy.copy(networks)
+    networks.tokenizer = copy.deepcopy(networks.tokenizer)
+    networks.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + template
+    path = tmp_path / "turns.jsonl"
+    path.write_text(json.dumps({"question_id": "one", "turns": [written, HARP]}))
+    found, _ = found_by((networks, envs, rollout), source="file", path=str(path))
+    one = found["one"]
+    read = decode(networks.tokenizer, [*one.prompt_ids.tolist(), *one.turns[0].action_ids.tolist()])
+    assert read.partition(one.prompt)[2] == behind
+
+
+def test_a_trajectory_file_of_ours_gives_back_the_ids_of_its_run(world, tmp_path):
+    """Also where the end-of-text token ended an action, which stands as text in the file."""
+    tokenizer = world[0].tokenizer
+    (tmp_path / "by_hand.jsonl").write_text(json.dumps({"question_id": "one", "turns": ["harp, surely", HARP]}))
+    settings = {"source": "file", "path": str(tmp_path / "by_hand.jsonl")}
+    made = collect(source(world, **settings), 1, max_questions=1, filters=["correct"], seed=0)
+    of_run = tmp_path / "of_run.jsonl.gz"
+    write_trajectories(of_run, made.trajectories, tokenizer)
+    again = collect(source(world, **settings | {"path": str(of_run)}), 1, max_questions=1, filters=["correct"], seed=0)
+    ids = [[turn.action_ids.tolist() for turn in each.trajectories[0].turns] for each in (made, again)]
+    assert ids[0] == ids[1]
+    assert ids[0][0][-1] == tokenizer.eos_token_id
+
+
+def test_half_of_a_surrogate_pair_in_a_file_is_a_clear_error(world, tmp_path):
+    path = tmp_path / "by_hand.jsonl"
+    path.write_text('{"question_id": "one", "turns": ["so \\ud83d"]}')
+    with pytest.raises(DataError, match="line 1, turn 1: holds half of a surrogate pair"):
+        source(world, source="file", path=str(path))
+
+
+def test_the_environment_reads_what_the_tokens_say(world, tmp_path):
+    """The bundled tokenizer composes accents, so an author's text may differ from what the student would write."""
+    path = tmp_path / "by_hand.jsonl"
+    path.write_text(
+        json.dumps({"question_id": "one", "turns": [SEARCH, "<think> So. </think><answer> Zoe\u0308 </answer>"]})
+    )
+    made = collect(source(world, source="file", path=str(path)), 1, max_questions=1, filters=[], seed=0)
+    assert made.trajectories[0].turns[-1].info["answer"] == "Zo\u00eb"
+
+
+def test_the_layout_of_passages_is_no_evidence():
+    seen = (
+        "\n\n<information>Doc 1(Title: Ada Park) Ada lives here.\nDoc 2(Title: Riverton) By a lake.</information>\n\n"
+    )
+    dialogue = Dialogue(0, Question("q", "How many mills?", ("2",)), "", ["a"], [seen])
+    for text in ("<answer> 2 </answer>", "<answer> Title </answer>", "<search> information </search>"):
+        assert not is_honest(text, dialogue)
+    assert is_honest("<answer> Riverton </answer>", dialogue)
+
+
 def test_the_expert_goes_by_what_it_sees(world):
     found, dropped = found_by(world, source="expert")
     assert dropped == {"not_derivable": 1}
@@ -177,9 +244,9 @@ def test_nothing_may_be_said_that_was_not_visible(text, honest):
 def server():
     """A server that searches first and answers after the passage; each request is noted, the first one fails.
 
-    What is put into `reply` takes the place of that part of its replies.
+    What is put into `reply` takes the place of that part of its replies. `refused` holds statuses by words of prompts.
     """
-    asked, keys, reply = [], [], {}
+    asked, keys, reply, refused = [], [], {}, {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -189,7 +256,11 @@ def server():
             text = HARP if len(body["messages"]) > 1 else SEARCH + " and more"
             usage = {"prompt_tokens": 7, "completion_tokens": 3}
             content = json.dumps({"choices": [{"message": {"content": text}}], "usage": usage, **reply}).encode()
-            self.send_response(503 if len(asked) == 1 else 200)
+            status = 503 if len(asked) == 1 else 200
+            for word, code in refused.items():
+                if word in body["messages"][0]["content"]:
+                    status, content = code, json.dumps({"error": {"code": "content_filter"}}).encode()
+            self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -199,7 +270,8 @@ def server():
 
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{running.server_port}/v1", asked=asked, keys=keys, reply=reply)
+    url = f"http://127.0.0.1:{running.server_port}/v1"
+    yield SimpleNamespace(url=url, asked=asked, keys=keys, reply=reply, refused=refused)
     running.shutdown()
     running.server_close()
 
@@ -235,6 +307,57 @@ def test_replies_without_an_action_are_told_apart_and_paid_once(world, server, c
     made = collect(found, 50, max_questions=50, seed=0)
     assert made.counts()["dropped"][reason] == (2 if reason == "wrong" else 3)
     assert made.costs["requests"] == 3
+
+
+def test_a_request_that_is_refused_costs_one_episode(world, server):
+    server.refused["Carl Wood"] = 400
+    made = collect(source(world, source="endpoint", url=server.url, model="m"), 50, max_questions=50, seed=0)
+    assert made.counts()["dropped"] == {"refused": 1, "wrong": 1}
+    assert len(made.trajectories) == 1
+    server.refused |= {"Bob Stone": 400, "water": 422}
+    with pytest.raises(EndpointError, match=r"status 4\d\d: .*content_filter"):
+        collect(source(world, source="endpoint", url=server.url, model="m"), 50, max_questions=50, seed=0)
+
+
+def test_a_reply_is_complete_once_it_ends_an_action_of_the_environment(world, server):
+    networks, envs, rollout = world
+
+    class Calculator:
+        metadata = envs.metadata | {"action_ends": ("</calc>",)}
+
+        def __getattr__(self, name):
+            return getattr(envs, name)
+
+    server.reply.update(
+        choices=[{"finish_reason": "length", "message": {"content": "<calc>3+4</calc>\n7\n and so on"}}]
+    )
+    author = source((networks, Calculator(), rollout), source="endpoint", url=server.url, model="m")
+    dialogue = Dialogue(0, envs.dataset[0], "How many?")
+    assert author.write([dialogue]) == ["<calc>3+4</calc>"]
+    assert dialogue.dropped is None
+
+
+def test_the_costs_of_all_attempts_are_told(world, server, tmp_path):
+    """Two episodes at a time: the first attempt ends with the second portion, and the next one goes on there."""
+    networks, _, rollout = world
+    config = dataclasses.replace(networks._config, num_envs=2)
+    pairs = networks, Environments(config, networks.tokenizer).envs("all"), rollout
+    asking = {"max_questions": 50, "filters": [], "seed": 0, "parts": tmp_path}
+    author = source(pairs, source="endpoint", url=server.url, model="m")
+    author.write, write, calls = None, author.write, []
+
+    def fails_later(dialogues):
+        calls.append(len(dialogues))
+        if len(calls) > 2:
+            raise EndpointError("gone")
+        return write(dialogues)
+
+    author.write = fails_later
+    with pytest.raises(EndpointError, match="gone"):
+        collect(author, 50, **asking)
+    made = collect(source(pairs, source="endpoint", url=server.url, model="m"), 50, **asking)
+    assert made.num_asked == 3
+    assert {name: made.costs[name] for name in ("requests", "prompt_tokens")} == {"requests": 6, "prompt_tokens": 42}
 
 
 def test_both_ways_to_set_the_number_agree_or_are_refused():
