@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
+from agentic_rag_env.unspaced import UNSPACED
+
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -101,36 +103,64 @@ def _word_f1(prediction: list[str], golden: list[str]) -> float:
 
 #: The ending of a possessive, with a typewriter's or a typesetter's apostrophe.
 _POSSESSIVE = re.compile(r"(?<=\w)['’]s\b", re.IGNORECASE)
+_MARK = re.compile(r"[^\w\s]|_")
+#: An article that nothing but marks joins; that of "A-ha" is none.
+_LONE_ARTICLE = re.compile(rf"(?<!\S)(?:{_MARK.pattern})*(?:an?|the)(?:{_MARK.pattern})*(?!\S)")
 #: Marks that belong to a number when they stand between two digits.
 _IN_NUMBERS = frozenset(".,:")
+#: Stands between words of Khmer, Myanmar and Thai, but is no space to Python.
+_ZERO_WIDTH_SPACE = "\u200b"
 
 
 def holds_answer(text: str, golden_answers: Iterable[str]) -> bool:
     """Whether a text holds one of the answers as whole words, both normalized as for exact match.
 
     A word also ends at a possessive ending, a dash or another mark inside of it: "Ptolemy's" holds "Ptolemy", "1960–65"
-    holds "1960". Numbers stay whole: "1,960" does not hold "960". No text holds an answer that normalization empties.
+    holds "1960". Numbers stay whole: "1,960" does not hold "960". Answers stay whole too: "McDonald" does not hold
+    "McDonald's", and "ha" does not hold "A-ha". In scripts without blanks between words each character is a word. No
+    text holds an answer that normalization empties.
     """
     forms = [f" {form} " for form in word_forms(text)]
-    wanted = [form for answer in golden_answers for form in word_forms(answer) if form]
-    return any(f" {form} " in of_text for form in wanted for of_text in forms)
+    wanted = [f" {form} " for answer in golden_answers for form in answer_forms(answer)]
+    return any(form in of_text for form in wanted for of_text in forms)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text as normalized for exact match; in scripts without blanks each character is one."""
+    return _apart(normalize_answer(text)).split()
 
 
 @lru_cache(maxsize=4096)
 def word_forms(text: str) -> tuple[str, ...]:
-    """The words of a text as normalized for exact match and, where these differ, its words cut at marks too."""
-    normal = normalize_answer(text)
-    cut = _POSSESSIVE.sub("", text)
-    cut = "".join(" " if _ends_word(cut, place) else char for place, char in enumerate(cut))
-    again = normalize_answer(cut)
-    return (normal,) if again == normal else (normal, again)
+    """The words of a text in each form that may hold an answer: those of `answer_forms`, and without possessives."""
+    return tuple(dict.fromkeys((*answer_forms(text), _cut_at_marks(_POSSESSIVE.sub("", text)))))
 
 
-def _ends_word(text: str, place: int) -> bool:
-    """Whether the character at a place is a mark that ends a word."""
-    char = text[place]
-    if char.isalnum() or char.isspace() or unicodedata.category(char)[0] not in "PS":
-        return False
-    if char not in _IN_NUMBERS:
-        return True
-    return not (text[place - 1 : place].isdigit() and text[place + 1 : place + 2].isdigit())
+@lru_cache(maxsize=4096)
+def answer_forms(answer: str) -> tuple[str, ...]:
+    """The words of an answer as normalized for exact match and, where these differ, its words cut at marks too.
+
+    Returns:
+        The distinct forms that are not empty, with single spaces between words.
+    """
+    forms = (" ".join(words_of(answer)), _cut_at_marks(_POSSESSIVE.sub("s", answer)))
+    return tuple(filter(None, dict.fromkeys(forms)))
+
+
+def _cut_at_marks(text: str) -> str:
+    text = _LONE_ARTICLE.sub(" ", text.lower())
+    text = _MARK.sub(lambda mark: " " if _ends_word(mark) else mark.group(), text)
+    return _apart(_spaced(text.translate(_DROP_PUNCTUATION)))
+
+
+def _ends_word(mark: re.Match[str]) -> bool:
+    """Whether a mark ends a word; accents, for instance, do not."""
+    char, text, place = mark.group(), mark.string, mark.start()
+    if char in _IN_NUMBERS:
+        return not (text[place - 1 : place].isdigit() and text[place + 1 : place + 2].isdigit())
+    return char == _ZERO_WIDTH_SPACE or unicodedata.category(char)[0] in "PS"
+
+
+def _apart(text: str) -> str:
+    """A text with single spaces in which each character of a script without blanks is set apart."""
+    return text if text.isascii() else _spaced(UNSPACED.sub(r" \g<0> ", text))

@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from agentic_rag_env.answers import normalize_answer, word_forms
+from agentic_rag_env.answers import answer_forms, normalize_answer, word_forms
 from agentic_rag_env.corpus import read_rows
 from agentic_rag_env.datasets.rows import (
     dataset_name,
@@ -253,8 +253,8 @@ def _coverage(questions: Sequence[Question], occurring: set[tuple[str, ...]], id
 
 def _as_words(question: Question) -> set[tuple[str, ...]]:
     """The answers as words, in every form that counts; the set is empty if one of them is yes or no."""
-    texts = {form for answer in question.golden_answers for form in word_forms(answer)}
-    return set() if texts & _YES_NO else {tuple(text.split()) for text in texts if text}
+    texts = {form for answer in question.golden_answers for form in answer_forms(answer)}
+    return set() if texts & _YES_NO else {tuple(text.split()) for text in texts}
 
 
 def _occurring(wanted: set[tuple[str, ...]], corpus: Iterable[Passage]) -> tuple[set[tuple[str, ...]], set[str]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-from agentic_rag_env.answers import normalize_answer
+from agentic_rag_env.answers import comparable
 from agentic_rag_env.corpus import quoted_contents
 from agentic_rag_env.errors import DataError
 from agentic_rag_env.types import Passage, Question
+
+#: Tells passages apart: title as answers are compared, and text.
+Identity: TypeAlias = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,14 @@ class Gold:
     Attributes:
         passages: Gold passages to be read, in the order of the hops; empty where their texts are not known.
         ids: Ids of the gold passages in the corpus; empty where they are not known.
-        titles: Normalized titles of the gold passages, without repetition; empty where they are not known.
+        identities: The identities of the passages of these ids; those that the corpus lacks are left out.
+        titles: Titles of the gold passages as answers are compared, without repetition; empty where they are not known.
         any_suffices: Whether one of the passages is as good as all.
     """
 
     passages: tuple[Passage, ...] = ()
     ids: frozenset[str] = frozenset()
+    identities: Mapping[str, Identity] = field(default_factory=dict)
     titles: frozenset[str] = frozenset()
     any_suffices: bool = False
 
@@ -48,10 +53,15 @@ class Gold:
         return float(found > 0) if self.any_suffices else found / of
 
     def found_in(self, passages: Iterable[Passage]) -> frozenset[str]:
-        """The pieces of evidence that are among retrieved passages."""
-        if self.ids:
-            return self.ids & {passage.id for passage in passages}
-        return self.titles & titles(passages)
+        """The pieces of evidence that are among retrieved passages.
+
+        A gold passage counts by its id or by its identity, because some retrievers have other ids than the corpus.
+        """
+        if not self.ids:
+            return self.titles & titles(passages)
+        found = list(passages)
+        ids, identities = {passage.id for passage in found}, set(map(identity, found))
+        return frozenset(one for one in self.ids if one in ids or self.identities.get(one) in identities)
 
 
 def find_gold(questions: Sequence[Question], corpus: Iterable[Passage] | None) -> list[Gold]:
@@ -77,27 +87,39 @@ def find_gold(questions: Sequence[Question], corpus: Iterable[Passage] | None) -
     return [_gold(question, by_id) for question in questions]
 
 
+def identity(passage: Passage) -> Identity:
+    """Tell a passage from others, whatever its id is, whether or not its title is quoted, and however it is spaced."""
+    return comparable(passage.title), " ".join(passage.text.split())
+
+
 def titles(passages: Iterable[Passage]) -> frozenset[str]:
-    """Normalized titles of passages; passages without a title are left out."""
-    return frozenset(filter(None, (normalize_answer(passage.title) for passage in passages)))
+    """Titles of passages as answers are compared; passages without a title are left out."""
+    return frozenset(filter(None, (comparable(passage.title) for passage in passages)))
 
 
 def _gold(question: Question, by_id: Mapping[str, Passage]) -> Gold:
     if ids := _ids(question):
         known = tuple(by_id[identifier] for identifier in ids if identifier in by_id)
-        any_suffices = question.metadata.get("supporting_mode") == "any"
-        return Gold(known if len(known) == len(ids) else (), frozenset(ids), titles(known), any_suffices)
+        return Gold(
+            known if len(known) == len(ids) else (),
+            frozenset(ids),
+            {passage.id: identity(passage) for passage in known},
+            titles(known),
+            any_suffices=question.metadata.get("supporting_mode") == "any",
+        )
     listed = _list(question, "gold_passages")
     listed = listed or [item for item in _list(question, "paragraphs") if _is_supporting(item, question)]
     listed = listed or _list(question, "positive_ctxs")[:1]
     if listed:
-        passages = tuple(_passage(item, question, place) for place, item in enumerate(listed))
+        given = [_passage(item, question, place) for place, item in enumerate(listed)]
+        passages = tuple({identity(passage): passage for passage in given}.values())
         return Gold(passages, titles=titles(passages))
-    named = [normalize_answer(str(title)) for title in _list(question, "supporting_titles")]
+    named = [comparable(str(title)) for title in _list(question, "supporting_titles")]
     return Gold(titles=frozenset(filter(None, named)))
 
 
 def _ids(question: Question) -> list[str]:
+    """The distinct ids of a question's gold passages, in their order."""
     ids = _list(question, "supporting")
     for identifier in ids:
         if not isinstance(identifier, str):
@@ -105,7 +127,7 @@ def _ids(question: Question) -> list[str]:
                 f"Question {question.id!r}, metadata field 'supporting': expected ids of passages, strings as in the "
                 f"corpus, got {identifier!r:.80}."
             )
-    return ids
+    return list(dict.fromkeys(ids))
 
 
 def _list(question: Question, field: str) -> list[Any]:

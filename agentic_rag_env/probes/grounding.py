@@ -10,29 +10,29 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from agentic_rag_env.actions import Answer, parse_action
-from agentic_rag_env.answers import holds_answer
+from agentic_rag_env.answers import answer_forms, holds_answer, words_of
 from agentic_rag_env.datasets.base import QuestionSet
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.probes.figures import Figures
-from agentic_rag_env.probes.gold import Gold
+from agentic_rag_env.probes.gold import Gold, Identity, identity
 from agentic_rag_env.probes.material import (
     DIRECTLY,
-    Identity,
     Material,
     Prompt,
     cut,
     executed_searches,
     generated,
-    identity,
     of_search,
     play,
+    worked,
 )
 from agentic_rag_env.prompts import render_prompt
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.retrievers.base import Retriever
 from agentic_rag_env.rewards import exact_match, normalize_answer
 from agentic_rag_env.settings import at_least, check_settings
-from agentic_rag_env.types import Ending, Found, Passage, Question, StepInfo
+from agentic_rag_env.types import Found, Passage, Question, StepInfo
+from agentic_rag_env.unspaced import UNSPACED, UNSPACED_CHARS
 from agentic_rag_env.vector import AgenticRAGVectorEnv
 
 _MONTHS = "january february march april may june july august september october november december".split()
@@ -86,7 +86,7 @@ class Counterfactual:
     | `remembers` | share of i that answer with the old text, though no passage that they were shown holds it |
     | `neither` | the rest |
     | `shown` | share of i that were shown a changed passage; the others had no new text to read |
-    | `own_exact_match` | mean EM_i over the unchanged passages; needs `episodes` |
+    | `own_exact_match` | mean EM_i over the unchanged passages, over i whose search of these worked; needs `episodes` |
     | `left_out` | share of all questions that could not be changed |
     | `search_failed` | share of the played questions whose search failed, which are no i; left out if there is none |
 
@@ -107,7 +107,7 @@ class Counterfactual:
         passages = {key: passage for one in changes for key, passage in one.passages.items()}
         questions = [replace(material.questions[one.number], golden_answers=(one.answer,)) for one in changes]
         places, episodes = _play(material, questions, Overlaid(_retriever(material), passages))
-        figures |= _search_failed(material, places, len(changes))
+        figures |= material.search_failed(places, len(changes))
         changes = [changes[place] for place in places]
         if not changes:
             return figures
@@ -136,7 +136,7 @@ class Shuffled:
     | --- | --- |
     | `exact_match` | mean EM_i with passages of other questions |
     | `closed_book_exact_match` | mean EM_i of answers given at once, without a search; needs `generate` |
-    | `own_exact_match` | mean EM_i with the question's own passages; needs `episodes` |
+    | `own_exact_match` | mean EM_i with the question's own passages, where that search worked; needs `episodes` |
     | `search_failed` | share of the first questions whose search failed, which are no i; left out if there is none |
 
     Args:
@@ -150,7 +150,7 @@ class Shuffled:
         """See the class."""
         questions = list(material.questions[: self.config.num_questions])
         places, episodes = _play(material, questions, Misplaced(_retriever(material), questions, material.seed))
-        figures = _search_failed(material, places, len(questions))
+        figures = material.search_failed(places, len(questions))
         if not places:
             return figures
         questions = [questions[place] for place in places]
@@ -208,11 +208,11 @@ class Misplaced:
 
     def _other(self, query: str) -> str:
         digest = hashlib.sha256(f"{self._seed} {query}".encode("utf-8", "backslashreplace")).digest()
-        words = set(normalize_answer(query).split())
+        words = set(words_of(query))
         start = int.from_bytes(digest[:8], "big") % len(self._questions)
         texts = (self._questions[(start + step) % len(self._questions)].text for step in range(len(self._questions)))
         # This is the first question that shares no word with the query, else the one that shares the fewest.
-        return min(texts, key=lambda text: len(words & set(normalize_answer(text).split())))
+        return min(texts, key=lambda text: len(words.intersection(words_of(text))))
 
 
 def change(material: Material) -> list[Changed]:
@@ -281,8 +281,8 @@ def _another(pool: Sequence[str], question: Question, gold: Gold) -> str | None:
 
 def _rewritten(question: Question, gold: Gold, new: str) -> dict[Identity, Passage] | None:
     """The gold passages that change, by identity; None if none of them holds the answer, or it can't be taken out."""
-    aliases = sorted(question.golden_answers, key=len, reverse=True)
-    pattern = re.compile("|".join(rf"(?<!\w){re.escape(alias)}(?!\w)" for alias in aliases), re.IGNORECASE)
+    aliases = sorted(filter(answer_forms, question.golden_answers), key=len, reverse=True)
+    pattern = re.compile("|".join(map(_as_words, aliases)), re.IGNORECASE)
     passages = {}
     for passage in gold.passages:
         if holds_answer(passage.contents, question.golden_answers):
@@ -291,6 +291,14 @@ def _rewritten(question: Question, gold: Gold, new: str) -> dict[Identity, Passa
                 return None
             passages[identity(passage)] = changed
     return passages or None
+
+
+def _as_words(answer: str) -> str:
+    """A pattern of an answer that is not within a longer word or number."""
+    word = rf"[^\W{UNSPACED_CHARS}]"
+    before = "" if UNSPACED.match(answer) else rf"(?<!{word})(?!(?<=\d[.,:])\d)"
+    after = "" if UNSPACED.match(answer[-1]) else rf"(?!{word})(?!(?<=\d)[.,:]\d)"
+    return before + re.escape(answer) + after
 
 
 def _fits(
@@ -324,7 +332,8 @@ def _own_exact_match(material: Material, numbers: Sequence[int]) -> Figures:
     if material.episodes is None:
         return {}
     own = [material.episodes[number] for number in numbers]
-    return {"own_exact_match": material.share(_correct(own), "high")}
+    own = [own[place] for place in worked(own)]
+    return {"own_exact_match": material.share(_correct(own), "high")} if own else {}
 
 
 def _correct(episodes: Sequence[Sequence[StepInfo]]) -> list[bool]:
@@ -335,12 +344,6 @@ def _retriever(material: Material) -> Retriever:
     if material.retriever is None:
         raise ConfigurationError("This probe lets the agent search, and the material has no 'retriever'.")
     return material.retriever
-
-
-def _search_failed(material: Material, places: Sequence[int], count: int) -> Figures:
-    """The share of played questions whose search failed, if there are any; they are no failure of the model."""
-    failed = [place not in places for place in range(count)]
-    return {"search_failed": material.share(failed)} if any(failed) else {}
 
 
 def _play(
@@ -363,6 +366,6 @@ def _play(
         **rules,
     )
     episodes = play(material.generate, envs)
-    places = [place for place, episode in enumerate(episodes) if Ending.of(episode[-1]) is not Ending.SEARCH_FAILED]
+    places = worked(episodes)
     material.num_failed_searches += len(episodes) - len(places)
     return places, [episodes[place] for place in places]

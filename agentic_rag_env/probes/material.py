@@ -11,15 +11,15 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from agentic_rag_env.actions import ANSWER_OPEN, CLOSING_TAGS
-from agentic_rag_env.answers import holds_answer, normalize_answer
+from agentic_rag_env.answers import holds_answer
 from agentic_rag_env.episode import search
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
 from agentic_rag_env.probes.figures import Best, Figure, Figures, figure, share
-from agentic_rag_env.probes.gold import Gold, find_gold
+from agentic_rag_env.probes.gold import Gold, find_gold, identity
 from agentic_rag_env.prompts import format_passages, information_block, render_prompt
 from agentic_rag_env.registry import PROBES
 from agentic_rag_env.retrievers.base import Retriever
-from agentic_rag_env.types import Found, Passage, Question, StepInfo
+from agentic_rag_env.types import Ending, Found, Passage, Question, StepInfo
 from agentic_rag_env.vector import AgenticRAGVectorEnv, info_at
 
 #: Continues each prompt, greedily where possible, without repeating the prompt. None: the prompt is too long to read.
@@ -27,9 +27,6 @@ Generate: TypeAlias = Callable[[Sequence[str]], Sequence[str | None]]
 
 #: The infos of an episode's steps, in their order.
 EpisodeInfos: TypeAlias = Sequence[StepInfo]
-
-#: Tells passages apart: normalized title, and text.
-Identity: TypeAlias = tuple[str, str]
 
 #: Opens an answer without a thought. Agents of the protocol think before they answer, so the thought is closed at once.
 DIRECTLY = f"<think></think>{ANSWER_OPEN}"
@@ -209,6 +206,16 @@ class Material:
         """See `figures.share`; the seed is that of the material."""
         return share(values, best, weights=weights, seed=self.seed)
 
+    def search_failed(self, places: Sequence[int], count: int) -> Figures:
+        """The share of episodes whose search failed, if there are any; they are no failure of the model.
+
+        Args:
+            places: Places of the other episodes, see `worked`.
+            count: Number of all episodes.
+        """
+        failed = ~np.isin(np.arange(count), places)
+        return {"search_failed": self.share(failed)} if failed.any() else {}
+
     def draw(self, *key: int) -> np.random.Generator:
         """A generator that depends on the seed and on the key of the draw, and on nothing else."""
         return np.random.default_rng((self.seed, *key))
@@ -291,9 +298,9 @@ def play(
     return episodes
 
 
-def identity(passage: Passage) -> Identity:
-    """Tell a passage from others, whatever its id is, whether or not its title is quoted, and however it is spaced."""
-    return normalize_answer(passage.title), " ".join(passage.text.split())
+def worked(episodes: Sequence[EpisodeInfos]) -> list[int]:
+    """Places of the episodes that no failed search has ended."""
+    return [place for place, episode in enumerate(episodes) if Ending.of(episode[-1]) is not Ending.SEARCH_FAILED]
 
 
 def executed_searches(episode: EpisodeInfos) -> Iterator[StepInfo]:

@@ -184,9 +184,9 @@ def _without_evidence(material: Material, distractors: dict[int, list[Passage]])
     """Figures of what the model does when it is given only distractors."""
     texts = material.read(list(distractors.values()), list(distractors), "")
     actions = [None if text is None else parse_action(text) for text in texts]
-    answers = [normalize_answer(action.text) if isinstance(action, Answer) else None for action in actions]
-    abstained = [answer is not None and answer in ABSTENTIONS for answer in answers]
-    answered = [answer is not None and answer not in ABSTENTIONS for answer in answers]
+    answers = [action.text if isinstance(action, Answer) else None for action in actions]
+    abstained = [answer is not None and normalize_answer(answer) in ABSTENTIONS for answer in answers]
+    answered = [answer is not None and not declined for answer, declined in zip(answers, abstained, strict=True)]
     invented = [
         says and not any(holds_answer(passage.contents, [answer or ""]) for passage in shown)
         for says, answer, shown in zip(answered, answers, distractors.values(), strict=True)

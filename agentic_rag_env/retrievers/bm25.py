@@ -55,8 +55,9 @@ class BM25Config:
             word stays as it is. Most published figures of BM25 are with stems and without stop words.
         stopwords: Name of a list in bm25s of words that do not count, such as `english`. With it, words of one
             character do not count either. None: all words count.
-        tokenizer: `words` are the texts between blanks and punctuation. With `bigrams`, Chinese and Japanese, which
-            have no blanks between words, count as overlapping pairs of characters; other scripts are split as `words`.
+        tokenizer: `words` are the texts between blanks and punctuation. With `bigrams`, scripts without blanks
+            between words, such as Chinese, Japanese and Thai, count as overlapping pairs of characters; other scripts
+            are split as `words`.
         index: Folder made by `agentic-rag-index bm25` with the same settings as above. None: the index is made in
             memory. For 5,000 passages or more it is made once for all processes, in the cache folder.
         corpus: File of the passages, instead of those of the dataset or the index folder.
@@ -89,7 +90,7 @@ class BM25Config:
         words = {name: getattr(self, name) for name in ("stemmer", "stopwords", "tokenizer")}
         usual = {"stemmer": None, "stopwords": None, "tokenizer": "words"}
         of_words = {name: value for name, value in words.items() if value != usual[name]}
-        return {"k1": self.k1, "b": self.b, **of_words, "words": WORDS}
+        return {"k1": self.k1, "b": self.b, **of_words, "words": WORDS[self.tokenizer]}
 
 
 @RETRIEVERS.register("bm25", BM25Config)
@@ -122,7 +123,7 @@ class BM25Retriever(CorpusRetriever):
             self._on_disk, (self._index, self._vocabulary) = self._made()
             return
         self._on_disk = True
-        if manifest["index"].get("words") != WORDS:
+        if manifest["index"].get("words") != WORDS.get(manifest["index"].get("tokenizer", "words")):
             raise DataError(
                 f"{config.index}: was built by another version, which cuts texts into other words; build it again by "
                 "the same agentic-rag-index bm25 command."
@@ -233,8 +234,8 @@ def index_texts(
         advance(len(span))
     if tokenizer.tokenizer == "words" and num_unspaced > _MUCH_UNSPACED * num_chars:
         _logger.warning(
-            "%.0f%% of the corpus is Chinese or Japanese, which has no blanks between words: bm25 will find little of "
-            "it. Set tokenizer=bigrams.",
+            "%.0f%% of the corpus is in scripts without blanks between words: bm25 will find little of it. Set "
+            "tokenizer=bigrams.",
             100 * num_unspaced / num_chars,
         )
     if not found:

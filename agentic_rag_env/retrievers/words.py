@@ -13,16 +13,14 @@ from typing import Any
 from agentic_rag_env.errors import ConfigurationError, required_library
 from agentic_rag_env.registry import did_you_mean
 from agentic_rag_env.settings import Allowed, check_settings, one_of, or_none
+from agentic_rag_env.unspaced import UNSPACED, UNSPACED_CHARS
 
-TOKENIZERS = ("words", "bigrams")
-#: Number of the way in which texts are cut into words. It goes up when the same text gives other words, since an index
-#: of the old words is then of no use.
-WORDS = 2
+#: Number of the way in which each tokenizer cuts texts into words. It goes up when the same text gives other words,
+#: since an index of the old words is then of no use.
+WORDS = {"words": 2, "bigrams": 3}
+TOKENIZERS = tuple(WORDS)
 _LANGUAGE = Allowed("a name such as english", lambda value: isinstance(value, str))
-#: Runs of Chinese characters and Japanese kana, which are written without blanks between words.
-_UNSPACED = re.compile(
-    "[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+"
-)
+_UNSPACED_RUN = re.compile(f"[{UNSPACED_CHARS}]+")
 
 
 @cache
@@ -94,17 +92,17 @@ class Tokenizer:
 
 def unspaced_chars(text: str) -> int:
     """The number of characters of a text that are in scripts without blanks between words."""
-    return 0 if text.isascii() else sum(map(len, _UNSPACED.findall(text)))
+    return 0 if text.isascii() else sum(map(len, _UNSPACED_RUN.findall(text)))
 
 
 def _with_bigrams(text: str) -> str:
     """The text with each unspaced run as its overlapping pairs of characters, as Lucene's analyzer for CJK has them."""
-    return text if text.isascii() else _UNSPACED.sub(_pairs, text)
+    return text if text.isascii() else _UNSPACED_RUN.sub(_pairs, text)
 
 
 def _pairs(run: re.Match[str]) -> str:
-    text = run.group()
-    return f" {' '.join(text[place : place + 2] for place in range(max(1, len(text) - 1)))} "
+    chars = UNSPACED.findall(run.group())
+    return f" {' '.join(''.join(chars[place : place + 2]) for place in range(max(1, len(chars) - 1)))} "
 
 
 def _beginning(text: str, count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -149,6 +150,14 @@ def test_shuffled_figures_are_over_the_episodes_whose_search_worked():
     assert one.any_search_failed
 
 
+def test_own_figures_are_over_the_episodes_whose_own_search_worked():
+    one = material(reader)
+    one.episodes[0][-1] |= {"error": "gone", "correct": False, "ending": None}
+    for probe, count in (("counterfactual", 5), ("shuffled", 6)):
+        own = run_probes(one, [probe])[probe]["own_exact_match"]
+        assert (own["value"], own["n"]) == (1.0 if probe == "counterfactual" else pytest.approx(5 / 6), count)
+
+
 def test_a_dead_search_leaves_only_its_share():
     dataset = world()
     dead = RETRIEVERS.build({"name": "faulty", "retriever": "bm25", "error_fraction": 1.0}, corpus=dataset.corpus)
@@ -216,6 +225,28 @@ def test_each_new_answer_is_of_the_same_type_and_stands_in_the_passages():
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "old", "new", "expected"),
+    [
+        ("He won 5 races of 3.5 miles before 5,000 people", "5", "seven",
+         "He won seven races of 3.5 miles before 5,000 people"),
+        ("It was 5. At 5:30, 5, then", "5", "seven", "It was seven. At 5:30, seven, then"),
+        ("1.Paris, 2:Paris.", "Paris", "Rome", "1.Rome, 2:Rome."),
+        ("北京是中国的首都。", "北京", "上海", "上海是中国的首都。"),
+        ("在1969年Paris的11969", "1969", "1920", "在1920年Paris的11969"),
+        ("東京のParisParis", "東京", "大阪", "大阪のParisParis"),
+        ("It is the A, a letter", "A", "B", None),  # an answer that normalization empties stands nowhere
+    ],
+)  # fmt: skip
+def test_only_the_answer_is_replaced(text, old, new, expected):
+    questions = [
+        Question("q", "Which?", (old, ""), {"gold_passages": [f"Title\n{text}"], "answer_type": "any"}),
+        Question("other", "What?", (new,), {"answer_type": "any"}),
+    ]
+    changed = [passage.text for one in change(Material(questions)) for passage in one.passages.values()]
+    assert changed == ([] if expected is None else [expected])
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_no_new_answer_stands_in_the_question_already_whichever_comes_first(turned):
     bastille = Passage("Bastille", "Bastille\nThe Bastille stood in Paris.")
@@ -249,6 +280,14 @@ def test_a_query_is_answered_with_what_another_question_finds():
         assert normalize_answer(found[0].title) != normalize_answer(land)
     with pytest.raises(ConfigurationError, match="at least 2 questions, got 1"):
         Misplaced(retriever, dataset.questions[:1], 0)
+
+
+def test_characters_of_unspaced_scripts_are_the_words_that_questions_share():
+    texts = ("法国的首都是哪里？", "谁写了红楼梦？")
+    questions = [Question(text, text, ("?",)) for text in texts]
+    searched = SimpleNamespace(search=lambda queries, top_k: queries)
+    for seed in range(4):
+        assert Misplaced(searched, questions, seed).search(["法国首都", "红楼梦"], 1) == [texts[1], texts[0]]
 
 
 def test_what_is_missing_is_named():

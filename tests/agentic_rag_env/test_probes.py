@@ -97,6 +97,7 @@ def test_the_interval_of_a_macro_average_resamples_each_group():
         ("born in U.S.A. long ago", ["USA"], True),
         ("Rome\nis old", ["Oslo", "old"], True),
         ("anything", ["the"], False),
+        ("It is _the_ city—the capital", ["_the_"], False),
         ("New York City", ["York New"], False),
         ("Ptolemy's geography", ["Ptolemy"], True),
         ("Ptolemy’s geography", ["Ptolemy"], True),
@@ -113,6 +114,28 @@ def test_the_interval_of_a_macro_average_resamples_each_group():
         ("1,960 men, 3.5 miles", ["1960"], True),
         ("Ptolemy's geography", ["s"], False),
         ("Ptolemys geography", ["Ptolemy"], False),
+        ("McDonald’s restaurants", ["McDonald's"], True),
+        ("“Levi’s Stadium”", ["Levi's Stadium"], True),
+        ("Ronald McDonald is a clown", ["McDonald's"], False),
+        ("They visited Ha Long Bay", ["A-ha"], False),
+        ("a song of A–ha, the band", ["A-ha"], True),
+        ("I have a dream", ["The-Dream"], False),
+        ("He won 1 game", ["A-1"], False),
+        ("the Spider–Man", ["The Spider-Man"], True),
+        ("a band—the Beatles", ["“The Beatles”"], True),
+        ("Will-o’-the-wisp", ["Will-o'-the-wisp"], True),
+        ("北京是中国的首都。", ["北京"], True),
+        ("中国的首都是北京", ["Peking", "北京"], True),
+        ("北海和南京", ["北京"], False),
+        ("在Paris的首都", ["Paris"], True),
+        ("它建于1969年", ["1969"], True),
+        ("它建于1969年", ["69"], False),
+        ("東京タワー", ["タワー"], True),
+        ("レオナルド・ダ・ヴィンチ", ["レオナルド＝ダ＝ヴィンチ"], True),
+        ("กรุงเทพเป็นเมืองหลวง", ["กรุงเทพ"], True),
+        ("กินข้าว", ["ก"], False),  # a letter with its vowel sign is one character
+        ("ភ្នំ\u200bពេញ ជារាជធានី", ["ភ្នំពេញ"], True),
+        ("서울은 수도이다", ["수도"], False),  # Korean has blanks between words
         ("", ["Rome"], False),
     ],
 )
@@ -130,17 +153,25 @@ def test_gold_passages_come_from_every_documented_field():
         {"positive_ctxs": [{"title": "C", "text": "c"}, {"title": "D", "text": "d"}]},
         {"supporting_titles": ["The E", "E"]},
         {},
+        {"supporting": ["p1", "p1", "p2"]},
+        {"gold_passages": ["T\nx y", "T\nx y", {"title": "The The", "text": "z"}]},
+        {"supporting_titles": ["A", "The The", " ", "C++"]},
     ]  # fmt: skip
     questions = [Question(str(number), "?", ("x",), row) for number, row in enumerate(rows)]
     corpus = [Passage("p1", "One\n1"), Passage("p2", "Two\n2"), Passage("p3", "Three\n3")]
     found = find_gold(questions, corpus)
     assert [[passage.contents for passage in gold.passages] for gold in found] == [
-        ["Two\n2", "One\n1"], [], ["T\nx", '"The U"\ny', "V\nz"], ['"B"\nb'], ['"C"\nc'], [], []
+        ["Two\n2", "One\n1"], [], ["T\nx", '"The U"\ny', "V\nz"], ['"B"\nb'], ['"C"\nc'], [], [],
+        ["One\n1", "Two\n2"], ["T\nx y", '"The The"\nz'], [],
     ]  # fmt: skip
     assert [gold.ids for gold in found[:3]] == [{"p1", "p2"}, {"p2", "elsewhere"}, set()]
-    assert [gold.titles for gold in found] == [{"one", "two"}, {"two"}, {"t", "u", "v"}, {"b"}, {"c"}, {"e"}, set()]
-    assert [len(gold.pieces) for gold in found] == [2, 2, 3, 1, 1, 1, 0]
+    assert [gold.titles for gold in found] == [
+        {"one", "two"}, {"two"}, {"t", "u", "v"}, {"b"}, {"c"}, {"e"}, set(),
+        {"one", "two"}, {"t", "the the"}, {"a", "the the", "c"},
+    ]  # fmt: skip
+    assert [len(gold.pieces) for gold in found] == [2, 2, 3, 1, 1, 1, 0, 2, 2, 3]
     assert found[0].found_in([Passage("p1", "renamed")]) == {"p1"}
+    assert found[0].found_in([Passage("hash", '"Two"\n2 '), Passage("other", "One\n2")]) == {"p2"}
     assert found[3].found_in([Passage("any", '"B"\nanother paragraph')]) == {"b"}
     assert find_gold(questions[:1], None)[0].passages == ()
 
@@ -268,6 +299,7 @@ def test_a_reader_of_the_first_passage_only_depends_on_its_place():
     [
         (lambda prompt: "<answer> Atlantis </answer>", {"answered": 1, "invented": 1}),
         (lambda prompt: f"<answer> {docs(prompt)[0].split()[-1]} </answer>", {"answered": 1}),
+        (lambda prompt: f"<answer> {'-'.join(docs(prompt)[0].split()[-2:])} </answer>", {"answered": 1}),
         (lambda prompt: "<answer> I don't know. </answer>", {"abstained": 1}),
         (lambda prompt: "<think>x</think><search> more </search>", {"searched": 1}),
         (lambda prompt: "Atlantis", {"malformed": 1}),
@@ -515,6 +547,35 @@ def test_a_question_whose_search_fails_is_left_out_of_the_comparison_with_it():
     assert (found["hit_verbatim"]["n"], found["hit_verbatim"]["value"]) == (5, 1)
     assert (found["gain_over_verbatim"]["n"], found["hit_first_round"]["n"]) == (5, 6)
     assert found["gain_over_verbatim"]["value"] == pytest.approx(1 / 5 - 1)  # of those left only endless hits
+
+
+@pytest.mark.parametrize("probe", ["query_rewriting", "search_behaviour"])
+def test_an_episode_whose_search_failed_is_left_out(probe):
+    retriever = SimpleNamespace(search=lambda queries, top_k: [[RIVER]] * len(queries))
+
+    def found(questions, episodes):
+        return run_probes(Material(questions, episodes=episodes, retriever=retriever, corpus=[CITY]), [probe])[probe]
+
+    failed = episode("down", ("search", "Ada", None))
+    failed[-1]["error"] = "gone"
+    down = replace(QUESTIONS[0], id="down", metadata={})
+    expected = found(QUESTIONS, EPISODES) | {"search_failed": share([0] * 3 + [1] + [0] * 3)}
+    assert found([*QUESTIONS[:3], down, *QUESTIONS[3:]], [*EPISODES[:3], failed, *EPISODES[3:]]) == expected
+    assert found([down], [failed]) == {"search_failed": share([1])}
+
+
+def test_evidence_counts_where_a_service_sends_no_ids():
+    def renamed(one):
+        passages = tuple(replace(passage, id=f"hash of {passage.id}") for passage in one["passages"])
+        return one | {"passages": passages}
+
+    probes = ["query_rewriting", "search_behaviour"]
+    without_ids = [[renamed(info) for info in one] for one in EPISODES]
+    found, expected = (
+        run_probes(Material(QUESTIONS, episodes=episodes, corpus=[CITY, RIVER]), probes)
+        for episodes in (without_ids, EPISODES)
+    )
+    assert found == expected
 
 
 def test_passages_beyond_top_k_do_not_count():

@@ -68,7 +68,7 @@ class HashedNgramEncoder:
     @property
     def fingerprint(self) -> str:
         """See `StoredEncoder`."""
-        return hash_of([self.settings(), self.state(), WORDS])
+        return hash_of([self.settings(), self.state(), WORDS["words"]])
 
     def settings(self) -> dict[str, Any]:
         """See `StoredEncoder`."""

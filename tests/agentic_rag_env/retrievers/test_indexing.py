@@ -446,10 +446,11 @@ def test_a_bm25_index_of_other_words_is_built_again(tmp_path: Path, store: Corpu
     shutil.copytree(bm25_folder, tmp_path / "index")
     shutil.copy(store.path, tmp_path)
     manifest = json.loads((bm25_folder / "manifest.json").read_text())
-    older = {**manifest, "index": {"k1": 0.9, "b": 0.4}}
-    (tmp_path / "index" / "manifest.json").write_text(json.dumps(older))
-    with pytest.raises(DataError, match="was built by another version, which cuts texts into other words; build it"):
-        RETRIEVERS.build({"name": "bm25", "index": str(tmp_path / "index")}, corpus=PASSAGES)
+    for of_words in ({}, {"tokenizer": "bigrams", "words": 2}):
+        older = {**manifest, "index": {"k1": 0.9, "b": 0.4, **of_words}}
+        (tmp_path / "index" / "manifest.json").write_text(json.dumps(older))
+        with pytest.raises(DataError, match="was built by another version, which cuts texts into other words; build"):
+            RETRIEVERS.build({"name": "bm25", "index": str(tmp_path / "index")}, corpus=PASSAGES)
     build_bm25(tmp_path / "c.arrow", tmp_path / "index", BM25Config())
     assert files_in(tmp_path / "index") == files_in(bm25_folder)
 
@@ -482,7 +483,7 @@ def test_what_another_version_learned_is_learned_anew(
     """An index whose vectors were deleted, built when words were cut in another way."""
     config = DenseIndexConfig(encoder={"name": "hashed_ngram", "dim": 64})
     build_dense(store.path, tmp_path / "new", config)
-    monkeypatch.setattr(hashed_ngram, "WORDS", 1)
+    monkeypatch.setattr(hashed_ngram, "WORDS", {"words": 1})
     monkeypatch.setattr(HashedNgramEncoder, "state", lambda self: {"num_passages": 7, "document_frequency": {}})
     build_dense(store.path, tmp_path / "index", config)
     monkeypatch.undo()

@@ -255,6 +255,7 @@ def test_words_of_a_text(text: str, words: list[str]) -> None:
 CHINESE = corpus_of(
     "法国的首都是巴黎", "塞纳河流过巴黎。", "柏林在施普雷河畔", "東京は日本の首都です", "Paris is the capital, 巴黎"
 )
+THAI = corpus_of("กรุงเทพเป็นเมืองหลวงของไทย", "เชียงใหม่อยู่ทางเหนือ")
 
 
 @pytest.mark.parametrize(
@@ -273,14 +274,23 @@ def test_bm25_finds_chinese_and_japanese_by_bigrams(query: str, expected: list[s
     assert BM25Retriever(BM25Config(), CHINESE).search(["法国首都"], 5) == [[]]
 
 
+def test_bm25_finds_thai_by_bigrams() -> None:
+    bm25 = BM25Retriever(BM25Config(tokenizer="bigrams"), THAI)
+    assert [passage.id for (passage,) in bm25.search(["เมืองหลวง", "เชียงใหม่"], 1)] == ["p0", "p1"]
+
+
 def test_bigrams_of_a_text() -> None:
     cut = Tokenizer("bigrams").words(["Köln, 東京タワー 中 ok", "plain Words"])
     assert cut == [["köln", "東京", "京タ", "タワ", "ワー", "中", "ok"], ["plain", "words"]]
     assert Tokenizer("bigrams").first_words(["東京タワー" * 1000], 3) == [["東京", "京タ", "タワ"]]
+    # Thai, Lao, Myanmar and Khmer: a letter keeps its vowel signs and tones.
+    cut = Tokenizer("bigrams").words(["กินข้าว ok", "ລາວ", "မြန်မာ", "ភ្នំ"])
+    assert cut == [["กิน", "นข้", "ข้า", "าว", "ok"], ["ລາ", "າວ"], ["မြန်", "န်မာ"], ["ភ្នំ"]]
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "corpus", "warned"), [("words", CHINESE, True), ("bigrams", CHINESE, False), ("words", CORPUS, False)]
+    ("tokenizer", "corpus", "warned"),
+    [("words", CHINESE, True), ("words", THAI, True), ("bigrams", CHINESE, False), ("words", CORPUS, False)],
 )
 def test_bm25_says_that_it_will_find_little(
     tokenizer: str, corpus: Any, warned: bool, caplog: pytest.LogCaptureFixture
@@ -292,7 +302,7 @@ def test_bm25_says_that_it_will_find_little(
 def test_the_share_of_chinese_counts_characters(caplog: pytest.LogCaptureFixture) -> None:
     """One Chinese passage after a whole span of English ones is little of a corpus."""
     BM25Retriever(BM25Config(), [*corpus_of(*["amber birch"] * 4096), Passage("last", "法国的首都是巴黎")])
-    assert "Chinese" not in caplog.text
+    assert "tokenizer=bigrams" not in caplog.text
 
 
 def test_bm25_ties_follow_the_corpus() -> None:
