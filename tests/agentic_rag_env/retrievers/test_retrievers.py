@@ -592,8 +592,12 @@ def test_dense_numbers_that_are_not_finite() -> None:
     with pytest.raises(ConfigurationError, match="NaN or infinity for passage 'p1'"):
         DenseRetriever(DenseConfig(TableEncoder(rows)), corpus_of("0", "1", "2"))
     dense = DenseRetriever(DenseConfig(TableEncoder(rows)), corpus_of("0", "2"))
-    with pytest.raises(RetrieverError, match="NaN or infinity for the query '1'"):
-        dense.search(["0", "1"], 1)
+    hybrid = RETRIEVERS.build({"name": "hybrid", "retrievers": [dense, dense]}, corpus=None)
+    for retriever in (dense, hybrid):
+        first, bad, last = retriever.search(["0", "1", "2"], 1)
+        assert [passage.id for passage in (*first, *last)] == ["p0", "p1"]
+        assert isinstance(bad, RetrieverError)
+        assert "NaN or infinity for the query '1'" in str(bad)
 
 
 @pytest.mark.parametrize(
