@@ -2,6 +2,7 @@
 
 An entry is a folder that is named by a hash of all that its content depends on. It lists its files with their sizes and
 hashes. An entry that is incomplete, damaged or not ours is made again. What a killed process has begun is removed then.
+An entry has the usual rights of new files, so several users can share a folder.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 from agentic_rag_env.files import sync, sync_all
 
@@ -43,7 +44,7 @@ def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
         what: What the files are, for the log.
 
     Raises:
-        OSError: The cache folder cannot be written.
+        OSError: The cache folder cannot be written, or the entry cannot be read.
         Exception: Whatever `make` raises.
     """
     from filelock import FileLock
@@ -57,16 +58,17 @@ def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
             return folder
         if folder.exists():
             _logger.warning("%s is damaged; it is made again.", folder)
+            shutil.rmtree(folder)  # before anything is made: it may be another user's
         _logger.warning("Making %s, once, to be kept in %s.", what, folder)
         start = time.monotonic()
         for unfinished in folder.parent.glob(f".{key}.*/"):  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
+        # Not `mkdtemp`, whose folders nobody else can read.
+        making = folder.parent / f".{key}.{uuid4().hex}"
+        making.mkdir()
         try:
             make(making)
             seal_folder(making)
-            if folder.exists():
-                shutil.rmtree(folder)
             making.rename(folder)
             sync(folder.parent)
         finally:
@@ -76,7 +78,7 @@ def kept(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path:
 
 
 def kept_or_none(kind: str, key: str, make: Callable[[Path], None], what: str) -> Path | None:
-    """An entry of the cache folder as `kept` returns it; None, with a warning, if the folder cannot be written."""
+    """An entry of the cache folder as `kept` returns it; None, with a warning, if that raises an `OSError`."""
     try:
         return kept(kind, key, make, what)
     except OSError as error:
@@ -127,7 +129,11 @@ def seal_folder(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds what `seal_folder` has listed."""
+    """Whether a folder holds what `seal_folder` has listed.
+
+    Raises:
+        PermissionError: The folder is there, but this user must not read it.
+    """
     try:
         listed = json.loads((folder / _LISTING).read_text(encoding="utf-8"))
         found = _sizes(folder)
@@ -135,5 +141,8 @@ def is_whole(folder: Path) -> bool:
             return False
         hashed = sum(found.values()) <= _MOST_HASHED
         return not hashed or all(digest_of(folder / name) == digest for name, (_, digest) in listed.items())
+    except PermissionError as error:
+        said = f"{folder} cannot be read by this user; whoever made it can allow that (chmod -R a+rX)"
+        raise PermissionError(error.errno, said) from error
     except (OSError, ValueError, TypeError, AttributeError):
         return False

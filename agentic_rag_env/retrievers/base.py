@@ -65,17 +65,23 @@ class CorpusRetriever(ABC):
 
     corpus: Sequence[Passage]
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+    def search(self, queries: Sequence[str], top_k: int) -> list[Any]:
         """See `Retriever.search`. A query that occurs more than once is searched once."""
 
-        def found(distinct: list[str]) -> list[list[Passage]]:
-            return [[self._passage(row, score) for row, score in best] for best in self.rank(distinct, top_k)]
+        def found(distinct: list[str]) -> list[Found]:
+            return [
+                best if isinstance(best, RetrieverError) else [self._passage(row, score) for row, score in best]
+                for best in self.rank(distinct, top_k)
+            ]
 
         return search_once(queries, top_k, found)
 
     @abstractmethod
-    def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
-        """The best rows for each query. There is at least one query, all are distinct, and `top_k` is at least 1."""
+    def rank(self, queries: Sequence[str], top_k: int) -> Sequence[Ranking | RetrieverError]:
+        """The best rows for each query, or its failure.
+
+        There is at least one query, all are distinct, and `top_k` is at least 1.
+        """
 
     @property
     def fingerprint(self) -> str | None:

@@ -32,6 +32,7 @@ from agentic_rag_env.retrievers.vectors.encoders import (
     Encoder,
     StoredEncoder,
     build_encoder,
+    encode_queries,
     encoder_of_index,
     first_not_finite,
 )
@@ -148,18 +149,16 @@ class DenseRetriever(CorpusRetriever):
         # A copy of the object opens the same files.
         return (DenseRetriever, (self.config, self._given)) if self._index_path else super().__reduce__()
 
-    def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
-        """See `CorpusRetriever.rank`. A query without features (no letter or digit, for n-grams) matches nothing.
+    def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking | RetrieverError]:
+        """See `CorpusRetriever.rank`.
 
-        Raises:
-            RetrieverError: The encoder gives numbers that are not finite.
+        A query without features (no letter or digit, for n-grams) matches nothing. One for which the encoder gives
+        numbers that are not finite fails.
         """
-        embeddings = np.ascontiguousarray(self._encoder.encode_queries(queries), np.float32)
-        if (bad := first_not_finite(embeddings)) is not None:
-            raise RetrieverError(f"the encoder gives NaN or infinity for the query {queries[bad][:80]!r}.")
+        embeddings, failed = encode_queries(self._encoder, queries)
         if embeddings.shape[1] != self._search.dim:
             raise self._wrong_dim(embeddings.shape[1])
-        found: list[Ranking] = [[] for _ in queries]
+        found: list[Ranking | RetrieverError] = [failed.get(place, []) for place in range(len(queries))]
         searched = np.flatnonzero(embeddings.any(axis=1))
         for place, best in zip(searched, nearest(self._search, embeddings[searched], top_k), strict=True):
             found[place] = best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -74,6 +74,9 @@ class HybridRetriever(Wrapper):
         assert corpus is not None
         fused: list[Found] = []
         for rankings in zip(*(part.rank(queries, depth) for part in self.parts), strict=True):  # type: ignore[attr-defined]
+            if error := _first_failure(rankings):
+                fused.append(error)
+                continue
             scores = self._fuse([[row for row, _ in ranking] for ranking in rankings])
             best = sorted(scores, key=lambda row: (-scores[row], row))[:top_k]
             fused.append([replace(corpus[row], score=scores[row]) for row in best])
@@ -83,8 +86,8 @@ class HybridRetriever(Wrapper):
         depth = max(top_k, self._config.depth)
         fused: list[Found] = []
         for results in zip(*(part.search(queries, depth) for part in self.parts), strict=True):
-            if failed := [found for found in results if isinstance(found, RetrieverError)]:
-                fused.append(failed[0])
+            if error := _first_failure(results):
+                fused.append(error)
                 continue
             passages = {passage.id: passage for found in reversed(results) for passage in found}
             scores = self._fuse([[passage.id for passage in found] for found in results])
@@ -93,13 +96,21 @@ class HybridRetriever(Wrapper):
         return fused
 
     def _fuse(self, lists: Sequence[Sequence[Key]]) -> dict[Key, float]:
-        """The fused score of each listed key, in the order in which the keys are first met."""
+        """The fused score of each listed key, in the order in which the keys are first met.
+
+        A service may list a passage twice; its first place counts.
+        """
         scores: dict[Key, float] = {}
         for listed in lists:
-            for rank, key in enumerate(listed, 1):
+            for rank, key in enumerate(dict.fromkeys(listed), 1):
                 scores[key] = scores.get(key, 0.0) + 1 / (self._config.rank_constant + rank)
         # Rounded, since the order of a sum must not decide a tie.
         return {key: round(score, 12) for key, score in scores.items()}
+
+
+def _first_failure(results: Iterable[Any]) -> RetrieverError | None:
+    """The first failure among what the retrievers return for one query."""
+    return next((result for result in results if isinstance(result, RetrieverError)), None)
 
 
 def _common_corpus(parts: Sequence[Retriever]) -> Sequence[Passage] | None:

@@ -24,7 +24,7 @@ from agentic_rag_env.retrievers.base import (
     require_corpus,
     search_once,
 )
-from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder, first_not_finite, stored
+from agentic_rag_env.retrievers.vectors.encoders import StoredEncoder, build_encoder, encode_queries, stored
 from agentic_rag_env.retrievers.vectors.lance_tables import (
     INDEXES,
     LANGUAGES,
@@ -93,7 +93,7 @@ class _Row(NamedTuple):
 class _Part(NamedTuple):
     """One of the two searches of a hybrid one."""
 
-    search: Callable[[Sequence[str], int], list[list[Passage]]]
+    search: Callable[[Sequence[str], int], Sequence[Found]]
 
 
 @RETRIEVERS.register("lancedb", LanceDBConfig)
@@ -166,11 +166,9 @@ class LanceDBRetriever:
 
         return [self._best(partial(propose, query), top_k) for query in queries]
 
-    def _by_vectors(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+    def _by_vectors(self, queries: Sequence[str], top_k: int) -> list[Found]:
         assert self._encoder is not None
-        vectors = np.ascontiguousarray(self._encoder.encode_queries(queries), np.float32)
-        if (bad := first_not_finite(vectors)) is not None:
-            raise RetrieverError(f"the encoder gives NaN or infinity for the query {queries[bad][:80]!r}.")
+        vectors, failed = encode_queries(self._encoder, queries)
 
         def propose(vector: NDArray[np.float32], count: int) -> list[_Row]:
             search = self._table.search(vector, vector_column_name="vector").distance_type("dot")
@@ -179,7 +177,10 @@ class LanceDBRetriever:
             found = self._read(search.select(["id", "contents", "vector", "_distance"]).limit(count))
             return _rows(found, "_distance", vector)
 
-        return [self._best(partial(propose, vector), top_k) if vector.any() else [] for vector in vectors]
+        return [
+            self._best(partial(propose, vector), top_k) if vector.any() else failed.get(place, [])
+            for place, vector in enumerate(vectors)
+        ]
 
     def _best(self, propose: Callable[[int], list[_Row]], top_k: int) -> list[Passage]:
         """The best of the proposed rows. More are asked for while one that was not proposed could score as high."""

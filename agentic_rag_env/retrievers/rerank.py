@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 from agentic_rag_env.errors import ConfigurationError, RetrieverError
@@ -101,7 +102,10 @@ class RerankRetriever(Wrapper):
         return hash_with([self._retriever], *settings)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Found]:
-        """See `Retriever.search`. All pairs of all queries are scored in common batches."""
+        """See `Retriever.search`. All pairs of all queries are scored in common batches.
+
+        A query fails if the model gives NaN or infinity for one of its pairs.
+        """
         return search_once(queries, top_k, lambda distinct: self._ranked(distinct, top_k))
 
     def _ranked(self, queries: list[str], top_k: int) -> list[Found]:
@@ -114,11 +118,15 @@ class RerankRetriever(Wrapper):
         ]
         scores = iter(self._score(pairs))
         ranked: list[Found] = []
-        for passages in found:
+        for query, passages in zip(queries, found, strict=True):
             if isinstance(passages, RetrieverError):
                 ranked.append(passages)
                 continue
             scored = [replace(passage, score=next(scores)) for passage in passages]
+            if not all(isfinite(passage.score) for passage in scored):
+                said = f"the reranker {self.config.model!r} gives NaN or infinity for the query {query[:80]!r}"
+                ranked.append(RetrieverError(f"{said}; try dtype=float32."))
+                continue
             ranked.append(sorted(scored, key=lambda passage: -passage.score)[:top_k])
         return ranked
 
@@ -141,8 +149,6 @@ class RerankRetriever(Wrapper):
             with torch.inference_mode():
                 logits = self._model(**inputs).logits.float()
             values = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-            if not values.isfinite().all():
-                raise RetrieverError(f"the reranker {self.config.model!r} gives NaN or infinity; try dtype=float32.")
             for index, value in zip(chosen, values.tolist(), strict=True):
                 scores[index] = round(value, _SCORE_DECIMALS)
         return scores

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_rag_env.errors import ConfigurationError, DataError
+from agentic_rag_env.errors import ConfigurationError, DataError, RetrieverError
 from agentic_rag_env.registry import Registry
 from agentic_rag_env.retrievers.index_folder import ENCODER_STATE, read_json
 from agentic_rag_env.terminal import printable
@@ -125,6 +125,23 @@ def encoder_of_index(manifest: Mapping[str, Any], given: Any) -> Encoder:
             "index again."
         )
     return encoder
+
+
+def encode_queries(encoder: Encoder, queries: Sequence[str]) -> tuple[NDArray[np.float32], dict[int, RetrieverError]]:
+    """Encode queries. One for which the encoder gives NaN or infinity fails alone.
+
+    Args:
+        encoder: The encoder.
+        queries: At least one query.
+
+    Returns:
+        The vectors, [n, dim], with zeros for a query that fails; and the failures by the places of their queries.
+    """
+    vectors = np.array(encoder.encode_queries(queries), np.float32, order="C")
+    failed = np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist()
+    vectors[failed] = 0
+    said = "the encoder gives NaN or infinity for the query"
+    return vectors, {place: RetrieverError(f"{said} {queries[place][:80]!r}.") for place in failed}
 
 
 def first_not_finite(vectors: NDArray[np.floating]) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.retrievers.base import encodable, hash_of
 from agentic_rag_env.retrievers.vectors.encoders import DTYPES, ENCODERS
 from agentic_rag_env.retrievers.vectors.transformer import hash_of_weights, load_pretrained
@@ -73,7 +74,7 @@ class HuggingFaceEncoder:
 
     Raises:
         ConfigurationError: A setting is out of range or contradicts the folder, torch or transformers is missing, or
-            the model cannot be loaded or used as its folder says.
+            the model cannot be loaded or used as its folder says, or gives no hidden states for tokens alone (T5).
 
     Attributes:
         usage: How texts become vectors, complete.
@@ -98,6 +99,7 @@ class HuggingFaceEncoder:
         self._vocabulary_hash = hash_of(self._tokenizer.get_vocab())
         self.precision = str(loaded.dtype)
         self._model: Any = model.to(self._device, loaded.dtype).eval()
+        self._dim = self._width()
 
     @property
     def fingerprint(self) -> str:
@@ -135,7 +137,7 @@ class HuggingFaceEncoder:
         texts = [f"{prefix or ''}{encodable(text)}" for text in given]
         if self.usage.lower_case:
             texts = [text.lower() for text in texts]
-        rows = np.zeros((len(texts), self._model.config.hidden_size), np.float32)
+        rows = np.zeros((len(texts), self._dim), np.float32)
         span = 64 * self.config.batch_size
         for first in range(0, len(texts), span):
             part = texts[first : first + span]
@@ -148,6 +150,17 @@ class HuggingFaceEncoder:
         if scaled:
             rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         return rows
+
+    def _width(self) -> int:
+        """Width of the vectors. A text tells, since the `hidden_size` of a model may be another one or missing."""
+        try:
+            return self._pool([[0]]).shape[1]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigurationError(
+                f"encoder {self.config.model!r} is a {type(self._model).__name__}, which gives no hidden states for "
+                f"tokens alone ({error}). Give an encoder such as E5 or BGE, or a decoder such as Qwen2; a model that "
+                "has an encoder and a decoder, such as T5, is neither."
+            ) from error
 
     def _pool(self, token_ids: list[list[int]]) -> NDArray[np.float32]:
         """One vector per list of tokens, [n, dim]; the lists are in the order of their lengths."""

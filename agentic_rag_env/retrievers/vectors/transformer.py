@@ -56,13 +56,13 @@ def load_pretrained(
         loaded, loading = getattr(transformers, auto_class).from_pretrained(
             model, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
+        width = loaded.get_input_embeddings().weight.shape[0]
     except ConfigurationError as error:
         raise ConfigurationError(f"{user} model {model!r} cannot be used. {error}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise ConfigurationError(
             f"{user} model {model!r} cannot be loaded; give a folder made by save_pretrained or a hub id. {error}"
         ) from error
-    width = loaded.get_input_embeddings().weight.shape[0]
     token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     if last >= width:
         raise ConfigurationError(

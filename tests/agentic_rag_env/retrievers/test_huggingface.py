@@ -159,6 +159,44 @@ def test_hugging_face_folder_that_holds_no_model(tmp_path: Path) -> None:
         build_encoder(str(tmp_path))
 
 
+def test_vectors_narrower_than_the_hidden_size(model_folder: str, tmp_path: Path) -> None:
+    """OPT-350m projects its hidden states of 1024 numbers to 512."""
+    import transformers
+
+    folder = str(tmp_path / "opt")
+    shutil.copytree(model_folder, folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}
+    config = transformers.OPTConfig(vocab_size=300, word_embed_proj_dim=8, **sizes)
+    transformers.OPTModel(config).save_pretrained(folder)
+    rows = build_encoder({"model": folder, "pooling": "mean", "device": "cpu"}).encode_passages(["amber birch", ""])
+    assert rows.shape == (2, 8)
+    np.testing.assert_allclose(rows[0], unit(by_hand(folder, "amber birch", "mean")), atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["T5Model", "T5EncoderModel"])
+def test_a_model_with_encoder_and_decoder(model_folder: str, tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    folder = str(tmp_path / "t5")
+    shutil.copytree(model_folder, folder)
+    config = transformers.T5Config(vocab_size=300, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    with pytest.raises(ConfigurationError, match=r"is a T5Model, which gives no hidden .* such as E5 or BGE"):
+        build_encoder({"model": folder, "pooling": "mean", "device": "cpu"})
+
+
+def test_a_model_of_texts_and_images(model_folder: str, tmp_path: Path) -> None:
+    import transformers
+
+    folder = str(tmp_path / "clip")
+    shutil.copytree(model_folder, folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.CLIPConfig(text_config={"vocab_size": 300, **sizes}, vision_config=sizes)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    with pytest.raises(ConfigurationError, match=r"cannot be loaded; give a folder .*CLIPModel"):
+        build_encoder({"model": folder, "pooling": "mean", "device": "cpu"})
+
+
 # What a folder of sentence-transformers says
 
 BERT, POOLING, FACTS = "sentence_bert_config.json", "1_Pooling/config.json", "config_sentence_transformers.json"

@@ -83,6 +83,12 @@ def test_a_failure_is_of_one_query() -> None:
     assert [[passage.id for passage in results[place]] for place in (0, 2)] == [["p0", "x"]] * 2
 
 
+def test_a_passage_that_is_listed_twice_counts_once() -> None:
+    (found,) = hybrid(Service("a", "b", "b", "c"), Service("a", "b")).search(["q"], 3)
+    assert [passage.id for passage in found] == ["a", "b", "c"]
+    assert [passage.score for passage in found] == pytest.approx([2 / 61, 2 / 62, 1 / 63], abs=1e-11)
+
+
 def test_depth() -> None:
     shallow = hybrid(Ranked(0, 1, 2, 3), Ranked(4, 3), depth=2)
     assert [passage.id for passage in shallow.search(["q"], 2)[0]] == ["p0", "p4"]
@@ -187,6 +193,21 @@ def test_rerank_depth_failures_and_nothing_found(cross_encoder: str) -> None:
     results = rerank(cross_encoder, Service("x", "y")).search(["bad", "q"], 3)
     assert isinstance(results[0], RetrieverError)
     assert {passage.id for passage in results[1]} == {"x", "y"}
+
+
+def test_rerank_fails_for_the_query_whose_score_is_not_finite(cross_encoder: str) -> None:
+    def broken(*rows: int) -> Any:
+        """It gives NaN for every pair with the word 7."""
+        retriever = rerank(cross_encoder, Ranked(*rows))
+        retriever._model.get_input_embeddings().weight.data[11] = float("nan")
+        return retriever
+
+    expected = rerank(cross_encoder, Ranked(0, 1, 2)).search(["q", "q 3"], 3)
+    first, bad, last = broken(0, 1, 2).search(["q", "q 7", "q 3"], 3)
+    assert [first, last] == expected
+    assert isinstance(bad, RetrieverError)
+    assert "NaN or infinity for the query 'q 7'; try dtype=float32" in str(bad)
+    assert isinstance(broken(0, 7, 1).search(["q"], 1)[0], RetrieverError)
 
 
 def test_rerank_in_the_registry_and_its_fingerprint(cross_encoder: str) -> None:

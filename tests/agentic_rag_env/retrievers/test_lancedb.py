@@ -245,6 +245,24 @@ def test_damaged_notes(tmp_path: Path) -> None:
             lance(tmp_path, corpus=None)
 
 
+@pytest.mark.parametrize("search", ["dense", "hybrid"])
+def test_a_query_whose_vector_is_not_finite_fails_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch, search: str
+) -> None:
+    retriever = lance(place, search=search)
+    expected = retriever.search(["amber", "fjord"], 3)
+    encode = retriever._encoder.encode_queries
+
+    def overflowing(queries: Sequence[str]) -> np.ndarray:
+        return np.where([[query == "bad"] for query in queries], np.inf, encode(queries))
+
+    monkeypatch.setattr(retriever._encoder, "encode_queries", overflowing)
+    first, bad, last = retriever.search(["amber", "bad", "fjord"], 3)
+    assert [first, last] == expected
+    assert isinstance(bad, RetrieverError)
+    assert "NaN or infinity for the query 'bad'" in str(bad)
+
+
 def test_a_search_that_fails(tmp_path: Path) -> None:
     retriever = lance(tmp_path)
     connect(str(tmp_path), None).drop_table("passages")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import collections
 import copy
+import errno
 import math
 import os
 import pickle
 import re
+import shutil
+import stat
 import subprocess
 import sys
 import types
@@ -599,8 +602,12 @@ def test_dense_numbers_that_are_not_finite() -> None:
     with pytest.raises(ConfigurationError, match="NaN or infinity for passage 'p1'"):
         DenseRetriever(DenseConfig(TableEncoder(rows)), corpus_of("0", "1", "2"))
     dense = DenseRetriever(DenseConfig(TableEncoder(rows)), corpus_of("0", "2"))
-    with pytest.raises(RetrieverError, match="NaN or infinity for the query '1'"):
-        dense.search(["0", "1"], 1)
+    hybrid = RETRIEVERS.build({"name": "hybrid", "retrievers": [dense, dense]}, corpus=None)
+    for retriever in (dense, hybrid):
+        first, bad, last = retriever.search(["0", "1", "2"], 1)
+        assert [passage.id for passage in (*first, *last)] == ["p0", "p1"]
+        assert isinstance(bad, RetrieverError)
+        assert "NaN or infinity for the query '1'" in str(bad)
 
 
 @pytest.mark.parametrize(
@@ -713,3 +720,40 @@ def test_what_is_not_whole_is_made_again(kept: Path, caplog: pytest.LogCaptureFi
         assert RETRIEVERS.build(name, corpus=CORPUS).search(QUERIES, 5) == expected
         assert "is damaged; it is made again" in caplog.text
         assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_what_is_kept_has_the_usual_rights(kept: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        RETRIEVERS.build("bm25", corpus=CORPUS)
+    finally:
+        os.umask(before)
+    for path in kept.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+@pytest.mark.parametrize("right", ["read", "remove"])
+def test_nothing_is_made_where_another_users_entry_stays(
+    kept: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, right: str
+) -> None:
+    """The user of the tests may be root, who has every right. So the system's refusal is played."""
+    expected = RETRIEVERS.build("bm25", corpus=CORPUS).search(QUERIES, 5)
+    (listing,) = kept.rglob("files.json")
+    owner, name = (Path, "read_text") if right == "read" else (shutil, "rmtree")
+    granted = getattr(owner, name)
+
+    def refusing(path: Path, *given: Any, **named: Any) -> Any:
+        if path in (listing, listing.parent):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return granted(path, *given, **named)
+
+    monkeypatch.setattr(owner, name, refusing)
+    if right == "remove":
+        listing.write_text("{}", encoding="utf-8")
+    caplog.clear()
+    assert RETRIEVERS.build("bm25", corpus=CORPUS).search(QUERIES, 5) == expected
+    said = f"{listing.parent} cannot be read by this user" if right == "read" else "Permission denied"
+    assert "made in memory, since it cannot be kept" in caplog.text
+    assert said in caplog.text
+    assert "Making" not in caplog.text
