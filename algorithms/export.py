@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     with clear_errors():
         export(given.run, given.out)
-        print_line(f"written to {given.out}: python -m algorithms.ask checkpoint={given.out}")
+        print_line(f"written to {given.out}: python -m algorithms.ask checkpoint={shlex.quote(str(given.out))}")
 
 
 def export(run: str, out: Path) -> None:

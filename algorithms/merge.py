@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     with clear_errors():
         merge(given.run, given.out, given.base)
-        print_line(f"written to {given.out}: python -m algorithms.evaluate checkpoint={given.out}")
+        print_line(f"written to {given.out}: python -m algorithms.evaluate checkpoint={shlex.quote(str(given.out))}")
 
 
 def merge(run: str, out: Path, base: str | None = None) -> None:
@@ -36,9 +37,10 @@ def merge(run: str, out: Path, base: str | None = None) -> None:
     """
     found = find(run)
     if find_adapter(found.model, base) is None:
+        given = shlex.join([run, "--out", str(out)])
         raise ConfigurationError(
             f"{run} holds a whole model and no adapter, so there is nothing to merge. For a folder to share: python -m "
-            f"algorithms.export {run} --out {out}"
+            f"algorithms.export {given}"
         )
     write(found, out, base)
 

@@ -115,8 +115,7 @@ def check_file(path: str | Path) -> FileReport:
             found += _look_at_answers(question, place)
             found += _look_at_question(question, place, place_of_id, asked)
     except DataError as error:
-        what = "broken off: the rest of the file can't be read"
-        found.append(_error(what, str(error), "Fetch or write the file anew."))
+        found.append(_unreadable(Path(path), str(error)))
     else:
         if not report.questions and not report.formats["passages"]:
             advice = "A row needs question and golden_answers (FlashRAG), or prompt and reward_model (Search-R1)."
@@ -131,6 +130,15 @@ def _error(what: str, example: str, advice: str) -> Finding:
 
 def _warning(what: str, example: str, advice: str) -> Finding:
     return Finding(False, 1, what, example, advice)
+
+
+def _unreadable(path: Path, message: str) -> Finding:
+    if not path.expanduser().is_file():
+        return _error("no such file", message, "Give the path of a file of questions.")
+    if re.search(r", line \d+: ", message):
+        advice = "Mend the line; if it is the last one, the file was cut off: fetch or write it anew."
+        return _error("line that can't be read; those after it are left out", message, advice)
+    return _error("broken off: the rest of the file can't be read", message, "Fetch or write the file anew.")
 
 
 def _gathered(found: Sequence[Finding]) -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -120,10 +121,11 @@ def _print_message(message: str, error: BaseException, run_dir: Path | None) -> 
 
 
 def _resume(run_dir: Path) -> str:
+    resume = f"resume={shlex.quote(str(run_dir))}"
     with suppress(DataError):
         if places(settings := read_settings(run_dir)):
-            return f"resume={run_dir} {allow(settings)}"
-    return f"resume={run_dir}"
+            return f"{resume} {allow(settings)}"
+    return resume
 
 
 def _is_job_of_a_multirun() -> bool:

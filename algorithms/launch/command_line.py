@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ _MULTIRUN = ("--multirun", "-m")
 _PRINT = {"--cfg", "-c"}
 #: Groups of files that choose among whole sets of settings.
 _SETS = ("model", "method", "experiment", "scale")
+#: Groups whose choice comes with a checkpoint.
+_OF_TRAINING = ("algo", "stages", *_SETS)
 _SETTING = re.compile(rf"(?:{'|'.join(PARTS)})\.[\w.]+=")
 
 
@@ -34,21 +37,38 @@ def prepare(config_name: str) -> None:
         config_name: The command's configuration, in `conf/`.
 
     Raises:
-        ConfigurationError: A name is unknown; the message suggests one.
+        ConfigurationError: A name is unknown, or a word is no setting; the message suggests what to write.
         SystemExit: The help was printed.
     """
     given = sys.argv[1:]
     if any(word in _HELP for word in given):
         print(help_page(config_name, [word for word in given if not word.startswith("-")]))
         raise SystemExit(0)
+    # `--cfg job` prints what is composed, and a typo in it deserves the same answer.
+    words = [word for before, word in zip(["", *given], given, strict=False) if not {before, word} & _PRINT]
+    words = [word for word in words if word not in _MULTIRUN]
+    has_flags = any(word.startswith("-") for word in words)  # of Hydra, with words of their own
+    if not has_flags:
+        _require_settings(config_name, words)
     if any(word in _MULTIRUN for word in given) or any(word.startswith("resume=") for word in given):
         # A job, or the run to resume, may have another algorithm than this command line's default.
         sys.argv[1:] = [f"++{word}" if _SETTING.match(word) else word for word in given]
-        return
-    # `--cfg job` prints what is composed, and a typo in it deserves the same answer.
-    words = [word for before, word in zip(["", *given], given, strict=False) if not {before, word} & _PRINT]
-    if all("=" in word or word.startswith("~") for word in words):
+    elif not has_flags:
         composed(config_name, words)
+
+
+def _require_settings(config_name: str, words: Sequence[str]) -> None:
+    """Refuse words that are no settings, and settings of training where a checkpoint brings them."""
+    takes_checkpoint = config_name != "config"
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            is_checkpoint = takes_checkpoint and not any(other.startswith("checkpoint=") for other in words)
+            written = f"checkpoint={shlex.quote(word)}" if is_checkpoint else "name=value"
+            raise ConfigurationError(f"{word!r} has no '='; write {written}.")
+        name = re.split(r"[.@=]", word.lstrip("+~"))[0]
+        if takes_checkpoint and name in _OF_TRAINING:
+            known = ", ".join(sorted(str(key) for key in composed(config_name, []) if key != "hydra"))
+            raise ConfigurationError(f"{name} can't be given, as the checkpoint brings it. What can be given: {known}.")
 
 
 # --- help ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,8 @@ class KeepRuns(Callback):
                 missing = f"{run_dir / CONFIG_FILE} is missing"
                 _refuse(f"{run_dir} is no run directory: {missing}. Give a folder that a run printed.")
         elif begun(run_dir):
-            _refuse(f"{run_dir} holds a run. Go on with it by resume={run_dir}, or choose another hydra.run.dir.")
+            place = shlex.quote(str(run_dir))
+            _refuse(f"{run_dir} holds a run. Go on with it by resume={place}, or choose another hydra.run.dir.")
         _hold(run_dir)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -70,9 +72,8 @@ class SpareRuns(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before Hydra writes anything."""
         if begun(run_dir := Path(config.hydra.run.dir)):
-            _refuse(
-                f"{run_dir} holds a run. Choose another directory for what is found, say hydra.run.dir={run_dir}/test."
-            )
+            other = shlex.quote(f"{run_dir}/test")
+            _refuse(f"{run_dir} holds a run. Choose another directory for what is found, say hydra.run.dir={other}.")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before Hydra writes anything."""
@@ -210,7 +211,8 @@ def saved_config(run_dir: Path, given: DictConfig) -> DictConfig:
         elif was != wanted:
             raise ConfigurationError(
                 f"resume goes on with the run's own settings, where {key} is {was}, not {wanted}. Leave it out; or "
-                f"begin a new run, from these weights if you like: model.policy={run_dir}/checkpoints/<step>."
+                f"begin a new run, from these weights if you like: model.policy={shlex.quote(str(run_dir))}/"
+                "checkpoints/<step>."
             )
     require_named(settings, given.allow, str(run_dir))
     saved.logger = given.logger  # a stranger's run must not choose where the numbers go

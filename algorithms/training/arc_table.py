@@ -23,27 +23,29 @@ class Row(NamedTuple):
         probe, metric: Names under which the figure stands in the summary.
         label: Name of the figure in the table.
         judged: Whether a value that is far from the best is a weakness.
+        is_difference: Whether values are differences, which are shown with their sign.
     """
 
     probe: str
     metric: str
     label: str
     judged: bool = True
+    is_difference: bool = False
 
 
 ROWS = (
     Row("source_referencing", "exact_match", "reads the answer off gold passages"),
     Row("source_referencing", "distractors_exact_match", "... among distractors"),
-    Row("source_referencing", "distractors_effect", "... effect of the distractors"),
+    Row("source_referencing", "distractors_effect", "... effect of the distractors", is_difference=True),
     Row("source_referencing", "absent_answered", "answers where there is no evidence"),
     Row("source_referencing", "absent_invented", "... with what no passage says"),
     Row("source_referencing", "too_long", "prompts too long to be read", judged=False),
     Row("source_referencing", "distractors_too_long", "... with distractors", judged=False),
     Row("thinking", "exact_match", "thinks over gold passages and answers"),
-    Row("thinking", "gain", "... gain over answering at once"),
+    Row("thinking", "gain", "... gain over answering at once", is_difference=True),
     Row("thinking", "format_failures", "... thought never closed or no action"),
     Row("query_rewriting", "hit_first_round", "first query finds the answer", judged=False),  # can't, of several hops
-    Row("query_rewriting", "gain_over_verbatim", "... gain over the question itself"),
+    Row("query_rewriting", "gain_over_verbatim", "... gain over the question itself", is_difference=True),
     Row("query_rewriting", "hit_any_round", "any query finds the answer"),
     Row("search_behaviour", "num_searches", "searches per episode"),
     Row("search_behaviour", "evidence_complete", "sees all of the evidence"),
@@ -103,7 +105,7 @@ def weakest(model: Evaluated) -> str:
         if (figure := _figure(model, row)) and (distance := _distance(figure, row)) is not None
     ]
     if not found:
-        return "nothing that was probed is a share"
+        return "no share says which way is good"
     distance, row, figure = max(found, key=lambda weakness: weakness[0])
     if not distance:
         return "nothing"
@@ -132,7 +134,7 @@ def _cell(figure: Figure | None, row: Row) -> Text:
     if figure is None:
         return Text("-")
     low, high = figure["interval"]
-    sign = "+" if figure["best"] and not figure["share"] else ""  # a difference
+    sign = "+" if row.is_difference else ""
     text = f"{figure['value']:{sign}.3f} ({low:{sign}.2f} to {high:{sign}.2f})"
     distance = _distance(figure, row)
     if distance is None:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import OmegaConfBaseException
 
 from agentic_rag_env.errors import ConfigurationError
 from agentic_rag_env.registry import did_you_mean
 from algorithms.training.protocol import names_of, with_protocol
 from algorithms.training.run_files import flat, plain_data
 from algorithms.training.schemas import register_schemas, tell_without_stages
+from algorithms.training.setting_errors import told, unknown_setting
 from algorithms.training.settings import RunConfig, settings_with_effect
 from algorithms.training.typed import run_config
 
 #: Groups whose settings depend on the chosen name.
 PARTS = ("algo", "env", "dataset", "retriever", "reward")
+#: What Hydra says of a choice without `+` in a group of which nothing is chosen by default.
+_ADDED = re.compile(r"Could not override '(?P<group>.*)'\. No match in the defaults list\.\n.* use (?P<choice>\+.*)")
 
 
 def configure(**values: Any) -> RunConfig:
@@ -125,14 +129,16 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose the configuration of a command line.
 
     Raises:
-        ConfigurationError: A name in it is unknown, or a value has another type than its setting.
+        ConfigurationError: A name in it is unknown, a value has another type than its setting, or an override can't be
+            read.
     """
     hydra = GlobalHydra.instance()
     before, hydra.hydra = hydra.hydra, None  # of a program that uses Hydra itself
     try:
         with initialize_config_module("conf", version_base="1.3"):
             return compose(config_name, list(overrides), return_hydra_config=True)
-    except (ConfigCompositionException, MissingConfigException, ValueError) as error:  # the last for `dataset=null`
+    # `ValueError` for `dataset=null`.
+    except (ConfigCompositionException, MissingConfigException, OverrideParseException, ValueError) as error:
         raise ConfigurationError(_told(error)) from error
     finally:
         GlobalHydra.instance().hydra = before
@@ -142,41 +148,18 @@ def explanation(error: Exception) -> str | None:
     """Say which name is unknown and which one may be meant; None for every other error of composition."""
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"Unknown {group} {name!r}.{did_you_mean(name, error.options)}"
-    cause = _cause(error)
-    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(cause.parent_node):
-        known = [str(name) for name in cause.parent_node if name != "hydra"]
-        if "warm_start" in known and _has(cause.parent_node.warm_start, cause.key):
-            place, _, name = str(cause.full_key).rpartition(".")
-            return f"There is no setting {cause.full_key}, but the stage before has it: {place}.warm_start.{name}."
-        return f"There is no setting {cause.full_key}.{did_you_mean(str(cause.key), known)}"
-    return None
+        # Hydra also reports a name that it knows and can't find.
+        return None if name in error.options else f"Unknown {group} {name!r}.{did_you_mean(name, error.options)}"
+    return unknown_setting(error)
 
 
 def _told(error: Exception) -> str:
     """What a user is told of an error of composition."""
-    return explanation(error) or _wanted(error) or " ".join(f"{error} {error.__cause__ or ''}".split())
-
-
-def _wanted(error: Exception) -> str | None:
-    """Say what a setting wants, if the error is a value of another type; None for every other error."""
-    cause = _cause(error)
-    if not isinstance(cause, ValidationError) or not cause.full_key:
-        return None
-    if "is not a ListConfig" in str(cause):
-        return f"{cause.full_key} is a list: write {cause.full_key}=[{cause.value}]."
-    for kind, wanted in (("Integer", "a whole number"), ("Float", "a number")):
-        if f"could not be converted to {kind}" in str(cause):
-            return f"{cause.full_key} must be {wanted}, got {cause.value!r}."
-    return None
-
-
-def _cause(error: Exception) -> BaseException | None:
-    return error if isinstance(error, OmegaConfBaseException) else error.__cause__
-
-
-def _has(section: Any, key: Any) -> bool:
-    return OmegaConf.is_dict(section) and key in section
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} can't be read: {str(error).partition(chr(10))[0]}."
+    if added := _ADDED.search(str(error)):
+        return f"No {added['group']} is chosen by default. Write {added['choice']}."
+    return explanation(error) or told(error)
 
 
 # --- values of Python ------------------------------------------------------------------------------------------------

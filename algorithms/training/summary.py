@@ -37,7 +37,7 @@ from algorithms.training.evaluation_cache import place
 from algorithms.training.file_locks import exclusively
 from algorithms.training.fingerprints import fingerprints, versions
 from algorithms.training.host_memory import peak_memory
-from algorithms.training.run_files import write_summary
+from algorithms.training.run_files import METRICS_FILE, write_summary
 from algorithms.training.run_logger import write_results
 from algorithms.training.settings import RunConfig, settings_without_effect
 from algorithms.training.trainer import Trainer
@@ -344,10 +344,14 @@ def _show(
     best = summary["stages"][-1].get("best_on_dev")
     if best is not None and best["checkpoint"] != summary["stages"][-1]["checkpoint"]:
         terminal.print(f"best on the dev split ({best['exact_match']:.3f}), and earlier than what is measured above:")
-        terminal.print(f"python -m algorithms.evaluate checkpoint={run_dir / best['checkpoint']}", soft_wrap=True)
+        place = shlex.quote(str(run_dir / best["checkpoint"]))
+        terminal.print(f"python -m algorithms.evaluate checkpoint={place}", soft_wrap=True)
     final = _final(evaluated)
     trajectories = next(iter(final.trajectories.values()))
     show_episode(terminal, f"the policy after {final.name}", trajectories, tokenizer)
     terminal.print(f"run directory: {run_dir}", soft_wrap=True)
-    terminal.print(f"curves:        tensorboard --logdir {run_dir / 'tb'}", soft_wrap=True)
-    terminal.print("               they stand in its tab Custom Scalars")
+    if (run_dir / "tb").exists():
+        terminal.print(f"curves:        tensorboard --logdir {shlex.quote(str(run_dir / 'tb'))}", soft_wrap=True)
+        terminal.print("               they stand in its tab Custom Scalars")
+    elif (run_dir / METRICS_FILE).exists():
+        terminal.print(f"curves:        {run_dir / METRICS_FILE}", soft_wrap=True)

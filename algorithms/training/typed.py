@@ -20,6 +20,7 @@ from algorithms.rollout.config import RolloutConfig
 from algorithms.training.hardware import HardwareConfig
 from algorithms.training.run_files import require_named
 from algorithms.training.schemas import named_settings
+from algorithms.training.setting_errors import told
 from algorithms.training.settings import (
     DEFAULT_PARTS,
     QUESTION_PARTS,
@@ -90,7 +91,7 @@ def evaluate_config(given: dict[str, Any], model: str, of_run: dict[str, Any]) -
         typed = OmegaConf.merge({group: OmegaConf.structured(schema) for group, schema in schemas.items()}, specs)
         parts = plain(typed)
     except OmegaConfBaseException as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
+        raise ConfigurationError(told(error)) from error
     return RunConfig(
         algo=None,
         model=ModelConfig(policy=model, teacher=None),
@@ -181,7 +182,7 @@ def typed(section: type, settings: Any) -> Any:
     try:
         return section(**plain(OmegaConf.merge(OmegaConf.structured(section), settings)))
     except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
+        raise ConfigurationError(told(error)) from error
 
 
 def plain(composed: Any) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def plain(composed: Any) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise ConfigurationError(f"{error.full_key} has no default and must be set: {error.full_key}=...") from error
     except OmegaConfBaseException as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
+        raise ConfigurationError(told(error)) from error
     return settings
 
 

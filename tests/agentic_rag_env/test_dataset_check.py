@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_formats(tmp_path: Path) -> None:
         ([row("a b?", "c"), row("b?", "d")], (False, 1, "question asked before, with none of the same answers")),
         ([row("a?", "w " * 21)], (False, 1, "no answer of 20 words or fewer")),
         ([row("who is it", "b")], (False, 1, "no question mark at the end")),
-        ([row("a?", "b"), "{"], (True, 1, "broken off: the rest of the file can't be read")),
+        ([row("a?", "b"), "{"], (True, 1, "line that can't be read; those after it are left out")),
         (
             [row("a?", "b", metadata={"supporting": given}) for given in ("abc", "p1")],
             (True, 2, "field 'metadata.supporting': expected a list of passage ids, got str"),
@@ -95,6 +96,18 @@ def test_the_first_example_and_what_to_do(tmp_path: Path) -> None:
     assert finding.example == "line 2: 'b?': ['x', 'y', 'z']"
     assert "take the file from its publisher" in finding.advice
     assert [question.text for question in check_file(file).questions] == ["a?"]
+
+
+def test_a_missing_file_a_bad_line_and_a_damaged_file_each_have_their_own_advice(tmp_path: Path) -> None:
+    damaged = tmp_path / "q.jsonl.gz"
+    damaged.write_bytes(gzip.compress(b"{}\n" * 9)[:-9])
+    for file, what, advice in (
+        (tmp_path / "nope.jsonl", "no such file", "Give the path of a file of questions."),
+        (write(tmp_path / "q.jsonl", "{"), "line that can't be read; those after it are left out", "Mend the line; "),
+        (damaged, "broken off: the rest of the file can't be read", "Fetch or write the file anew."),
+    ):
+        found_last = check_file(file).findings[-1]
+        assert (found_last.what, found_last.advice.startswith(advice)) == (what, True)
 
 
 def test_errors_come_first(tmp_path: Path) -> None:

@@ -265,6 +265,15 @@ def test_a_run_is_not_overwritten_by_another_one(dgpo_run):
     assert {path: path.read_bytes() for path in dgpo_run.path.rglob("*") if path.is_file()} == before
 
 
+def test_the_advice_for_a_run_holds_where_its_path_has_a_blank(tmp_path):
+    run_dir = tmp_path / "my run"
+    (run_dir / ".hydra").mkdir(parents=True)
+    (run_dir / ".hydra" / "config.yaml").write_text("seed: 0\n")
+    (run_dir / "metrics.jsonl").touch()
+    assert f"Go on with it by resume='{run_dir}', or" in command("algo=sft", f"hydra.run.dir={run_dir}").err
+    assert f"model.policy='{run_dir}'/checkpoints/<step>." in command(f"resume={run_dir}", "seed=1").err
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

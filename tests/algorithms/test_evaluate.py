@@ -77,6 +77,15 @@ def test_a_run_is_not_overwritten_by_what_is_measured_of_it(dgpo_run):
     assert {path: path.read_bytes() for path in dgpo_run.path.rglob("*") if path.is_file()} == before
 
 
+def test_the_advice_where_figures_would_go_over_a_run_holds_where_its_path_has_a_blank(tmp_path):
+    run_dir = tmp_path / "my run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    line = ["evaluate", "checkpoint=tiny-student", f"hydra.run.dir={run_dir}"]
+    with patch.object(sys, "argv", line), pytest.raises(SystemExit) as refused:
+        evaluate.main()
+    assert f"say hydra.run.dir='{run_dir}/test'." in str(refused.value.code)
+
+
 def test_the_table_shows_every_mode_with_all_figures(dgpo_run, scored):
     score = scored(f"checkpoint={dgpo_run.path}", *FEW[:3])
     figures = score.summary["evaluation"]["checkpoint"]["T=1"]["all"]
@@ -235,8 +244,15 @@ def test_nothing_of_these_is_a_clear_error(scored, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("env.max_turn=3", "Key 'max_turn' not in"),
-        ("retriever.k1=much", "could not be converted to Float"),
+        ("env.max_turn=3", "There is no setting env.max_turn. Did you mean 'max_turns'?"),
+        ("evaluation.num_question=3", "There is no setting evaluation.num_question. Did you mean 'num_questions'?"),
+        ("evaluation.temperatures=1", "evaluation.temperatures is a list: write evaluation.temperatures=[1]."),
+        ("retriever.k1=much", "retriever.k1 must be a number, got 'much'."),
+        ("probes=null", "probes is a list, which can't be null: write probes=[] for none."),
+        ("algo=kd", "algo can't be given, as the checkpoint brings it. What can be given: allow, cache_dir,"),
+        ("+method=kd", "method can't be given, as the checkpoint brings it."),
+        ("model=smollm2_135m", "model can't be given, as the checkpoint brings it."),
+        ("runs/x", "'runs/x' has no '='; write name=value."),
         ("rollout.max_new_tokens=0", "max_new_tokens must be an integer of at least 1, got 0"),
         ("dataset=jsonl", "dataset.questions has no default and must be set"),
         ("dataset.split=tset", "Did you mean 'test'?"),
@@ -248,6 +264,11 @@ def test_settings_that_cannot_work_are_clear_errors(scored, override, said):
     assert score.code == 1
     assert said in score.err
     assert not (score.path / "summary.json").exists()
+
+
+def test_a_checkpoint_without_its_name_is_told_how_to_be_written(scored):
+    assert "'runs/x' has no '='; write checkpoint=runs/x." in scored("runs/x").err
+    assert "'my run' has no '='; write checkpoint='my run'." in scored("my run", "probes=[]").err
 
 
 class Broken:

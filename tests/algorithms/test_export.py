@@ -12,7 +12,7 @@ import torch
 from small_runs import DGPO_STEPS, KD_STEPS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from algorithms import evaluate, export
+from algorithms import evaluate, export, merge
 from algorithms.training.agent_files import AGENT_FILE, shareable
 from algorithms.training.run_files import read_summary
 
@@ -72,6 +72,13 @@ def test_a_checkpoint_that_was_not_measured_says_so(dgpo_run, tmp_path):
     )  # fmt: skip
     export.main([str(step), "--out", str(tmp_path / "out")])
     assert "was not measured by its run" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("command", "next_one"), [(export, "ask"), (merge, "evaluate")])
+def test_the_printed_command_holds_where_a_path_has_a_blank(command, next_one, monkeypatch, capsys):
+    monkeypatch.setattr(command, command.__name__.rpartition(".")[2], lambda *given: None)
+    command.main(["runs/x", "--out", "my agent"])
+    assert capsys.readouterr().out.endswith(f": python -m algorithms.{next_one} checkpoint='my agent'\n")
 
 
 def test_what_could_be_a_path_of_this_machine_stays_here(tmp_path):

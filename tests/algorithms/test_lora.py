@@ -486,11 +486,15 @@ def test_merging_refuses_a_whole_model_and_a_folder_in_use(foreign, tmp_path, ca
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("as it was")
     for arguments, said in (
-        ([str(STUDENT), "--out", str(tmp_path / "new")], "holds a whole model and no adapter"),
+        (
+            [str(STUDENT), "--out", f"{tmp_path}/my new"],
+            f"holds a whole model and no adapter, so there is nothing to merge. For a folder to share: python -m "
+            f"algorithms.export {STUDENT} --out '{tmp_path}/my new'",
+        ),
         ([str(foreign), "--base", str(STUDENT), "--out", str(tmp_path / "full")], "holds something already"),
     ):
         with pytest.raises(SystemExit):
             merge.main(arguments)
         assert said in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "my new").exists()

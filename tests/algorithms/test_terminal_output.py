@@ -21,9 +21,14 @@ from algorithms.analysis.comparison.table_formats import Table
 from algorithms.launch.clear_errors import clear_errors
 from algorithms.learner.types import Trajectory, Turn
 from algorithms.training.evaluation import Evaluated
-from algorithms.training.summary import console, results_table, show_episode
+from algorithms.training.summary import _show, console, results_table, show_episode
 
 HOSTILE = "\x1b[2J\x1b]0;x\x07[red][/]"
+GROUP = {"n": 1, "exact_match": 1.0, "exact_match_interval": (1.0, 1.0), "f1": 1.0, "num_searches": 1.0,
+         "malformed_fraction": 0.0}  # fmt: skip
+IDS = np.zeros(1, dtype=np.int64)
+TURN = Turn(IDS, np.zeros(1, dtype=np.float32), IDS, {"correct": True})  # type: ignore[arg-type]
+TRAJECTORY = Trajectory(IDS, [TURN], 0, "policy", 1.0, True, True, False)
 
 
 class Spelled:
@@ -38,10 +43,8 @@ def terminal() -> Console:
 
 
 def test_the_last_transcript():
-    ids = np.zeros(1, dtype=np.int64)
-    turn = Turn(ids, np.zeros(1, dtype=np.float32), ids, {"correct": True})  # type: ignore[arg-type]
     shown = terminal()
-    show_episode(shown, HOSTILE, [Trajectory(ids, [turn], 0, "policy", 1.0, True, True, False)], Spelled())
+    show_episode(shown, HOSTILE, [TRAJECTORY], Spelled())
     said = shown.file.getvalue()
     assert "\x1b" not in said
     assert "\x07" not in said
@@ -49,10 +52,26 @@ def test_the_last_transcript():
     assert "a test episode of \\x1b[2J\\x1b]0;x\\x07[red][/]: right" in said
 
 
+def test_the_commands_at_the_end_of_a_run_hold_where_its_path_has_a_blank(tmp_path):
+    """And curves are named as far as a logger wrote them."""
+    run_dir, shown = tmp_path / "my run", terminal()
+    (run_dir / "tb").mkdir(parents=True)
+    (run_dir / "metrics.jsonl").touch()
+    best = {"checkpoint": "checkpoints/000002", "exact_match": 0.5}
+    stages = [{"name": "x", "checkpoint": "checkpoints/000004", "best_on_dev": best}]
+    result = Evaluated("x", figures={0.0: {"all": GROUP}}, trajectories={0.0: [TRAJECTORY]})
+    summary = {"stages": stages, "demonstrations": {}, "gain": {}}
+    _show(shown, run_dir, [result], summary, Spelled())  # type: ignore[arg-type]
+    said = shown.file.getvalue()
+    assert f"python -m algorithms.evaluate checkpoint='{run_dir}/checkpoints/000002'\n" in said
+    assert f"curves:        tensorboard --logdir '{run_dir}/tb'\n" in said
+    (run_dir / "tb").rmdir()
+    _show(shown, run_dir, [result], summary, Spelled())  # type: ignore[arg-type]
+    assert shown.file.getvalue().endswith(f"curves:        {run_dir}/metrics.jsonl\n")
+
+
 def test_the_names_of_groups_in_a_table():
-    group = {"n": 1, "exact_match": 1.0, "exact_match_interval": (1.0, 1.0), "f1": 1.0, "num_searches": 1.0,
-             "malformed_fraction": 0.0}  # fmt: skip
-    result = Evaluated("x", figures={0.0: {"all": group, HOSTILE: group}})
+    result = Evaluated("x", figures={0.0: {"all": GROUP, HOSTILE: GROUP}})
     shown = terminal()
     shown.print(results_table([result]))
     assert "\x1b" not in shown.file.getvalue()

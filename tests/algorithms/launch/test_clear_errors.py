@@ -36,6 +36,15 @@ def test_resuming_is_offered_where_it_helps(capsys, tmp_path, error, helps):
     assert ("To go on: python -m algorithms.run resume=" in capsys.readouterr().err) is helps
 
 
+def test_the_command_to_resume_holds_where_a_path_has_a_blank(capsys, tmp_path):
+    run_dir = tmp_path / "my run"
+    (run_dir / "checkpoints" / "000010").mkdir(parents=True)
+    (run_dir / "checkpoints" / "000010" / "manifest.json").touch()
+    with pytest.raises(SystemExit), clear_errors(run_dir):
+        raise OSError("the disk is full")
+    assert f"python -m algorithms.run resume='{run_dir}'\n" in capsys.readouterr().err
+
+
 def test_another_error_of_torch_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shapes"), clear_errors():
         raise RuntimeError("shapes cannot be multiplied")

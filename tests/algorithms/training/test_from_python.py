@@ -247,7 +247,7 @@ class Mine(Logger):
 """
 
 
-def test_a_logger_of_ones_own_is_one_file_and_gets_all_figures(tmp_path, cache, monkeypatch):
+def test_a_logger_of_ones_own_is_one_file_and_gets_all_figures(tmp_path, cache, monkeypatch, capsys):
     """Those at the end, too: a run is complete when they were handed on."""
     (tmp_path / "mine.py").write_text(MY_LOGGER, encoding="utf-8")
     monkeypatch.setenv(PLUGINS_VARIABLE, str(tmp_path / "mine.py"))
@@ -265,3 +265,6 @@ def test_a_logger_of_ones_own_is_one_file_and_gets_all_figures(tmp_path, cache, 
     assert [loss for *_, loss in told[:3]] == list(run.curve("train/loss").values())
     assert told[3][2] == run.exact_match()
     assert not (tmp_path / "run" / "tb").exists()
+    printed = capsys.readouterr().out
+    assert f"curves:        {tmp_path}/run/metrics.jsonl\n" in printed
+    assert "tensorboard" not in printed

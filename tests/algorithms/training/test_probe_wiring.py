@@ -173,7 +173,7 @@ def test_predictions_are_a_line_for_each_question(tmp_path):
 def test_the_table_marks_what_is_weak_and_names_the_weakest_point():
     good, bad = Evaluated("good", False), Evaluated("bad", False)
     good.arc = {
-        "source_referencing": {"exact_match": share([0.9], "high")},
+        "source_referencing": {"exact_match": share([0.9], "high"), "distractors_effect": figure([0.25], "high")},
         "thinking": {"gain": figure([-0.75], "high")},
         "search_behaviour": {"searched_on": share([0.3], "low"), "num_searches": figure([2.0])},
         "query_rewriting": {"hit_first_round": share([0.0], "high")},
@@ -184,6 +184,7 @@ def test_the_table_marks_what_is_weak_and_names_the_weakest_point():
     lines = [line.split("│") for line in console.export_text().splitlines()]
     cells = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines if len(line) > 3}
     assert cells["reads the answer off gold passages"] == ["0.900 (0.90 to 0.90)", "! 0.200 (0.20 to 0.20)"]
+    assert cells["... effect of the distractors"] == ["+0.250 (+0.25 to +0.25)", "-"]
     assert cells["... gain over answering at once"] == ["-0.750 (-0.75 to -0.75)", "-"]
     assert cells["searches per episode"] == ["2.000 (2.00 to 2.00)", "-"]
     assert cells["first query finds the answer"] == ["0.000 (0.00 to 0.00)", "-"]  # of two hops it can't
@@ -300,8 +301,9 @@ def test_a_plug_ins_probe_stands_in_the_table():
     model = Evaluated("kd", arc={"stamina": {"mean_rank": figure([3.0, 5.0], "low"), "kept_on": share([1, 0], "high")}})
     terminal = Console(width=120, file=io.StringIO(), force_terminal=False)
     show_arc(terminal, [model])
-    assert "stamina: mean rank" in terminal.file.getvalue()
+    assert "stamina: mean rank │ 4.000 (3.00 to 5.00)" in terminal.file.getvalue(), "no difference, so no sign"
     assert "weakest of kd: stamina: kept on (stamina/kept_on 0.500)" in terminal.file.getvalue()
+    assert weakest(Evaluated("kd", arc={"stamina": {"kept_on": share([1, 0])}})) == "no share says which way is good"
 
 
 def test_changed_passages_are_a_row_of_the_table(tmp_path, cache):

@@ -12,6 +12,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from small_runs import command
 
@@ -26,6 +27,7 @@ from algorithms.learner.config import LearnerConfig, LoraConfig
 from algorithms.learner.networks import load_tokenizer
 from algorithms.rollout.config import RolloutConfig
 from algorithms.training.build import build_stages
+from algorithms.training.compose import explanation
 from algorithms.training.schemas import by_group, register_schemas
 from algorithms.training.settings import EvaluationConfig, ModelConfig, RunConfig
 from algorithms.training.typed import run_config
@@ -212,6 +214,13 @@ BAD = [
     ("seed=x", ["seed must be a whole number, got 'x'"]),
     ("seed=1.5", ["seed must be a whole number, got 1.5"]),
     ("logger=jsonl", ["logger is a list: write logger=[jsonl]"]),
+    ("algo.optimizer.betas='[0.9,0.99]'", ["a list: leave out the inner quotes, algo.optimizer.betas=[0.9,0.99]."]),
+    ("algo.optimizer.betas=[0.9", ["algo.optimizer.betas=[0.9 can't be read"]),
+    ("probes=null", ["probes is a list, which can't be null: write probes=[] for none."]),
+    ("seed=null", ["seed can't be null; leave it out for its default."]),
+    ("method=kd", ["No method is chosen by default. Write +method=kd."]),
+    ("experiment=main_table", ["Write +experiment=main_table."]),
+    ("runs/x", ["'runs/x' has no '='; write name=value."]),
     ("algo.steps=-3", ["steps must be above 0, got -3"]),
     ("algo.warm_start.epochs=0", ["epochs must be an integer of at least 1, got 0"]),
     ("algo.num_minibatches=1000", ["num_minibatches must be at most batch_size", "1000"]),
@@ -248,6 +257,13 @@ def test_a_wrong_setting_is_refused_in_a_few_words(override, expected, tmp_path)
     for part in expected:
         assert part in message
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_name_that_is_known_is_not_called_unknown():
+    missing = MissingConfigException("Could not load 'algo/dgpo'.", "algo/dgpo", ["dgpo", "kd"])
+    assert explanation(missing) is None
+    missing.missing_cfg_file = "algo/dgpp"
+    assert str(explanation(missing)).startswith("Unknown algo 'dgpp'. Did you mean 'dgpo'?")
 
 
 def test_stages_that_lead_back_to_themselves_are_refused():
