@@ -47,6 +47,7 @@ ROWS = (
     Row("query_rewriting", "hit_first_round", "first query finds the answer", judged=False),  # can't, of several hops
     Row("query_rewriting", "gain_over_verbatim", "... gain over the question itself", is_difference=True),
     Row("query_rewriting", "hit_any_round", "any query finds the answer"),
+    Row("query_rewriting", "search_failed", "... left out, as the search failed", judged=False),
     Row("search_behaviour", "num_searches", "searches per episode"),
     Row("search_behaviour", "evidence_complete", "sees all of the evidence"),
     Row("search_behaviour", "stopped_too_early", "wrong answer before any evidence"),
@@ -54,6 +55,7 @@ ROWS = (
     Row("search_behaviour", "searched_on", "searches on with all of it"),
     Row("search_behaviour", "malformed_fraction", "malformed turns"),
     Row("search_behaviour", "unanswered", "episodes without an answer"),
+    Row("search_behaviour", "search_failed", "... left out, as the search failed", judged=False),
     Row("counterfactual", "reads", "answers what changed passages say"),
     Row("counterfactual", "remembers", "... what they no longer say"),
     Row("counterfactual", "shown", "... was shown such a passage", judged=False),
