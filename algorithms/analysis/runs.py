@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,7 +152,7 @@ class Run:
         if told is not None and file.is_file() and sha256(file) != told:
             raise DataError(
                 f"{file} is not as the run left it: its checksum is not that in summary.json. Finish the run again "
-                f"with resume={self.path}, or leave the run out."
+                f"with resume={shlex.quote(str(self.path))}, or leave the run out."
             )
 
     @cached_property

@@ -33,6 +33,7 @@ from algorithms.training.protocol import with_protocol
 from algorithms.training.run_directory import PLAN_FILE, begun, complete, has_plan, require_same
 from algorithms.training.run_files import allowed, places, read_settings
 from algorithms.training.schemas import by_group
+from algorithms.training.setting_errors import told
 from algorithms.training.settings import settings_without_effect
 
 _LOCKS = ".launcher"
@@ -109,7 +110,7 @@ class SlotsLauncher(Launcher):
         print(
             f"all {len(planned)} plans are written: {self._sweep_dir}/*/{PLAN_FILE}"
             if self._plans
-            else f"all {len(planned)} runs are done: python -m algorithms.compare {self._sweep_dir}"
+            else f"all {len(planned)} runs are done: python -m algorithms.compare {shlex.quote(str(self._sweep_dir))}"
         )
         return [JobReturn(overrides, status=JobStatus.COMPLETED) for overrides in job_overrides]
 
@@ -196,7 +197,7 @@ class SlotsLauncher(Launcher):
                     self._loader.load_sweep_config(self._config, [*sure, override.lstrip("+")])
                 except ConfigCompositionException as error:
                     if explanation(error) is None:
-                        raise ConfigurationError(" ".join(str(error.__cause__ or error).split())) from error
+                        raise ConfigurationError(told(error)) from error
                     if unused[override] is not None:
                         unused[override] = explanation(error)
                 else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def _reason_to_refuse(settings: dict[str, Any]) -> str | None:
 def _base(path: str | Path, settings: dict[str, Any], given: str | None) -> str:
     """The place of the base model, which the caller has given or the adapter names."""
     named = settings.get("base_model_name_or_path") if given is None else given
-    merge = f"python -m algorithms.merge {path} --base <folder or hub id> --out DIR, and give DIR"
+    merge = f"python -m algorithms.merge {shlex.quote(str(path))} --base <folder or hub id> --out DIR, and give DIR"
     if not isinstance(named, str) or not named or "\0" in named or len(named) > 4096:
         raise ConfigurationError(
             f"The adapter in {str(path)!r} does not say which model it belongs to (base_model_name_or_path in "

@@ -16,6 +16,7 @@ from algorithms.training.agent_files import AGENT_FILE, LIMITS, Agent, listed, r
 from algorithms.training.model_names import resolve_model
 from algorithms.training.run_files import differences
 from algorithms.training.schemas import named_settings
+from algorithms.training.setting_errors import told
 
 
 def with_protocol(config: DictConfig, overrides: Sequence[str], quiet: bool = False) -> DictConfig:
@@ -101,7 +102,7 @@ def _adopted(config: DictConfig, agent: Agent, is_said: Callable[[str], bool]) -
                 schema = named_settings(ENVS, agent.env["name"])
                 adopted.env = OmegaConf.merge(schema, current if same else {}, agent.env, kept)
         except OmegaConfBaseException as error:
-            raise ConfigurationError(f"{AGENT_FILE}: {' '.join(str(error).split())}") from error
+            raise ConfigurationError(f"{AGENT_FILE}: {told(error)}") from error
     return adopted
 
 

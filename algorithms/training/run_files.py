@@ -89,7 +89,7 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise DataError(
             f"{file} was cut off or is damaged: it holds no settings. Put the file of this run back; without it, begin "
-            f"a new run from its weights: model.policy={run_dir}/checkpoints/<step>."
+            f"a new run from its weights: model.policy={shlex.quote(str(run_dir))}/checkpoints/<step>."
         )
     _require_resolved(settings, file)
     return settings

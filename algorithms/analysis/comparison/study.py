@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -106,7 +107,10 @@ def compare(folders: Sequence[Path], out: Path, options: Options, terminal: Cons
             for block in table.rich(terminal):
                 terminal.print(block)
     write(found, out)
-    for line in (f"page:    {out / 'comparison.html'}", f"curves:  tensorboard --logdir {out / 'tb'}"):
+    for line in (
+        f"page:    {out / 'comparison.html'}",
+        f"curves:  tensorboard --logdir {shlex.quote(str(out / 'tb'))}",
+    ):
         terminal.print(line, soft_wrap=True, markup=False, highlight=False)
     return found
 
