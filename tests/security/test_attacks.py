@@ -472,9 +472,10 @@ def read_demonstrations(canaries: Canaries, content: bytes) -> None:
     file.write_bytes(content)
 
     asked: Any = SimpleNamespace(dataset=[Question("q", "Who?", ("a",))])
-    none: Any = None  # neither networks nor rollouts take part in reading
+    networks: Any = SimpleNamespace(tokenizer=load_tokenizer(ASSETS / "tiny-student"))
+    none: Any = None  # rollouts take no part in reading
     attempt(
-        lambda: print_line(str(File(DemonstrationsConfig(source="file", path=str(file)), none, asked, none).counts))
+        lambda: print_line(str(File(DemonstrationsConfig(source="file", path=str(file)), networks, asked, none).counts))
     )
 
 
