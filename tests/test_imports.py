@@ -35,6 +35,7 @@ KNOW_HYDRA = {
     "algorithms.training.schemas",
     "algorithms.training.typed",
     "algorithms.training.compose",
+    "algorithms.training.setting_errors",
     "algorithms.launch.clear_errors",
     "algorithms.launch.command_line",
     "algorithms.launch.hydra_launcher",
