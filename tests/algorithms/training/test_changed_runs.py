@@ -44,12 +44,14 @@ def test_settings_that_were_edited_are_noticed(run, saved, edited, said):
     assert "Change it back to go on; or begin a new run from these weights: model.policy=" in again.err
 
 
-def test_demonstrations_that_were_edited_are_noticed(dgpo_run, cache, tmp_path):
-    turns = tmp_path / "turns.jsonl.gz"
-    kept = next((cache / "demonstrations").glob("*.jsonl.gz")).read_bytes()
+def test_demonstrations_that_were_edited_are_noticed(tmp_path):
+    turns, cache = tmp_path / "turns.jsonl.gz", tmp_path / "cache"
+    brief = ["evaluation.every=0", "evaluation.num_questions=8", "probes=[]"]
+    train(tmp_path / "taught", cache, "algo=sft", *SFT, *brief)
+    (of_teacher,) = (cache / "demonstrations").glob("*.jsonl.gz")
+    kept = of_teacher.read_bytes()
     turns.write_bytes(kept)
     file = ["model.teacher=null", "algo.demonstrations.source=file", f"algo.demonstrations.path={turns}"]
-    brief = ["evaluation.every=0", "evaluation.num_questions=8", "probes=[]"]
     run = train(tmp_path / "run", cache, "algo=sft", *SFT, *file, *brief)
     assert run.summary["costs"]["teacher_sampled_tokens"] == 0, "no model of this run wrote them"
     (run.path / "summary.json").unlink()
