@@ -65,7 +65,7 @@ class Trainer:
         self.networks = Networks(config, self._model_steps())
         self.environments = Environments(config, self.networks.tokenizer)
         self._refuse_what_fails_late()
-        self.position = Position()
+        self.position, self._saved_data = Position(), dict[str, Any]()
         if self._resume_from is not None:
             self._take_position(self._resume_from)
         if config.learner.sharding == "fsdp2" and ranks.count() > 1:
@@ -132,8 +132,10 @@ class Trainer:
         state = checkpoint.read_trainer_state(saved_in)
         try:
             self.position = Position(**state["position"])
-            found = differences(state.get("settings", {}), self._settings())  # earlier versions saved none
-        except (KeyError, TypeError) as error:
+            # Earlier versions saved neither.
+            found = differences(state.get("settings", {}), self._settings())
+            self._saved_data = dict(state.get("data", {}))
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"Checkpoint {saved_in} holds no state of a run ({error!r}).") from error
         if found:
             changed = "; ".join(f"{key} was {before} and is {now}" for key, before, now in found[:5])
@@ -144,7 +146,7 @@ class Trainer:
 
     def _require_same_data(self, saved_in: Path) -> None:
         """Refuse to go on with other data than a checkpoint was trained on, where it says which."""
-        saved = checkpoint.read_trainer_state(saved_in).get("data", {})  # earlier versions saved none
+        saved = self._saved_data
         if changed := [what for what, hashed in self._data.items() if saved.get(what, hashed) != hashed]:
             raise ConfigurationError(
                 f"{' and '.join(changed)} were changed since checkpoint {saved_in.name} was saved. Change them back to "

@@ -20,6 +20,7 @@ from agentic_rag_env.answers import normalize_answer
 from agentic_rag_env.corpus import read_jsonl
 from agentic_rag_env.errors import ConfigurationError, DataError
 from agentic_rag_env.files import sha256
+from agentic_rag_env.retrievers.base import encodable
 from algorithms.learner.config import DemonstrationsConfig
 from algorithms.learner.types import Trajectory
 from algorithms.rollout.tokenization import control_tokens, decode, encode_plain
@@ -136,20 +137,15 @@ def _turns(row: dict[str, Any], place: str, control_tokens: tuple[str, ...]) -> 
                 f"{place}, turn {number}: expected a text, or an object with the text 'action' and perhaps "
                 f"'observation', got {turns[number - 1]!r:.80}."
             )
-        if not _is_encodable(action):
+        if action != encodable(action):
             raise DataError(
                 f"{place}, turn {number}: holds half of a surrogate pair, which is no text: {action!r:.80}."
             )
     return [_text(turn, control_tokens) for turn in objects], observations
 
 
-def _is_encodable(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)
-
-
 def _text(turn: Mapping[str, Any], control_tokens: tuple[str, ...]) -> str:
     """The text of an action. A run's own files have the token that ended it at its end."""
     action = str(turn["action"])
-    if "action_ids" in turn and action.endswith(control_tokens):
-        return action.removesuffix(next(token for token in control_tokens if action.endswith(token)))
-    return action
+    ends = [token for token in control_tokens if action.endswith(token)] if "action_ids" in turn else []
+    return action.removesuffix(max(ends, key=len, default=""))

@@ -194,14 +194,12 @@ class _TextEngine:
 
     def _behind_prompt(self, text: str) -> str:
         """Fit the first turn to a prompt that has opened a thought, or has not."""
-        opens, has_thought = text.lstrip().startswith(THINK_OPEN), THINK_CLOSE in text
-        if self._has_opened_thought and opens:
+        thought, closes, _ = text.partition(THINK_CLOSE)
+        if not self._has_opened_thought:
+            return THINK_OPEN + text if closes and THINK_OPEN not in thought else text
+        if text.lstrip().startswith(THINK_OPEN):
             return text.lstrip().removeprefix(THINK_OPEN)
-        if self._has_opened_thought and text and not has_thought:
-            return THINK_CLOSE + text
-        if not self._has_opened_thought and THINK_OPEN not in text.partition(THINK_CLOSE)[0] and has_thought:
-            return THINK_OPEN + text
-        return text
+        return THINK_CLOSE + text if text and not closes else text
 
     def advance(self, max_steps: int) -> None:
         """Do nothing: an author writes whole actions."""

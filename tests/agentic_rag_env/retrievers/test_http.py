@@ -294,16 +294,8 @@ def test_servers_take_turns() -> None:
         assert (len(first.requests), len(second.requests)) == (5, 5)
 
 
-def test_a_dead_server_is_stood_in_for_and_skipped(service: Service) -> None:
-    service.replies.append((500, b"broken"))
-    with Echo() as echo:
-        client = HttpRetriever(HttpConfig([service.url, echo.url], backoff_s=30.0))  # a pause would be noticed
-        assert [client.search([query], 1) for query in QUERIES] == [[answer] for answer in ANSWERS]
-    assert len(service.requests) == 1
-
-
-@pytest.mark.parametrize("status", [401, 404])
-def test_what_one_server_refuses_is_asked_of_the_others(service: Service, status: int) -> None:
+@pytest.mark.parametrize("status", [500, 401, 404])
+def test_a_server_that_fails_or_refuses_is_stood_in_for_and_skipped(service: Service, status: int) -> None:
     service.replies.append((status, b"no"))
     with Echo() as echo:
         client = HttpRetriever(HttpConfig([service.url, echo.url], backoff_s=30.0))  # a pause would be noticed
